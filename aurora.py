@@ -1,0 +1,317 @@
+"""Aurora's generator: text and noise become a latent code w, and w, with the text at hand, becomes an image pyramid.
+
+Read from the bottom up: Generator, Synthesis, SynthesisLevel, then the blocks. Sizes come from presets.py.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from experts import Experts
+from layers import (
+    Conv2d,
+    DeformableConv2d,
+    Linear,
+    ModulatedConv2d,
+    ModulatedLinear,
+    ToRGB,
+    UpsamplingConv2d,
+    l2_attention,
+    lrelu,
+    merge_heads,
+    rms_norm,
+    split_heads,
+    upsample,
+)
+from presets import PRESETS, GeneratorConfig
+from router import Router
+from text import LR_MUL, TextHead
+
+
+def build(preset):
+    """The generator of a preset, freshly initialized. Raises ValueError for a name that is none."""
+    if preset not in PRESETS:
+        raise ValueError(f"unknown preset {preset!r}; choose one of {', '.join(PRESETS)}")
+    return Generator(PRESETS[preset].generator)
+
+
+class Mapping(nn.Module):
+    """z [B, z_dim] and the global text [B, text_dim], each of unit RMS, → the text-integrated latent code w [B, w_dim]."""
+
+    def __init__(self, config: GeneratorConfig):
+        super().__init__()
+        widths = [config.z_dim + config.text_dim, *[config.mapping_dim] * (config.mapping_layers - 1), config.w_dim]
+        self.layers = nn.ModuleList(Linear(i, o, lr_mul=LR_MUL) for i, o in zip(widths, widths[1:], strict=False))
+
+    def forward(self, z, global_text):
+        w = torch.cat([rms_norm(z), rms_norm(global_text)], dim=-1)
+        for layer in self.layers:
+            w = lrelu(layer(w))
+        return w
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Attention blocks: where the experts are.
+
+
+class SelfAttention(nn.Module):
+    """L2 self-attention over feature points [B, N, C], q and k untied, with an output projection modulated by w."""
+
+    def __init__(self, dim, num_heads, w_dim):
+        super().__init__()
+        self.num_heads = num_heads
+        self.to_qk = Linear(dim, 2 * dim, bias=False)  # rows: per head, q then k
+        self.to_v = Linear(dim, dim, bias=False)
+        self.proj_out = ModulatedLinear(dim, dim, w_dim)
+
+    def forward(self, x, w):
+        q, k = split_heads(self.to_qk(x), self.num_heads).chunk(2, dim=-1)
+        v = split_heads(self.to_v(x), self.num_heads)
+        return self.proj_out(merge_heads(l2_attention(q, k, v)), w)
+
+
+class CrossAttention(nn.Module):
+    """L2 attention of feature points [B, N, C] to the local text [B, T, text_dim]."""
+
+    def __init__(self, dim, num_heads, text_dim):
+        super().__init__()
+        self.num_heads = num_heads
+        self.to_q = Linear(dim, dim, bias=False)
+        self.to_kv = Linear(text_dim, 2 * dim, bias=False)  # rows: all of k, then all of v
+        self.proj_out = Linear(dim, dim)
+
+    def forward(self, x, local_text):
+        k, v = self.to_kv(local_text).chunk(2, dim=-1)
+        q, k, v = (split_heads(t, self.num_heads) for t in (self.to_q(x), k, v))
+        return self.proj_out(merge_heads(l2_attention(q, k, v)))
+
+
+class TransformerBlock(nn.Module):
+    """Self-attention, cross-attention to the text, sparse mixture of experts: pre-norm residuals over [B, N, C]."""
+
+    def __init__(self, config: GeneratorConfig, num_experts):
+        super().__init__()
+        dim = config.num_heads * config.head_dim
+        self.norm1 = nn.LayerNorm(dim)
+        self.self_attention = SelfAttention(dim, config.num_heads, config.w_dim)
+        self.norm2 = nn.LayerNorm(dim)
+        self.cross_attention = CrossAttention(dim, config.num_heads, config.text_dim)
+        self.norm3 = nn.LayerNorm(dim)
+        self.router = Router(dim, num_experts, config.w_dim)
+        self.experts = Experts(dim, num_experts)
+
+    def forward(self, x, w, local_text):
+        x = x + self.self_attention(self.norm1(x), w)
+        x = x + self.cross_attention(self.norm2(x), local_text)
+        u = self.norm3(x)
+        routing = self.router(u, w)
+        mixed = self.experts(u.flatten(0, 1), routing.expert_index.flatten(), routing.gate.flatten())
+        return x + mixed.view_as(x), routing
+
+
+class AttentionBlock(nn.Module):
+    """GroupNorm, a projection to the attention width, transformer blocks, and back: [B, C, H, W] → the same shape."""
+
+    def __init__(self, config: GeneratorConfig, level):
+        super().__init__()
+        dim = config.num_heads * config.head_dim
+        self.gain = config.attn_gain
+        self.norm = nn.GroupNorm(32, level.channels)
+        self.proj_in = Linear(level.channels, dim, bias=False)
+        self.blocks = nn.ModuleList(TransformerBlock(config, level.num_experts) for _ in range(level.attn_depth))
+        self.proj_out = Linear(dim, level.channels, bias=False)
+        nn.init.zeros_(self.proj_out.weight)  # the block starts as the identity, times its gain
+
+    def forward(self, x, w, local_text):
+        h = self.proj_in(self.norm(x).flatten(2).transpose(1, 2))  # [B, N, C]
+        routings = []
+        for block in self.blocks:
+            h, routing = block(h, w, local_text)
+            routings.append(routing)
+        h = self.proj_out(h).transpose(1, 2).view_as(x)
+        return (x + h) * self.gain, routings
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Convolutional blocks.
+
+
+class FourierFeatures(nn.Module):
+    """The input of StyleGAN3 (section 3.2): random sinusoids, rotated and shifted by w, mixed: w → [B, C, size, size]."""
+
+    def __init__(self, channels, size, w_dim):
+        super().__init__()
+        freqs = torch.randn(channels, 2)
+        radii = freqs.norm(dim=1, keepdim=True)
+        self.register_buffer("freqs", freqs / (radii * radii.square().exp().pow(0.25)))  # uniform in a disc
+        self.register_buffer("phases", torch.rand(channels) - 0.5)
+        self.affine = Linear(w_dim, 4)
+        nn.init.zeros_(self.affine.weight)
+        self.affine.bias.data = torch.tensor([1.0, 0.0, 0.0, 0.0])  # no rotation, no shift
+        self.weight = nn.Parameter(torch.randn(channels, channels))
+        self.size = size
+
+    def forward(self, w):
+        transform = self.affine(w.float())
+        cos, sin, *shift = (transform / transform[:, :2].norm(dim=1, keepdim=True)).unbind(1)
+        rotation = torch.stack([cos, -sin, sin, cos], dim=1).unflatten(1, (2, 2))  # [B, 2, 2]
+        phases = self.phases - (self.freqs @ rotation @ torch.stack(shift, dim=1)[..., None])[..., 0]  # [B, C]
+        freqs = self.freqs @ rotation  # [B, C, 2]
+        centres = (torch.arange(self.size, device=w.device) + 0.5) / self.size - 0.5
+        grid = torch.cartesian_prod(centres, centres).flip(1)  # [N, (x, y)], row by row
+        waves = torch.sin(2 * math.pi * (freqs @ grid.T + phases[..., None]))  # [B, C, N]
+        mixed = self.weight / math.sqrt(len(self.weight)) @ waves
+        return mixed.unflatten(2, (self.size, self.size))
+
+
+class StartBlock(nn.Module):
+    """The first block of the lowest resolution: Fourier features and one deformable convolution."""
+
+    def __init__(self, config: GeneratorConfig, level):
+        super().__init__()
+        self.fourier = FourierFeatures(config.fourier_channels, level.resolution, config.w_dim)
+        self.conv = DeformableConv2d(config.fourier_channels, level.channels, config.w_dim, level.num_kernels)
+
+    def forward(self, _, w):
+        return lrelu(self.conv(self.fourier(w), w))
+
+
+class ConvBlock(nn.Module):
+    """Two modulated convolutions and a skip: [B, C, H, W] → the same shape."""
+
+    def __init__(self, config: GeneratorConfig, level):
+        super().__init__()
+        c, n = level.channels, level.num_kernels
+        self.gain = config.residual_gain
+        self.conv1 = ModulatedConv2d(c, c, 3, config.w_dim, n)
+        self.conv2 = second_conv(config, level)
+
+    def skip(self, x):
+        return x
+
+    def forward(self, x, w):
+        h = lrelu(self.conv1(x, w))
+        h = lrelu(self.conv2(h, w))
+        return (h + self.skip(x)) * self.gain
+
+
+class UpsamplingBlock(ConvBlock):
+    """The first block of a resolution: conv1 and the skip double it, [B, in_channels, H, W] → [B, C, 2H, 2W]."""
+
+    def __init__(self, config: GeneratorConfig, level, in_channels):
+        super().__init__(config, level)
+        self.conv1 = UpsamplingConv2d(in_channels, level.channels, 3, config.w_dim, level.num_kernels)
+        self.skip_conv = Conv2d(in_channels, level.channels, 1, bias=False)
+
+    def skip(self, x):
+        return upsample(self.skip_conv(x))
+
+
+def second_conv(config, level):
+    c, n = level.channels, level.num_kernels
+    if level.deformable:
+        return DeformableConv2d(c, c, config.w_dim, n)
+    return ModulatedConv2d(c, c, 3, config.w_dim, n)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The networks.
+
+
+@dataclass
+class Output:
+    """What the generator gives back."""
+
+    image: torch.Tensor  # [B, 3, R, R], about [−1, 1]
+    pyramid: dict[int, torch.Tensor]  # resolution → image, low to high; the last is `image`
+    w: torch.Tensor  # [B, w_dim], or [B, L, w_dim] as given to `synthesis`
+    aux_loss: torch.Tensor  # scalar, summed over all routers
+    routes: dict[str, torch.Tensor]  # "resolution.block.depth" → the expert of each feature point, [B, N]
+
+
+class SynthesisLevel(nn.Module):
+    """All blocks of one resolution, and its to-RGB."""
+
+    def __init__(self, config: GeneratorConfig, level, first_block):
+        super().__init__()
+        self.resolution = level.resolution
+        rest = (ConvBlock(config, level) for _ in range(level.num_blocks - 1))
+        self.blocks = nn.ModuleList([first_block, *rest])
+        has_attention = level.attn_depth > 0
+        self.attentions = nn.ModuleList(AttentionBlock(config, level) for _ in self.blocks if has_attention)
+        self.to_rgb = ToRGB(level.channels, config.w_dim, level.num_kernels)
+
+    @property
+    def num_layers(self):
+        """The number of layers that take a w of their own; to-RGB takes the last one's."""
+        return len(self.blocks) + len(self.attentions)
+
+    def forward(self, x, ws, local_text):
+        """x: features of the level below, ws [B, L, w_dim] → features, the RGB of this level, {name: routing}."""
+        ws, routings = iter(ws.unbind(1)), {}
+        for i, block in enumerate(self.blocks):
+            x = block(x, w := next(ws))
+            if self.attentions:
+                x, routed = self.attentions[i](x, w := next(ws), local_text)
+                routings |= {f"{self.resolution}.{i}.{depth}": routing for depth, routing in enumerate(routed)}
+        return x, self.to_rgb(x, w).float(), routings
+
+
+class Synthesis(nn.Module):
+    """w and the local text → images at every resolution, each the upsampled one below plus what its level adds."""
+
+    def __init__(self, config: GeneratorConfig):
+        super().__init__()
+        lowest, *higher = config.levels
+        levels = [SynthesisLevel(config, lowest, StartBlock(config, lowest))]
+        for below, level in zip(config.levels, higher, strict=False):
+            levels.append(SynthesisLevel(config, level, UpsamplingBlock(config, level, below.channels)))
+        self.levels = nn.ModuleList(levels)
+
+    @property
+    def num_layers(self):
+        return sum(level.num_layers for level in self.levels)
+
+    def forward(self, w, local_text, resolution=None):
+        """w [B, w_dim] for all layers, or [B, num_layers, w_dim]; stops at `resolution`, by default the highest."""
+        ws = w if w.ndim == 3 else w[:, None].expand(-1, self.num_layers, -1)
+        x, pyramid, routings = None, {}, {}
+        for level, level_ws in zip(self.levels, ws.split([level.num_layers for level in self.levels], 1), strict=True):
+            x, rgb, routed = level(x, level_ws, local_text)
+            image = rgb + upsample(image) if pyramid else rgb
+            pyramid[level.resolution] = image
+            routings |= routed
+            if level.resolution == resolution:
+                break
+        aux_loss = sum((routing.aux_loss for routing in routings.values()), start=w.new_zeros(()))
+        return Output(image, pyramid, w, aux_loss, {name: routing.expert_index for name, routing in routings.items()})
+
+
+class Generator(nn.Module):
+    """Aurora's generator (section 3.2): a text head, a mapping network and a synthesis network.
+
+    forward: z [B, z_dim] ~ N(0, 1), tokens [B, T, clip_width] the frozen CLIP's features after its last norm, eot [B] the
+    index of the end-of-text token, resolution the one to stop at while training grows it → Output.
+    """
+
+    def __init__(self, config: GeneratorConfig):
+        super().__init__()
+        self.config = config
+        self.text_head = TextHead(
+            config.clip_width, config.text_dim, config.text_layers, config.num_heads, config.mix_tokens
+        )
+        self.mapping = Mapping(config)
+        self.synthesis = Synthesis(config)
+        self.register_buffer("w_avg", torch.zeros(config.w_dim))
+
+    def forward(self, z, tokens, eot, resolution=None):
+        global_text, local_text = self.text_head(tokens, eot)
+        w = self.mapping(z, global_text)
+        return self.synthesis(w, local_text, resolution)
+
+    @torch.no_grad()
+    def update_w_avg(self, batch_mean, decay=0.995):
+        """Moves the running mean of w toward batch_mean [w_dim]."""
+        self.w_avg.lerp_(batch_mean, 1 - decay)

@@ -1,0 +1,37 @@
+"""The experts: a stack of GEGLU feed-forward networks, of which every feature point visits exactly one."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class Experts(nn.Module):
+    """E feed-forward networks C → 8C, split into (a, g), a·gelu(g) → C, stored as stacks so that no expert is a module.
+
+    forward: points [P, C], expert_index [P], gate [P] → gate · expert(point), [P, C]. The points are sorted by expert, so
+    each expert multiplies one contiguous slice and the work is that of a single expert over all points. An expert that
+    gets no point multiplies an empty slice, and its gradient is zero rather than missing.
+    """
+
+    def __init__(self, dim, num_experts):
+        super().__init__()
+        hidden = 4 * dim
+        self.proj_in = nn.Parameter(torch.randn(num_experts, 2 * hidden, dim))
+        self.bias_in = nn.Parameter(torch.zeros(num_experts, 2 * hidden))
+        self.proj_out = nn.Parameter(torch.randn(num_experts, dim, hidden))
+        self.bias_out = nn.Parameter(torch.zeros(num_experts, dim))
+        self.gain_in, self.gain_out = 1 / math.sqrt(dim), 1 / math.sqrt(hidden)  # equalized learning rate
+
+    def forward(self, points, expert_index, gate):
+        order = expert_index.argsort()
+        slices = points[order].split(expert_index.bincount(minlength=len(self.proj_in)).tolist())
+        stacks = zip(slices, self.proj_in, self.bias_in, self.proj_out, self.bias_out, strict=True)
+        outputs = torch.cat([self.expert(*slice_and_weights) for slice_and_weights in stacks])
+        return torch.empty_like(outputs).index_copy(0, order, outputs) * gate[:, None].to(outputs.dtype)
+
+    def expert(self, points, proj_in, bias_in, proj_out, bias_out):
+        """One expert over the points it was given, [P, C] → [P, C]."""
+        a, g = F.linear(points, proj_in * self.gain_in, bias_in).chunk(2, dim=-1)
+        return F.linear(a * F.gelu(g), proj_out * self.gain_out, bias_out)

@@ -1,0 +1,232 @@
+"""The building blocks of both networks: equalized layers, modulated convolutions, resampling, L2 attention.
+
+Shapes everywhere: B batch, N = H·W feature points, T text tokens, C channels, E experts, R resolution.
+Activations may be bfloat16 under autocast; whatever is squared, normalized or compared stays in float32.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torchvision.ops import deform_conv2d
+
+
+def lrelu(x):
+    """LeakyReLU(0.2)·√2: the gain keeps the second moment of a unit Gaussian near one (StyleGAN2)."""
+    return F.leaky_relu(x, 0.2) * math.sqrt(2)
+
+
+def rms_norm(x, eps=1e-8):
+    """Divides each vector [..., C] by its root mean square."""
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+
+
+def float32_region(x):
+    """A context in which autocast is off, for what bfloat16 would ruin: routing, demodulation, distances."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Equalized learning rate (Progressive GAN, section 4.1): weights are drawn from N(0, 1)/lr_mul and scaled when they are
+# used, so that Adam's steps, which have the same size for every parameter, mean the same relative change in all layers.
+
+
+class Linear(nn.Module):
+    """A dense layer [..., in_features] → [..., out_features] with equalized learning rate."""
+
+    def __init__(self, in_features, out_features, bias=True, bias_init=0.0, lr_mul=1.0):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(out_features, in_features) / lr_mul)
+        self.bias = nn.Parameter(torch.full((out_features,), bias_init / lr_mul)) if bias else None
+        self.weight_gain = lr_mul / math.sqrt(in_features)
+        self.bias_gain = lr_mul
+
+    def forward(self, x):
+        bias = None if self.bias is None else self.bias * self.bias_gain
+        return F.linear(x, self.weight * self.weight_gain, bias)
+
+
+class Conv2d(nn.Module):
+    """A convolution [B, C, H, W] with equalized learning rate; `padding` defaults to the size-keeping one."""
+
+    def __init__(self, in_channels, out_channels, kernel_size, bias=True, stride=1, padding=None):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(out_channels, in_channels, kernel_size, kernel_size))
+        self.bias = nn.Parameter(torch.zeros(out_channels)) if bias else None
+        self.weight_gain = 1 / math.sqrt(in_channels * kernel_size**2)
+        self.stride = stride
+        self.padding = kernel_size // 2 if padding is None else padding
+
+    def forward(self, x):
+        return F.conv2d(x, self.weight * self.weight_gain, self.bias, self.stride, self.padding)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Resampling with the binomial filter [1, 3, 3, 1] (StyleGAN2). It is a cascade of three two-tap averages.
+
+
+def upsample(x):
+    """×2: zeros inserted, then the filter with gain 4 and padding (2, 1), which is bilinear between zero borders."""
+    x = F.interpolate(F.pad(x, (1, 1, 1, 1)), scale_factor=2, mode="bilinear", align_corners=False)
+    return x[..., 2:-2, 2:-2]
+
+
+def blur(x, stride=1):
+    """The filter alone, padding 1: [B, C, H, W] → [B, C, H−1, W−1], or half the size at stride 2."""
+    taps = torch.tensor([1.0, 3.0, 3.0, 1.0], dtype=x.dtype, device=x.device) / 8
+    channels = x.shape[1]
+    return F.conv2d(x, torch.outer(taps, taps).expand(channels, 1, 4, 4), stride=stride, padding=1, groups=channels)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Modulation: a convolution whose input channels are scaled by a style computed from w, and whose output channels are
+# divided by the norm of the kernel so scaled ("demodulation", StyleGAN2). Scaling activations is the same as scaling
+# kernels, and needs no copy of the kernels per sample.
+
+
+class ModulatedLinear(nn.Module):
+    """A modulated, demodulated 1×1 convolution over feature points: [B, N, C] and w [B, w_dim] → [B, N, D]."""
+
+    def __init__(self, in_features, out_features, w_dim):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(out_features, in_features))
+        self.bias = nn.Parameter(torch.zeros(out_features))
+        self.style = Linear(w_dim, in_features, bias_init=1.0)
+
+    def forward(self, x, w):
+        with float32_region(x):
+            style = self.style(w.float())
+            demodulation = torch.rsqrt(F.linear(style.square(), self.weight.square()) + 1e-8)
+        return F.linear(x * style[:, None], self.weight) * demodulation[:, None] + self.bias
+
+
+class ModulatedConv2d(nn.Module):
+    """A modulated convolution with adaptive kernels (GigaGAN, section 3.1): [B, C, H, W] and w [B, w_dim] → [B, D, H, W].
+
+    `num_kernels` kernels are mixed by softmax(dense(w)) into one kernel a sample; a single kernel is shared by the batch.
+    """
+
+    def __init__(self, in_channels, out_channels, kernel_size, w_dim, num_kernels=1):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(num_kernels, out_channels, in_channels, kernel_size, kernel_size))
+        self.bias = nn.Parameter(torch.zeros(out_channels))
+        self.style = Linear(w_dim, in_channels, bias_init=1.0)
+        self.kernel_mix = Linear(w_dim, num_kernels, bias_init=1.0) if num_kernels > 1 else None
+
+    def kernels(self, w):
+        """The mixed kernels [G, D, C, k, k]: G = B, or 1 where there is nothing to mix."""
+        if self.kernel_mix is None:
+            return self.weight
+        mix = self.kernel_mix(w).softmax(-1)
+        return (mix @ self.weight.flatten(1)).unflatten(1, self.weight.shape[1:])
+
+    def output_gain(self, style, kernels):
+        """Demodulation [B, D]: one over the norm of each output channel's scaled kernel."""
+        energy = kernels.square().sum((-1, -2)) @ style.square()[..., None]  # [G, D, C] @ [B, C, 1]
+        return torch.rsqrt(energy[..., 0] + 1e-8)
+
+    def modulation(self, w):
+        """Computes what depends on w alone, in float32: style [B, C, 1, 1], kernels [G, D, C, k, k], gain [B, D, 1, 1]."""
+        with float32_region(w):
+            w = w.float()
+            style, kernels = self.style(w), self.kernels(w)
+            gain = self.output_gain(style, kernels)
+        return style[..., None, None], kernels, gain[..., None, None]
+
+    def convolve(self, x, kernels):
+        return grouped(F.conv2d, x, kernels, padding=kernels.shape[-1] // 2, groups=len(kernels))
+
+    def forward(self, x, w):
+        style, kernels, gain = self.modulation(w)
+        return self.convolve(x * style, kernels) * gain + self.bias[:, None, None]
+
+
+def grouped(convolution, x, kernels, **kwargs):
+    """Applies kernels [G, D, C, k, k] to x [B, C, H, W], G = 1 or B, as one call: B samples as G groups of channels."""
+    batch, (groups, _, *kernel_shape) = len(x), kernels.shape
+    y = convolution(x.reshape(batch // groups, -1, *x.shape[2:]), kernels.reshape(-1, *kernel_shape), **kwargs)
+    return y.reshape(batch, -1, *y.shape[2:])
+
+
+class UpsamplingConv2d(ModulatedConv2d):
+    """A modulated convolution that doubles the resolution: transposed convolution of stride 2, then the filter."""
+
+    def convolve(self, x, kernels):
+        y = grouped(F.conv_transpose2d, x, kernels.transpose(1, 2), stride=2, groups=len(kernels))  # 2H + 1 wide
+        return blur(y) * 4
+
+
+class ToRGB(ModulatedConv2d):
+    """A modulated 1×1 convolution to three channels, without demodulation."""
+
+    def __init__(self, in_channels, w_dim, num_kernels):
+        super().__init__(in_channels, 3, 1, w_dim, num_kernels)
+
+    def output_gain(self, style, kernels):
+        return torch.full_like(style[:, :1], 1 / math.sqrt(kernels.shape[2]))
+
+
+class TransformationField(ModulatedConv2d):
+    """The modulated transformation (MTM): a demodulated convolution with learned scales, which start at zero.
+
+    [B, C, H, W] → offsets [B, 18, H, W], as the (dy, dx) pairs that torchvision takes, and masks [B, 9, H, W] in (0, 2).
+    """
+
+    def __init__(self, in_channels, w_dim):
+        super().__init__(in_channels, 27, 3, w_dim)
+        self.scales = nn.Parameter(torch.zeros(27))
+
+    def forward(self, x, w):
+        style, kernels, gain = self.modulation(w)
+        field = self.convolve(x * style, kernels) * gain * self.scales[:, None, None] + self.bias[:, None, None]
+        offsets, mask = field.split([18, 9], dim=1)
+        return offsets, 2 * mask.sigmoid()
+
+
+class DeformableConv2d(ModulatedConv2d):
+    """A modulated 3×3 convolution that reads its input where a transformation field of x and w tells it to."""
+
+    def __init__(self, in_channels, out_channels, w_dim, num_kernels=1):
+        super().__init__(in_channels, out_channels, 3, w_dim, num_kernels)
+        self.field = TransformationField(in_channels, w_dim)
+
+    def forward(self, x, w):
+        style, kernels, gain = self.modulation(w)
+        offsets, mask = self.field(x, w)
+        fold = (len(x) // len(kernels), -1, *x.shape[2:])  # as `grouped` folds the samples
+        offsets, mask = offsets.float().reshape(fold), mask.float().reshape(fold)
+        with float32_region(x):  # deform_conv2d knows no bfloat16
+            y = grouped(lambda x, k: deform_conv2d(x, offsets, k, mask=mask, padding=1), (x * style).float(), kernels)
+        return y * gain + self.bias[:, None, None]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Attention by L2 distance, which is Lipschitz where the dot product is not (Kim et al. 2021; GigaGAN, section 3.1).
+
+
+def split_heads(x, num_heads):
+    """[B, N, heads·d] → [B, heads, N, d]."""
+    return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+
+
+def merge_heads(x):
+    """[B, heads, N, d] → [B, N, heads·d]."""
+    return x.transpose(1, 2).flatten(2)
+
+
+def l2_attention(q, k, v):
+    """softmax(−‖q − k‖₂/√d)·v over [B, heads, N, d]: the true distance, not its square."""
+    with float32_region(q):
+        attention = (-torch.cdist(q.float(), k.float()) / math.sqrt(q.shape[-1])).softmax(-1)
+    return attention.to(v.dtype) @ v
+
+
+def squared_l2_attention(qk, v):
+    """softmax(−‖q − k‖₂²/√d)·v with q = k, over [B, heads, N, d]: twice differentiable, also where two points meet.
+
+    The true distance has an infinite slope at zero, and every point is at distance zero from itself here. The term |q|²
+    is the same for all keys, so the softmax drops it.
+    """
+    logits = (2 * qk @ qk.transpose(-1, -2) - qk.square().sum(-1)[..., None, :]) / math.sqrt(qk.shape[-1])
+    return logits.softmax(-1) @ v

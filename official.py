@@ -1,0 +1,161 @@
+"""The authors' released weights, `aurora_v1.pth`, in our generator.
+
+Every size is read off the names and shapes of the state dict; only the number of heads leaves no trace in them.
+"""
+
+import re
+from collections.abc import Mapping
+
+import torch
+
+from aurora import Generator
+from presets import GeneratorConfig, Level
+
+NUM_HEADS = 8
+
+# Theirs → ours, applied in order to every name. What becomes "" holds nothing learned: the resampling filters, which are
+# constants; a transform of the Fourier features that a user may set, the identity; and each MLP under its second name.
+RENAMES = [
+    (r".*(\.filter|\.transform|\.mlp\.c_fc\..*|\.mlp\.c_proj\..*)$", ""),
+    (r"^text_head\.align_dim\.", "text_head.align."),
+    (r"^text_head\.transformer\.res_blocks\.(\d+)\.(?:attn\.)?", r"text_head.blocks.\1."),
+    (r"\.to_out\.0\.", ".to_out."),
+    (r"\.ln_(\d)\.", r".norm\1."),
+    (r"\.c_fc\.", ".mlp_in."),
+    (r"\.c_proj\.", ".mlp_out."),
+    (r"^mapping\.dense(\d+)\.", r"mapping.layers.\1."),
+    (r"\.filter_weight\.", ".kernel_mix."),
+    (r"\.mtm_(\w+)", r".field.\1"),
+    (r"\.skip_connection\.", ".skip_conv."),
+    (r"\.attn_blocks\.", ".blocks."),
+    (r"\.(self|cross)_attn\.", r".\1_attention."),
+    (r"\.proj_out\.0\.", ".proj_out."),
+    (r"\.ff\.routing\.", ".router.to_logits."),
+    (r"\.ff\.net\.(\d+)\.0\.proj\.weight$", r".experts.proj_in[\1]"),
+    (r"\.ff\.net\.(\d+)\.0\.proj\.bias$", r".experts.bias_in[\1]"),
+    (r"\.ff\.net\.(\d+)\.2\.weight$", r".experts.proj_out[\1]"),
+    (r"\.ff\.net\.(\d+)\.2\.bias$", r".experts.bias_out[\1]"),
+]
+
+
+def is_official(state):
+    """Whether a loaded object looks like the authors' checkpoint or one of its generators."""
+    return isinstance(state, Mapping) and not {"generator_smooth", "generator", "synthesis.net.0.0.freqs"}.isdisjoint(
+        state
+    )
+
+
+def load_official(source):
+    """The generator with the authors' weights, in float32 and eval mode.
+
+    source: the path of `aurora_v1.pth`; or the dict in it, of which `generator_smooth`, the moving average, is preferred;
+    or a bare generator state dict of tensors or arrays. A file is read with `weights_only`: no code in it can run.
+    Raises ValueError where names or shapes are not an Aurora generator's, and what torch.load raises on a damaged file.
+    """
+    if not isinstance(source, Mapping):
+        source = torch.load(source, map_location="cpu", weights_only=True)
+    if not is_official(source):
+        raise ValueError("this is not a checkpoint of the authors' generator: the names in it are others")
+    state = source.get("generator_smooth", source.get("generator", source))
+    try:
+        state = {name: torch.as_tensor(value).float() for name, value in state.items()}
+        config, prefixes = read_architecture({name: tuple(value.shape) for name, value in state.items()})
+        with torch.device("meta"):
+            generator = Generator(config)
+        generator.load_state_dict(translate(state, prefixes, generator.state_dict()), assign=True)
+    except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise ValueError(f"not a complete checkpoint of the authors' generator: {reason}") from error
+    return generator.requires_grad_(True).eval()
+
+
+def read_architecture(shapes):
+    """{name: shape} → the GeneratorConfig it belongs to, and {prefix of theirs: prefix of ours} for the synthesis net."""
+
+    def count(pattern):
+        """How many different numbers stand at (\\d+) in the names that match."""
+        return len({match[1] for name in shapes if (match := re.match(pattern, name))})
+
+    resolutions = sorted(
+        int(m[1]) for name in shapes if (m := re.match(r"synthesis\.output_res_(\d+)x\d+\.bias", name))
+    )
+    prefixes = {f"synthesis.output_res_{r}x{r}.": f"synthesis.levels.{i}.to_rgb." for i, r in enumerate(resolutions)}
+
+    # Their layers stand in one list; a convolution that upsamples, and so holds a filter, opens the next resolution.
+    convs, attentions = [[]], [[]]
+    for layer in range(count(r"synthesis\.net\.(\d+)\.")):
+        theirs = f"synthesis.net.{layer}.0."
+        if theirs + "norm.weight" in shapes:
+            attentions[-1].append(theirs)
+            continue
+        if theirs + "conv1.filter" in shapes:
+            convs.append([])
+            attentions.append([])
+        convs[-1].append(theirs)
+    for i, (conv_blocks, attention_blocks) in enumerate(zip(convs, attentions, strict=True)):
+        prefixes |= {theirs: f"synthesis.levels.{i}.blocks.{j}." for j, theirs in enumerate(conv_blocks)}
+        prefixes |= {theirs: f"synthesis.levels.{i}.attentions.{j}." for j, theirs in enumerate(attention_blocks)}
+    prefixes["synthesis.net.0.0."] = "synthesis.levels.0.blocks.0.fourier."
+    prefixes["synthesis.net.0.1."] = "synthesis.levels.0.blocks.0.conv."
+
+    levels = []
+    for resolution, conv_blocks, attention_blocks in zip(resolutions, convs, attentions, strict=True):
+        num_kernels, _, channels, *_ = shapes[f"synthesis.output_res_{resolution}x{resolution}.weight"]
+        first_attention = re.escape((attention_blocks or ["no attention"])[0])
+        levels.append(
+            Level(
+                resolution,
+                channels,
+                num_blocks=len(conv_blocks),
+                num_kernels=num_kernels,
+                attn_depth=count(first_attention + r"attn_blocks\.(\d+)\."),
+                num_experts=count(first_attention + r"attn_blocks\.0\.ff\.net\.(\d+)\.0\."),
+                deformable=conv_blocks[-1] + "conv2.mtm_bias" in shapes,
+            )
+        )
+
+    (text_dim,) = shapes["text_head.transformer.res_blocks.0.ln_1.weight"]
+    mapping_dim, mapping_input = shapes["mapping.dense0.weight"]
+    attention_dims = [shape[0] for name, shape in shapes.items() if name.endswith("self_attn.to_v.weight")]
+    config = GeneratorConfig(
+        levels=tuple(levels),
+        fourier_channels=shapes["synthesis.net.0.0.freqs"][0],
+        z_dim=mapping_input - text_dim,
+        w_dim=shapes["w_avg"][0],
+        mapping_layers=count(r"mapping\.dense(\d+)\."),
+        mapping_dim=mapping_dim,
+        clip_width=shapes.get("text_head.align_dim.weight", (text_dim, text_dim))[1],
+        text_dim=text_dim,
+        text_layers=count(r"text_head\.transformer\.res_blocks\.(\d+)\."),
+        mix_tokens=False,
+        num_heads=NUM_HEADS,
+        head_dim=max(attention_dims, default=NUM_HEADS) // NUM_HEADS,
+    )
+    return config, prefixes
+
+
+def translate(state, prefixes, ours):
+    """Their state dict under our names and in our shapes; the experts of a layer become one stack."""
+    translated, experts = {}, {}
+    for name, value in state.items():
+        name = rename(name, prefixes)
+        if stacked := re.fullmatch(r"(.*)\[(\d+)\]", name):
+            experts.setdefault(stacked[1], {})[int(stacked[2])] = value
+        elif name:
+            translated[name] = value
+    translated |= {name: torch.stack([value for _, value in sorted(stack.items())]) for name, stack in experts.items()}
+    for name, value in translated.items():
+        shape = ours[name].shape
+        if [n for n in value.shape if n > 1] == [n for n in shape if n > 1]:  # they write a matrix as [1, D, C, 1, 1]
+            translated[name] = value.reshape(shape)
+    return translated
+
+
+def rename(name, prefixes):
+    for theirs, prefix in prefixes.items():
+        if name.startswith(theirs):
+            name = prefix + name.removeprefix(theirs)
+            break
+    for pattern, replacement in RENAMES:
+        name = re.sub(pattern, replacement, name)
+    return name

@@ -1,0 +1,143 @@
+"""The network described by a list of per-resolution specs, and the presets with their training recipes."""
+
+import dataclasses
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Level:
+    """One resolution of the generator."""
+
+    resolution: int
+    channels: int
+    num_blocks: int  # convolutional blocks; each is followed by an attention block where attn_depth > 0
+    num_kernels: int = 1  # adaptive kernels of every convolution, mixed by w
+    attn_depth: int = 0  # transformer blocks in an attention block; 0: this resolution has no attention
+    num_experts: int = 0  # in each transformer block
+    deformable: bool = False  # modulated transformation in the second convolution of each block
+
+
+@dataclass(frozen=True)
+class GeneratorConfig:
+    """All sizes of a generator; the defaults are the release's."""
+
+    levels: tuple[Level, ...]
+    fourier_channels: int = 1600
+    z_dim: int = 128
+    w_dim: int = 1024
+    mapping_layers: int = 4
+    mapping_dim: int = 1024
+    clip_width: int = 768  # of the frozen CLIP's token features
+    text_dim: int = 1024
+    text_layers: int = 4
+    mix_tokens: bool = True  # False only for released weights, see text.py
+    num_heads: int = 8
+    head_dim: int = 64
+    residual_gain: float = 0.4
+    attn_gain: float = 0.3
+
+    @property
+    def resolution(self):
+        return self.levels[-1].resolution
+
+    @classmethod
+    def from_dict(cls, fields):
+        """The inverse of dataclasses.asdict, for configurations stored as JSON."""
+        return cls(**{**fields, "levels": tuple(Level(**level) for level in fields["levels"])})
+
+
+@dataclass(frozen=True)
+class DiscriminatorLevel:
+    """One stage φ of the discriminator, from this resolution to half of it."""
+
+    resolution: int
+    channels: int
+    num_blocks: int
+    attn_depth: int = 0
+
+
+@dataclass(frozen=True)
+class DiscriminatorConfig:
+    """All sizes of a discriminator; the defaults are GigaGAN's at 64×64."""
+
+    levels: tuple[DiscriminatorLevel, ...]
+    clip_width: int = 768
+    text_dim: int = 1024
+    text_layers: int = 4
+    num_heads: int = 8
+    head_dim: int = 64
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a preset is trained."""
+
+    batch: int  # global, over all ranks
+    lr_generator: float
+    lr_discriminator: float
+    r1_gamma: float  # at 64×64; γ at resolution r is r1_gamma · (r/64)²
+    images_per_stage: dict[int, int]  # real images after which a stage ends even if its FID never met the reference
+    ema_half_life: int  # in images
+    clip_weight: float
+    matching_weight: float
+    clip_model: str  # the default of --clip
+    fid_samples: int  # on either side of a FID
+    fid_every: int  # in images
+    fid_factor: float  # κ: a stage ends when FID ≤ κ · reference FID
+
+
+@dataclass(frozen=True)
+class Preset:
+    generator: GeneratorConfig
+    discriminator: DiscriminatorConfig
+    recipe: Recipe
+
+
+OPENAI_CLIP = "ViT-L-14-quickgelu:openai"
+
+PRESETS = {
+    # The release: 1,166 M parameters. The discriminator is GigaGAN's.
+    "aurora-64": Preset(
+        GeneratorConfig(
+            levels=(
+                Level(4, 1600, num_blocks=3, deformable=True),
+                Level(8, 1600, num_blocks=3, attn_depth=2, num_experts=4, deformable=True),
+                Level(16, 1024, num_blocks=3, num_kernels=2, attn_depth=2, num_experts=8, deformable=True),
+                Level(32, 512, num_blocks=2, num_kernels=4, attn_depth=2, num_experts=16),
+                Level(64, 256, num_blocks=2, num_kernels=8, attn_depth=1, num_experts=16),
+            ),
+        ),
+        DiscriminatorConfig(
+            levels=(
+                DiscriminatorLevel(4, 1536, num_blocks=1),
+                DiscriminatorLevel(8, 1536, num_blocks=2, attn_depth=2),
+                DiscriminatorLevel(16, 1024, num_blocks=2, attn_depth=2),
+                DiscriminatorLevel(32, 512, num_blocks=2, attn_depth=1),
+                DiscriminatorLevel(64, 256, num_blocks=2),
+            ),
+        ),
+        Recipe(
+            batch=2048,
+            lr_generator=2.5e-3,
+            lr_discriminator=2.5e-3,
+            r1_gamma=1.0,
+            images_per_stage={4: 2_000_000, 8: 5_000_000, 16: 20_000_000, 32: 60_000_000},
+            ema_half_life=640_000,
+            clip_weight=0.1,
+            matching_weight=1.0,
+            clip_model=OPENAI_CLIP,
+            fid_samples=10_000,
+            fid_every=500_000,
+            fid_factor=1.5,
+        ),
+    ),
+}
+
+
+def with_clip_width(preset, clip_width):
+    """The preset for another CLIP, whose token features are clip_width wide."""
+    return dataclasses.replace(
+        preset,
+        generator=dataclasses.replace(preset.generator, clip_width=clip_width),
+        discriminator=dataclasses.replace(preset.discriminator, clip_width=clip_width),
+    )

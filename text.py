@@ -1,0 +1,62 @@
+"""The text head: learned attention over frozen CLIP token features. The generator and the discriminator own one each."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from layers import Linear, merge_heads, split_heads
+
+LR_MUL = 0.01  # of the text head and the mapping network, as in the release
+
+
+def quick_gelu(x):
+    return x * torch.sigmoid(1.702 * x)
+
+
+class TextBlock(nn.Module):
+    """A pre-norm transformer block over tokens [B, T, D], in CLIP's own form (quick GELU, 4× MLP)."""
+
+    def __init__(self, dim, num_heads):
+        super().__init__()
+        self.num_heads = num_heads
+        self.norm1 = nn.LayerNorm(dim)
+        self.to_qkv = Linear(dim, 3 * dim, lr_mul=LR_MUL)
+        self.to_out = Linear(dim, dim, lr_mul=LR_MUL)
+        self.norm2 = nn.LayerNorm(dim)
+        self.mlp_in = Linear(dim, 4 * dim, lr_mul=LR_MUL)
+        self.mlp_out = Linear(4 * dim, dim, lr_mul=LR_MUL)
+
+    def attention(self, x, mask):
+        q, k, v = (split_heads(t, self.num_heads) for t in self.to_qkv(x).chunk(3, dim=-1))
+        return self.to_out(merge_heads(F.scaled_dot_product_attention(q, k, v, attn_mask=mask)))
+
+    def forward(self, x, mask):
+        x = x + self.attention(self.norm1(x), mask)
+        return x + self.mlp_out(quick_gelu(self.mlp_in(self.norm2(x))))
+
+
+class TextHead(nn.Module):
+    """CLIP token features [B, T, clip_width] and eot [B] → global text t_g [B, D] and local text [B, T−1, D].
+
+    t_g is the token at eot, the end of the text; the local text is every other token, padding included, in order.
+    mix_tokens: whether a token attends to the whole text, up to eot, or to itself alone. The released attention runs over
+    the wrong axis, which at batch 1 comes to the latter; released weights need it, training should not want it.
+    """
+
+    def __init__(self, clip_width, dim, num_layers, num_heads, mix_tokens):
+        super().__init__()
+        self.align = nn.Identity() if clip_width == dim else Linear(clip_width, dim, bias_init=1.0, lr_mul=LR_MUL)
+        self.blocks = nn.ModuleList(TextBlock(dim, num_heads) for _ in range(num_layers))
+        self.mix_tokens = mix_tokens
+
+    def forward(self, tokens, eot):
+        position = torch.arange(tokens.shape[1], device=tokens.device)
+        if self.mix_tokens:
+            mask = (position <= eot[:, None])[:, None, None]  # [B, 1, 1, T]: all that was said
+        else:
+            mask = position == position[:, None]  # [T, T]: itself
+        x = self.align(tokens)
+        for block in self.blocks:
+            x = block(x, mask)
+        is_eot = position == eot[:, None]  # [B, T]
+        return x[is_eot], x[~is_eot].unflatten(0, (len(x), -1))
