@@ -3,6 +3,7 @@
 Read from the bottom up: Generator, Synthesis, SynthesisLevel, then the blocks. Sizes come from presets.py.
 """
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -43,7 +44,7 @@ class Mapping(nn.Module):
     def __init__(self, config: GeneratorConfig):
         super().__init__()
         widths = [config.z_dim + config.text_dim, *[config.mapping_dim] * (config.mapping_layers - 1), config.w_dim]
-        self.layers = nn.ModuleList(Linear(i, o, lr_mul=LR_MUL) for i, o in zip(widths, widths[1:], strict=False))
+        self.layers = nn.ModuleList(Linear(i, o, lr_mul=LR_MUL) for i, o in itertools.pairwise(widths))
 
     def forward(self, z, global_text):
         w = torch.cat([rms_norm(z), rms_norm(global_text)], dim=-1)
@@ -277,10 +278,11 @@ class Synthesis(nn.Module):
     def forward(self, w, local_text, resolution=None):
         """w [B, w_dim] for all layers, or [B, num_layers, w_dim]; stops at `resolution`, by default the highest."""
         ws = w if w.ndim == 3 else w[:, None].expand(-1, self.num_layers, -1)
-        x, pyramid, routings = None, {}, {}
+        x = image = None
+        pyramid, routings = {}, {}
         for level, level_ws in zip(self.levels, ws.split([level.num_layers for level in self.levels], 1), strict=True):
             x, rgb, routed = level(x, level_ws, local_text)
-            image = rgb + upsample(image) if pyramid else rgb
+            image = rgb if image is None else rgb + upsample(image)
             pyramid[level.resolution] = image
             routings |= routed
             if level.resolution == resolution:

@@ -72,6 +72,7 @@ class DiscriminatorConfig:
 class Recipe:
     """How a preset is trained."""
 
+    steps: int  # the run's total, unless --steps says otherwise
     batch: int  # global, over all ranks
     lr_generator: float
     lr_discriminator: float
@@ -117,6 +118,7 @@ PRESETS = {
             ),
         ),
         Recipe(
+            steps=500_000,
             batch=2048,
             lr_generator=2.5e-3,
             lr_discriminator=2.5e-3,
@@ -128,6 +130,55 @@ PRESETS = {
             clip_model=OPENAI_CLIP,
             fid_samples=10_000,
             fid_every=500_000,
+            fid_factor=1.5,
+        ),
+    ),
+    # A laptop without GPU: the built-in scenes at 32×32, where attention would cost most and is left out.
+    "shapes": Preset(
+        GeneratorConfig(
+            levels=(
+                Level(4, 96, num_blocks=2, deformable=True),
+                Level(8, 96, num_blocks=1, attn_depth=1, num_experts=4, deformable=True),
+                Level(16, 64, num_blocks=1, num_kernels=2, attn_depth=1, num_experts=4),
+                Level(32, 32, num_blocks=1, num_kernels=2),
+            ),
+            fourier_channels=96,
+            z_dim=64,
+            w_dim=128,
+            mapping_layers=2,
+            mapping_dim=128,
+            clip_width=128,
+            text_dim=128,
+            text_layers=1,
+            num_heads=2,
+            head_dim=32,
+        ),
+        DiscriminatorConfig(
+            levels=(
+                DiscriminatorLevel(4, 96, num_blocks=1),
+                DiscriminatorLevel(8, 96, num_blocks=1, attn_depth=1),
+                DiscriminatorLevel(16, 64, num_blocks=1),
+                DiscriminatorLevel(32, 32, num_blocks=1),
+            ),
+            clip_width=128,
+            text_dim=128,
+            text_layers=1,
+            num_heads=2,
+            head_dim=32,
+        ),
+        Recipe(
+            steps=20_000,
+            batch=32,
+            lr_generator=2e-3,
+            lr_discriminator=2e-3,
+            r1_gamma=1.0,
+            images_per_stage={4: 4_000, 8: 12_000, 16: 150_000},
+            ema_half_life=5_000,
+            clip_weight=0.2,
+            matching_weight=1.0,
+            clip_model="small",
+            fid_samples=512,
+            fid_every=2_000,
             fid_factor=1.5,
         ),
     ),

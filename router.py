@@ -33,6 +33,7 @@ class Router(nn.Module):
 
     def __init__(self, dim, num_experts, w_dim):
         super().__init__()
+        self.num_experts = num_experts
         self.to_logits = ModulatedLinear(dim, num_experts, w_dim)
 
     def forward(self, u, w):

@@ -1,0 +1,130 @@
+"""Saving: the EMA generator as a file that sampling needs nothing beside, and the whole state of a run."""
+
+import dataclasses
+import json
+import os
+import pickle
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from aurora import Generator
+from clip import load_clip, new_small
+from errors import UserError
+from official import is_official, load_official
+from presets import OPENAI_CLIP, GeneratorConfig
+
+
+def atomically(path, write):
+    """Calls write(temporary path), then renames: whoever reads `path` finds the old file or the new one, whole."""
+    temporary = Path(f"{path}.tmp")
+    write(temporary)
+    os.replace(temporary, path)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A generator, ready for sample.py.
+
+
+def save_generator(path, generator, clip, resolution, notes):
+    """Writes the levels of a generator up to `resolution`, and of a small CLIP the text tower; of another, its name.
+
+    notes: a dict of what is worth knowing about the run, kept in the file's metadata.
+    """
+    levels = tuple(level for level in generator.config.levels if level.resolution <= resolution)
+    config = dataclasses.replace(generator.config, levels=levels)
+    with torch.device("meta"):
+        names = Generator(config).state_dict().keys()
+    state = generator.state_dict()
+    tensors = {f"generator.{name}": state[name].contiguous() for name in names}
+    if clip.kept_ids is not None:
+        text_tower = {name: v for name, v in clip.model.state_dict().items() if not name.startswith("visual.")}
+        tensors |= {f"clip.{name}": value.contiguous() for name, value in text_tower.items()}
+    metadata = {
+        "generator": json.dumps(dataclasses.asdict(config)),
+        "clip": clip.name,
+        "kept_ids": json.dumps(clip.kept_ids),
+        "notes": json.dumps(notes),
+    }
+    atomically(path, lambda temporary: save_file(tensors, temporary, metadata))
+
+
+def load_generator(path, device="cpu", clip_spec=None):
+    """A file of save_generator, or the authors' aurora_v1.pth → (Generator in eval mode, its CLIP, notes).
+
+    The CLIP of a file that holds one has no image tower. clip_spec: another way to get a large CLIP, see clip.load_clip.
+    Raises UserError for a file that is missing, damaged or foreign, and where its CLIP cannot be had.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"no checkpoint at {path}")
+    if Path(path).suffix == ".safetensors":
+        generator, clip, notes = _load_ours(path)
+    else:
+        generator, clip, notes = _load_official(path), OPENAI_CLIP, {}
+    if isinstance(clip, str):
+        clip = load_clip(clip_spec or clip, device)
+    if clip.width != generator.config.clip_width:
+        raise UserError(f"{path} needs a CLIP of width {generator.config.clip_width}, and {clip.name} has {clip.width}")
+    return generator.to(device).eval().requires_grad_(False), clip.to(device), notes
+
+
+def _load_ours(path):
+    """→ generator, its small CLIP or the name of a large one, notes."""
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata()
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        generator = Generator(GeneratorConfig.from_dict(json.loads(metadata["generator"])))
+        generator.load_state_dict(without_prefix(state, "generator."))
+        clip, kept_ids = metadata["clip"], json.loads(metadata["kept_ids"])
+        if kept_ids is not None:
+            clip = new_small(kept_ids)
+            clip.model.visual = None
+            clip.model.load_state_dict(without_prefix(state, "clip."))
+        return generator, clip, json.loads(metadata["notes"])
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"{path} is not a generator of train.py, or it is damaged ({first_line(error)})") from error
+
+
+def _load_official(path):
+    try:
+        return load_official(path)
+    except pickle.UnpicklingError as error:
+        raise UserError(f"{path} is not a plain checkpoint of tensors and was not opened: it may run code") from error
+    except (ValueError, RuntimeError, OSError, EOFError, KeyError) as error:
+        raise UserError(
+            f"{path} is neither a .safetensors of train.py nor the authors' aurora_v1.pth ({first_line(error)})"
+        ) from error
+
+
+def without_prefix(state, prefix):
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+
+
+def first_line(error):
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A run.
+
+
+def save_run(path, state):
+    """Writes the whole state of a run, a nested dict of tensors and plain values."""
+    atomically(path, lambda temporary: torch.save(state, temporary))
+
+
+def load_run(path):
+    """Reads it again, on the CPU. Raises UserError where the file is damaged or foreign; no code in it can run."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
+        raise UserError(f"{path} cannot be resumed from: it is damaged, or not a checkpoint of train.py") from error
+    if not isinstance(state, dict) or "discriminator" not in state:
+        what = (
+            "the authors' generator, which has no discriminator" if is_official(state) else "not a checkpoint of a run"
+        )
+        raise UserError(f"{path} cannot be resumed from: it is {what}")
+    return state

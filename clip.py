@@ -1,0 +1,196 @@
+"""The frozen CLIP: token features for the networks, embeddings for the CLIP loss and for the FID.
+
+Any model of open_clip serves, by name and weights. So that nothing needs downloading there is also a small one, in
+open_clip's own classes, trained in about a minute on the built-in scenes, whose vocabulary is the words of their captions.
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import open_clip
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+from tqdm import tqdm
+
+import shapes
+from errors import UserError
+
+SMALL = dict(
+    embed_dim=64,
+    quick_gelu=True,
+    vision_cfg=dict(image_size=32, layers=[1, 1, 1, 1], width=16, head_width=64),  # CLIP's ResNet sees shapes early
+    text_cfg=dict(context_length=24, width=128, heads=4, layers=2),
+)
+SPECIAL = re.compile(r"<(start|end)_of_text>")  # would end the text early
+
+
+class Text(NamedTuple):
+    """What CLIP says about a batch of captions."""
+
+    tokens: torch.Tensor  # [B, T, width] features of every token, after the last norm
+    eot: torch.Tensor  # [B] index of the end-of-text token
+    embedding: torch.Tensor  # [B, D], of unit length
+
+
+class FrozenClip(nn.Module):
+    """A CLIP whose weights never change; gradients pass through it to the images.
+
+    model: an open_clip.CLIP or one of its kind. name: how to get it again, "MODEL:WEIGHTS", or "small".
+    kept_ids: for the small one, the token ids its vocabulary holds, sorted; all others share row 0, the unknown word.
+    """
+
+    def __init__(self, model, name, kept_ids=None):
+        super().__init__()
+        self.model = model.eval().requires_grad_(False)
+        self.name = name
+        self.kept_ids = kept_ids
+        self.context_length = model.positional_embedding.shape[0]
+        self.width = model.positional_embedding.shape[1]
+        self.tokenizer = open_clip.SimpleTokenizer(context_length=self.context_length)
+
+    def train(self, mode=True):
+        """Stays in eval mode, as part of a network in training too."""
+        return super().train(False)
+
+    @property
+    def device(self):
+        return self.model.positional_embedding.device
+
+    def tokenize(self, captions):
+        """Captions → token ids [B, context_length], overlong ones cut. Safe on any text, e.g. with emoji."""
+        ids = self.tokenizer([SPECIAL.sub(" ", caption) for caption in captions])
+        if self.kept_ids is not None:
+            row = torch.zeros(self.tokenizer.vocab_size, dtype=torch.long)
+            row[self.kept_ids] = torch.arange(1, len(self.kept_ids) + 1)
+            ids = row[ids]  # the order is kept, so the end of the text still has the largest number
+        return ids.to(self.device)
+
+    def unknown_words(self, caption):
+        """The words of a caption that this CLIP has never seen, in order."""
+        if self.kept_ids is None:
+            return []
+        kept, words = set(self.kept_ids), SPECIAL.sub(" ", caption).lower().split()
+        return [word for word in dict.fromkeys(words) if not kept.issuperset(self.tokenizer.encode(word))]
+
+    def num_tokens_cut(self, caption):
+        """How many tokens of a caption do not fit between the start and the end of the text."""
+        return max(0, len(self.tokenizer.encode(SPECIAL.sub(" ", caption))) + 2 - self.context_length)
+
+    @torch.no_grad()  # not inference_mode: these enter a training graph
+    def encode_text(self, ids):
+        """Token ids [B, T] → Text."""
+        m = self.model
+        x = m.token_embedding(ids) + m.positional_embedding
+        tokens = m.ln_final(m.transformer(x, attn_mask=m.attn_mask)).float()
+        eot = ids.argmax(-1)
+        embedding = tokens[torch.arange(len(ids), device=ids.device), eot] @ m.text_projection
+        return Text(tokens, eot, F.normalize(embedding, dim=-1))
+
+    def encode_image(self, images):
+        """Images [B, 3, R, R] in [−1, 1] → embeddings [B, D]; resized and normalized as this CLIP expects."""
+        visual = self.model.visual
+        images = F.interpolate((images + 1) / 2, visual.image_size, mode="bicubic", antialias=True)
+        mean, std = (torch.tensor(t, device=images.device).view(3, 1, 1) for t in _normalization(visual))
+        return self.model.encode_image((images - mean) / std)
+
+    @property
+    def logit_scale(self):
+        return self.model.logit_scale.exp()
+
+
+def _normalization(visual):
+    mean = getattr(visual, "image_mean", None) or open_clip.OPENAI_DATASET_MEAN
+    return mean, getattr(visual, "image_std", None) or open_clip.OPENAI_DATASET_STD
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Getting one.
+
+
+def load_clip(spec, device="cpu"):
+    """ "MODEL:WEIGHTS" of open_clip, WEIGHTS a tag or a file, or the path of a small clip.safetensors → FrozenClip."""
+    if Path(spec).is_file():
+        return load_small(spec).to(device)
+    model_name, _, weights = spec.partition(":")
+    if model_name not in open_clip.list_models():
+        raise UserError(f"--clip {spec}: neither a file nor MODEL:WEIGHTS of open_clip, as ViT-L-14-quickgelu:openai")
+    if weights == "openai" and "quickgelu" not in model_name and f"{model_name}-quickgelu" in open_clip.list_models():
+        raise UserError(f"--clip {spec}: OpenAI's weights use quick GELU; ask for {model_name}-quickgelu:openai")
+    try:
+        model = open_clip.create_model(model_name, pretrained=weights or None, require_pretrained=True)
+    except Exception as error:  # open_clip and the hub raise many kinds, all of them meaning that there are no weights
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"--clip {spec}: the weights cannot be had ({reason}). Download them where there is a network and pass the "
+            f"file as --clip {model_name}:PATH, or use the built-in small CLIP: --clip small"
+        ) from error
+    return FrozenClip(model, spec).to(device)
+
+
+def new_small(kept_ids):
+    """A small CLIP with random weights and a row for each id in kept_ids, after the row of the unknown word."""
+    text_cfg = {**SMALL["text_cfg"], "vocab_size": len(kept_ids) + 1}
+    return FrozenClip(open_clip.CLIP(**{**SMALL, "text_cfg": text_cfg}), "small", kept_ids)
+
+
+def vocabulary_ids():
+    """The token ids that captions of the built-in scenes use, with padding, start and end of the text."""
+    tokenizer = open_clip.SimpleTokenizer()
+    ids = {i for word in shapes.vocabulary() for i in tokenizer.encode(word)}
+    return sorted(ids | {0, tokenizer.sot_token_id, tokenizer.eot_token_id})
+
+
+def train_small(device="cpu", steps=300, batch=64, seed=0):
+    """Trains the small CLIP on the built-in scenes with open_clip's own loss; the same seed gives the same weights.
+
+    Images are blurred down to 4×4 … 32×32 at random, since the networks ask about every resolution, and a few words are
+    made unknown, so that the row of the unknown word means "some word".
+    """
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        clip = new_small(vocabulary_ids()).to(device)
+        model, loss_function = clip.model.requires_grad_(True).train(), open_clip.ClipLoss()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.98), weight_decay=0.1)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=steps, pct_start=0.1)
+        progress = tqdm(range(steps), desc="training the small CLIP", unit="step", leave=False)
+        for step in progress:
+            scenes = [shapes.scene(i, seed=seed + 1) for i in range(step * batch, (step + 1) * batch)]
+            resolution = (4, 8, 16, 32)[torch.randint(4, ()).item()]
+            images = shapes.draw(scenes, 32).to(device)
+            ids = clip.tokenize([scene.caption for scene in scenes])
+            ids[(torch.rand(ids.shape, device=device) < 0.03) & (ids > 1) & (ids < len(clip.kept_ids) - 1)] = 0
+            image_features = clip.encode_image(F.interpolate(images, resolution, mode="area"))
+            text_features = model.encode_text(ids, normalize=True)
+            loss = loss_function(F.normalize(image_features, dim=-1), text_features, clip.logit_scale)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            model.logit_scale.data.clamp_(max=4.6052)  # ln 100, as CLIP
+            progress.set_postfix(loss=f"{loss.item():.2f}", refresh=False)
+    return FrozenClip(model, "small", clip.kept_ids)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The small one on disk.
+
+
+def save_small(clip, path):
+    """Writes a small CLIP as safetensors, its vocabulary in the metadata."""
+    save_file(clip.model.state_dict(), path, {"kept_ids": json.dumps(clip.kept_ids)})
+
+
+def load_small(path):
+    """Reads what save_small wrote. Raises UserError on any other file."""
+    try:
+        with safe_open(path, "pt") as file:
+            clip = new_small(json.loads(file.metadata()["kept_ids"]))
+            clip.model.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+    except (SafetensorError, KeyError, TypeError, RuntimeError) as error:
+        raise UserError(f"{path} is not a small CLIP written by train.py, or it is damaged") from error
+    return clip

@@ -1,0 +1,157 @@
+"""The discriminator: GigaGAN's, multi-scale and text-conditional (sections 3.3 and 3.4 there).
+
+Every image of the pyramid enters at its own stage and is judged after every stage from there on, so that early stages learn
+from early judgements and the generator answers for each of its resolutions. At 64×64: 5 inputs, 15 predictions.
+"""
+
+import torch
+from torch import nn
+
+from layers import (
+    Conv2d,
+    Linear,
+    ModulatedLinear,
+    blur,
+    lrelu,
+    merge_heads,
+    rms_norm,
+    split_heads,
+    squared_l2_attention,
+)
+from presets import DiscriminatorConfig
+from text import TextHead
+
+RESIDUAL_GAIN, ATTN_GAIN = 0.4, 0.3  # of the branches; the identity path keeps its scale, having no normalization
+
+
+class SelfAttention(nn.Module):
+    """L2 self-attention [B, C, H, W] → the same shape, q and k tied, written out so that R1 can differentiate it twice."""
+
+    def __init__(self, channels, num_heads, head_dim):
+        super().__init__()
+        dim = num_heads * head_dim
+        self.num_heads = num_heads
+        self.norm = nn.GroupNorm(32, channels)
+        self.to_qk = Linear(channels, dim, bias=False)
+        self.to_v = Linear(channels, dim, bias=False)
+        self.proj_out = Linear(dim, channels)
+        nn.init.zeros_(self.proj_out.weight)
+
+    def forward(self, x):
+        points = self.norm(x).flatten(2).transpose(1, 2)  # [B, N, C]
+        qk, v = (split_heads(project(points), self.num_heads) for project in (self.to_qk, self.to_v))
+        h = self.proj_out(merge_heads(squared_l2_attention(qk, v)))
+        return x + ATTN_GAIN * h.transpose(1, 2).view_as(x)
+
+
+class ResidualBlock(nn.Module):
+    """Two convolutions beside the identity, [B, C, H, W] → the same shape."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.conv1 = Conv2d(channels, channels, 3)
+        self.conv2 = Conv2d(channels, channels, 3)
+
+    def forward(self, x):
+        return x + RESIDUAL_GAIN * lrelu(self.conv2(lrelu(self.conv1(x))))
+
+
+class Downsample(nn.Module):
+    """The stride-2 step: the filter, then a convolution, [B, C, H, W] → [B, D, H/2, W/2]."""
+
+    def __init__(self, in_channels, out_channels):
+        super().__init__()
+        self.conv = Conv2d(in_channels, out_channels, 3)
+
+    def forward(self, x):
+        return lrelu(self.conv(blur(x, stride=2)))
+
+
+class Flatten(nn.Module):
+    """The last stride: a convolution over the whole 4×4 map, [B, C, 4, 4] → [B, C, 1, 1]."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.conv = Conv2d(channels, channels, 4, padding=0)
+
+    def forward(self, x):
+        return lrelu(self.conv(x))
+
+
+class Stage(nn.Module):
+    """One φ: self-attention and residual convolutions at one resolution, then the step to half of it."""
+
+    def __init__(self, config: DiscriminatorConfig, level, step):
+        super().__init__()
+        attention = (SelfAttention(level.channels, config.num_heads, config.head_dim) for _ in range(level.attn_depth))
+        blocks = (ResidualBlock(level.channels) for _ in range(level.num_blocks))
+        self.from_rgb = Conv2d(3, level.channels, 1)
+        self.body = nn.Sequential(*attention, *blocks, step)
+
+
+class Head(nn.Module):
+    """One ψ with its unconditional companion: D = ψ(features, t) + conv1×1(features), for every point of the features."""
+
+    def __init__(self, channels, text_dim):
+        super().__init__()
+        self.convs = nn.ModuleList(ModulatedLinear(channels, channels, text_dim) for _ in range(3))
+        self.last = ModulatedLinear(channels, 1, text_dim)
+        self.unconditional = Linear(channels, 1)
+
+    def forward(self, features, text):
+        """features [B, C, H, W], text [B, text_dim] → logits [B, H·W]."""
+        points = h = features.flatten(2).transpose(1, 2)
+        for conv in self.convs:
+            h = lrelu(conv(h, text))
+        return (self.last(h, text) + self.unconditional(points)).squeeze(-1).float()
+
+
+class Discriminator(nn.Module):
+    """Pyramids {resolution: [B, 3, R, R]} and captions → logits {(input, stage): [B, N]}; larger means more like real.
+
+    A smaller pyramid, as while the generator grows, enters at the stages it has images for. Features hold no text, so to
+    judge the same images under another caption is to run the heads again: features(), then score() twice.
+    """
+
+    def __init__(self, config: DiscriminatorConfig):
+        super().__init__()
+        self.text_head = TextHead(
+            config.clip_width, config.text_dim, config.text_layers, config.num_heads, mix_tokens=True
+        )
+        levels = {level.resolution: level for level in config.levels}
+        stages, heads = {}, {}
+        for resolution, level in levels.items():
+            below = levels.get(resolution // 2)
+            step = Downsample(level.channels, below.channels) if below else Flatten(level.channels)
+            stages[str(resolution)] = Stage(config, level, step)
+            heads[str(resolution)] = Head(below.channels if below else level.channels, config.text_dim)
+        self.stages, self.heads = nn.ModuleDict(stages), nn.ModuleDict(heads)
+
+    def encode_text(self, tokens, eot):
+        """CLIP token features [B, T, clip_width] and eot [B] → the discriminator's own text code t_D [B, text_dim]."""
+        return rms_norm(self.text_head(tokens, eot)[0])
+
+    def features(self, pyramid):
+        """→ {(input resolution, stage resolution): features after that stage [B, C, H/2, W/2]}."""
+        features, streams = {}, {}
+        for resolution in sorted(pyramid, reverse=True):
+            stage = self.stages[str(resolution)]
+            streams[resolution] = lrelu(stage.from_rgb(pyramid[resolution]))
+            # All streams have this resolution here, so they pass the stage as one batch.
+            outputs = stage.body(torch.cat(list(streams.values()))).chunk(len(streams))
+            streams = dict(zip(streams, outputs, strict=True))
+            features |= {(entered, resolution): x for entered, x in streams.items()}
+        return features
+
+    def score(self, features, text):
+        """Features of B images and text codes [B, text_dim] → logits {(input, stage): [B, N]}."""
+        logits = {}
+        for resolution in {stage: None for _, stage in features}:
+            entered = [key for key in features if key[1] == resolution]
+            head, stacked = self.heads[str(resolution)], torch.cat([features[key] for key in entered])
+            outputs = head(stacked, text.repeat(len(entered), 1)).chunk(len(entered))
+            logits |= dict(zip(entered, outputs, strict=True))
+        return logits
+
+    def forward(self, pyramid, tokens, eot):
+        return self.score(self.features(pyramid), self.encode_text(tokens, eot))

@@ -1,0 +1,66 @@
+"""The few calls to torch.distributed, each of which does the obvious thing in a single process too."""
+
+import os
+
+import torch
+import torch.distributed as dist
+from torch.distributed.nn.functional import all_gather
+
+from errors import UserError
+
+
+def start(device_name):
+    """Joins the process group where torchrun started us, and returns this rank's device.
+
+    device_name: "auto", "cpu", "cuda" or "cuda:N". Raises UserError for a device that is not there.
+    """
+    if device_name == "auto":
+        device_name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(device_name)
+    except RuntimeError:
+        raise UserError(f"--device {device_name}: use auto, cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"--device {device_name}: PyTorch finds no CUDA device here; use --device cpu")
+    if "RANK" in os.environ:
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return device
+
+
+def stop():
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main():
+    return rank() == 0
+
+
+def gather(x):
+    """Concatenates x [B, …] over ranks, in their order. Gradients flow back to every rank and sum there."""
+    return torch.cat(all_gather(x.contiguous())) if dist.is_initialized() else x
+
+
+def mean(x):
+    """The mean of a tensor over ranks, without gradient."""
+    if dist.is_initialized():
+        x = x.detach().clone()
+        dist.all_reduce(x)
+        x /= world_size()
+    return x.detach()
+
+
+def barrier():
+    if dist.is_initialized():
+        dist.barrier()

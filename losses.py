@@ -1,0 +1,161 @@
+"""Every loss of Aurora, in the paper's order: adversarial, matching-aware, R1, multi-level CLIP, mixture of experts.
+
+A pyramid has an image for each active resolution, and the discriminator a prediction for each image after each stage from
+there on. Losses are means over the local batch, so that averaging gradients over ranks gives the global batch's.
+"""
+
+import open_clip
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import distributed
+from layers import float32_region
+
+SCALE_WEIGHTS = (0.33, 0.17, 0.17, 0.17, 0.17)  # of the images, from the highest resolution down
+EARLY_ADVERSARIAL, EARLY_MATCHING = 0.01, 0.05  # of all predictions but the last, relative to that one
+
+
+def scale_weights(resolutions):
+    """{resolution: weight}, summing to one also while fewer resolutions are active."""
+    weights = SCALE_WEIGHTS[: len(resolutions)]
+    return {r: w / sum(weights) for r, w in zip(sorted(resolutions, reverse=True), weights, strict=True)}
+
+
+def prediction_weights(logits, early):
+    """{(input, stage): weight}: the scale's weight, times `early` unless the stage is the last."""
+    scales = scale_weights({entered for entered, _ in logits})
+    last = min(stage for _, stage in logits)
+    return {(entered, stage): scales[entered] * (1 if stage == last else early) for entered, stage in logits}
+
+
+def logistic_loss(logits, sign, early):
+    """Σ weight · softplus(sign · D) over the predictions, per image: [B].
+
+    logits: {(input, stage): [B, N]}. sign −1 wants them to look real, +1 to look fake: the non-saturating logistic loss.
+    """
+    weights = prediction_weights(logits, early)
+    return sum(weights[key] * F.softplus(sign * x).mean(1) for key, x in logits.items())
+
+
+def wrong_captions(ids):
+    """For each caption of the global batch the next one that differs from it, in a circle; itself if all are the same.
+
+    ids: token ids [B, T] → indices [B].
+    """
+    _, label = torch.unique(ids, dim=0, return_inverse=True)
+    position = torch.arange(len(ids), device=ids.device)
+    candidates = (position[:, None] + position) % len(ids)  # [B, B]: itself, the next, the one after, …
+    first_other = (label[candidates] != label[:, None]).int().argmax(1)
+    return candidates[position, first_other]
+
+
+def r1_penalty(discriminator, pyramid, tokens, eot, gamma, early=EARLY_ADVERSARIAL):
+    """R1 (Mescheder et al. 2018) on real images with their captions, in float32: a scalar.
+
+    Σ over inputs of scale weight · γ_r/2 · mean ‖∇ of the input's predictions‖², with γ_r = gamma · (r/64)². Images of the
+    pyramid do not see each other, so one backward pass gives the gradient of each.
+    """
+    with float32_region(tokens):
+        pyramid = {r: x.detach().float().requires_grad_() for r, x in pyramid.items()}
+        logits = discriminator(pyramid, tokens.float(), eot)
+        last = min(pyramid)
+        score = sum((1 if stage == last else early) * x.mean(1).sum() for (_, stage), x in logits.items())
+        gradients = torch.autograd.grad(score, list(pyramid.values()), create_graph=True)
+        scales = scale_weights(pyramid)
+        norms = {r: g.square().sum((1, 2, 3)).mean() for r, g in zip(pyramid, gradients, strict=True)}
+        return sum(scales[r] * gamma * (r / 64) ** 2 / 2 * norm for r, norm in norms.items())
+
+
+def clip_loss(clip, pyramid, text_embedding):
+    """Symmetric InfoNCE over the global batch between captions and the images of every resolution, their mean."""
+    info_nce = open_clip.ClipLoss(
+        gather_with_grad=True, rank=distributed.rank(), world_size=distributed.world_size(), cache_labels=False
+    )
+    losses = [
+        info_nce(F.normalize(clip.encode_image(x), dim=-1), text_embedding, clip.logit_scale) for x in pyramid.values()
+    ]
+    return torch.stack(losses).mean()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The two objectives, as modules around the network that learns, so that DDP wraps all that happens in one forward.
+
+
+class DiscriminatorLoss(nn.Module):
+    """What the discriminator minimizes: adversarial + matching + lazy R1."""
+
+    def __init__(self, discriminator, recipe):
+        super().__init__()
+        self.discriminator = discriminator
+        self.recipe = recipe
+
+    def forward(self, real, fake, text, wrong, r1_interval):
+        """real, fake: pyramids. text: clip.Text of the local captions. wrong [B]: indices into the global batch.
+
+        r1_interval: 0, or the number of steps that this step's R1 stands for. → {name: scalar}, `loss` to be minimized.
+        """
+        d, batch = self.discriminator, len(wrong)
+        code = d.encode_text(text.tokens, text.eot)
+        wrong_code, is_wrong = choose_wrong(code, wrong)
+
+        features = d.features({r: torch.cat([real[r], fake[r]]) for r in real})
+        right_logits = d.score(features, code.repeat(2, 1))
+        wrong_logits = d.score(features, wrong_code.repeat(2, 1))
+        sign = torch.ones(2 * batch, 1, device=wrong.device)
+        real_is_fake = torch.where(torch.arange(2 * batch, device=wrong.device)[:, None] < batch, -sign, sign)
+
+        adversarial = logistic_loss(right_logits, real_is_fake, EARLY_ADVERSARIAL).sum() / batch
+        matching = (logistic_loss(wrong_logits, sign, EARLY_MATCHING) * is_wrong.repeat(2)).sum() / batch
+        loss = adversarial + self.recipe.matching_weight * matching
+
+        last = right_logits[max(real), min(real)].detach()
+        report = {
+            "d_adversarial": adversarial,
+            "d_matching": matching,
+            "logits_real": last[:batch].mean(),
+            "logits_fake": last[batch:].mean(),
+            "logits_wrong": wrong_logits[max(real), min(real)][:batch].detach().mean(),
+        }
+        if r1_interval:
+            report["r1"] = r1_penalty(d, real, text.tokens, text.eot, self.recipe.r1_gamma)
+            loss = loss + r1_interval * report["r1"]
+        return {"loss": loss, **report}
+
+
+class GeneratorLoss(nn.Module):
+    """What the generator minimizes: adversarial + matching + multi-level CLIP + mixture of experts."""
+
+    def __init__(self, generator, recipe):
+        super().__init__()
+        self.generator = generator
+        self.recipe = recipe
+
+    def forward(self, z, text, wrong, resolution, discriminator, clip):
+        """z [B, z_dim], text and wrong as above; the discriminator frozen, the clip always so. → {name: scalar}, Output."""
+        output = self.generator(z, text.tokens, text.eot, resolution)
+        with torch.no_grad():
+            code = discriminator.encode_text(text.tokens, text.eot)
+        wrong_code, is_wrong = choose_wrong(code, wrong)
+        features = discriminator.features(output.pyramid)
+        adversarial = logistic_loss(discriminator.score(features, code), -1, EARLY_ADVERSARIAL).mean()
+        # On the discriminator alone this loss hurts, on both it helps (GigaGAN, table 1).
+        matching = (logistic_loss(discriminator.score(features, wrong_code), -1, EARLY_MATCHING) * is_wrong).mean()
+        alignment = clip_loss(clip, output.pyramid, text.embedding)
+        loss = (
+            adversarial + self.recipe.matching_weight * matching + self.recipe.clip_weight * alignment + output.aux_loss
+        )
+        report = {
+            "g_adversarial": adversarial,
+            "g_matching": matching,
+            "g_clip": alignment,
+            "g_experts": output.aux_loss,
+        }
+        return {"loss": loss, **report}, output
+
+
+def choose_wrong(code, wrong):
+    """The text codes [B, D] of the captions numbered `wrong` in the global batch, and where they are wrong indeed [B]."""
+    first = distributed.rank() * len(code)
+    own = torch.arange(first, first + len(code), device=wrong.device)
+    return distributed.gather(code)[wrong], (wrong != own).float()

@@ -1,0 +1,75 @@
+"""The Fréchet distance, and the reference FID that tells the training when a resolution is learned."""
+
+import torch
+import torch.nn.functional as F
+
+import distributed
+
+
+def statistics(features):
+    """Features [N, D] → their mean [D] and covariance [D, D] in float64."""
+    features = features.double()
+    return features.mean(0), torch.cov(features.T)
+
+
+def frechet_distance(a, b):
+    """‖μ_a − μ_b‖² + tr(Σ_a + Σ_b − 2(Σ_aΣ_b)^½) between two pairs (μ, Σ) in float64 (Heusel et al. 2017).
+
+    The trace of the root is the sum of the roots of the eigenvalues of Σ_a^½ Σ_b Σ_a^½, which is symmetric.
+    """
+    (mean_a, cov_a), (mean_b, cov_b) = a, b
+    values, vectors = torch.linalg.eigh(cov_a)
+    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
+    root_trace = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()
+    return ((mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * root_trace).clamp(min=0).item()
+
+
+def fid(a, b):
+    """The Fréchet distance between two sets of features, [N, D] and [M, D]."""
+    return frechet_distance(statistics(a), statistics(b))
+
+
+def resize(images, resolution):
+    """Averages images [B, 3, R, R] down to a resolution that divides R."""
+    return F.interpolate(images, resolution, mode="area")
+
+
+def pyramid(images, resolutions):
+    """Images [B, 3, R, R] → {resolution: image}, averaged down."""
+    return {r: resize(images, r) for r in resolutions}
+
+
+@torch.no_grad()
+def clip_features(clip, images):
+    """The features the FID is measured in, [B, D]: the CLIP's image embedding."""
+    return clip.encode_image(images).float()
+
+
+@torch.no_grad()
+def real_features(clip, batches, count, resolutions, device):
+    """Features of the first `count` real images of (images, captions) batches: {resolution: [N, D]}, and the captions."""
+    features, captions = {r: [] for r in resolutions}, []
+    for images, texts, _ in batches:
+        images = images.to(device)
+        for r in resolutions:
+            features[r].append(clip_features(clip, resize(images, r)))
+        captions += texts
+        if len(captions) >= count:
+            break
+    return {r: torch.cat(f)[:count] for r, f in features.items()}, captions[:count]
+
+
+@torch.no_grad()
+def fake_features(generator, clip, captions, resolution, seed, batch=64):
+    """Features of one sample for each caption at a resolution, [N, D]; the ranks share the work. z is drawn from seed."""
+    device = clip.device
+    z = torch.randn(len(captions), generator.config.z_dim, generator=torch.Generator().manual_seed(seed)).to(device)
+    share = -(-len(captions) // distributed.world_size())
+    # Every rank takes an equal share, the last ones wrapping around, so that the features can be gathered.
+    mine = torch.arange(distributed.rank() * share, (distributed.rank() + 1) * share) % len(captions)
+    features = []
+    for indices in mine.split(batch):
+        text = clip.encode_text(clip.tokenize([captions[i] for i in indices]))
+        image = generator(z[indices], text.tokens, text.eot, resolution).image
+        features.append(clip_features(clip, image.clamp(-1, 1)))
+    return distributed.gather(torch.cat(features))[: len(captions)]

@@ -1,0 +1,53 @@
+"""What several test files share: tiny configurations, and the marker for tests that need a GPU."""
+
+import pytest
+import torch
+
+from presets import DiscriminatorConfig, DiscriminatorLevel, GeneratorConfig, Level
+
+torch.set_num_threads(2)
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture
+def generator_config():
+    """Three resolutions, the middle one without attention, adaptive and deformable kernels."""
+    return GeneratorConfig(
+        levels=(
+            Level(4, 32, num_blocks=2, deformable=True),
+            Level(8, 32, num_blocks=1, num_kernels=2, deformable=True),
+            Level(16, 32, num_blocks=1, num_kernels=3, attn_depth=2, num_experts=4),
+        ),
+        fourier_channels=24,
+        z_dim=16,
+        w_dim=20,
+        mapping_layers=2,
+        mapping_dim=28,
+        clip_width=12,
+        text_dim=16,
+        text_layers=1,
+        num_heads=2,
+        head_dim=8,
+    )
+
+
+@pytest.fixture
+def discriminator_config():
+    return DiscriminatorConfig(
+        levels=(
+            DiscriminatorLevel(4, 32, num_blocks=1),
+            DiscriminatorLevel(8, 32, num_blocks=1, attn_depth=1),
+            DiscriminatorLevel(16, 32, num_blocks=1),
+        ),
+        clip_width=12,
+        text_dim=16,
+        text_layers=1,
+        num_heads=2,
+        head_dim=8,
+    )
