@@ -28,7 +28,7 @@ from layers import (
 )
 from presets import PRESETS, GeneratorConfig
 from router import Router
-from text import LR_MUL, TextHead
+from text import TextHead
 
 
 def build(preset):
@@ -44,7 +44,7 @@ class Mapping(nn.Module):
     def __init__(self, config: GeneratorConfig):
         super().__init__()
         widths = [config.z_dim + config.text_dim, *[config.mapping_dim] * (config.mapping_layers - 1), config.w_dim]
-        self.layers = nn.ModuleList(Linear(i, o, lr_mul=LR_MUL) for i, o in itertools.pairwise(widths))
+        self.layers = nn.ModuleList(Linear(i, o, lr_mul=config.lr_mul) for i, o in itertools.pairwise(widths))
 
     def forward(self, z, global_text):
         w = torch.cat([rms_norm(z), rms_norm(global_text)], dim=-1)
@@ -302,7 +302,7 @@ class Generator(nn.Module):
         super().__init__()
         self.config = config
         self.text_head = TextHead(
-            config.clip_width, config.text_dim, config.text_layers, config.num_heads, config.mix_tokens
+            config.clip_width, config.text_dim, config.text_layers, config.num_heads, config.lr_mul, config.mix_tokens
         )
         self.mapping = Mapping(config)
         self.synthesis = Synthesis(config)

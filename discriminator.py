@@ -116,7 +116,7 @@ class Discriminator(nn.Module):
     def __init__(self, config: DiscriminatorConfig):
         super().__init__()
         self.text_head = TextHead(
-            config.clip_width, config.text_dim, config.text_layers, config.num_heads, mix_tokens=True
+            config.clip_width, config.text_dim, config.text_layers, config.num_heads, config.lr_mul
         )
         levels = {level.resolution: level for level in config.levels}
         stages, heads = {}, {}

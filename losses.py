@@ -107,7 +107,7 @@ class DiscriminatorLoss(nn.Module):
 
         adversarial = logistic_loss(right_logits, real_is_fake, EARLY_ADVERSARIAL).sum() / batch
         matching = (logistic_loss(wrong_logits, sign, EARLY_MATCHING) * is_wrong.repeat(2)).sum() / batch
-        loss = adversarial + self.recipe.matching_weight * matching
+        loss = adversarial + self.recipe.matching_weight_discriminator * matching
 
         last = right_logits[max(real), min(real)].detach()
         report = {
@@ -143,7 +143,7 @@ class GeneratorLoss(nn.Module):
         matching = (logistic_loss(discriminator.score(features, wrong_code), -1, EARLY_MATCHING) * is_wrong).mean()
         alignment = clip_loss(clip, output.pyramid, text.embedding)
         loss = (
-            adversarial + self.recipe.matching_weight * matching + self.recipe.clip_weight * alignment + output.aux_loss
+            adversarial + self.recipe.matching_weight_generator * matching + self.recipe.clip_weight * alignment + output.aux_loss
         )
         report = {
             "g_adversarial": adversarial,

@@ -33,6 +33,7 @@ class GeneratorConfig:
     mix_tokens: bool = True  # False only for released weights, see text.py
     num_heads: int = 8
     head_dim: int = 64
+    lr_mul: float = 0.01  # of the text head and the mapping network
     residual_gain: float = 0.4
     attn_gain: float = 0.3
 
@@ -66,6 +67,7 @@ class DiscriminatorConfig:
     text_layers: int = 4
     num_heads: int = 8
     head_dim: int = 64
+    lr_mul: float = 0.01  # of the text head
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,8 @@ class Recipe:
     images_per_stage: dict[int, int]  # real images after which a stage ends even if its FID never met the reference
     ema_half_life: int  # in images
     clip_weight: float
-    matching_weight: float
+    matching_weight_discriminator: float
+    matching_weight_generator: float
     clip_model: str  # the default of --clip
     fid_samples: int  # on either side of a FID
     fid_every: int  # in images
@@ -126,10 +129,58 @@ PRESETS = {
             images_per_stage={4: 2_000_000, 8: 5_000_000, 16: 20_000_000, 32: 60_000_000},
             ema_half_life=640_000,
             clip_weight=0.1,
-            matching_weight=1.0,
+            matching_weight_discriminator=1.0,
+            matching_weight_generator=1.0,
             clip_model=OPENAI_CLIP,
             fid_samples=10_000,
             fid_every=500_000,
+            fid_factor=1.5,
+        ),
+    ),
+    # One GPU: the same scheme at about 100 M parameters.
+    "small-64": Preset(
+        GeneratorConfig(
+            levels=(
+                Level(4, 512, num_blocks=2, deformable=True),
+                Level(8, 512, num_blocks=2, attn_depth=1, num_experts=4, deformable=True),
+                Level(16, 320, num_blocks=2, num_kernels=2, attn_depth=1, num_experts=8, deformable=True),
+                Level(32, 256, num_blocks=2, num_kernels=4, attn_depth=1, num_experts=8),
+                Level(64, 128, num_blocks=2, num_kernels=4, attn_depth=1, num_experts=8),
+            ),
+            fourier_channels=512,
+            w_dim=512,
+            mapping_dim=512,
+            text_dim=512,
+            text_layers=2,
+            num_heads=8,
+            head_dim=32,
+        ),
+        DiscriminatorConfig(
+            levels=(
+                DiscriminatorLevel(4, 512, num_blocks=1),
+                DiscriminatorLevel(8, 512, num_blocks=1, attn_depth=1),
+                DiscriminatorLevel(16, 384, num_blocks=2, attn_depth=1),
+                DiscriminatorLevel(32, 256, num_blocks=2),
+                DiscriminatorLevel(64, 128, num_blocks=2),
+            ),
+            text_dim=512,
+            text_layers=2,
+            head_dim=32,
+        ),
+        Recipe(
+            steps=400_000,
+            batch=256,
+            lr_generator=2e-3,
+            lr_discriminator=2e-3,
+            r1_gamma=1.0,
+            images_per_stage={4: 500_000, 8: 2_000_000, 16: 8_000_000, 32: 20_000_000},
+            ema_half_life=200_000,
+            clip_weight=0.1,
+            matching_weight_discriminator=1.0,
+            matching_weight_generator=1.0,
+            clip_model=OPENAI_CLIP,
+            fid_samples=5_000,
+            fid_every=200_000,
             fid_factor=1.5,
         ),
     ),
@@ -175,7 +226,8 @@ PRESETS = {
             images_per_stage={4: 4_000, 8: 12_000, 16: 150_000},
             ema_half_life=5_000,
             clip_weight=0.2,
-            matching_weight=1.0,
+            matching_weight_discriminator=1.0,
+            matching_weight_generator=0.1,
             clip_model="small",
             fid_samples=512,
             fid_every=2_000,

@@ -6,8 +6,6 @@ from torch import nn
 
 from layers import Linear, merge_heads, split_heads
 
-LR_MUL = 0.01  # of the text head and the mapping network, as in the release
-
 
 def quick_gelu(x):
     return x * torch.sigmoid(1.702 * x)
@@ -16,15 +14,15 @@ def quick_gelu(x):
 class TextBlock(nn.Module):
     """A pre-norm transformer block over tokens [B, T, D], in CLIP's own form (quick GELU, 4× MLP)."""
 
-    def __init__(self, dim, num_heads):
+    def __init__(self, dim, num_heads, lr_mul):
         super().__init__()
         self.num_heads = num_heads
         self.norm1 = nn.LayerNorm(dim)
-        self.to_qkv = Linear(dim, 3 * dim, lr_mul=LR_MUL)
-        self.to_out = Linear(dim, dim, lr_mul=LR_MUL)
+        self.to_qkv = Linear(dim, 3 * dim, lr_mul=lr_mul)
+        self.to_out = Linear(dim, dim, lr_mul=lr_mul)
         self.norm2 = nn.LayerNorm(dim)
-        self.mlp_in = Linear(dim, 4 * dim, lr_mul=LR_MUL)
-        self.mlp_out = Linear(4 * dim, dim, lr_mul=LR_MUL)
+        self.mlp_in = Linear(dim, 4 * dim, lr_mul=lr_mul)
+        self.mlp_out = Linear(4 * dim, dim, lr_mul=lr_mul)
 
     def attention(self, x, mask):
         q, k, v = (split_heads(t, self.num_heads) for t in self.to_qkv(x).chunk(3, dim=-1))
@@ -43,10 +41,10 @@ class TextHead(nn.Module):
     the wrong axis, which at batch 1 comes to the latter; released weights need it, training should not want it.
     """
 
-    def __init__(self, clip_width, dim, num_layers, num_heads, mix_tokens):
+    def __init__(self, clip_width, dim, num_layers, num_heads, lr_mul, mix_tokens=True):
         super().__init__()
-        self.align = nn.Identity() if clip_width == dim else Linear(clip_width, dim, bias_init=1.0, lr_mul=LR_MUL)
-        self.blocks = nn.ModuleList(TextBlock(dim, num_heads) for _ in range(num_layers))
+        self.align = nn.Identity() if clip_width == dim else Linear(clip_width, dim, bias_init=1.0, lr_mul=lr_mul)
+        self.blocks = nn.ModuleList(TextBlock(dim, num_heads, lr_mul) for _ in range(num_layers))
         self.mix_tokens = mix_tokens
 
     def forward(self, tokens, eot):

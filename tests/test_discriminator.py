@@ -1,0 +1,97 @@
+"""The discriminator: its predictions, what depends on what, and R1's second derivatives."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from discriminator import Discriminator
+from presets import PRESETS
+
+
+@pytest.fixture
+def discriminator(discriminator_config):
+    torch.manual_seed(0)
+    discriminator = Discriminator(discriminator_config)
+    for parameter in discriminator.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    return discriminator
+
+
+def images(batch=2, resolutions=(4, 8, 16)):
+    return {r: torch.randn(batch, 3, r, r) for r in resolutions}
+
+
+def text(batch=2):
+    return torch.randn(batch, 7, 12), torch.tensor([6, 3])[:batch]
+
+
+def test_every_image_is_judged_after_every_stage_from_its_own_on(discriminator):
+    logits = discriminator(images(), *text())
+    assert {key: tuple(x.shape) for key, x in logits.items()} == {
+        (16, 16): (2, 64), (16, 8): (2, 16), (16, 4): (2, 1), (8, 8): (2, 16), (8, 4): (2, 1), (4, 4): (2, 1)
+    }  # fmt: skip
+
+
+def test_at_64_it_makes_fifteen_predictions():
+    with torch.device("meta"):
+        discriminator = Discriminator(PRESETS["aurora-64"].discriminator)
+        pyramid = {r: torch.empty(1, 3, r, r) for r in (4, 8, 16, 32, 64)}
+        features = discriminator.features(pyramid)  # each of which the head of its stage scores
+    assert len(features) == 15
+
+
+def test_images_of_the_pyramid_do_not_see_each_other(discriminator):
+    pyramid, caption = images(), text()
+    other = {**pyramid, 8: torch.randn(2, 3, 8, 8)}
+    before, after = discriminator(pyramid, *caption), discriminator(other, *caption)
+    for key in before:
+        assert torch.allclose(before[key], after[key], atol=1e-5) == (key[0] != 8)
+
+
+def test_it_grows_with_the_generator(discriminator):
+    """A smaller pyramid is judged as its images are within the whole one."""
+    pyramid, caption = images(), text()
+    whole = discriminator(pyramid, *caption)
+    part = discriminator({r: pyramid[r] for r in (4, 8)}, *caption)
+    assert set(part) == {(8, 8), (8, 4), (4, 4)}
+    for key, x in part.items():
+        torch.testing.assert_close(x, whole[key], rtol=1e-4, atol=1e-5)
+
+
+def test_a_wrong_caption_reruns_only_the_heads(discriminator):
+    features = discriminator.features(images())
+    calls = []
+    for name, module in discriminator.named_modules():
+        if not list(module.children()):
+            module.register_forward_hook(lambda *_, name=name: calls.append(name))
+    discriminator.score(features, torch.randn(2, 16))
+    assert calls and all(name.startswith("heads.") for name in calls)
+
+
+def test_scoring_two_captions_is_two_forwards(discriminator):
+    pyramid, (tokens, eot) = images(), text()
+    features = discriminator.features(pyramid)
+    for caption in ((tokens, eot), (tokens.flip(0), eot.flip(0))):
+        expected = discriminator(pyramid, *caption)
+        scored = discriminator.score(features, discriminator.encode_text(*caption))
+        torch.testing.assert_close(scored, expected)
+    assert not torch.allclose(expected[16, 4], discriminator(pyramid, tokens, eot)[16, 4])
+
+
+def test_the_heads_cost_little_beside_the_features(discriminator):
+    pyramid = images()
+    with FlopCounterMode(display=False) as whole:
+        features = discriminator.features(pyramid)
+    with FlopCounterMode(display=False) as heads:
+        discriminator.score(features, torch.randn(2, 16))
+    assert heads.get_total_flops() < 0.25 * whole.get_total_flops()
+
+
+def test_every_active_parameter_gets_a_gradient(discriminator):
+    for resolutions in ((4,), (4, 8), (4, 8, 16)):
+        discriminator.zero_grad(set_to_none=True)
+        sum(x.mean() for x in discriminator(images(resolutions=resolutions), *text()).values()).backward()
+        for name, parameter in discriminator.named_parameters():
+            module, resolution = name.split(".")[:2]
+            active = module == "text_head" or int(resolution) in resolutions
+            assert (parameter.grad is not None) == active, name

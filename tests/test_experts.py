@@ -1,0 +1,58 @@
+"""Routed experts against the naive loop, values and gradients."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from experts import Experts
+
+
+def naive(experts, points, expert_index, gate):
+    """Every point by itself through its own expert, the equalized scales written out."""
+    dim, outputs = points.shape[1], []
+    for point, e, g in zip(points, expert_index.tolist(), gate, strict=True):
+        hidden = experts.proj_in[e] @ point / dim**0.5 + experts.bias_in[e]
+        a, b = hidden[: 4 * dim], hidden[4 * dim :]
+        out = experts.proj_out[e] @ (a * F.gelu(b)) / (4 * dim) ** 0.5 + experts.bias_out[e]
+        outputs.append(g * out)
+    return torch.stack(outputs)
+
+
+@pytest.mark.parametrize(
+    ("num_experts", "used"), [(1, [0]), (4, [0, 1, 2, 3]), (4, [2]), (7, [1, 5])], ids=["one", "all", "single", "empty"]
+)
+def test_routed_experts_are_the_naive_loop(num_experts, used):
+    torch.manual_seed(0)
+    experts = Experts(8, num_experts).double()
+    experts.bias_in.data.normal_()
+    experts.bias_out.data.normal_()
+    points = torch.randn(30, 8, dtype=torch.float64, requires_grad=True)
+    gate = torch.rand(30, dtype=torch.float64, requires_grad=True)
+    index = torch.tensor(used)[torch.randint(len(used), (30,))]
+    inputs = [points, gate, *experts.parameters()]
+    ours, oracle = experts(points, index, gate), naive(experts, points, index, gate)
+    torch.testing.assert_close(ours, oracle)
+    upstream = torch.randn_like(ours)
+    for a, b in zip(
+        torch.autograd.grad(ours, inputs, upstream), torch.autograd.grad(oracle, inputs, upstream), strict=True
+    ):
+        torch.testing.assert_close(a, b)
+
+
+def test_one_expert_is_a_dense_layer():
+    """torch's own modules, with the same weights."""
+    torch.manual_seed(0)
+    experts = Experts(8, 1)
+    w_in, w_out = torch.nn.Linear(8, 64), torch.nn.Linear(32, 8)
+    w_in.load_state_dict({"weight": experts.proj_in[0] * experts.gain_in, "bias": experts.bias_in[0]})
+    w_out.load_state_dict({"weight": experts.proj_out[0] * experts.gain_out, "bias": experts.bias_out[0]})
+    points = torch.randn(20, 8)
+    a, g = w_in(points).chunk(2, dim=-1)
+    dense = w_out(a * torch.nn.GELU()(g))
+    torch.testing.assert_close(experts(points, torch.zeros(20, dtype=torch.long), torch.ones(20)), dense)
+
+
+def test_an_expert_without_points_has_a_zero_gradient():
+    experts = Experts(8, 3)
+    experts(torch.randn(5, 8), torch.tensor([0, 0, 2, 2, 0]), torch.ones(5)).sum().backward()
+    assert all(p.grad is not None and not p.grad[1].any() and p.grad[0].any() for p in experts.parameters())

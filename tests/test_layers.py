@@ -1,0 +1,120 @@
+"""The building blocks against torchvision, PyTorch's own functions, or the formula."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torchvision.ops import deform_conv2d
+
+import layers
+
+torch.manual_seed(0)
+
+
+def double(*shape):
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("per_sample", [False, True])
+def test_deformable_convolution_is_torchvisions(per_sample):
+    """Values and all gradients, for offsets that also point outside the image."""
+    x, offsets, mask = double(2, 5, 6, 7), 2 * double(2, 18, 6, 7), double(2, 9, 6, 7)
+    kernels = double(2 if per_sample else 1, 4, 5, 3, 3)
+    inputs = [t.requires_grad_() for t in (x, kernels, offsets, mask)]
+    ours = layers.deformable_conv2d(*inputs)
+    theirs = torch.cat(
+        [
+            deform_conv2d(x[i : i + 1], offsets[i : i + 1], kernels[i % len(kernels)], padding=1, mask=mask[i : i + 1])
+            for i in range(2)
+        ]
+    )
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)  # positions are kept in float32
+    upstream = double(*ours.shape)
+    for a, b in zip(
+        torch.autograd.grad(ours, inputs, upstream), torch.autograd.grad(theirs, inputs, upstream), strict=True
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
+
+
+def naive_modulated_convolution(layer, x, w, convolve):
+    """StyleGAN2's equations 1 and 3 with GigaGAN's kernel selection, sample by sample, each with a kernel of its own."""
+    outputs = []
+    for sample, code in zip(x, w, strict=True):
+        kernel = layer.weight[0]
+        if layer.kernel_mix is not None:
+            share = layer.kernel_mix(code[None]).softmax(-1)[0]
+            kernel = sum(a * k for a, k in zip(share, layer.weight, strict=True))
+        kernel = kernel * layer.style(code[None])[0][None, :, None, None]
+        kernel = kernel / (kernel.square().sum((1, 2, 3), keepdim=True) + 1e-8).sqrt()
+        outputs.append(convolve(sample[None], kernel)[0] + layer.bias[:, None, None])
+    return torch.stack(outputs)
+
+
+@pytest.mark.parametrize("num_kernels", [1, 3])
+def test_modulated_convolution_scales_activations_as_if_kernels(num_kernels):
+    layer = layers.ModulatedConv2d(5, 6, 3, w_dim=7, num_kernels=num_kernels).double()
+    layer.bias.data.normal_()
+    x, w = double(3, 5, 8, 8), double(3, 7)
+    with pytest.MonkeyPatch.context() as patch:  # the layer computes styles in float32; the oracle shall see the same
+        patch.setattr(torch.Tensor, "float", lambda t: t)
+        ours = layer(x, w)
+    naive = naive_modulated_convolution(layer, x, w, lambda x, k: F.conv2d(x, k, padding=1))
+    torch.testing.assert_close(ours, naive)
+
+
+def test_upsampling_convolution_is_transposed_convolution_then_filter():
+    layer = layers.UpsamplingConv2d(4, 5, 3, w_dim=6, num_kernels=2)
+    x, w = torch.randn(2, 4, 8, 8), torch.randn(2, 6)
+    taps = torch.tensor([1.0, 3.0, 3.0, 1.0]) / 8
+    kernel = (torch.outer(taps, taps) * 4).expand(5, 1, 4, 4)
+
+    def convolve(x, k):
+        wide = F.conv_transpose2d(x, k.transpose(0, 1), stride=2)
+        assert wide.shape[-1] == 17
+        return F.conv2d(wide, kernel, padding=1, groups=5)
+
+    torch.testing.assert_close(layer(x, w), naive_modulated_convolution(layer, x, w, convolve), rtol=1e-4, atol=1e-5)
+
+
+def test_upsample_inserts_zeros_and_filters():
+    x = torch.randn(2, 3, 5, 5)
+    taps = torch.tensor([1.0, 3.0, 3.0, 1.0]) / 8
+    zeros = torch.zeros(2, 3, 10, 10)
+    zeros[..., ::2, ::2] = x
+    padded = F.pad(zeros, (2, 1, 2, 1))
+    expected = F.conv2d(padded, (torch.outer(taps, taps) * 4).expand(3, 1, 4, 4), groups=3)
+    torch.testing.assert_close(layers.upsample(x), expected)
+
+
+def test_modulated_linear_is_a_modulated_1x1_convolution():
+    linear, conv = layers.ModulatedLinear(5, 6, w_dim=7), layers.ModulatedConv2d(5, 6, 1, w_dim=7)
+    conv.load_state_dict({**linear.state_dict(), "weight": linear.weight[None, :, :, None, None]})
+    x, w = torch.randn(2, 9, 5), torch.randn(2, 7)
+    expected = conv(x.transpose(1, 2)[..., None], w)[..., 0].transpose(1, 2)
+    torch.testing.assert_close(linear(x, w), expected)
+
+
+def test_l2_attention_is_its_formula():
+    q, k, v = torch.randn(2, 3, 40, 8), torch.randn(2, 3, 30, 8), torch.randn(2, 3, 30, 5)
+    distance = (q[..., :, None, :] - k[..., None, :, :]).double().square().sum(-1).sqrt()
+    expected = (-distance / math.sqrt(8)).softmax(-1) @ v.double()
+    torch.testing.assert_close(layers.l2_attention(q, k, v).double(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_squared_l2_attention_is_its_formula_and_twice_differentiable():
+    qk, v = double(1, 2, 5, 4), double(1, 2, 5, 3)
+    squared = (qk[..., :, None, :] - qk[..., None, :, :]).square().sum(-1)
+    torch.testing.assert_close(layers.squared_l2_attention(qk, v), (-squared / 2).softmax(-1) @ v)
+    qk[0, 0, 1] = qk[0, 0, 0]  # two points that meet
+    inputs = (qk.requires_grad_(), v.requires_grad_())
+    assert torch.autograd.gradcheck(layers.squared_l2_attention, inputs)
+    assert torch.autograd.gradgradcheck(layers.squared_l2_attention, inputs)
+
+
+@pytest.mark.parametrize("lr_mul", [1.0, 0.01])
+def test_equalized_layers_start_with_unit_gain(lr_mul):
+    x = torch.randn(4096, 256)
+    assert layers.Linear(256, 64, lr_mul=lr_mul)(x).std().item() == pytest.approx(1, abs=0.05)
+    assert layers.lrelu(x).square().mean().item() == pytest.approx(1.04, abs=0.05)
+    torch.testing.assert_close(layers.Linear(3, 2, bias_init=1.0, lr_mul=lr_mul)(torch.zeros(1, 3)), torch.ones(1, 2))

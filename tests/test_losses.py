@@ -1,0 +1,247 @@
+"""Every loss against its formula in float64, and the whole of both objectives over two ranks."""
+
+import copy
+import math
+import os
+import socket
+
+import numpy as np
+import pytest
+import torch
+import torch.multiprocessing as multiprocessing
+from torch.nn.parallel import DistributedDataParallel
+
+import distributed
+import losses
+import shapes
+from clip import new_small, vocabulary_ids
+from discriminator import Discriminator
+from presets import PRESETS
+
+
+def softplus(x):
+    return np.log1p(np.exp(x))
+
+
+@pytest.mark.parametrize("early", [0.01, 0.05])
+def test_logistic_loss_is_its_formula(early):
+    logits = {
+        (entered, stage): torch.randn(3, (stage // 2) ** 2, dtype=torch.float64)
+        for entered in (4, 8, 16)
+        for stage in (4, 8, 16)
+        if stage <= entered
+    }
+    scale = {16: 0.33 / 0.67, 8: 0.17 / 0.67, 4: 0.17 / 0.67}
+    expected = np.zeros(3)
+    for (entered, stage), x in logits.items():
+        expected += scale[entered] * (1 if stage == 4 else early) * softplus(-x.numpy()).mean(1)
+    np.testing.assert_allclose(losses.logistic_loss(logits, -1, early), expected, rtol=1e-12)
+
+
+def test_scale_weights_are_the_papers():
+    assert losses.scale_weights([4, 8, 16, 32, 64]) == pytest.approx(
+        {64: 0.33 / 1.01, 32: 0.17 / 1.01, 16: 0.17 / 1.01, 8: 0.17 / 1.01, 4: 0.17 / 1.01}
+    )
+    assert losses.scale_weights([4]) == {4: 1.0}
+
+
+def test_wrong_captions_are_the_next_that_differ():
+    ids = torch.tensor([[1, 1], [1, 1], [2, 5], [1, 1], [2, 5], [3, 3]])
+    assert losses.wrong_captions(ids).tolist() == [2, 2, 3, 4, 5, 0]
+    assert losses.wrong_captions(torch.ones(4, 2, dtype=torch.long)).tolist() == [0, 1, 2, 3]
+
+
+@pytest.fixture
+def tiny(discriminator_config):
+    torch.manual_seed(0)
+    discriminator = Discriminator(discriminator_config).double()
+    for parameter in discriminator.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    with pytest.MonkeyPatch.context() as patch:  # modulation and logits in float64, for the finite differences
+        patch.setattr(torch.Tensor, "float", lambda t: t)
+        yield discriminator
+
+
+def real(batch=2):
+    return {r: torch.rand(batch, 3, r, r, dtype=torch.float64) * 2 - 1 for r in (4, 8)}
+
+
+def test_r1_is_the_gradient_norm_of_each_image(tiny):
+    """By the definition: image by image, a gradient of that image's own predictions."""
+    pyramid, tokens, eot = real(), torch.randn(2, 7, 12, dtype=torch.float64), torch.tensor([6, 3])
+    expected = 0.0
+    for entered, scale in ((8, 0.33 / 0.5), (4, 0.17 / 0.5)):
+        for i in range(2):
+            image = pyramid[entered][i : i + 1].clone().requires_grad_()
+            one = {r: image if r == entered else x[i : i + 1] for r, x in pyramid.items()}
+            logits = tiny(one, tokens[i : i + 1], eot[i : i + 1])
+            score = sum((1 if s == 4 else 0.01) * x.mean() for (e, s), x in logits.items() if e == entered)
+            (gradient,) = torch.autograd.grad(score, image)
+            expected += scale * 2.0 * (entered / 64) ** 2 / 2 * gradient.square().sum().item() / 2
+    assert losses.r1_penalty(tiny, pyramid, tokens, eot, gamma=2.0).item() == pytest.approx(expected, rel=1e-9)
+
+
+def test_r1_passes_gradcheck(tiny):
+    """Its gradient, which needs second derivatives of the discriminator, against finite differences."""
+    pyramid, eot = real(), torch.tensor([6, 3])
+    tokens = torch.randn(2, 7, 12, dtype=torch.float64, requires_grad=True)
+    weights = [
+        tiny.stages["8"].from_rgb.bias,
+        tiny.stages["8"].body[0].to_v.weight,
+        tiny.stages["4"].body[-1].conv.bias,
+        tiny.heads["4"].last.weight,
+    ]
+
+    def penalty(tokens, *_):
+        return losses.r1_penalty(tiny, pyramid, tokens, eot, gamma=100.0)
+
+    assert torch.autograd.gradcheck(penalty, (tokens, *weights), fast_mode=True, atol=1e-7)
+
+
+@pytest.fixture(scope="module")
+def clip():
+    torch.manual_seed(0)
+    return new_small(vocabulary_ids())
+
+
+def batch_of(count):
+    scenes = [shapes.scene(i, seed=5) for i in range(count)]
+    return shapes.draw(scenes, 16), [scene.caption for scene in scenes]
+
+
+def test_clip_loss_is_symmetric_info_nce_at_every_resolution(clip):
+    images, captions = batch_of(5)
+    text = clip.encode_text(clip.tokenize(captions))
+    pyramid = {8: torch.nn.functional.interpolate(images, 8, mode="area"), 16: images}
+    expected = []
+    for image in pyramid.values():
+        a = clip.encode_image(image).detach().double().numpy()
+        b, s = text.embedding.double().numpy(), clip.logit_scale.item()
+        logits = s * (a / np.linalg.norm(a, axis=1, keepdims=True)) @ b.T
+        rows = [np.log(np.exp(row - row.max()).sum()) + row.max() - row[i] for i, row in enumerate(logits)]
+        columns = [np.log(np.exp(col - col.max()).sum()) + col.max() - col[i] for i, col in enumerate(logits.T)]
+        expected.append((np.mean(rows) + np.mean(columns)) / 2)
+    assert losses.clip_loss(clip, pyramid, text.embedding).item() == pytest.approx(np.mean(expected), rel=1e-4)
+
+
+def test_clip_loss_reaches_the_images_and_not_clip(clip):
+    images, captions = batch_of(4)
+    images.requires_grad_()
+    losses.clip_loss(clip, {16: images}, clip.encode_text(clip.tokenize(captions)).embedding).backward()
+    assert images.grad.abs().sum() > 0
+    assert all(p.grad is None and not p.requires_grad for p in clip.parameters())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Both objectives as training computes them, on one rank and on two.
+
+
+def objectives():
+    """Networks of the `shapes` preset up to 8×8, and a global batch of six with one caption twice."""
+    from aurora import Generator
+
+    torch.manual_seed(0)
+    preset = PRESETS["shapes"]
+    generator, discriminator = Generator(preset.generator), Discriminator(preset.discriminator)
+    for parameter in [*generator.parameters(), *discriminator.parameters()]:
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    for level in generator.synthesis.levels:
+        level.requires_grad_(level.resolution <= 8)
+    for modules in (discriminator.stages, discriminator.heads):
+        for resolution, module in modules.items():
+            module.requires_grad_(int(resolution) <= 8)
+    images, captions = batch_of(6)
+    captions[1] = captions[0]
+    clip = new_small(vocabulary_ids())
+    real = {r: torch.nn.functional.interpolate(images, r, mode="area") for r in (4, 8)}
+    fake = {r: torch.randn(6, 3, r, r) * 0.3 for r in (4, 8)}
+    return generator, discriminator, clip, real, fake, captions, torch.randn(6, preset.generator.z_dim)
+
+
+def gradients_of_share(rank, world_size):
+    """The gradients that a rank ends up with → {name: gradient} of both networks, and the reports."""
+    generator, discriminator, clip, real, fake, captions, z = objectives()
+    recipe = PRESETS["shapes"].recipe
+    share = slice(rank * 6 // world_size, (rank + 1) * 6 // world_size)
+    ids = clip.tokenize(captions[share])
+    text = clip.encode_text(ids)
+    wrong = losses.wrong_captions(distributed.gather(ids))[share]
+    real, fake = ({r: x[share] for r, x in images.items()} for images in (real, fake))
+    objective_d = losses.DiscriminatorLoss(discriminator, recipe)
+    objective_g = losses.GeneratorLoss(generator, recipe)
+    if world_size > 1:
+        objective_d, objective_g = DistributedDataParallel(objective_d), DistributedDataParallel(objective_g)
+    objective_d(real, fake, text, wrong, 16)["loss"].backward()
+    critic = copy.deepcopy(discriminator).requires_grad_(False)
+    objective_g(z[share], text, wrong, 8, critic, clip)[0]["loss"].backward()
+    return {
+        f"{network}.{name}": parameter.grad.numpy()  # as arrays, which pass between processes as they are
+        for network, module in (("generator", generator), ("discriminator", discriminator))
+        for name, parameter in module.named_parameters()
+        if parameter.grad is not None
+    }
+
+
+def rank_of_two(rank, port, queue):
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    distributed.start("cpu")
+    gradients = gradients_of_share(rank, 2)
+    if rank == 0:
+        queue.put(gradients)
+    distributed.barrier()
+    distributed.stop()
+
+
+def test_two_ranks_have_the_gradients_of_one_with_the_whole_batch():
+    """Adversarial, matching, R1, CLIP and expert losses together; wrong captions across the ranks."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    workers = [context.Process(target=rank_of_two, args=(rank, port, queue), daemon=True) for rank in range(2)]
+    for worker in workers:
+        worker.start()
+    two = queue.get(timeout=120)
+    for worker in workers:
+        worker.join(timeout=60)
+    one = gradients_of_share(0, 1)
+    assert one.keys() == two.keys() and any(n.startswith("generator.synthesis.levels.1") for n in one)
+    largest = {network: max(abs(g).max() for n, g in one.items() if n.startswith(network)) for network in ("gen", "dis")}
+    for name, gradient in one.items():
+        np.testing.assert_allclose(two[name], gradient, rtol=1e-4, atol=1e-5 * largest[name[:3]], err_msg=name)
+
+
+def test_both_objectives_are_the_sum_of_their_parts():
+    generator, discriminator, clip, real, fake, captions, z = objectives()
+    recipe = PRESETS["shapes"].recipe
+    ids = clip.tokenize(captions)
+    text, wrong = clip.encode_text(ids), losses.wrong_captions(ids)
+    report = losses.DiscriminatorLoss(discriminator, recipe)(real, fake, text, wrong, 16)
+    logits = {kind: discriminator(x, text.tokens, text.eot) for kind, x in (("real", real), ("fake", fake))}
+    mismatched = {kind: discriminator(x, text.tokens[wrong], text.eot[wrong]) for kind, x in (("real", real), ("fake", fake))}
+    weight = {8: 0.33 / 0.5, 4: 0.17 / 0.5}
+
+    def total(logits, sign, early):
+        terms = [
+            weight[e] * (1 if s == 4 else early) * softplus(sign * x.detach().double().numpy()).mean()
+            for (e, s), x in logits.items()
+        ]
+        return sum(terms)
+
+    adversarial = total(logits["real"], -1, 0.01) + total(logits["fake"], 1, 0.01)
+    matching = total(mismatched["real"], 1, 0.05) + total(mismatched["fake"], 1, 0.05)
+    r1 = losses.r1_penalty(discriminator, real, text.tokens, text.eot, recipe.r1_gamma).item()
+    expected = adversarial + recipe.matching_weight_discriminator * matching + 16 * r1
+    assert report["loss"].item() == pytest.approx(expected, rel=1e-4)
+    assert report["d_matching"].item() == pytest.approx(matching, rel=1e-4)
+
+    report, output = losses.GeneratorLoss(generator, recipe)(z, text, wrong, 8, discriminator, clip)
+    adversarial = total(discriminator(output.pyramid, text.tokens, text.eot), -1, 0.01)
+    matching = total(discriminator(output.pyramid, text.tokens[wrong], text.eot[wrong]), -1, 0.05)
+    alignment = losses.clip_loss(clip, output.pyramid, text.embedding).item()
+    expected = adversarial + recipe.matching_weight_generator * matching + recipe.clip_weight * alignment
+    assert report["loss"].item() == pytest.approx(expected + output.aux_loss.item(), rel=1e-4)
+    assert math.isfinite(report["loss"].item())

@@ -1,0 +1,75 @@
+"""The built-in scenes say what they draw."""
+
+import collections
+
+import numpy as np
+import pytest
+import torch
+
+import shapes
+
+SCENES = [shapes.scene(i) for i in range(2000)]
+
+
+def test_a_scene_is_a_function_of_its_index():
+    assert shapes.scene(17, seed=3) == shapes.scene(17, seed=3)
+    assert shapes.scene(17, seed=3) != shapes.scene(17, seed=4) != shapes.scene(18, seed=4)
+
+
+def test_there_is_enough_to_learn():
+    assert len(shapes.SHAPES) >= 4 and len(shapes.COLORS) >= 8 and len(shapes.RADII) == 2 and len(shapes.BACKGROUNDS) >= 3
+    assert {scene.relation for scene in SCENES} == {None, *shapes.RELATIONS}
+    assert {len(scene.objects) for scene in SCENES} == {1, 2}
+
+
+def test_held_out_pairs_are_never_drawn_nor_named():
+    pairs = collections.Counter((o.shape, o.color) for scene in SCENES for o in scene.objects)
+    assert not shapes.HELD_OUT & set(pairs) and set(pairs) == set(shapes.SEEN)
+    for scene in SCENES:
+        assert not any(f"{color} {shape}" in scene.caption for shape, color in shapes.HELD_OUT)
+    unseen = [shapes.scene(i, pairs=sorted(shapes.HELD_OUT)) for i in range(50)]
+    assert all((o.shape, o.color) in shapes.HELD_OUT for scene in unseen for o in scene.objects)
+
+
+def test_captions_name_what_is_there():
+    vocabulary = set(shapes.vocabulary())
+    for scene in SCENES:
+        for o in scene.objects:
+            assert f"{o.size} {o.color} {o.shape}" in scene.caption
+            assert shapes.RADII[o.size][0] <= o.radius <= shapes.RADII[o.size][1]
+        assert set(scene.caption.replace(",", " ,").split()) <= vocabulary | {","}
+    assert np.mean([scene.background in scene.caption for scene in SCENES]) > 0.8
+
+
+def test_relations_hold_and_objects_are_apart_and_inside():
+    for scene in SCENES:
+        for o in scene.objects:
+            assert o.radius <= o.x <= 1 - o.radius and o.radius <= o.y <= 1 - o.radius
+        if scene.relation:
+            a, b = scene.objects
+            along = {"left of": b.x - a.x, "right of": a.x - b.x, "above": b.y - a.y, "below": a.y - b.y}[scene.relation]
+            assert along >= a.radius + b.radius - 1e-9
+            assert any(phrase in scene.caption for phrase in shapes.RELATIONS[scene.relation][0])
+
+
+@pytest.mark.parametrize("resolution", [4, 8, 32, 96])
+def test_pictures_show_the_colours_of_the_caption(resolution):
+    scenes = [scene for scene in SCENES if len(scene.objects) == 1 and scene.objects[0].shape == "circle"][:40]
+    images = (shapes.draw(scenes, resolution) + 1) / 2
+    assert images.shape == (len(scenes), 3, resolution, resolution) and images.dtype == torch.float32
+    assert 0 <= images.min() and images.max() <= 1
+    for scene, image in zip(scenes, images, strict=True):
+        (o,) = scene.objects
+        corner = image[:, -1 if o.y < 0.5 else 0, -1 if o.x < 0.5 else 0]
+        np.testing.assert_allclose(corner, shapes.BACKGROUNDS[scene.background], atol=0.02)
+        if resolution >= 32:
+            centre = image[:, int(o.y * resolution), int(o.x * resolution)]
+            np.testing.assert_allclose(centre, shapes.COLORS[o.color], atol=0.02)
+
+
+def test_edges_are_antialiased_consistently_across_resolutions():
+    """The average colour of a picture does not depend on how finely it was drawn."""
+    means = [shapes.draw(SCENES[:60], resolution).mean((2, 3)) for resolution in (8, 64, 256)]
+    assert (means[0] - means[2]).abs().max() < 0.02 and (means[1] - means[2]).abs().max() < 0.02
+    colours = shapes.draw(SCENES[3:4], 64).flatten(2)[0].T.unique(dim=0)
+    assert len(colours) > 3  # the two, and mixtures at the edge
