@@ -39,7 +39,7 @@ def build(preset):
 
 
 class Mapping(nn.Module):
-    """z [B, z_dim] and the global text [B, text_dim], each of unit RMS, → the text-integrated latent code w [B, w_dim]."""
+    """z [B, z_dim] and the global text [B, text_dim], each of unit RMS, → the text-integrated code w [B, w_dim]."""
 
     def __init__(self, config: GeneratorConfig):
         super().__init__()
@@ -140,7 +140,7 @@ class AttentionBlock(nn.Module):
 
 
 class FourierFeatures(nn.Module):
-    """The input of StyleGAN3 (section 3.2): random sinusoids, rotated and shifted by w, mixed: w → [B, C, size, size]."""
+    """The input of StyleGAN3 (section 3.2): random waves, rotated and shifted by w, mixed: w → [B, C, size, size]."""
 
     def __init__(self, channels, size, w_dim):
         super().__init__()
@@ -294,8 +294,8 @@ class Synthesis(nn.Module):
 class Generator(nn.Module):
     """Aurora's generator (section 3.2): a text head, a mapping network and a synthesis network.
 
-    forward: z [B, z_dim] ~ N(0, 1), tokens [B, T, clip_width] the frozen CLIP's features after its last norm, eot [B] the
-    index of the end-of-text token, resolution the one to stop at while training grows it → Output.
+    forward: z [B, z_dim] ~ N(0, 1); tokens [B, T, clip_width], the frozen CLIP's features after its last norm; eot [B],
+    the index of the end-of-text token; resolution, the one to stop at while training grows it → Output.
     """
 
     def __init__(self, config: GeneratorConfig):

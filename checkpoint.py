@@ -54,7 +54,7 @@ def save_generator(path, generator, clip, resolution, notes):
 def load_generator(path, device="cpu", clip_spec=None):
     """A file of save_generator, or the authors' aurora_v1.pth → (Generator in eval mode, its CLIP, notes).
 
-    The CLIP of a file that holds one has no image tower. clip_spec: another way to get a large CLIP, see clip.load_clip.
+    The CLIP of a file that holds one has no image tower. clip_spec: another way to get a large CLIP, see load_clip.
     Raises UserError for a file that is missing, damaged or foreign, and where its CLIP cannot be had.
     """
     if not Path(path).is_file():

@@ -1,7 +1,7 @@
 """The frozen CLIP: token features for the networks, embeddings for the CLIP loss and for the FID.
 
 Any model of open_clip serves, by name and weights. So that nothing needs downloading there is also a small one, in
-open_clip's own classes, trained in about a minute on the built-in scenes, whose vocabulary is the words of their captions.
+open_clip's own classes, trained in about a minute on the built-in scenes; its words are those of their captions.
 """
 
 import json
@@ -165,7 +165,9 @@ def train_small(device="cpu", steps=300, batch=64, seed=0):
         for step in progress:
             scenes = [shapes.scene(i, seed=seed + 1) for i in range(step * batch, (step + 1) * batch)]
             images = shapes.draw(scenes, 32).to(device)
-            blurred = [F.interpolate(part, r, mode="area") for r, part in zip((4, 8, 16, 32), images.chunk(4), strict=True)]
+            blurred = [
+                F.interpolate(part, r, mode="area") for r, part in zip((4, 8, 16, 32), images.chunk(4), strict=True)
+            ]
             image_features = model.encode_image(torch.cat([clip.preprocess(part) for part in blurred]), normalize=True)
             ids = clip.tokenize([scene.caption for scene in scenes])
             ids[(torch.rand(ids.shape, device=device) < 0.03) & (ids > 1) & (ids < len(clip.kept_ids) - 1)] = 0

@@ -1,7 +1,7 @@
 """Where captioned images come from: the built-in scenes, a folder, or WebDataset shards.
 
-A source yields batches to the ranks: `batches` for training, endless and able to start at any step; `evaluation` in a fixed
-order for the FID. What cannot be read is skipped, and every batch says how much was.
+A source yields batches to the ranks: `batches` for training, endless and able to start at any step; `evaluation` in a
+fixed order for the FID. What cannot be read is skipped, and every batch says how much was.
 """
 
 import functools
@@ -44,7 +44,7 @@ def open_data(spec, resolution, seed):
 
 
 def loader(source, first_step, batch, workers):
-    """An endless iterator of this rank's share of the global batches, from first_step on, loaded in `workers` processes."""
+    """An endless iterator of this rank's share of each global batch from first_step on, loaded by worker processes."""
     if batch % distributed.world_size():
         raise UserError(f"--batch {batch} cannot be shared by {distributed.world_size()} ranks; choose a multiple")
     stream = Stream(source, first_step, batch // distributed.world_size(), distributed.rank(), distributed.world_size())
@@ -115,8 +115,8 @@ class Folder:
         self.pairs = [image for image in images if image.with_suffix(".txt").is_file()]
         if len(self.pairs) < 4:
             raise UserError(
-                f"--data {path}: {len(images)} images, of which {len(self.pairs)} have a caption; training needs at least 4 "
-                "pairs, as cat.jpg with cat.txt beside it"
+                f"--data {path}: {len(images)} images, of which {len(self.pairs)} have a caption; training needs at "
+                "least 4 pairs, as cat.jpg with cat.txt beside it"
             )
 
     @functools.lru_cache(maxsize=2)  # noqa: B019 - a source lives as long as the run
@@ -156,8 +156,8 @@ class Folder:
 class Shards:
     """WebDataset shards as img2dataset writes them: `key.jpg`, `key.txt`, `key.json` in 00000.tar, 00001.tar, …
 
-    Shards are drawn with replacement under a seed made of the run's, the rank, the worker and the step at which the stream
-    starts: endless, the same for the same start, though a resumed run does not see what the uninterrupted one would have.
+    Shards are drawn with replacement under a seed made of the run's, the rank and the step at which the stream starts:
+    endless, the same for the same start, though a resumed run does not see what the uninterrupted one would have seen.
     """
 
     def __init__(self, urls, resolution, seed):
@@ -211,7 +211,7 @@ def expand_shards(spec):
 
 
 def read_pair(file, caption, resolution):
-    """An image file and its caption → the centre square [3, R, R] in [−1, 1], and the caption; raises on a broken pair."""
+    """An image file and a caption → the centre square [3, R, R] in [−1, 1], and the caption; raises if broken."""
     if not caption:
         raise ValueError("empty caption")
     with Image.open(file) as image:

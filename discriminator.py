@@ -1,7 +1,7 @@
 """The discriminator: GigaGAN's, multi-scale and text-conditional (sections 3.3 and 3.4 there).
 
-Every image of the pyramid enters at its own stage and is judged after every stage from there on, so that early stages learn
-from early judgements and the generator answers for each of its resolutions. At 64×64: 5 inputs, 15 predictions.
+Every image of the pyramid enters at its own stage and is judged after every stage from there on, so that early stages
+learn from early judgements and the generator answers for each of its resolutions. At 64×64: 5 inputs, 15 predictions.
 """
 
 import torch
@@ -25,7 +25,7 @@ RESIDUAL_GAIN, ATTN_GAIN = 0.4, 0.3  # of the branches; the identity path keeps 
 
 
 class SelfAttention(nn.Module):
-    """L2 self-attention [B, C, H, W] → the same shape, q and k tied, written out so that R1 can differentiate it twice."""
+    """L2 self-attention [B, C, H, W] → the same, q and k tied, written out so that R1 can differentiate it twice."""
 
     def __init__(self, channels, num_heads, head_dim):
         super().__init__()
@@ -90,7 +90,7 @@ class Stage(nn.Module):
 
 
 class Head(nn.Module):
-    """One ψ with its unconditional companion: D = ψ(features, t) + conv1×1(features), for every point of the features."""
+    """One ψ with its unconditional companion: D = ψ(features, t) + conv1×1(features), for every feature point."""
 
     def __init__(self, channels, text_dim):
         super().__init__()
@@ -109,8 +109,8 @@ class Head(nn.Module):
 class Discriminator(nn.Module):
     """Pyramids {resolution: [B, 3, R, R]} and captions → logits {(input, stage): [B, N]}; larger means more like real.
 
-    A smaller pyramid, as while the generator grows, enters at the stages it has images for. Features hold no text, so to
-    judge the same images under another caption is to run the heads again: features(), then score() twice.
+    A smaller pyramid, as while the generator grows, enters at the stages it has images for. Features hold no text, so
+    to judge the same images under another caption is to run the heads again: features(), then score() twice.
     """
 
     def __init__(self, config: DiscriminatorConfig):

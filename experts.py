@@ -10,9 +10,9 @@ from torch import nn
 class Experts(nn.Module):
     """E feed-forward networks C → 8C, split into (a, g), a·gelu(g) → C, stored as stacks so that no expert is a module.
 
-    forward: points [P, C], expert_index [P], gate [P] → gate · expert(point), [P, C]. The points are sorted by expert, so
-    each expert multiplies one contiguous slice and the work is that of a single expert over all points. An expert that
-    gets no point multiplies an empty slice, and its gradient is zero rather than missing.
+    forward: points [P, C], expert_index [P], gate [P] → gate · expert(point), [P, C]. The points are sorted by expert,
+    so each expert multiplies one contiguous slice and the work is that of a single expert over all points. An expert
+    that gets no point multiplies an empty slice, and its gradient is zero rather than missing.
     """
 
     def __init__(self, dim, num_experts):

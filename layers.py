@@ -101,9 +101,9 @@ class ModulatedLinear(nn.Module):
 
 
 class ModulatedConv2d(nn.Module):
-    """A modulated convolution with adaptive kernels (GigaGAN, section 3.1): [B, C, H, W] and w [B, w_dim] → [B, D, H, W].
+    """A modulated convolution with adaptive kernels (GigaGAN, section 3.1): [B, C, H, W], w [B, w_dim] → [B, D, H, W].
 
-    `num_kernels` kernels are mixed by softmax(dense(w)) into one kernel a sample; a single kernel is shared by the batch.
+    `num_kernels` kernels are mixed by softmax(dense(w)) into one a sample; a single kernel is shared by the batch.
     """
 
     def __init__(self, in_channels, out_channels, kernel_size, w_dim, num_kernels=1):
@@ -126,7 +126,7 @@ class ModulatedConv2d(nn.Module):
         return torch.rsqrt(energy[..., 0] + 1e-8)
 
     def modulation(self, w):
-        """Computes what depends on w alone, in float32: style [B, C, 1, 1], kernels [G, D, C, k, k], gain [B, D, 1, 1]."""
+        """What depends on w alone, in float32: style [B, C, 1, 1], kernels [G, D, C, k, k], gain [B, D, 1, 1]."""
         with float32_region(w):
             w = w.float()
             style, kernels = self.style(w), self.kernels(w)
@@ -169,7 +169,7 @@ class ToRGB(ModulatedConv2d):
 class TransformationField(ModulatedConv2d):
     """The modulated transformation (MTM): a demodulated convolution with learned scales, which start at zero.
 
-    [B, C, H, W] → offsets [B, 18, H, W], as the (dy, dx) pairs that torchvision takes, and masks [B, 9, H, W] in (0, 2).
+    [B, C, H, W] → offsets [B, 18, H, W], the (dy, dx) pairs that torchvision takes, and masks [B, 9, H, W] in (0, 2).
     """
 
     def __init__(self, in_channels, w_dim):
@@ -200,7 +200,7 @@ def deformable_conv2d(x, kernels, offsets, mask):
     """Modulated deformable convolution (Zhu et al. 2019), 3×3, padding 1: what torchvision.ops.deform_conv2d computes.
 
     x [B, C, H, W], kernels [G, D, C, 3, 3] with G = 1 or B, offsets [B, 18, H, W] as (dy, dx) pairs in pixels, mask
-    [B, 9, H, W]. Bilinear samples by grid_sample, then one matrix product: ten times faster on a CPU than torchvision's.
+    [B, 9, H, W]. Bilinear samples by grid_sample, then one matrix product: ten times faster on CPUs than torchvision's.
     """
     height, width = x.shape[2:]
     with float32_region(x):  # bfloat16 cannot tell neighbouring positions apart

@@ -1,7 +1,7 @@
 """Every loss of Aurora, in the paper's order: adversarial, matching-aware, R1, multi-level CLIP, mixture of experts.
 
-A pyramid has an image for each active resolution, and the discriminator a prediction for each image after each stage from
-there on. Losses are means over the local batch, so that averaging gradients over ranks gives the global batch's.
+A pyramid has an image for each active resolution, and the discriminator a prediction for each image after each stage
+from there on. Losses are means over the local batch, so that averaging gradients over ranks gives the global batch's.
 """
 
 import open_clip
@@ -32,7 +32,7 @@ def prediction_weights(logits, early):
 def logistic_loss(logits, sign, early):
     """Σ weight · softplus(sign · D) over the predictions, per image: [B].
 
-    logits: {(input, stage): [B, N]}. sign −1 wants them to look real, +1 to look fake: the non-saturating logistic loss.
+    logits: {(input, stage): [B, N]}. sign −1 wants them to look real, +1 fake: the non-saturating logistic loss.
     """
     weights = prediction_weights(logits, early)
     return sum(weights[key] * F.softplus(sign * x).mean(1) for key, x in logits.items())
@@ -53,8 +53,8 @@ def wrong_captions(ids):
 def r1_penalty(discriminator, pyramid, tokens, eot, gamma, early=EARLY_ADVERSARIAL):
     """R1 (Mescheder et al. 2018) on real images with their captions, in float32: a scalar.
 
-    Σ over inputs of scale weight · γ_r/2 · mean ‖∇ of the input's predictions‖², with γ_r = gamma · (r/64)². Images of the
-    pyramid do not see each other, so one backward pass gives the gradient of each.
+    Σ over inputs of scale weight · γ_r/2 · mean ‖∇ of the input's predictions‖², with γ_r = gamma · (r/64)². Images of
+    the pyramid do not see each other, so one backward pass gives the gradient of each.
     """
     with float32_region(tokens):
         pyramid = {r: x.detach().float().requires_grad_() for r, x in pyramid.items()}
@@ -132,7 +132,7 @@ class GeneratorLoss(nn.Module):
         self.recipe = recipe
 
     def forward(self, z, text, wrong, resolution, discriminator, clip):
-        """z [B, z_dim], text and wrong as above; the discriminator frozen, the clip always so. → {name: scalar}, Output."""
+        """z [B, z_dim], text and wrong as above; the discriminator frozen as the clip is → {name: scalar}, Output."""
         output = self.generator(z, text.tokens, text.eot, resolution)
         with torch.no_grad():
             code = discriminator.encode_text(text.tokens, text.eot)
@@ -143,7 +143,10 @@ class GeneratorLoss(nn.Module):
         matching = (logistic_loss(discriminator.score(features, wrong_code), -1, EARLY_MATCHING) * is_wrong).mean()
         alignment = clip_loss(clip, output.pyramid, text.embedding)
         loss = (
-            adversarial + self.recipe.matching_weight_generator * matching + self.recipe.clip_weight * alignment + output.aux_loss
+            adversarial
+            + self.recipe.matching_weight_generator * matching
+            + self.recipe.clip_weight * alignment
+            + output.aux_loss
         )
         report = {
             "g_adversarial": adversarial,
@@ -155,7 +158,7 @@ class GeneratorLoss(nn.Module):
 
 
 def choose_wrong(code, wrong):
-    """The text codes [B, D] of the captions numbered `wrong` in the global batch, and where they are wrong indeed [B]."""
+    """The text codes [B, D] of the captions numbered `wrong` in the global batch, and which are wrong indeed [B]."""
     first = distributed.rank() * len(code)
     own = torch.arange(first, first + len(code), device=wrong.device)
     return distributed.gather(code)[wrong], (wrong != own).float()

@@ -47,7 +47,7 @@ def clip_features(clip, images):
 
 @torch.no_grad()
 def real_features(clip, batches, count, resolutions, device):
-    """Features of the first `count` real images of (images, captions) batches: {resolution: [N, D]}, and the captions."""
+    """Features of the first `count` real images of a source's batches: {resolution: [N, D]}, and the captions."""
     features, captions = {r: [] for r in resolutions}, []
     for images, texts, _ in batches:
         images = images.to(device)
@@ -61,7 +61,7 @@ def real_features(clip, batches, count, resolutions, device):
 
 @torch.no_grad()
 def fake_features(generator, clip, captions, resolution, seed, batch=64):
-    """Features of one sample for each caption at a resolution, [N, D]; the ranks share the work. z is drawn from seed."""
+    """Features of one sample for each caption at a resolution, [N, D]; the ranks share the work, z comes from seed."""
     device = clip.device
     z = torch.randn(len(captions), generator.config.z_dim, generator=torch.Generator().manual_seed(seed)).to(device)
     share = -(-len(captions) // distributed.world_size())

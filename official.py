@@ -13,8 +13,8 @@ from presets import GeneratorConfig, Level
 
 NUM_HEADS = 8
 
-# Theirs → ours, applied in order to every name. What becomes "" holds nothing learned: the resampling filters, which are
-# constants; a transform of the Fourier features that a user may set, the identity; and each MLP under its second name.
+# Theirs → ours, applied in order to every name. What becomes "" holds nothing learned: the resampling filters, which
+# are constants; a transform of the Fourier features that a user may set; and each MLP under its second name.
 RENAMES = [
     (r".*(\.filter|\.transform|\.mlp\.c_fc\..*|\.mlp\.c_proj\..*)$", ""),
     (r"^text_head\.align_dim\.", "text_head.align."),
@@ -48,9 +48,9 @@ def is_official(state):
 def load_official(source):
     """The generator with the authors' weights, in float32 and eval mode.
 
-    source: the path of `aurora_v1.pth`; or the dict in it, of which `generator_smooth`, the moving average, is preferred;
-    or a bare generator state dict of tensors or arrays. A file is read with `weights_only`: no code in it can run.
-    Raises ValueError where names or shapes are not an Aurora generator's, and what torch.load raises on a damaged file.
+    source: the path of `aurora_v1.pth`; or the dict in it, of which `generator_smooth`, the moving average, is taken
+    first; or a bare generator state dict of tensors or arrays. A file is read with `weights_only`: no code in it runs.
+    Raises ValueError where names or shapes are not an Aurora generator's, and what torch.load raises on a damaged one.
     """
     if not isinstance(source, Mapping):
         source = torch.load(source, map_location="cpu", weights_only=True)
@@ -70,7 +70,7 @@ def load_official(source):
 
 
 def read_architecture(shapes):
-    """{name: shape} → the GeneratorConfig it belongs to, and {prefix of theirs: prefix of ours} for the synthesis net."""
+    """{name: shape} → the GeneratorConfig it belongs to, and {their prefix: our prefix} for the synthesis network."""
 
     def count(pattern):
         """How many different numbers stand at (\\d+) in the names that match."""

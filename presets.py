@@ -203,6 +203,7 @@ PRESETS = {
             text_layers=1,
             num_heads=2,
             head_dim=32,
+            lr_mul=0.1,
         ),
         DiscriminatorConfig(
             levels=(
@@ -216,6 +217,7 @@ PRESETS = {
             text_layers=1,
             num_heads=2,
             head_dim=32,
+            lr_mul=0.1,
         ),
         Recipe(
             steps=20_000,
@@ -223,9 +225,9 @@ PRESETS = {
             lr_generator=2e-3,
             lr_discriminator=2e-3,
             r1_gamma=1.0,
-            images_per_stage={4: 4_000, 8: 12_000, 16: 150_000},
+            images_per_stage={4: 4_000, 8: 20_000, 16: 150_000},
             ema_half_life=5_000,
-            clip_weight=0.2,
+            clip_weight=0.4,
             matching_weight_discriminator=1.0,
             matching_weight_generator=0.1,
             clip_model="small",

@@ -1,4 +1,4 @@
-"""The sparse router: one expert for every feature point, chosen from the point itself and the text-integrated code w."""
+"""The sparse router: one expert for every feature point, chosen from the point itself and the text-integrated w."""
 
 from typing import NamedTuple
 

@@ -30,8 +30,15 @@ def parse_args(argv=None):
     add("--num", type=positive, default=4, help="pictures for each prompt")
     add("--seed", type=int, default=0, help="the same seed gives the same pictures")
     add("--truncation", type=float, default=1.0, help="psi: 1 is all variety, 0 each prompt's mean picture")
-    add("--checkpoint", type=Path, default=DEMO, help="generator_ema.safetensors of a run, or the authors' aurora_v1.pth")
-    add("--clip", help="MODEL:WEIGHTS of open_clip, to read a large CLIP from a file; by default as the checkpoint says")
+    add(
+        "--checkpoint",
+        type=Path,
+        default=DEMO,
+        help="generator_ema.safetensors of a run, or the authors' aurora_v1.pth",
+    )
+    add(
+        "--clip", help="MODEL:WEIGHTS of open_clip, to read a large CLIP from a file; by default as the checkpoint says"
+    )
     add("--out", type=Path, default=Path("sample.png"), help="the picture to write")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     return parser.parse_args(argv)
@@ -48,7 +55,9 @@ def read_prompts(args):
         except OSError as error:
             raise UserError(f"--prompts {args.prompts} cannot be read: {error.strerror}") from error
     if not prompts:
-        raise UserError('nothing to draw; give a prompt, as: python sample.py "a small red circle on a gray background"')
+        raise UserError(
+            'nothing to draw; give a prompt, as: python sample.py "a small red circle on a gray background"'
+        )
     if not all(prompt.strip() for prompt in prompts):
         raise UserError("a prompt is empty; say what to draw")
     return prompts
@@ -70,8 +79,10 @@ def check_writable(path):
         raise UserError(f"--out {path}: no picture format is called {path.suffix or 'so'}; use .png or .jpg")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("ab"):
-            pass
+        existed = path.exists()
+        path.open("ab").close()
+        if not existed:
+            path.unlink()
     except OSError as error:
         raise UserError(f"--out {path} cannot be written: {error.strerror}") from error
 

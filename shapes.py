@@ -1,7 +1,7 @@
-"""Captioned scenes drawn on the fly: one or two coloured shapes on a plain background, each scene a function of its index.
+"""Captioned scenes drawn on the fly: one or two coloured shapes on a plain background, each a function of its index.
 
-They need no download, have an exact right answer for every caption, and leave out some shape–colour pairs, so that what a
-model draws for those was never seen.
+They need no download, have an exact right answer for every caption, and leave out some shape–colour pairs, so that what
+a model draws for those was never seen.
 """
 
 from dataclasses import dataclass
@@ -141,7 +141,7 @@ def _place_two(rng, radii, relation):
 
 
 def draw(scenes, resolution):
-    """Renders scenes as float32 [B, 3, R, R] in [−1, 1]. A pixel's colour is mixed by the share of it that is covered."""
+    """Renders scenes as float32 [B, 3, R, R] in [−1, 1]. A pixel's colours are mixed by the area they cover."""
     fine = resolution * max(1, -(-64 // resolution))  # coarse images are averaged from at least 64×64
     centres = (np.arange(fine, dtype=np.float32) + 0.5) / fine
     x, y = centres[None, :], centres[:, None]

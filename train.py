@@ -308,7 +308,7 @@ class Run:
         return {"fid": value, "reference_fid": p.reference_fid[active]}
 
     def grow_if_learned(self):
-        """Goes on to the next resolution when this one's FID is near the reference, or no longer falls, or time is up."""
+        """Goes on to the next resolution when this one's FID is near the reference, or stops falling, or time is up."""
         p, active = self.progress, self.active[-1]
         if active == self.resolutions[-1]:
             return

@@ -31,7 +31,10 @@ def test_output_has_what_it_promises(generator):
     assert output.image is output.pyramid[16]
     assert output.w.shape == (3, generator.config.w_dim)
     assert output.aux_loss.shape == ()
-    assert {name: tuple(route.shape) for name, route in output.routes.items()} == {"16.0.0": (3, 256), "16.0.1": (3, 256)}
+    assert {name: tuple(route.shape) for name, route in output.routes.items()} == {
+        "16.0.0": (3, 256),
+        "16.0.1": (3, 256),
+    }
     assert all(route.dtype == torch.int64 and route.max() < 4 for route in output.routes.values())
 
 
@@ -68,11 +71,13 @@ def test_the_text_reaches_the_image_in_both_ways(generator):
     w = generator.mapping(z, global_text)
     image = generator.synthesis(w, local_text).image
     assert not torch.allclose(generator.synthesis(w, local_text.roll(1, 0)).image, image)
-    assert not torch.allclose(generator.synthesis(generator.mapping(z, global_text.roll(1, 0)), local_text).image, image)
+    assert not torch.allclose(
+        generator.synthesis(generator.mapping(z, global_text.roll(1, 0)), local_text).image, image
+    )
 
 
 def test_changing_only_w_changes_routes(generator):
-    z, tokens, eot = inputs(generator.config)
+    _z, tokens, eot = inputs(generator.config)
     _, local_text = generator.text_head(tokens, eot)
     codes = torch.randn(2, 3, generator.config.w_dim) * 3
     layer = generator.synthesis.levels[2].attentions[0].blocks[0]

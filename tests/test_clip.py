@@ -34,7 +34,9 @@ def test_text_and_images_are_encoded_as_open_clip_does(large):
     assert torch.equal(ids, open_clip.get_tokenizer("ViT-B-32")(captions))
     text = large.encode_text(ids)
     torch.testing.assert_close(text.embedding, large.model.encode_text(ids, normalize=True))
-    assert text.tokens.shape == (2, 77, 32) and torch.equal(ids[torch.arange(2), text.eot], torch.tensor([49407, 49407]))
+    assert text.tokens.shape == (2, 77, 32) and torch.equal(
+        ids[torch.arange(2), text.eot], torch.tensor([49407, 49407])
+    )
     images = torch.rand(2, 3, 32, 32)
     mean, std = (torch.tensor(t).view(3, 1, 1) for t in (open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD))
     expected = large.model.encode_image((images - mean) / std)
@@ -90,7 +92,9 @@ def test_training_learns_colours_and_is_reproducible():
     assert right.float().mean() > 4 / 64  # four times chance
 
 
-@pytest.mark.parametrize("spec", ["nonsense", "ViT-L-14:openai", "ViT-B-32:no-such-weights", "/missing/clip.safetensors"])
+@pytest.mark.parametrize(
+    "spec", ["nonsense", "ViT-L-14:openai", "ViT-B-32:no-such-weights", "/missing/clip.safetensors"]
+)
 def test_a_clip_that_cannot_be_had_is_one_clear_line(spec):
     with pytest.raises(UserError, match="--clip") as caught:
         load_clip(spec)

@@ -57,7 +57,7 @@ def colour_of(image):
 def test_a_folder_gives_pairs_that_belong_together(folder):
     source = data.open_data(str(folder), 16, seed=0)
     (batch,) = take(source, 1, batch=6, rank=0, world_size=1)
-    assert batch.images.shape == (6, 3, 16, 16) and -1 <= batch.images.min() and batch.images.max() <= 1
+    assert batch.images.shape == (6, 3, 16, 16) and batch.images.min() >= -1 and batch.images.max() <= 1
     assert sorted(batch.captions) == [f"picture {i}" for i in range(6)]  # an epoch holds each once
     for image, caption in zip(batch.images, batch.captions, strict=True):
         assert colour_of(image) == COLORS[int(caption[-1])]
@@ -139,7 +139,12 @@ def test_shards_as_img2dataset_writes_them(tmp_path):
 
 
 def test_a_shard_cut_short_and_broken_samples_are_skipped_and_counted(tmp_path):
-    broken = [{"jpg": b"<html>", "txt": b"x"}, {"jpg": jpeg((1, 2, 3))}, {"txt": b"x"}, {"jpg": jpeg((1, 2, 3)), "txt": b" "}]
+    broken = [
+        {"jpg": b"<html>", "txt": b"x"},
+        {"jpg": jpeg((1, 2, 3))},
+        {"txt": b"x"},
+        {"jpg": jpeg((1, 2, 3)), "txt": b" "},
+    ]
     write_shard(tmp_path / "00000.tar", [good(0), *broken, good(1)])
     write_shard(tmp_path / "00001.tar", [good(i) for i in range(2, 8)])
     whole = (tmp_path / "00001.tar").read_bytes()

@@ -38,7 +38,7 @@ def test_deformable_convolution_is_torchvisions(per_sample):
 
 
 def naive_modulated_convolution(layer, x, w, convolve):
-    """StyleGAN2's equations 1 and 3 with GigaGAN's kernel selection, sample by sample, each with a kernel of its own."""
+    """StyleGAN2's equations 1 and 3 with GigaGAN's kernel selection, sample by sample, each with its own kernel."""
     outputs = []
     for sample, code in zip(x, w, strict=True):
         kernel = layer.weight[0]

@@ -209,7 +209,9 @@ def test_two_ranks_have_the_gradients_of_one_with_the_whole_batch():
         worker.join(timeout=60)
     one = gradients_of_share(0, 1)
     assert one.keys() == two.keys() and any(n.startswith("generator.synthesis.levels.1") for n in one)
-    largest = {network: max(abs(g).max() for n, g in one.items() if n.startswith(network)) for network in ("gen", "dis")}
+    largest = {
+        network: max(abs(g).max() for n, g in one.items() if n.startswith(network)) for network in ("gen", "dis")
+    }
     for name, gradient in one.items():
         np.testing.assert_allclose(two[name], gradient, rtol=1e-4, atol=1e-5 * largest[name[:3]], err_msg=name)
 
@@ -221,7 +223,9 @@ def test_both_objectives_are_the_sum_of_their_parts():
     text, wrong = clip.encode_text(ids), losses.wrong_captions(ids)
     report = losses.DiscriminatorLoss(discriminator, recipe)(real, fake, text, wrong, 16)
     logits = {kind: discriminator(x, text.tokens, text.eot) for kind, x in (("real", real), ("fake", fake))}
-    mismatched = {kind: discriminator(x, text.tokens[wrong], text.eot[wrong]) for kind, x in (("real", real), ("fake", fake))}
+    mismatched = {
+        kind: discriminator(x, text.tokens[wrong], text.eot[wrong]) for kind, x in (("real", real), ("fake", fake))
+    }
     weight = {8: 0.33 / 0.5, 4: 0.17 / 0.5}
 
     def total(logits, sign, early):

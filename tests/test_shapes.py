@@ -17,7 +17,9 @@ def test_a_scene_is_a_function_of_its_index():
 
 
 def test_there_is_enough_to_learn():
-    assert len(shapes.SHAPES) >= 4 and len(shapes.COLORS) >= 8 and len(shapes.RADII) == 2 and len(shapes.BACKGROUNDS) >= 3
+    assert (
+        len(shapes.SHAPES) >= 4 and len(shapes.COLORS) >= 8 and len(shapes.RADII) == 2 and len(shapes.BACKGROUNDS) >= 3
+    )
     assert {scene.relation for scene in SCENES} == {None, *shapes.RELATIONS}
     assert {len(scene.objects) for scene in SCENES} == {1, 2}
 
@@ -47,7 +49,9 @@ def test_relations_hold_and_objects_are_apart_and_inside():
             assert o.radius <= o.x <= 1 - o.radius and o.radius <= o.y <= 1 - o.radius
         if scene.relation:
             a, b = scene.objects
-            along = {"left of": b.x - a.x, "right of": a.x - b.x, "above": b.y - a.y, "below": a.y - b.y}[scene.relation]
+            along = {"left of": b.x - a.x, "right of": a.x - b.x, "above": b.y - a.y, "below": a.y - b.y}[
+                scene.relation
+            ]
             assert along >= a.radius + b.radius - 1e-9
             assert any(phrase in scene.caption for phrase in shapes.RELATIONS[scene.relation][0])
 
@@ -57,7 +61,7 @@ def test_pictures_show_the_colours_of_the_caption(resolution):
     scenes = [scene for scene in SCENES if len(scene.objects) == 1 and scene.objects[0].shape == "circle"][:40]
     images = (shapes.draw(scenes, resolution) + 1) / 2
     assert images.shape == (len(scenes), 3, resolution, resolution) and images.dtype == torch.float32
-    assert 0 <= images.min() and images.max() <= 1
+    assert images.min() >= 0 and images.max() <= 1
     for scene, image in zip(scenes, images, strict=True):
         (o,) = scene.objects
         corner = image[:, -1 if o.y < 0.5 else 0, -1 if o.x < 0.5 else 0]

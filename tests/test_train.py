@@ -1,0 +1,252 @@
+"""Training end to end: resuming exactly, growing, two ranks, folders and shards, learning, mistakes."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from test_data import good, jpeg, write_shard
+
+import shapes
+import train
+from checkpoint import load_generator
+from clip import new_small, save_small, vocabulary_ids
+from errors import UserError
+from presets import PRESETS
+from sample import draw
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session")
+def small_clip(tmp_path_factory):
+    """The file of a small CLIP with random weights, which tells words apart as well."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("clip") / "clip.safetensors"
+    save_small(new_small(vocabulary_ids()), path)
+    return path
+
+
+@pytest.fixture(autouse=True)
+def quick_preset(monkeypatch):
+    """`quick`: the networks of `shapes`, growing every two steps of four images."""
+    shapes_preset = PRESETS["shapes"]
+    recipe = dataclasses.replace(
+        shapes_preset.recipe, images_per_stage={4: 8, 8: 8, 16: 10**9}, batch=4, fid_samples=8, fid_every=8
+    )
+    monkeypatch.setitem(PRESETS, "quick", dataclasses.replace(shapes_preset, recipe=recipe))
+
+
+def run(*arguments):
+    args = train.parse_args([str(a) for a in ("--workers", 0, "--device", "cpu", *arguments)])
+    training = train.Run(args, torch.device("cpu"))
+    training.train()
+    return training
+
+
+def test_a_run_stopped_and_resumed_is_the_run_uninterrupted(tmp_path, small_clip):
+    """Bit by bit, across two changes of resolution and an R1 step: networks, averages, optimizers and the log."""
+    common = ("--preset", "quick", "--clip", small_clip, "--sample-every", 100)
+    run(*common, "--out", tmp_path / "whole", "--steps", 6)
+    for steps in (1, 3, 6):
+        run(*common, "--out", tmp_path / "parts", "--steps", steps)
+    whole, parts = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True) for name in ("whole", "parts"))
+    assert whole["progress"] == parts["progress"] and whole["progress"]["stage"] == 2
+    torch.testing.assert_close(parts, whole, rtol=0, atol=0)
+    logs = [
+        [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in path.read_text().splitlines()]
+        for path in (tmp_path / "whole" / "metrics.jsonl", tmp_path / "parts" / "metrics.jsonl")
+    ]
+    assert logs[0] == logs[1] and [row["step"] for row in logs[0]] == [1, 2, 3, 4, 5, 6]
+    assert [row["resolution"] for row in logs[0]] == [4, 4, 8, 8, 16, 16]
+
+
+def test_a_run_leaves_what_it_promises(tmp_path, small_clip):
+    training = run("--preset", "quick", "--clip", small_clip, "--out", tmp_path, "--steps", 3, "--sample-every", 2)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"checkpoint.pt", "generator_ema.safetensors", "metrics.jsonl", "config.json", "samples"}
+    assert {path.name for path in (tmp_path / "samples").iterdir()} == {"step_0000002.png", "step_0000003.png"}
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["preset"] == "quick" and config["recipe"]["batch"] == 4
+    generator, clip, notes = load_generator(tmp_path / "generator_ema.safetensors")
+    assert generator.config.resolution == 8 == notes["resolution"] and notes["images"] == 12
+    text = clip.encode_text(clip.tokenize(["a small red circle"]))
+    z = torch.randn(1, generator.config.z_dim)
+    expected = training.ema(z, text.tokens, text.eot, 8).image
+    torch.testing.assert_close(generator(z, text.tokens, text.eot).image, expected)
+
+
+def test_the_moving_average_is_its_formula(tmp_path, small_clip):
+    training = run("--preset", "quick", "--clip", small_clip, "--out", tmp_path, "--steps", 1)
+    name, before = "mapping.layers.0.weight", training.ema.mapping.layers[0].weight.clone()
+    training.progress.step = 10**6  # past the short half-life of the beginning
+    training.update_ema(type("Output", (), {"w": torch.ones(4, training.ema.config.w_dim)}))
+    decay = 0.5 ** (4 / training.recipe.ema_half_life)
+    expected = decay * before.double() + (1 - decay) * training.generator.get_parameter(name).double()
+    torch.testing.assert_close(training.ema.get_parameter(name).double(), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_a_step_that_is_not_finite_is_left_out_and_counted(tmp_path, small_clip, capsys):
+    training = run("--preset", "quick", "--clip", small_clip, "--out", tmp_path, "--steps", 1)
+    before = {name: value.clone() for name, value in training.generator.state_dict().items()}
+    loss = sum(p.sum() for p in training.generator.parameters() if p.requires_grad) * float("nan")
+    training.update(training.optimizer_g, loss)
+    assert training.rejected == 1 and "not finite" in capsys.readouterr().out
+    torch.testing.assert_close(training.generator.state_dict(), before, rtol=0, atol=0)
+
+
+def test_a_stage_ends_at_the_reference_fid_or_when_it_stops_falling(tmp_path, small_clip):
+    training = run("--preset", "quick", "--clip", small_clip, "--out", tmp_path, "--steps", 1)
+    p, factor = training.progress, training.recipe.fid_factor
+    p.stage_images, p.reference_fid[4], p.best_fid = 0, 1.0, factor * 1.01
+    training.grow_if_learned()
+    assert training.active == [4]
+    p.best_fid = factor * 0.99
+    training.grow_if_learned()
+    assert training.active == [4, 8] and p.best_fid == float("inf")
+    p.evaluations_since_best = train.PATIENCE
+    training.grow_if_learned()
+    assert training.active == [4, 8, 16]
+
+
+@pytest.mark.parametrize("kind", ["folder", "shards"])
+def test_it_trains_on_a_folder_and_on_shards(tmp_path, small_clip, kind):
+    source = tmp_path / "data"
+    source.mkdir()
+    for i in range(12):
+        if kind == "folder":
+            (source / f"{i}.jpg").write_bytes(jpeg((20 * i, 0, 0)))
+            (source / f"{i}.txt").write_text(f"a red picture number {i}")
+    (source / "broken.jpg").write_bytes(b"broken")
+    (source / "broken.txt").write_text("broken")
+    if kind == "shards":
+        write_shard(source / "00000.tar", [good(i) for i in range(12)] + [{"jpg": b"broken", "txt": b"broken"}])
+    out = tmp_path / "run"
+    run("--preset", "quick", "--clip", small_clip, "--out", out, "--data", source, "--steps", 6)
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert len(rows) == 6 and rows[-1]["skipped"] >= 1 and rows[-1]["rejected"] == 0
+
+
+def test_a_tiny_model_learns_colours(tmp_path, small_clip, monkeypatch):
+    """At 4×4, where only colours can be seen: the background that the prompt names."""
+    preset = PRESETS["shapes"]
+    tiny = dataclasses.replace(
+        preset,
+        generator=dataclasses.replace(preset.generator, levels=preset.generator.levels[:1]),
+        discriminator=dataclasses.replace(preset.discriminator, levels=preset.discriminator.levels[:1]),
+        recipe=dataclasses.replace(
+            preset.recipe, images_per_stage={}, clip_weight=0.0, fid_samples=8, ema_half_life=500
+        ),
+    )
+    monkeypatch.setitem(PRESETS, "tiny", tiny)
+    out = tmp_path / "run"
+    run("--preset", "tiny", "--clip", small_clip, "--out", out, "--steps", 200, "--sample-every", 1000)
+    generator, clip, _ = load_generator(out / "generator_ema.safetensors")
+    colours = torch.tensor(list(shapes.BACKGROUNDS.values()))
+    right = []
+    for i, background in enumerate(shapes.BACKGROUNDS):
+        for color in shapes.COLORS:
+            image = (draw(generator, clip, f"a small {color} circle on a {background} background", 2, seed=3) + 1) / 2
+            seen = image.flatten(2).median(2).values  # most of the picture is background
+            right += [(torch.cdist(seen, colours).argmin(1) == i).float().mean()]
+    assert torch.stack(right).mean() > 0.7  # chance: 0.25
+
+
+def test_torchrun_with_two_ranks(tmp_path, small_clip):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", "train.py"]
+    options = f"--steps 3 --batch 4 --workers 0 --device cpu --clip {small_clip} --out {tmp_path / 'run'}"
+    done = subprocess.run([*command, *options.split()], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "2 rank(s)" in done.stdout and done.stdout.count("Done, 3 steps") == 1
+    with safe_open(tmp_path / "run" / "generator_ema.safetensors", "pt") as file:
+        assert json.loads(file.metadata()["notes"])["step"] == 3
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Mistakes.
+
+
+def failing(*arguments, **kwargs):
+    """Runs train.py as a user would → its exit status and what it says on stderr."""
+    done = subprocess.run(
+        [sys.executable, "train.py", *map(str, arguments)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        **kwargs,
+    )
+    return done.returncode, done.stderr.strip()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("--preset", "huge"), "invalid choice: 'huge'"),
+        (("--steps", "0"), "not a positive number"),
+        (("--batch", "1", "--out", "OUT"), "choose at least 2"),
+        (("--device", "tpu9", "--out", "OUT"), "use auto, cpu, cuda"),
+        (("--data", "/nowhere", "--clip", "CLIP", "--out", "OUT"), "no such file or folder"),
+        (("--resume", "/nowhere.pt", "--out", "OUT"), "no such checkpoint"),
+        (("--clip", "nonsense", "--out", "OUT"), "neither a file nor"),
+        (("--out", "/proc/run"), "cannot be written"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(tmp_path, small_clip, arguments, says):
+    arguments = [{"OUT": tmp_path / "run", "CLIP": small_clip}.get(a, a) for a in arguments]
+    status, stderr = failing(*arguments)
+    assert status == 2 and says in stderr.splitlines()[-1] and "Traceback" not in stderr
+
+
+@pytest.mark.parametrize("damage", ["truncated", "foreign", "hostile"])
+def test_a_bad_checkpoint_is_refused_and_left_alone(tmp_path, small_clip, damage):
+    common = ("--preset", "quick", "--clip", small_clip, "--out", tmp_path)
+    run(*common, "--steps", 1)
+    path = tmp_path / "checkpoint.pt"
+    if damage == "truncated":
+        path.write_bytes(path.read_bytes()[:100_000])
+    elif damage == "foreign":
+        torch.save({"weights": torch.ones(3)}, path)
+    else:
+
+        class Hostile:
+            def __reduce__(self):
+                return (os.mkdir, (str(tmp_path / "executed"),))
+
+        torch.save({"discriminator": Hostile()}, path)
+    content = path.read_bytes()
+    with pytest.raises(UserError, match="cannot be resumed from"):
+        run(*common, "--steps", 2)
+    assert path.read_bytes() == content and not (tmp_path / "executed").exists()
+
+
+def test_a_run_is_not_overwritten_nor_resumed_as_another(tmp_path, small_clip):
+    common = ("--preset", "quick", "--clip", small_clip, "--out", tmp_path)
+    run(*common, "--steps", 1)
+    with pytest.raises(UserError, match="holds a run"):
+        run(*common, "--steps", 2, "--resume", "no")
+    with pytest.raises(UserError, match="started with --seed 0"):
+        run(*common, "--steps", 2, "--seed", 1)
+
+
+def test_an_interrupt_loses_nothing(tmp_path, small_clip, monkeypatch, capsys):
+    common = ("--preset", "quick", "--clip", small_clip, "--out", tmp_path)
+    step, calls = train.Run.step, []
+
+    def interrupted(self, batch):
+        calls.append(0)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return step(self, batch)
+
+    monkeypatch.setattr(train.Run, "step", interrupted)
+    run(*common, "--steps", 5)
+    assert "Saved at step 2" in capsys.readouterr().out
+    monkeypatch.setattr(train.Run, "step", step)
+    assert run(*common, "--steps", 5).progress.step == 5
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 5
