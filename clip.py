@@ -149,7 +149,7 @@ def vocabulary_ids():
     return sorted(ids | {0, tokenizer.sot_token_id, tokenizer.eot_token_id})
 
 
-def train_small(device="cpu", steps=300, batch=64, seed=0):
+def train_small(device="cpu", steps=240, batch=64, seed=0):
     """Trains the small CLIP on the built-in scenes with open_clip's own loss; the same seed gives the same weights.
 
     A quarter of the images each is blurred to 4×4, 8×8 and 16×16, since the networks ask about every resolution, and a

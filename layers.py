@@ -157,10 +157,14 @@ class UpsamplingConv2d(ModulatedConv2d):
 
 
 class ToRGB(ModulatedConv2d):
-    """A modulated 1×1 convolution to three channels, without demodulation."""
+    """A modulated 1×1 convolution to three channels, without demodulation.
+
+    It starts at zero, so that a resolution begins with the image of the one below, upsampled; no fade-in is needed.
+    """
 
     def __init__(self, in_channels, w_dim, num_kernels):
         super().__init__(in_channels, 3, 1, w_dim, num_kernels)
+        nn.init.zeros_(self.weight)
 
     def output_gain(self, style, kernels):
         return torch.full_like(style[:, :1], 1 / math.sqrt(kernels.shape[2]))

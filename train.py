@@ -55,8 +55,8 @@ def parse_args(argv=None):
     add("--resume", default="auto", help="auto: go on with the run in --out, if there is one; no; or a checkpoint.pt")
     add("--clip", help="small, a clip.safetensors, or MODEL:WEIGHTS of open_clip; by default the preset's")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    add("--save-every", type=positive, default=500, help="steps between checkpoints")
-    add("--sample-every", type=positive, default=100, help="steps between sample grids")
+    add("--save-every", type=positive, default=250, help="steps between checkpoints")
+    add("--sample-every", type=positive, default=50, help="steps between sample grids")
     add("--workers", type=int, default=1, help="processes that load data, for each rank; 0: none of their own")
     return parser.parse_args(argv)
 
@@ -181,27 +181,27 @@ class Run:
         try:
             while p.step < self.steps:
                 started = time.perf_counter()
-                report = self.step(next(batches))
+                resolution, report = self.active[-1], self.step(next(batches))
                 p.step += 1
                 p.stage_images += self.batch
                 if p.step % max(1, self.recipe.fid_every // self.batch) == 0:
                     report |= self.evaluate()
+                self.grow_if_learned()
                 if p.step % self.args.sample_every == 0 or p.step == self.steps:
                     self.draw_samples()
                 if p.step % self.args.save_every == 0 or p.step == self.steps:
                     self.save()
                 seconds = time.perf_counter() - started
                 if distributed.is_main():
-                    row = {"step": p.step, "images": p.step * self.batch, "resolution": self.active[-1], **report}
+                    row = {"step": p.step, "images": p.step * self.batch, "resolution": resolution, **report}
                     log.write(json.dumps(row | {"seconds": round(seconds, 4)}) + "\n")
                     log.flush()
                 bar.set_postfix_str(
-                    f"{self.active[-1]}×{self.active[-1]}, {self.batch / seconds:.0f} images/s, "
+                    f"{resolution}×{resolution}, {self.batch / seconds:.0f} images/s, "
                     f"D {report['d_loss']:.2f}, G {report['g_loss']:.2f}",
                     refresh=False,
                 )
                 bar.update()
-                self.grow_if_learned()
         except KeyboardInterrupt:
             self.save()
             say(f"\nInterrupted. Saved at step {p.step}; the same command goes on from there.")

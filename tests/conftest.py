@@ -5,8 +5,6 @@ import torch
 
 from presets import DiscriminatorConfig, DiscriminatorLevel, GeneratorConfig, Level
 
-torch.set_num_threads(2)
-
 
 def pytest_collection_modifyitems(items):
     if not torch.cuda.is_available():
