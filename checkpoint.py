@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import os
-import pickle
 from pathlib import Path
 
 import torch
@@ -89,13 +88,20 @@ def _load_ours(path):
 
 
 def _load_official(path):
+    state = load_tensors(path)
     try:
-        return load_official(path)
-    except pickle.UnpicklingError as error:
-        raise UserError(f"{path} is not a plain checkpoint of tensors and was not opened: it may run code") from error
-    except (ValueError, RuntimeError, OSError, EOFError, KeyError) as error:
+        return load_official(state)
+    except ValueError as error:
+        raise UserError(f"{path}: {first_line(error)}; nor is it a .safetensors of train.py") from error
+
+
+def load_tensors(path):
+    """What torch.save wrote, if it is tensors and plain values: no code in it can run. Raises UserError otherwise."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # on foreign bytes the unpickler stumbles in every way there is
         raise UserError(
-            f"{path} is neither a .safetensors of train.py nor the authors' aurora_v1.pth ({first_line(error)})"
+            f"{path} cannot be read: it is damaged, or no checkpoint, or holds code, which is not run"
         ) from error
 
 
@@ -118,10 +124,7 @@ def save_run(path, state):
 
 def load_run(path):
     """Reads it again, on the CPU. Raises UserError where the file is damaged or foreign; no code in it can run."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
-        raise UserError(f"{path} cannot be resumed from: it is damaged, or not a checkpoint of train.py") from error
+    state = load_tensors(path)
     if not isinstance(state, dict) or "discriminator" not in state:
         what = (
             "the authors' generator, which has no discriminator" if is_official(state) else "not a checkpoint of a run"

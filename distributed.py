@@ -1,12 +1,16 @@
 """The few calls to torch.distributed, each of which does the obvious thing in a single process too."""
 
 import os
+import warnings
 
 import torch
 import torch.distributed as dist
 from torch.distributed.nn.functional import all_gather
 
 from errors import UserError
+
+# Its successor is not in every PyTorch since 2.8; open_clip's loss calls it as well.
+warnings.filterwarnings("ignore", message=".*all_gather is deprecated", category=FutureWarning)
 
 
 def start(device_name):

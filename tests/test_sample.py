@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 import sample
 from checkpoint import load_generator
@@ -15,12 +16,21 @@ from checkpoint import load_generator
 ROOT = Path(__file__).parent.parent
 
 
-def run(*arguments):
-    """sample.py as a user runs it → exit status, stdout, stderr."""
-    done = subprocess.run(
-        [sys.executable, "sample.py", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, timeout=120
-    )
-    return done.returncode, done.stdout, done.stderr.strip()
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """sample.py with arguments → exit status, stdout, stderr."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["sample.py", *map(str, arguments)])
+        status = 0
+        try:
+            sample.main()
+        except SystemExit as exit:
+            status = exit.code
+        said = capsys.readouterr()
+        return status, said.out, said.err.strip()
+
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -30,9 +40,10 @@ def demo():
 
 def test_the_first_picture(tmp_path):
     """The README's command, on the demo model, in a fresh process."""
-    status, stdout, stderr = run("a small red circle on a gray background", "--out", tmp_path / "a.png")
-    assert status == 0, stderr
-    assert str(tmp_path / "a.png") in stdout
+    command = [sys.executable, "sample.py", "a small red circle on a gray background", "--out", tmp_path / "a.png"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert str(tmp_path / "a.png") in done.stdout
     picture = Image.open(tmp_path / "a.png")
     assert picture.width > 4 * 128 and picture.height > 128
 
@@ -44,7 +55,7 @@ def test_the_demo_model_is_small_enough_and_says_where_it_comes_from(demo):
     assert generator.config.resolution == notes["resolution"]
 
 
-def test_the_same_seed_is_the_same_picture(demo, tmp_path):
+def test_the_same_seed_is_the_same_picture(run, demo, tmp_path):
     generator, clip, _ = demo
     prompt = "a large blue ring left of a small yellow star"
     first = sample.draw(generator, clip, prompt, 3, seed=5)
@@ -72,7 +83,7 @@ def test_truncation_goes_toward_the_prompts_own_mean(demo):
     torch.testing.assert_close(sample.draw(generator, clip, prompt, 1, seed=1), image, rtol=1e-3, atol=1e-3)
 
 
-def test_prompts_from_a_file_and_several_at_once(tmp_path):
+def test_prompts_from_a_file_and_several_at_once(run, tmp_path):
     (tmp_path / "prompts.txt").write_text("a red circle\n\na blue star 🐉\n", encoding="utf-8")
     out = tmp_path / "new folder" / "a.png"
     status, stdout, _ = run("a cyan ring", "--prompts", tmp_path / "prompts.txt", "--num", 2, "--out", out)
@@ -80,7 +91,7 @@ def test_prompts_from_a_file_and_several_at_once(tmp_path):
     assert out.is_file()
 
 
-def test_unusual_prompts_are_answered_and_explained(tmp_path):
+def test_unusual_prompts_are_answered_and_explained(run, tmp_path):
     status, stdout, stderr = run("word " * 10_000, "a mauve 🐉", "--num", 1, "--out", tmp_path / "a.png")
     assert status == 0, stderr
     assert "too long" in stdout and "mauve" in stdout
@@ -90,8 +101,6 @@ def write_checkpoint(path, kind):
     if kind == "truncated":
         path.write_bytes(sample.DEMO.read_bytes()[:50_000])
     elif kind == "foreign":
-        from safetensors.torch import save_file
-
         save_file({"x": torch.ones(2)}, path)
     elif kind == "hostile":
 
@@ -111,7 +120,7 @@ def write_checkpoint(path, kind):
     [("a.safetensors", "truncated"), ("a.safetensors", "foreign"), ("a.safetensors", "text"), ("a.pth", "text"),
      ("a.pth", "truncated"), ("a.pth", "hostile"), ("a.pth", "foreign pickle")],
 )  # fmt: skip
-def test_a_bad_checkpoint_is_told_in_one_line(tmp_path, name, kind):
+def test_a_bad_checkpoint_is_told_in_one_line(run, tmp_path, name, kind):
     write_checkpoint(tmp_path / name, kind)
     status, _, stderr = run("a red circle", "--checkpoint", tmp_path / name, "--out", tmp_path / "a.png")
     assert status == 2 and stderr.startswith("error: ") and len(stderr.splitlines()) == 1
@@ -133,7 +142,7 @@ def test_a_bad_checkpoint_is_told_in_one_line(tmp_path, name, kind):
         (("x", "--device", "abacus"), "use auto, cpu, cuda"),
     ],
 )
-def test_mistakes_are_told_in_one_line(tmp_path, arguments, says):
+def test_mistakes_are_told_in_one_line(run, tmp_path, arguments, says):
     (tmp_path / "latin1.txt").write_bytes("ein grüner Kreis".encode("latin-1"))
     status, _, stderr = run(*(tmp_path / "latin1.txt" if a == "LATIN1" else a for a in arguments))
     assert status == 2 and says in stderr.splitlines()[-1] and "Traceback" not in stderr

@@ -15,7 +15,7 @@ from test_data import good, jpeg, write_shard
 import shapes
 import train
 from checkpoint import load_generator
-from clip import new_small, save_small, vocabulary_ids
+from clip import new_small, save_small, train_small, vocabulary_ids
 from errors import UserError
 from presets import PRESETS
 from sample import draw
@@ -155,7 +155,7 @@ def test_it_trains_on_a_folder_and_on_shards(tmp_path, small_clip, kind):
     assert len(rows) == 6 and rows[-1]["skipped"] >= 1 and rows[-1]["rejected"] == 0
 
 
-def test_a_tiny_model_learns_colours(tmp_path, small_clip, monkeypatch):
+def test_a_tiny_model_learns_colours(tmp_path, monkeypatch):
     """At 4×4, where only colours can be seen: the background that the prompt names."""
     preset = PRESETS["shapes"]
     tiny = dataclasses.replace(
@@ -167,8 +167,9 @@ def test_a_tiny_model_learns_colours(tmp_path, small_clip, monkeypatch):
         ),
     )
     monkeypatch.setitem(PRESETS, "tiny", tiny)
-    out = tmp_path / "run"
-    run("--preset", "tiny", "--clip", small_clip, "--out", out, "--steps", 200, "--sample-every", 1000)
+    out, trained_clip = tmp_path / "run", tmp_path / "clip.safetensors"
+    save_small(train_small(steps=60, batch=32), trained_clip)
+    run("--preset", "tiny", "--clip", trained_clip, "--out", out, "--steps", 100, "--sample-every", 1000)
     generator, clip, _ = load_generator(out / "generator_ema.safetensors")
     colours = torch.tensor(list(shapes.BACKGROUNDS.values()))
     right = []
@@ -181,7 +182,7 @@ def test_a_tiny_model_learns_colours(tmp_path, small_clip, monkeypatch):
 
 
 def test_torchrun_with_two_ranks(tmp_path, small_clip):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", "train.py"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py"]
     options = f"--steps 3 --batch 4 --workers 0 --device cpu --clip {small_clip} --out {tmp_path / 'run'}"
     done = subprocess.run([*command, *options.split()], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
@@ -194,36 +195,26 @@ def test_torchrun_with_two_ranks(tmp_path, small_clip):
 # Mistakes.
 
 
-def failing(*arguments, **kwargs):
-    """Runs train.py as a user would → its exit status and what it says on stderr."""
-    done = subprocess.run(
-        [sys.executable, "train.py", *map(str, arguments)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        **kwargs,
-    )
-    return done.returncode, done.stderr.strip()
-
-
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
         (("--preset", "huge"), "invalid choice: 'huge'"),
         (("--steps", "0"), "not a positive number"),
-        (("--batch", "1", "--out", "OUT"), "choose at least 2"),
-        (("--device", "tpu9", "--out", "OUT"), "use auto, cpu, cuda"),
-        (("--data", "/nowhere", "--clip", "CLIP", "--out", "OUT"), "no such file or folder"),
-        (("--resume", "/nowhere.pt", "--out", "OUT"), "no such checkpoint"),
-        (("--clip", "nonsense", "--out", "OUT"), "neither a file nor"),
+        (("--batch", "1"), "choose at least 2"),
+        (("--device", "tpu9"), "use auto, cpu, cuda"),
+        (("--data", "/nowhere"), "no such file or folder"),
+        (("--resume", "/nowhere.pt"), "no such checkpoint"),
+        (("--clip", "nonsense"), "neither a file nor"),
         (("--out", "/proc/run"), "cannot be written"),
     ],
 )
-def test_mistakes_are_told_in_one_line(tmp_path, small_clip, arguments, says):
-    arguments = [{"OUT": tmp_path / "run", "CLIP": small_clip}.get(a, a) for a in arguments]
-    status, stderr = failing(*arguments)
-    assert status == 2 and says in stderr.splitlines()[-1] and "Traceback" not in stderr
+def test_mistakes_are_told_in_one_line(tmp_path, small_clip, monkeypatch, capsys, arguments, says):
+    command = ["train.py", "--clip", str(small_clip), "--out", str(tmp_path / "run"), *arguments]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit) as caught:
+        train.main()
+    stderr = capsys.readouterr().err.strip()
+    assert caught.value.code == 2 and says in stderr.splitlines()[-1] and "Traceback" not in stderr
 
 
 @pytest.mark.parametrize("damage", ["truncated", "foreign", "hostile"])
@@ -243,7 +234,7 @@ def test_a_bad_checkpoint_is_refused_and_left_alone(tmp_path, small_clip, damage
 
         torch.save({"discriminator": Hostile()}, path)
     content = path.read_bytes()
-    with pytest.raises(UserError, match="cannot be resumed from"):
+    with pytest.raises(UserError, match="cannot be"):
         run(*common, "--steps", 2)
     assert path.read_bytes() == content and not (tmp_path / "executed").exists()
 
