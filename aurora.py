@@ -19,6 +19,8 @@ from layers import (
     ModulatedLinear,
     ToRGB,
     UpsamplingConv2d,
+    float32_region,
+    full_precision,
     l2_attention,
     lrelu,
     merge_heads,
@@ -47,9 +49,10 @@ class Mapping(nn.Module):
         self.layers = nn.ModuleList(Linear(i, o, lr_mul=config.lr_mul) for i, o in itertools.pairwise(widths))
 
     def forward(self, z, global_text):
-        w = torch.cat([rms_norm(z), rms_norm(global_text)], dim=-1)
-        for layer in self.layers:
-            w = lrelu(layer(w))
+        with float32_region(z):
+            w = torch.cat([rms_norm(z), rms_norm(full_precision(global_text))], dim=-1)
+            for layer in self.layers:
+                w = lrelu(layer(w))
         return w
 
 
@@ -155,14 +158,15 @@ class FourierFeatures(nn.Module):
         self.size = size
 
     def forward(self, w):
-        transform = self.affine(w.float())
-        cos, sin, *shift = (transform / transform[:, :2].norm(dim=1, keepdim=True)).unbind(1)
-        rotation = torch.stack([cos, -sin, sin, cos], dim=1).unflatten(1, (2, 2))  # [B, 2, 2]
-        phases = self.phases - (self.freqs @ rotation @ torch.stack(shift, dim=1)[..., None])[..., 0]  # [B, C]
-        freqs = self.freqs @ rotation  # [B, C, 2]
-        centres = (torch.arange(self.size, device=w.device) + 0.5) / self.size - 0.5
-        grid = torch.cartesian_prod(centres, centres).flip(1)  # [N, (x, y)], row by row
-        waves = torch.sin(2 * math.pi * (freqs @ grid.T + phases[..., None]))  # [B, C, N]
+        with float32_region(w):
+            transform = self.affine(full_precision(w))
+            cos, sin, *shift = (transform / transform[:, :2].norm(dim=1, keepdim=True)).unbind(1)
+            rotation = torch.stack([cos, -sin, sin, cos], dim=1).unflatten(1, (2, 2))  # [B, 2, 2]
+            freqs = self.freqs @ rotation  # [B, C, 2]
+            phases = self.phases - (freqs @ torch.stack(shift, dim=1)[..., None])[..., 0]  # [B, C]
+            centres = (torch.arange(self.size, device=w.device) + 0.5) / self.size - 0.5
+            grid = torch.cartesian_prod(centres, centres).flip(1)  # [N, (x, y)], row by row
+            waves = torch.sin(2 * math.pi * (freqs @ grid.T + phases[..., None]))  # [B, C, N]
         mixed = self.weight / math.sqrt(len(self.weight)) @ waves
         return mixed.unflatten(2, (self.size, self.size))
 
@@ -257,7 +261,7 @@ class SynthesisLevel(nn.Module):
             if self.attentions:
                 x, routed = self.attentions[i](x, w := next(ws), local_text)
                 routings |= {f"{self.resolution}.{i}.{depth}": routing for depth, routing in enumerate(routed)}
-        return x, self.to_rgb(x, w).float(), routings
+        return x, full_precision(self.to_rgb(x, w)), routings
 
 
 class Synthesis(nn.Module):

@@ -12,6 +12,7 @@ from layers import (
     Linear,
     ModulatedLinear,
     blur,
+    full_precision,
     lrelu,
     merge_heads,
     rms_norm,
@@ -103,7 +104,7 @@ class Head(nn.Module):
         points = h = features.flatten(2).transpose(1, 2)
         for conv in self.convs:
             h = lrelu(conv(h, text))
-        return (self.last(h, text) + self.unconditional(points)).squeeze(-1).float()
+        return full_precision(self.last(h, text) + self.unconditional(points)).squeeze(-1)
 
 
 class Discriminator(nn.Module):

@@ -21,6 +21,11 @@ def rms_norm(x, eps=1e-8):
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
 
 
+def full_precision(x):
+    """x in float32 at least: half precision is widened, float64 stays."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
 def float32_region(x):
     """A context in which autocast is off, for what bfloat16 would ruin: routing, demodulation, distances."""
     return torch.autocast(x.device.type, enabled=False)
@@ -95,7 +100,7 @@ class ModulatedLinear(nn.Module):
 
     def forward(self, x, w):
         with float32_region(x):
-            style = self.style(w.float())
+            style = self.style(full_precision(w))
             demodulation = torch.rsqrt(F.linear(style.square(), self.weight.square()) + 1e-8)
         return F.linear(x * style[:, None], self.weight) * demodulation[:, None] + self.bias
 
@@ -128,7 +133,7 @@ class ModulatedConv2d(nn.Module):
     def modulation(self, w):
         """What depends on w alone, in float32: style [B, C, 1, 1], kernels [G, D, C, k, k], gain [B, D, 1, 1]."""
         with float32_region(w):
-            w = w.float()
+            w = full_precision(w)
             style, kernels = self.style(w), self.kernels(w)
             gain = self.output_gain(style, kernels)
         return style[..., None, None], kernels, gain[..., None, None]
@@ -209,13 +214,13 @@ def deformable_conv2d(x, kernels, offsets, mask):
     height, width = x.shape[2:]
     with float32_region(x):  # bfloat16 cannot tell neighbouring positions apart
         tap_y, tap_x = (t.flatten() - 1 for t in torch.meshgrid(*[torch.arange(3, device=x.device)] * 2, indexing="ij"))
-        dy, dx = offsets.float().unflatten(1, (9, 2)).unbind(2)  # [B, 9, H, W]
+        dy, dx = full_precision(offsets).unflatten(1, (9, 2)).unbind(2)  # [B, 9, H, W]
         y_position = dy + tap_y[:, None, None] + torch.arange(height, device=x.device)[:, None]
         x_position = dx + tap_x[:, None, None] + torch.arange(width, device=x.device)
         grid = torch.stack(
             [x_position * 2 / (width - 1) - 1, y_position * 2 / (height - 1) - 1], dim=-1
         )  # ±1 at the outer pixels
-        samples = F.grid_sample(x.float(), grid.flatten(1, 2), align_corners=True).unflatten(2, (9, height))
+        samples = F.grid_sample(full_precision(x), grid.flatten(1, 2), align_corners=True).unflatten(2, (9, height))
     columns = (samples * mask[:, None]).flatten(1, 2).flatten(2)  # [B, 9C, H·W]
     return (kernels.flatten(2) @ columns).unflatten(2, (height, width))
 
@@ -238,7 +243,7 @@ def l2_attention(q, k, v):
     """softmax(−‖q − k‖₂/√d)·v over [B, heads, N, d]: the true distance, not its square."""
     scale = 1 / math.sqrt(q.shape[-1])  # on the vectors, which scales their distance
     with float32_region(q):
-        attention = (-torch.cdist(q.float() * scale, k.float() * scale)).softmax(-1)
+        attention = (-torch.cdist(full_precision(q) * scale, full_precision(k) * scale)).softmax(-1)
     return attention.to(v.dtype) @ v
 
 
@@ -248,5 +253,8 @@ def squared_l2_attention(qk, v):
     The true distance has an infinite slope at zero, and every point is at distance zero from itself here. The term |q|²
     is the same for all keys, so the softmax drops it.
     """
-    logits = (2 * qk @ qk.transpose(-1, -2) - qk.square().sum(-1)[..., None, :]) / math.sqrt(qk.shape[-1])
-    return logits.softmax(-1) @ v
+    with float32_region(qk):
+        qk = full_precision(qk)
+        logits = (2 * qk @ qk.transpose(-1, -2) - qk.square().sum(-1)[..., None, :]) / math.sqrt(qk.shape[-1])
+        attention = logits.softmax(-1)
+    return attention.to(v.dtype) @ v

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import distributed
-from layers import float32_region
+from layers import float32_region, full_precision
 
 SCALE_WEIGHTS = (0.33, 0.17, 0.17, 0.17, 0.17)  # of the images, from the highest resolution down
 EARLY_ADVERSARIAL, EARLY_MATCHING = 0.01, 0.05  # of all predictions but the last, relative to that one
@@ -57,8 +57,8 @@ def r1_penalty(discriminator, pyramid, tokens, eot, gamma, early=EARLY_ADVERSARI
     the pyramid do not see each other, so one backward pass gives the gradient of each.
     """
     with float32_region(tokens):
-        pyramid = {r: x.detach().float().requires_grad_() for r, x in pyramid.items()}
-        logits = discriminator(pyramid, tokens.float(), eot)
+        pyramid = {r: full_precision(x.detach()).requires_grad_() for r, x in pyramid.items()}
+        logits = discriminator(pyramid, full_precision(tokens), eot)
         last = min(pyramid)
         score = sum((1 if stage == last else early) * x.mean(1).sum() for (_, stage), x in logits.items())
         gradients = torch.autograd.grad(score, list(pyramid.values()), create_graph=True)
@@ -72,10 +72,9 @@ def clip_loss(clip, pyramid, text_embedding):
     info_nce = open_clip.ClipLoss(
         gather_with_grad=True, rank=distributed.rank(), world_size=distributed.world_size(), cache_labels=False
     )
-    losses = [
-        info_nce(F.normalize(clip.encode_image(x), dim=-1), text_embedding, clip.logit_scale) for x in pyramid.values()
-    ]
-    return torch.stack(losses).mean()
+    embeddings = [F.normalize(full_precision(clip.encode_image(x)), dim=-1) for x in pyramid.values()]
+    with float32_region(text_embedding):  # the logits are multiplied by up to 100
+        return torch.stack([info_nce(e, text_embedding, clip.logit_scale) for e in embeddings]).mean()
 
 
 # ----------------------------------------------------------------------------------------------------------------------

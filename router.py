@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from layers import ModulatedLinear, float32_region, lrelu
+from layers import ModulatedLinear, float32_region, full_precision, lrelu
 
 
 class Routing(NamedTuple):
@@ -33,12 +33,11 @@ class Router(nn.Module):
 
     def __init__(self, dim, num_experts, w_dim):
         super().__init__()
-        self.num_experts = num_experts
         self.to_logits = ModulatedLinear(dim, num_experts, w_dim)
 
     def forward(self, u, w):
         with float32_region(u):
-            logits = lrelu(self.to_logits(u.float(), w.float()))
+            logits = lrelu(self.to_logits(full_precision(u), full_precision(w)))
             gate, expert_index = logits.softmax(-1).max(-1)
         return Routing(logits, expert_index, gate)
 

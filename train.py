@@ -273,14 +273,13 @@ class Run:
         self.ema.w_avg.copy_(self.generator.w_avg)
 
     def least_used_expert(self, output):
-        """The smallest share of points that any expert got at any layer in this batch, times its number of experts."""
-        shares = []
-        for level in self.generator.synthesis.levels:
-            experts = level.attentions[0].blocks[0].router.num_experts if level.attentions else 0
-            for name, index in output.routes.items():
-                if name.startswith(f"{level.resolution}."):
-                    shares.append(index.flatten().bincount(minlength=experts).min() * experts / index.numel())
-        return torch.stack(shares).min() if shares else output.w.new_ones(())
+        """The smallest share of points that any expert got at any layer in this batch; 1 if all got the same."""
+        experts = {level.resolution: level.num_experts for level in self.generator.config.levels}
+        shares = [output.w.new_ones(())]
+        for name, index in output.routes.items():
+            counts = index.flatten().bincount(minlength=experts[int(name.split(".")[0])])
+            shares.append(counts.min() / counts.float().mean())
+        return torch.stack(shares).min()
 
     # ------------------------------------------------------------------------------------------------------------------
     # Growing.

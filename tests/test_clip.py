@@ -87,7 +87,7 @@ def test_training_is_reproducible():
 
 def test_training_learns_colours_in_seconds():
     """Of eight captions that differ in the colour alone, the right one is nearest to the picture."""
-    clip = train_small(steps=60, batch=32)
+    clip = train_small(steps=100, batch=32)
     scenes = [scene for scene in (shapes.scene(i, seed=9) for i in range(80)) if scene.relation is None]
     with torch.no_grad():
         images = F.normalize(clip.encode_image(shapes.draw(scenes, 32)), dim=-1)
