@@ -1,5 +1,6 @@
 """Mistakes that a user can mend are told in one line, without a traceback."""
 
+import argparse
 import contextlib
 import sys
 
@@ -16,3 +17,10 @@ def told_in_one_line():
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+def positive_int(text):
+    """The type of a command line argument that counts something."""
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return number

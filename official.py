@@ -71,67 +71,70 @@ def load_official(source):
 
 def read_architecture(shapes):
     """{name: shape} → the GeneratorConfig it belongs to, and {their prefix: our prefix} for the synthesis network."""
-
-    def count(pattern):
-        """How many different numbers stand at (\\d+) in the names that match."""
-        return len({match[1] for name in shapes if (match := re.match(pattern, name))})
-
     resolutions = sorted(
         int(m[1]) for name in shapes if (m := re.match(r"synthesis\.output_res_(\d+)x\d+\.bias", name))
     )
+    convs, attentions = group_layers(shapes)
     prefixes = {f"synthesis.output_res_{r}x{r}.": f"synthesis.levels.{i}.to_rgb." for i, r in enumerate(resolutions)}
-
-    # Their layers stand in one list; a convolution that upsamples, and so holds a filter, opens the next resolution.
-    convs, attentions = [[]], [[]]
-    for layer in range(count(r"synthesis\.net\.(\d+)\.")):
-        theirs = f"synthesis.net.{layer}.0."
-        if theirs + "norm.weight" in shapes:
-            attentions[-1].append(theirs)
-            continue
-        if theirs + "conv1.filter" in shapes:
-            convs.append([])
-            attentions.append([])
-        convs[-1].append(theirs)
-    for i, (conv_blocks, attention_blocks) in enumerate(zip(convs, attentions, strict=True)):
-        prefixes |= {theirs: f"synthesis.levels.{i}.blocks.{j}." for j, theirs in enumerate(conv_blocks)}
-        prefixes |= {theirs: f"synthesis.levels.{i}.attentions.{j}." for j, theirs in enumerate(attention_blocks)}
+    for i, blocks in enumerate(convs):
+        prefixes |= {theirs: f"synthesis.levels.{i}.blocks.{j}." for j, theirs in enumerate(blocks)}
+    for i, blocks in enumerate(attentions):
+        prefixes |= {theirs: f"synthesis.levels.{i}.attentions.{j}." for j, theirs in enumerate(blocks)}
     prefixes["synthesis.net.0.0."] = "synthesis.levels.0.blocks.0.fourier."
     prefixes["synthesis.net.0.1."] = "synthesis.levels.0.blocks.0.conv."
-
-    levels = []
-    for resolution, conv_blocks, attention_blocks in zip(resolutions, convs, attentions, strict=True):
-        num_kernels, _, channels, *_ = shapes[f"synthesis.output_res_{resolution}x{resolution}.weight"]
-        first_attention = re.escape((attention_blocks or ["no attention"])[0])
-        levels.append(
-            Level(
-                resolution,
-                channels,
-                num_blocks=len(conv_blocks),
-                num_kernels=num_kernels,
-                attn_depth=count(first_attention + r"attn_blocks\.(\d+)\."),
-                num_experts=count(first_attention + r"attn_blocks\.0\.ff\.net\.(\d+)\.0\."),
-                deformable=conv_blocks[-1] + "conv2.mtm_bias" in shapes,
-            )
-        )
 
     (text_dim,) = shapes["text_head.transformer.res_blocks.0.ln_1.weight"]
     mapping_dim, mapping_input = shapes["mapping.dense0.weight"]
     attention_dims = [shape[0] for name, shape in shapes.items() if name.endswith("self_attn.to_v.weight")]
     config = GeneratorConfig(
-        levels=tuple(levels),
+        levels=tuple(read_level(shapes, *level) for level in zip(resolutions, convs, attentions, strict=True)),
         fourier_channels=shapes["synthesis.net.0.0.freqs"][0],
         z_dim=mapping_input - text_dim,
         w_dim=shapes["w_avg"][0],
-        mapping_layers=count(r"mapping\.dense(\d+)\."),
+        mapping_layers=count(shapes, r"mapping\.dense(\d+)\."),
         mapping_dim=mapping_dim,
         clip_width=shapes.get("text_head.align_dim.weight", (text_dim, text_dim))[1],
         text_dim=text_dim,
-        text_layers=count(r"text_head\.transformer\.res_blocks\.(\d+)\."),
+        text_layers=count(shapes, r"text_head\.transformer\.res_blocks\.(\d+)\."),
         mix_tokens=False,
         num_heads=NUM_HEADS,
         head_dim=max(attention_dims, default=NUM_HEADS) // NUM_HEADS,
     )
     return config, prefixes
+
+
+def group_layers(shapes):
+    """Their layers stand in one list → for each resolution its convolution blocks and its attention blocks, by prefix."""
+    convs, attentions = [[]], [[]]
+    for layer in range(count(shapes, r"synthesis\.net\.(\d+)\.")):
+        theirs = f"synthesis.net.{layer}.0."
+        if theirs + "norm.weight" in shapes:
+            attentions[-1].append(theirs)
+            continue
+        if theirs + "conv1.filter" in shapes:  # only a convolution that upsamples, and so opens a resolution, has one
+            convs.append([])
+            attentions.append([])
+        convs[-1].append(theirs)
+    return convs, attentions
+
+
+def read_level(shapes, resolution, convs, attentions):
+    num_kernels, _, channels, *_ = shapes[f"synthesis.output_res_{resolution}x{resolution}.weight"]
+    attention = re.escape((attentions or ["none"])[0])
+    return Level(
+        resolution,
+        channels,
+        num_blocks=len(convs),
+        num_kernels=num_kernels,
+        attn_depth=count(shapes, attention + r"attn_blocks\.(\d+)\."),
+        num_experts=count(shapes, attention + r"attn_blocks\.0\.ff\.net\.(\d+)\.0\."),
+        deformable=convs[-1] + "conv2.mtm_bias" in shapes,
+    )
+
+
+def count(shapes, pattern):
+    """How many different numbers stand at (\\d+) in the names that match."""
+    return len({match[1] for name in shapes if (match := re.match(pattern, name))})
 
 
 def translate(state, prefixes, ours):

@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 import distributed
 from checkpoint import load_generator
-from errors import UserError, told_in_one_line
+from errors import UserError, positive_int, told_in_one_line
 from pictures import labelled_grid
 
 DEMO = Path(__file__).parent / "models" / "shapes.safetensors"
@@ -18,16 +18,11 @@ BATCH = 16
 
 
 def parse_args(argv=None):
-    def positive(text):
-        if (number := int(text)) < 1:
-            raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-        return number
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("prompt", nargs="*", help="one or more texts, each in quotes")
     add("--prompts", type=Path, help="a UTF-8 text file with a prompt on each line")
-    add("--num", type=positive, default=4, help="pictures for each prompt")
+    add("--num", type=positive_int, default=4, help="pictures for each prompt")
     add("--seed", type=int, default=0, help="the same seed gives the same pictures")
     add("--truncation", type=float, default=1.0, help="psi: 1 is all variety, 0 each prompt's mean picture")
     add(

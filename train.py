@@ -23,7 +23,7 @@ import distributed
 from aurora import Generator
 from clip import load_clip, save_small, train_small
 from discriminator import Discriminator
-from errors import UserError, told_in_one_line
+from errors import UserError, positive_int, told_in_one_line
 from losses import DiscriminatorLoss, GeneratorLoss, wrong_captions
 from metrics import fake_features, fid, pyramid, real_features
 from pictures import labelled_grid
@@ -35,11 +35,6 @@ NUM_PICTURES = 24
 
 
 def parse_args(argv=None):
-    def positive(text):
-        if (number := int(text)) < 1:
-            raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-        return number
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--preset", choices=PRESETS, default="shapes", help="network sizes and training recipe, see presets.py")
@@ -49,14 +44,14 @@ def parse_args(argv=None):
         help="shapes (drawn on the fly), a folder of images with .txt captions, or .tar shards",
     )
     add("--out", type=Path, default=Path("runs/shapes"), help="the run's folder")
-    add("--steps", type=positive, help="total steps of the run; by default the preset's")
-    add("--batch", type=positive, help="global batch, over all ranks; by default the preset's")
+    add("--steps", type=positive_int, help="total steps of the run; by default the preset's")
+    add("--batch", type=positive_int, help="global batch, over all ranks; by default the preset's")
     add("--seed", type=int, default=0, help="of weights, data and noise")
     add("--resume", default="auto", help="auto: go on with the run in --out, if there is one; no; or a checkpoint.pt")
     add("--clip", help="small, a clip.safetensors, or MODEL:WEIGHTS of open_clip; by default the preset's")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    add("--save-every", type=positive, default=250, help="steps between checkpoints")
-    add("--sample-every", type=positive, default=50, help="steps between sample grids")
+    add("--save-every", type=positive_int, default=250, help="steps between checkpoints")
+    add("--sample-every", type=positive_int, default=50, help="steps between sample grids")
     add("--workers", type=int, default=1, help="processes that load data, for each rank; 0: none of their own")
     return parser.parse_args(argv)
 
