@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import warnings
 from pathlib import Path
 
 import torch
@@ -11,7 +12,7 @@ from safetensors.torch import save_file
 
 from aurora import Generator
 from clip import load_clip, new_small
-from errors import UserError
+from errors import UserError, first_line
 from official import is_official, load_official
 from presets import OPENAI_CLIP, GeneratorConfig
 
@@ -19,8 +20,11 @@ from presets import OPENAI_CLIP, GeneratorConfig
 def atomically(path, write):
     """Calls write(temporary path), then renames: whoever reads `path` finds the old file or the new one, whole."""
     temporary = Path(f"{path}.tmp")
-    write(temporary)
-    os.replace(temporary, path)
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -89,6 +93,8 @@ def _load_ours(path):
 
 def _load_official(path):
     state = load_tensors(path)
+    if isinstance(state, dict) and "progress" in state:
+        raise UserError(f"{path} is the state of a run; sample with generator_ema.safetensors beside it")
     try:
         return load_official(state)
     except ValueError as error:
@@ -98,7 +104,8 @@ def _load_official(path):
 def load_tensors(path):
     """What torch.save wrote, if it is tensors and plain values: no code in it can run. Raises UserError otherwise."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):
+            return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # on foreign bytes the unpickler stumbles in every way there is
         raise UserError(
             f"{path} cannot be read: it is damaged, or no checkpoint, or holds code, which is not run"
@@ -107,10 +114,6 @@ def load_tensors(path):
 
 def without_prefix(state, prefix):
     return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-
-
-def first_line(error):
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -125,7 +128,7 @@ def save_run(path, state):
 def load_run(path):
     """Reads it again, on the CPU. Raises UserError where the file is damaged or foreign; no code in it can run."""
     state = load_tensors(path)
-    if not isinstance(state, dict) or "discriminator" not in state:
+    if not isinstance(state, dict) or not state.keys() >= {"identity", "progress", "discriminator"}:
         what = (
             "the authors' generator, which has no discriminator" if is_official(state) else "not a checkpoint of a run"
         )

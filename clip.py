@@ -5,7 +5,9 @@ open_clip's own classes, trained in about a minute on the built-in scenes; its w
 """
 
 import json
+import logging
 import re
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,7 +20,7 @@ from torch import nn
 from tqdm import tqdm
 
 import shapes
-from errors import UserError
+from errors import UserError, first_line
 
 SMALL = dict(
     embed_dim=64,
@@ -125,14 +127,20 @@ def load_clip(spec, device="cpu"):
         raise UserError(f"--clip {spec}: neither a file nor MODEL:WEIGHTS of open_clip, as ViT-L-14-quickgelu:openai")
     if weights == "openai" and "quickgelu" not in model_name and f"{model_name}-quickgelu" in open_clip.list_models():
         raise UserError(f"--clip {spec}: OpenAI's weights use quick GELU; ask for {model_name}-quickgelu:openai")
+    logging.disable()  # the hub says at length what the error below says once
     try:
-        model = open_clip.create_model(model_name, pretrained=weights or None, require_pretrained=True)
+        with warnings.catch_warnings(action="ignore"):
+            model = open_clip.create_model(model_name, pretrained=weights or None, require_pretrained=True)
     except Exception as error:  # open_clip and the hub raise many kinds, all of them meaning that there are no weights
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise UserError(
             f"--clip {spec}: the weights cannot be had ({reason}). Download them where there is a network and pass the "
             f"file as --clip {model_name}:PATH, or use the built-in small CLIP: --clip small"
         ) from error
+    finally:
+        logging.disable(logging.NOTSET)
+    if not isinstance(model, open_clip.CLIP):
+        raise UserError(f"--clip {spec}: only models of OpenAI's CLIP architecture serve, as ViT-L-14-quickgelu:openai")
     return FrozenClip(model, spec).to(device)
 
 
@@ -163,7 +171,7 @@ def train_small(device="cpu", steps=240, batch=64, seed=0):
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=steps, pct_start=0.1)
         progress = tqdm(range(steps), desc="training the small CLIP", unit="step", leave=False)
         for step in progress:
-            scenes = [shapes.scene(i, seed=seed + 1) for i in range(step * batch, (step + 1) * batch)]
+            scenes = [shapes.scene(i, seed=3 * seed + 2) for i in range(step * batch, (step + 1) * batch)]
             images = shapes.draw(scenes, 32).to(device)
             blurred = [
                 F.interpolate(part, r, mode="area") for r, part in zip((4, 8, 16, 32), images.chunk(4), strict=True)
@@ -197,6 +205,6 @@ def load_small(path):
         with safe_open(path, "pt") as file:
             clip = new_small(json.loads(file.metadata()["kept_ids"]))
             clip.model.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
-    except (SafetensorError, KeyError, TypeError, RuntimeError) as error:
+    except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"{path} is not a small CLIP written by train.py, or it is damaged") from error
     return clip

@@ -130,7 +130,7 @@ class Discriminator(nn.Module):
 
     def encode_text(self, tokens, eot):
         """CLIP token features [B, T, clip_width] and eot [B] → the discriminator's own text code t_D [B, text_dim]."""
-        return rms_norm(self.text_head(tokens, eot)[0])
+        return rms_norm(full_precision(self.text_head(tokens, eot)[0]))
 
     def features(self, pyramid):
         """→ {(input resolution, stage resolution): features after that stage [B, C, H/2, W/2]}."""

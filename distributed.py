@@ -24,12 +24,19 @@ def start(device_name):
         device = torch.device(device_name)
     except RuntimeError:
         raise UserError(f"--device {device_name}: use auto, cpu, cuda or cuda:N") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"--device {device_name}: PyTorch finds no CUDA device here; use --device cpu")
-    if "RANK" in os.environ:
-        if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-            torch.cuda.set_device(device)
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"--device {device_name}: use auto, cpu, cuda or cuda:N")
+    under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
+    if device.type == "cuda":
+        index = int(os.environ["LOCAL_RANK"]) if under_torchrun else device.index or 0
+        if index >= torch.cuda.device_count():
+            found = torch.cuda.device_count()
+            raise UserError(
+                f"--device {device_name}: number {index} was asked for, and PyTorch finds {found} CUDA devices"
+            )
+        device = torch.device("cuda", index)
+        torch.cuda.set_device(device)
+    if under_torchrun:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return device
 

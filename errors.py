@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import math
 import sys
 
 
@@ -19,8 +20,27 @@ def told_in_one_line():
         sys.exit(2)
 
 
+def first_line(error):
+    """What an exception says first, in at most 200 characters."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
 def positive_int(text):
     """The type of a command line argument that counts something."""
     if (number := int(text)) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return number
+
+
+def natural_number(text):
+    """The type of a command line argument that may also be zero."""
+    if not 0 <= (number := int(text)) < 2**63:
+        raise argparse.ArgumentTypeError(f"{text} is negative or too large")
+    return number
+
+
+def finite_number(text):
+    """The type of a command line argument that multiplies something."""
+    if not math.isfinite(number := float(text)):
+        raise argparse.ArgumentTypeError(f"{text} is not a number to multiply with")
     return number

@@ -29,7 +29,7 @@ class Experts(nn.Module):
         slices = points[order].split(expert_index.bincount(minlength=len(self.proj_in)).tolist())
         stacks = zip(slices, self.proj_in, self.bias_in, self.proj_out, self.bias_out, strict=True)
         outputs = torch.cat([self.expert(*slice_and_weights) for slice_and_weights in stacks])
-        return torch.empty_like(outputs).index_copy(0, order, outputs) * gate[:, None].to(outputs.dtype)
+        return torch.empty_like(outputs).index_copy(0, order, outputs) * gate[:, None]
 
     def expert(self, points, proj_in, bias_in, proj_out, bias_out):
         """One expert over the points it was given, [P, C] → [P, C]."""

@@ -101,11 +101,10 @@ class DiscriminatorLoss(nn.Module):
         features = d.features({r: torch.cat([real[r], fake[r]]) for r in real})
         right_logits = d.score(features, code.repeat(2, 1))
         wrong_logits = d.score(features, wrong_code.repeat(2, 1))
-        sign = torch.ones(2 * batch, 1, device=wrong.device)
-        real_is_fake = torch.where(torch.arange(2 * batch, device=wrong.device)[:, None] < batch, -sign, sign)
+        sign = torch.tensor([-1.0, 1.0], device=wrong.device).repeat_interleave(batch)[:, None]  # real, fake
 
-        adversarial = logistic_loss(right_logits, real_is_fake, EARLY_ADVERSARIAL).sum() / batch
-        matching = (logistic_loss(wrong_logits, sign, EARLY_MATCHING) * is_wrong.repeat(2)).sum() / batch
+        adversarial = logistic_loss(right_logits, sign, EARLY_ADVERSARIAL).sum() / batch
+        matching = (logistic_loss(wrong_logits, 1, EARLY_MATCHING) * is_wrong.repeat(2)).sum() / batch
         loss = adversarial + self.recipe.matching_weight_discriminator * matching
 
         last = right_logits[max(real), min(real)].detach()

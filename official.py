@@ -5,6 +5,7 @@ Every size is read off the names and shapes of the state dict; only the number o
 
 import re
 from collections.abc import Mapping
+from os import PathLike
 
 import torch
 
@@ -52,7 +53,7 @@ def load_official(source):
     first; or a bare generator state dict of tensors or arrays. A file is read with `weights_only`: no code in it runs.
     Raises ValueError where names or shapes are not an Aurora generator's, and what torch.load raises on a damaged one.
     """
-    if not isinstance(source, Mapping):
+    if isinstance(source, str | PathLike):
         source = torch.load(source, map_location="cpu", weights_only=True)
     if not is_official(source):
         raise ValueError("this is not a checkpoint of the authors' generator: the names in it are others")
@@ -63,9 +64,9 @@ def load_official(source):
         with torch.device("meta"):
             generator = Generator(config)
         generator.load_state_dict(translate(state, prefixes, generator.state_dict()), assign=True)
-    except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[-1].strip()
-        raise ValueError(f"not a complete checkpoint of the authors' generator: {reason}") from error
+    except (AttributeError, KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[-200:]
+        raise ValueError(f"not a complete checkpoint of the authors' generator: … {reason}") from error
     return generator.requires_grad_(True).eval()
 
 
@@ -104,7 +105,7 @@ def read_architecture(shapes):
 
 
 def group_layers(shapes):
-    """Their layers stand in one list → for each resolution its convolution blocks and its attention blocks, by prefix."""
+    """Their one list of layers → for each resolution its convolution blocks and attention blocks, by prefix."""
     convs, attentions = [[]], [[]]
     for layer in range(count(shapes, r"synthesis\.net\.(\d+)\.")):
         theirs = f"synthesis.net.{layer}.0."

@@ -37,10 +37,6 @@ class GeneratorConfig:
     residual_gain: float = 0.4
     attn_gain: float = 0.3
 
-    @property
-    def resolution(self):
-        return self.levels[-1].resolution
-
     @classmethod
     def from_dict(cls, fields):
         """The inverse of dataclasses.asdict, for configurations stored as JSON."""
@@ -145,7 +141,7 @@ PRESETS = {
                 Level(8, 512, num_blocks=2, attn_depth=1, num_experts=4, deformable=True),
                 Level(16, 320, num_blocks=2, num_kernels=2, attn_depth=1, num_experts=8, deformable=True),
                 Level(32, 256, num_blocks=2, num_kernels=4, attn_depth=1, num_experts=8),
-                Level(64, 128, num_blocks=2, num_kernels=4, attn_depth=1, num_experts=8),
+                Level(64, 128, num_blocks=2, num_kernels=4),
             ),
             fourier_channels=512,
             w_dim=512,
@@ -168,8 +164,8 @@ PRESETS = {
             head_dim=32,
         ),
         Recipe(
-            steps=400_000,
-            batch=256,
+            steps=1_000_000,
+            batch=64,
             lr_generator=2e-3,
             lr_discriminator=2e-3,
             r1_gamma=1.0,

@@ -8,8 +8,8 @@ from PIL import Image
 from tqdm import tqdm
 
 import distributed
-from checkpoint import load_generator
-from errors import UserError, positive_int, told_in_one_line
+from checkpoint import atomically, load_generator
+from errors import UserError, finite_number, first_line, natural_number, positive_int, told_in_one_line
 from pictures import labelled_grid
 
 DEMO = Path(__file__).parent / "models" / "shapes.safetensors"
@@ -23,8 +23,8 @@ def parse_args(argv=None):
     add("prompt", nargs="*", help="one or more texts, each in quotes")
     add("--prompts", type=Path, help="a UTF-8 text file with a prompt on each line")
     add("--num", type=positive_int, default=4, help="pictures for each prompt")
-    add("--seed", type=int, default=0, help="the same seed gives the same pictures")
-    add("--truncation", type=float, default=1.0, help="psi: 1 is all variety, 0 each prompt's mean picture")
+    add("--seed", type=natural_number, default=0, help="the same seed gives the same pictures")
+    add("--truncation", type=finite_number, default=1.0, help="psi: 1 is all variety, 0 each prompt's mean picture")
     add(
         "--checkpoint",
         type=Path,
@@ -44,7 +44,7 @@ def read_prompts(args):
     prompts = list(args.prompt)
     if args.prompts:
         try:
-            prompts += [line for line in args.prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
+            prompts += [line for line in args.prompts.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
         except UnicodeDecodeError:
             raise UserError(f"--prompts {args.prompts} is not UTF-8 text; save it as UTF-8") from None
         except OSError as error:
@@ -70,7 +70,7 @@ def check_prompts(clip, prompts):
 
 def check_writable(path):
     """Fails before the work rather than after it."""
-    if path.suffix.lower() not in Image.registered_extensions():
+    if Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:
         raise UserError(f"--out {path}: no picture format is called {path.suffix or 'so'}; use .png or .jpg")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -80,6 +80,15 @@ def check_writable(path):
             path.unlink()
     except OSError as error:
         raise UserError(f"--out {path} cannot be written: {error.strerror}") from error
+
+
+def save(picture, path):
+    """Writes a PIL image, whole or not at all: what stood at the path before is kept where it fails."""
+    try:
+        atomically(path, lambda temporary: picture.save(temporary, Image.registered_extensions()[path.suffix.lower()]))
+    except (OSError, ValueError, KeyError) as error:
+        size = f"{picture.width}×{picture.height}"
+        raise UserError(f"--out {path} cannot be written at {size} ({first_line(error)}); try .png or less") from error
 
 
 @torch.no_grad()
@@ -111,7 +120,7 @@ def main():
         progress = tqdm(prompts, unit="prompt", disable=len(prompts) < 2, leave=False)
         images = [draw(generator, clip, prompt, args.num, args.seed, args.truncation) for prompt in progress]
         labels = [prompt for prompt in prompts for _ in range(args.num)]
-        labelled_grid(torch.cat(images), labels, columns=args.num).save(args.out)
+        save(labelled_grid(torch.cat(images), labels, columns=args.num), args.out)
         size = images[0].shape[-1]
         print(f"{len(labels)} pictures of {size}×{size} by {args.checkpoint.name}, drawn in {args.out.resolve()}")
 

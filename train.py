@@ -7,7 +7,10 @@ generator's FID comes near the reference FID, the distance between two sets of r
 
 import argparse
 import copy
+import dataclasses
 import json
+import shutil
+import signal
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -23,7 +26,7 @@ import distributed
 from aurora import Generator
 from clip import load_clip, save_small, train_small
 from discriminator import Discriminator
-from errors import UserError, positive_int, told_in_one_line
+from errors import UserError, first_line, natural_number, positive_int, told_in_one_line
 from losses import DiscriminatorLoss, GeneratorLoss, wrong_captions
 from metrics import fake_features, fid, pyramid, real_features
 from pictures import labelled_grid
@@ -46,13 +49,18 @@ def parse_args(argv=None):
     add("--out", type=Path, default=Path("runs/shapes"), help="the run's folder")
     add("--steps", type=positive_int, help="total steps of the run; by default the preset's")
     add("--batch", type=positive_int, help="global batch, over all ranks; by default the preset's")
-    add("--seed", type=int, default=0, help="of weights, data and noise")
+    add("--seed", type=natural_number, default=0, help="of weights, data and noise")
     add("--resume", default="auto", help="auto: go on with the run in --out, if there is one; no; or a checkpoint.pt")
     add("--clip", help="small, a clip.safetensors, or MODEL:WEIGHTS of open_clip; by default the preset's")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add("--save-every", type=positive_int, default=250, help="steps between checkpoints")
     add("--sample-every", type=positive_int, default=50, help="steps between sample grids")
-    add("--workers", type=int, default=1, help="processes that load data, for each rank; 0: none of their own")
+    add(
+        "--workers",
+        type=natural_number,
+        default=1,
+        help="processes that load data, for each rank; 0: none of their own",
+    )
     return parser.parse_args(argv)
 
 
@@ -66,6 +74,8 @@ class Progress:
     best_fid: float = float("inf")  # at this resolution
     evaluations_since_best: int = 0
     reference_fid: dict[int, float] = field(default_factory=dict)
+    skipped: int = 0  # broken pairs of the data that were passed over
+    rejected: int = 0  # updates that were left out because a gradient was not finite
 
 
 class Run:
@@ -78,7 +88,17 @@ class Run:
         self.steps = args.steps or self.recipe.steps
         if self.batch < 2:
             raise UserError("--batch 1 leaves no wrong caption to compare with; choose at least 2")
-        self.identity = {"preset": args.preset, "data": args.data, "batch": self.batch, "seed": args.seed}
+        if self.batch % distributed.world_size():
+            raise UserError(
+                f"--batch {self.batch} cannot be shared by {distributed.world_size()} ranks; choose a multiple"
+            )
+        self.identity = {
+            "preset": args.preset,
+            "data": args.data,
+            "batch": self.batch,
+            "seed": args.seed,
+            "clip": args.clip or self.recipe.clip_model,
+        }
         self.prepare_folder()
         resumed = self.find_checkpoint()
 
@@ -93,9 +113,9 @@ class Run:
         self.resolutions = [level.resolution for level in preset.generator.levels]
         self.source = data.open_data(args.data, self.resolutions[-1], args.seed)
         self.progress = Progress()
+        self.asked_to_stop = self.stopping = False
         if resumed:
             self.load(resumed)
-        self.skipped = self.rejected = 0
         self.set_stage()
 
     # ------------------------------------------------------------------------------------------------------------------
@@ -110,7 +130,9 @@ class Run:
 
     def find_checkpoint(self):
         """The checkpoint to go on from, loaded, or None for a new run."""
-        existing = self.args.out / "checkpoint.pt"
+        existing, orphan = self.args.out / "checkpoint.pt", self.args.out / "generator_ema.safetensors"
+        if orphan.exists() and not existing.exists():
+            raise UserError(f"{self.args.out} holds a generator but no checkpoint.pt to go on from; give another --out")
         if self.args.resume == "no":
             if existing.exists():
                 raise UserError(
@@ -118,22 +140,32 @@ class Run:
                 )
             return None
         path = existing if self.args.resume == "auto" else Path(self.args.resume)
+        if existing.exists() and path.resolve() != existing.resolve():
+            raise UserError(f"--resume {path}, but {self.args.out} holds a run of its own; give another --out")
         if self.args.resume == "auto" and not path.exists():
             return None
         if not path.is_file():
             raise UserError(f"--resume {path}: no such checkpoint; use auto to go on in --out, or no to start afresh")
         state = checkpoint.load_run(path)
-        changed = [name for name, value in self.identity.items() if state["identity"][name] != value]
+        changed = [name for name, value in self.identity.items() if state["identity"].get(name) != value]
         if changed:
-            now = ", ".join(f"--{name} {state['identity'][name]}" for name in changed)
+            now = ", ".join(f"--{name} {state['identity'].get(name)}" for name in changed)
             raise UserError(f"the run in {path} was started with {now}; repeat that, or give another --out")
         return state
 
     def get_clip(self):
         """The CLIP asked for; a small one is trained first where the run has none yet."""
-        spec = self.args.clip or self.recipe.clip_model
+        spec = self.identity["clip"]
         if spec == "small":
             spec = self.args.out / "clip.safetensors"
+            beside = Path(self.args.resume).parent / "clip.safetensors"  # of the checkpoint given, if one was
+            if (
+                distributed.is_main()
+                and not spec.exists()
+                and self.args.resume not in ("auto", "no")
+                and beside.exists()
+            ):
+                shutil.copy(beside, spec)
             if distributed.is_main() and not spec.exists():
                 print("Training the small CLIP on the built-in scenes, about a minute …")
                 small = train_small(self.device, seed=self.args.seed)
@@ -173,42 +205,52 @@ class Run:
         p, batches = self.progress, data.loader(self.source, self.progress.step, self.batch, self.args.workers)
         bar = tqdm(total=self.steps, initial=p.step, unit="step", disable=not distributed.is_main(), dynamic_ncols=True)
         log = self.open_log()
-        try:
-            while p.step < self.steps:
-                started = time.perf_counter()
-                resolution, report = self.active[-1], self.step(next(batches))
-                p.step += 1
-                p.stage_images += self.batch
-                if p.step % max(1, self.recipe.fid_every // self.batch) == 0:
-                    report |= self.evaluate()
-                self.grow_if_learned()
-                if p.step % self.args.sample_every == 0 or p.step == self.steps:
-                    self.draw_samples()
-                if p.step % self.args.save_every == 0 or p.step == self.steps:
-                    self.save()
-                seconds = time.perf_counter() - started
-                if distributed.is_main():
-                    row = {"step": p.step, "images": p.step * self.batch, "resolution": resolution, **report}
-                    log.write(json.dumps(row | {"seconds": round(seconds, 4)}) + "\n")
-                    log.flush()
-                bar.set_postfix_str(
-                    f"{resolution}×{resolution}, {self.batch / seconds:.0f} images/s, "
-                    f"D {report['d_loss']:.2f}, G {report['g_loss']:.2f}",
-                    refresh=False,
-                )
-                bar.update()
-        except KeyboardInterrupt:
-            self.save()
-            say(f"\nInterrupted. Saved at step {p.step}; the same command goes on from there.")
-            return
-        finally:
-            bar.close()
+        self.stop_after_this_step_on_interrupt()
+        while p.step < self.steps and not self.stopping:
+            started = time.perf_counter()
+            resolution, report = self.active[-1], self.step(next(batches))
+            p.step += 1
+            p.stage_images += self.batch
+            if p.step % max(1, self.recipe.fid_every // self.batch) == 0:
+                report |= self.evaluate()
+            self.grow_if_learned()
+            seconds = time.perf_counter() - started
+            if distributed.is_main():
+                row = {"step": p.step, "images": p.step * self.batch, "resolution": resolution, **report}
+                log.write(json.dumps(row | {"seconds": round(seconds, 4)}) + "\n")
+                log.flush()
+            last = p.step == self.steps or self.stopping
+            if p.step % self.args.sample_every == 0 or last:
+                self.draw_samples()
+            if p.step % self.args.save_every == 0 or last:
+                self.save()
+            bar.set_postfix_str(
+                f"{resolution}×{resolution}, {self.batch / seconds:.0f} images/s, "
+                f"D {report['d_loss']:.2f}, G {report['g_loss']:.2f}",
+                refresh=False,
+            )
+            bar.update()
+        bar.close()
+        if p.skipped or p.rejected:
+            say(f"{p.skipped} broken pairs of the data were skipped, {p.rejected} updates left out as not finite.")
         name = self.args.out / "generator_ema.safetensors"
-        say(f'Done, {p.step} steps. The generator: {name}\nNow: python sample.py "…" --checkpoint {name}')
+        ended = "Stopped and saved; the same command goes on from here." if p.step < self.steps else "Done."
+        say(f'{ended} {p.step} steps. The generator: {name}\nNow: python sample.py "…" --checkpoint {name}')
+
+    def stop_after_this_step_on_interrupt(self):
+        """Ctrl-C and SIGTERM let the step end, so that what is saved is whole; a second one ends at once."""
+
+        def ask(number, _):
+            self.asked_to_stop = True
+            signal.signal(number, signal.default_int_handler)
+            say("Stopping after this step …")
+
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, ask)
 
     def step(self, batch):
         """One step of both networks → what happened, as plain numbers."""
-        self.skipped += batch.skipped
+        self.progress.skipped += batch.skipped
         real = pyramid(batch.images.to(self.device, non_blocking=True), self.active)
         ids = self.clip.tokenize(batch.captions)
         text = self.clip.encode_text(ids)
@@ -230,11 +272,15 @@ class Run:
         g_norm = self.update(self.optimizer_g, g_report["loss"])
         self.freeze_discriminator(False)
 
-        self.update_ema(output)
+        if d_norm.isfinite() and g_norm.isfinite():
+            self.update_ema(output)
         scalars = {"d_loss": d_report.pop("loss"), **d_report, "g_loss": g_report.pop("loss"), **g_report}
         scalars |= {"d_grad_norm": d_norm, "g_grad_norm": g_norm, "expert_min_share": self.least_used_expert(output)}
+        scalars["stop"] = d_norm.new_tensor(self.asked_to_stop)
         values = distributed.mean(torch.stack([value.detach().float() for value in scalars.values()])).tolist()
-        return dict(zip(scalars, values, strict=True)) | {"skipped": self.skipped, "rejected": self.rejected}
+        report = dict(zip(scalars, values, strict=True))
+        self.stopping = report.pop("stop") > 0  # on every rank alike
+        return report | {"skipped": self.progress.skipped, "rejected": self.progress.rejected}
 
     def autocast(self):
         """bfloat16 on a GPU; the modules keep routing, demodulation, distances and R1 in float32."""
@@ -242,7 +288,8 @@ class Run:
 
     def noise(self, role):
         """z of the whole global batch, [batch, z_dim]; every rank draws all of it and takes its own."""
-        generator = torch.Generator().manual_seed((self.args.seed << 40) + 2 * self.progress.step + role)
+        number = (self.args.seed << 40) + 2 * self.progress.step + role
+        generator = torch.Generator().manual_seed(number % 2**63)
         return torch.randn(self.batch, self.generator.config.z_dim, generator=generator).to(self.device)
 
     def update(self, optimizer, loss):
@@ -254,7 +301,7 @@ class Run:
         if norm.isfinite():
             optimizer.step()
         else:
-            self.rejected += 1
+            self.progress.rejected += 1
             say(f"step {self.progress.step}: a gradient was not finite, so this update was left out")
         return norm
 
@@ -289,14 +336,14 @@ class Run:
         self.picture_captions = captions[:NUM_PICTURES]
         self.fid_captions = captions[:half]
         self.fid_features = {r: f[half : 2 * half] for r, f in features.items()}
-        self.progress.reference_fid = {r: fid(f[:half], f[half : 2 * half]) for r, f in features.items()}
+        reference = {r: fid(f[:half], f[half : 2 * half]) for r, f in features.items()}
+        self.progress.reference_fid = {r: agreed(value, self.device) for r, value in reference.items()}
 
     def evaluate(self):
         """The moving average's FID at the active resolution, beside its reference."""
         p, active = self.progress, self.active[-1]
-        with self.autocast():
-            features = fake_features(self.ema, self.clip, self.fid_captions, active, self.args.seed)
-        value = fid(features, self.fid_features[active])
+        features = fake_features(self.ema, self.clip, self.fid_captions, active, self.args.seed)
+        value = agreed(fid(features, self.fid_features[active]), self.device)
         p.evaluations_since_best = 0 if value < p.best_fid else p.evaluations_since_best + 1
         p.best_fid = min(p.best_fid, value)
         return {"fid": value, "reference_fid": p.reference_fid[active]}
@@ -308,15 +355,11 @@ class Run:
             return
         learned = p.best_fid <= self.recipe.fid_factor * p.reference_fid[active]
         over = p.stage_images >= self.recipe.images_per_stage[active]
-        if learned or over or p.evaluations_since_best >= PATIENCE:
-            why = (
-                "it is near the reference"
-                if learned
-                else "it took its share of images"
-                if over
-                else "it stopped falling"
-            )
-            say(f"\n{active}×{active} done: FID {p.best_fid:.3g}, reference {p.reference_fid[active]:.3g}; {why}.")
+        stalled = p.evaluations_since_best >= PATIENCE
+        if learned or over or stalled:
+            reasons = {"it is near the reference": learned, "it stopped falling": stalled, "that took its images": over}
+            why = next(reason for reason, holds in reasons.items() if holds)
+            say(f"{active}×{active} done: FID {p.best_fid:.3g}, reference {p.reference_fid[active]:.3g}; {why}.")
             p.stage, p.stage_images, p.best_fid, p.evaluations_since_best = p.stage + 1, 0, float("inf"), 0
             self.set_stage()
 
@@ -325,19 +368,20 @@ class Run:
 
     def write_config(self):
         if distributed.is_main():
-            config = {name: str(value) for name, value in vars(self.args).items()}
-            config |= {"torch": torch.__version__, "world_size": distributed.world_size(), "recipe": vars(self.recipe)}
+            config = {name: str(value) for name, value in vars(self.args).items()} | self.identity
+            config |= {"steps": self.steps, "world_size": distributed.world_size(), "torch": torch.__version__}
+            config["recipe"] = dataclasses.asdict(self.recipe)
             (self.args.out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-            if not (self.args.out / "generator_ema.safetensors").exists():
-                self.save_generator()
+            if not (self.args.out / "checkpoint.pt").exists():
+                self.save()
 
     def open_log(self):
         """metrics.jsonl, without the lines of steps that are about to be made again."""
         if not distributed.is_main():
             return None
         path = self.args.out / "metrics.jsonl"
-        lines = path.read_text().splitlines() if path.exists() else []
-        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= self.progress.step]
+        lines = path.read_text(errors="replace").splitlines() if path.exists() else []
+        kept = [line for line in lines if 0 < step_of(line) <= self.progress.step]
         path.write_text("".join(line + "\n" for line in kept))
         return path.open("a")
 
@@ -374,10 +418,26 @@ class Run:
         self.save_generator()
 
     def load(self, state):
-        for name in ("generator", "discriminator", "ema", "optimizer_g", "optimizer_d"):
-            getattr(self, name).load_state_dict(state[name])
-        self.progress = Progress(**state["progress"])
+        try:
+            for name in ("generator", "discriminator", "ema", "optimizer_g", "optimizer_d"):
+                getattr(self, name).load_state_dict(state[name])
+            self.progress = Progress(**state["progress"])
+        except (AttributeError, KeyError, TypeError, RuntimeError, ValueError) as error:
+            raise UserError(f"the checkpoint does not fit preset {self.args.preset}: {first_line(error)}") from error
         say(f"Going on from step {self.progress.step}.")
+
+
+def step_of(line):
+    """The step of a line of metrics.jsonl, or 0 for one that was cut off."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return 0
+
+
+def agreed(value, device):
+    """A number on which all ranks agree to the last bit, so that they grow together."""
+    return distributed.mean(torch.tensor(value, dtype=torch.float64, device=device)).item()
 
 
 def say(message):

@@ -182,7 +182,7 @@ def gradients_of_share(rank, world_size):
 
 def rank_of_two(rank, port, queue):
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "test"}
     torch.set_num_threads(1)
     distributed.start("cpu")
     gradients = gradients_of_share(rank, 2)

@@ -52,7 +52,7 @@ def test_the_demo_model_is_small_enough_and_says_where_it_comes_from(demo):
     assert sample.DEMO.stat().st_size <= 24 * 2**20
     generator, _, notes = demo
     assert notes["preset"] == "shapes" and notes["images"] > 0
-    assert generator.config.resolution == notes["resolution"]
+    assert generator.config.levels[-1].resolution == notes["resolution"]
 
 
 def test_the_same_seed_is_the_same_picture(run, demo, tmp_path):

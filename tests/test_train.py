@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -96,7 +97,7 @@ def test_a_run_leaves_what_it_promises(tmp_path, small_clip):
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["preset"] == "quick" and config["recipe"]["batch"] == 4
     generator, clip, notes = load_generator(tmp_path / "generator_ema.safetensors")
-    assert generator.config.resolution == 8 == notes["resolution"] and notes["images"] == 12
+    assert generator.config.levels[-1].resolution == 8 == notes["resolution"] and notes["images"] == 12
     text = clip.encode_text(clip.tokenize(["a small red circle"]))
     z = torch.randn(1, generator.config.z_dim)
     expected = training.ema(z, text.tokens, text.eot, 8).image
@@ -118,7 +119,7 @@ def test_a_step_that_is_not_finite_is_left_out_and_counted(tmp_path, small_clip,
     before = {name: value.clone() for name, value in training.generator.state_dict().items()}
     loss = sum(p.sum() for p in training.generator.parameters() if p.requires_grad) * float("nan")
     training.update(training.optimizer_g, loss)
-    assert training.rejected == 1 and "not finite" in capsys.readouterr().out
+    assert training.progress.rejected == 1 and "not finite" in capsys.readouterr().out
     torch.testing.assert_close(training.generator.state_dict(), before, rtol=0, atol=0)
 
 
@@ -186,7 +187,7 @@ def test_torchrun_with_two_ranks(tmp_path, small_clip):
     options = f"--steps 3 --batch 4 --workers 0 --device cpu --clip {small_clip} --out {tmp_path / 'run'}"
     done = subprocess.run([*command, *options.split()], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert "2 rank(s)" in done.stdout and done.stdout.count("Done, 3 steps") == 1
+    assert "2 rank(s)" in done.stdout and done.stdout.count("Done. 3 steps") == 1
     with safe_open(tmp_path / "run" / "generator_ema.safetensors", "pt") as file:
         assert json.loads(file.metadata()["notes"])["step"] == 3
 
@@ -201,6 +202,8 @@ def test_torchrun_with_two_ranks(tmp_path, small_clip):
         (("--preset", "huge"), "invalid choice: 'huge'"),
         (("--steps", "0"), "not a positive number"),
         (("--batch", "1"), "choose at least 2"),
+        (("--seed", "-1"), "is negative or too large"),
+        (("--seed", "-1"), "is negative or too large"),
         (("--device", "tpu9"), "use auto, cpu, cuda"),
         (("--data", "/nowhere"), "no such file or folder"),
         (("--resume", "/nowhere.pt"), "no such checkpoint"),
@@ -250,17 +253,16 @@ def test_a_run_is_not_overwritten_nor_resumed_as_another(tmp_path, small_clip):
 
 def test_an_interrupt_loses_nothing(tmp_path, small_clip, monkeypatch, capsys):
     common = ("--preset", "quick", "--clip", small_clip, "--out", tmp_path)
-    step, calls = train.Run.step, []
+    update = train.Run.update
 
-    def interrupted(self, batch):
-        calls.append(0)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return step(self, batch)
+    def interrupted(self, optimizer, loss):
+        if self.progress.step == 1 and not self.asked_to_stop:
+            os.kill(os.getpid(), signal.SIGINT)  # in the middle of the second step
+        return update(self, optimizer, loss)
 
-    monkeypatch.setattr(train.Run, "step", interrupted)
-    run(*common, "--steps", 5)
-    assert "Saved at step 2" in capsys.readouterr().out
-    monkeypatch.setattr(train.Run, "step", step)
+    monkeypatch.setattr(train.Run, "update", interrupted)
+    assert run(*common, "--steps", 5).progress.step == 2
+    assert "Stopped and saved" in capsys.readouterr().out
+    monkeypatch.setattr(train.Run, "update", update)
     assert run(*common, "--steps", 5).progress.step == 5
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 5
