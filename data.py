@@ -8,6 +8,7 @@ import functools
 import glob
 import io
 import itertools
+import signal
 from pathlib import Path
 from typing import NamedTuple
 
@@ -46,29 +47,28 @@ def loader(source, first_step, batch, workers):
     """An endless iterator of this rank's share of each global batch from first_step on, loaded by worker processes."""
     stream = Stream(source, first_step, batch // distributed.world_size(), distributed.rank(), distributed.world_size())
     try:
-        yield from DataLoader(stream, batch_size=None, num_workers=workers)
+        yield from DataLoader(stream, batch_size=None, num_workers=workers, worker_init_fn=ignore_interrupts)
     except UserError as error:  # a worker's comes with its traceback
         raise UserError(str(error).strip().splitlines()[-1].removeprefix("errors.UserError: ")) from error
+
+
+def ignore_interrupts(_):
+    """Ctrl-C reaches the workers too; the run they serve decides when to stop."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class Stream(IterableDataset):
     """A source's training batches for one rank. Worker k of n makes steps k, k + n, …, so their order stays fixed."""
 
-    def __init__(self, source, first_step, batch, rank, world_size):
-        self.source, self.first_step, self.batch, self.rank, self.world_size = (
-            source,
-            first_step,
-            batch,
-            rank,
-            world_size,
-        )
+    def __init__(self, source, first_step, *share):
+        self.source = source
+        self.first_step = first_step
+        self.share = share  # batch of this rank, rank, number of ranks
 
     def __iter__(self):
         worker = get_worker_info()
         offset, stride = (worker.id, worker.num_workers) if worker else (0, 1)
-        return self.source.batches(
-            range(self.first_step + offset, 2**62, stride), self.batch, self.rank, self.world_size
-        )
+        return self.source.batches(range(self.first_step + offset, 2**62, stride), *self.share)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Mistakes that a user can mend are told in one line, without a traceback."""
+"""The manners of both commands: mistakes are told in one line, without a traceback; help shows the defaults."""
 
 import argparse
 import contextlib
@@ -18,6 +18,13 @@ def told_in_one_line():
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows every default, except where the help says itself what happens without the argument."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default is None else super()._get_help_string(action)
 
 
 def first_line(error):

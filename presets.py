@@ -139,7 +139,7 @@ PRESETS = {
             levels=(
                 Level(4, 512, num_blocks=2, deformable=True),
                 Level(8, 512, num_blocks=2, attn_depth=1, num_experts=4, deformable=True),
-                Level(16, 320, num_blocks=2, num_kernels=2, attn_depth=1, num_experts=8, deformable=True),
+                Level(16, 384, num_blocks=2, num_kernels=2, attn_depth=1, num_experts=8, deformable=True),
                 Level(32, 256, num_blocks=2, num_kernels=4, attn_depth=1, num_experts=8),
                 Level(64, 128, num_blocks=2, num_kernels=4),
             ),

@@ -14,9 +14,7 @@ class Routing(NamedTuple):
 
     logits: torch.Tensor  # [B, N, E], float32
     expert_index: torch.Tensor  # [B, N], int64: the one expert that takes the point
-    gate: (
-        torch.Tensor
-    )  # [B, N]: that expert's probability, which scales its output and so lets gradients reach the router
+    gate: torch.Tensor  # [B, N]: that expert's probability; it scales the output, and so gradients reach the router
 
     @property
     def aux_loss(self):

@@ -26,7 +26,7 @@ import distributed
 from aurora import Generator
 from clip import load_clip, save_small, train_small
 from discriminator import Discriminator
-from errors import UserError, first_line, natural_number, positive_int, told_in_one_line
+from errors import HelpFormatter, UserError, first_line, natural_number, positive_int, told_in_one_line
 from losses import DiscriminatorLoss, GeneratorLoss, wrong_captions
 from metrics import fake_features, fid, pyramid, real_features
 from pictures import labelled_grid
@@ -38,7 +38,7 @@ NUM_PICTURES = 24
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add = parser.add_argument
     add("--preset", choices=PRESETS, default="shapes", help="network sizes and training recipe, see presets.py")
     add(
@@ -47,11 +47,13 @@ def parse_args(argv=None):
         help="shapes (drawn on the fly), a folder of images with .txt captions, or .tar shards",
     )
     add("--out", type=Path, default=Path("runs/shapes"), help="the run's folder")
-    add("--steps", type=positive_int, help="total steps of the run; by default the preset's")
-    add("--batch", type=positive_int, help="global batch, over all ranks; by default the preset's")
+    add("--steps", type=positive_int, help="total steps of the run (default: the preset's; shapes: 20000)")
+    add("--batch", type=positive_int, help="global batch, over all ranks (default: the preset's; shapes: 32)")
     add("--seed", type=natural_number, default=0, help="of weights, data and noise")
     add("--resume", default="auto", help="auto: go on with the run in --out, if there is one; no; or a checkpoint.pt")
-    add("--clip", help="small, a clip.safetensors, or MODEL:WEIGHTS of open_clip; by default the preset's")
+    add(
+        "--clip", help="small, a clip.safetensors, or MODEL:WEIGHTS of open_clip (default: the preset's; shapes: small)"
+    )
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add("--save-every", type=positive_int, default=250, help="steps between checkpoints")
     add("--sample-every", type=positive_int, default=50, help="steps between sample grids")
@@ -154,24 +156,19 @@ class Run:
         return state
 
     def get_clip(self):
-        """The CLIP asked for; a small one is trained first where the run has none yet."""
-        spec = self.identity["clip"]
-        if spec == "small":
-            spec = self.args.out / "clip.safetensors"
-            beside = Path(self.args.resume).parent / "clip.safetensors"  # of the checkpoint given, if one was
-            if (
-                distributed.is_main()
-                and not spec.exists()
-                and self.args.resume not in ("auto", "no")
-                and beside.exists()
-            ):
-                shutil.copy(beside, spec)
-            if distributed.is_main() and not spec.exists():
+        """The CLIP asked for; a small one is trained first, where neither this run nor the one resumed has any."""
+        if self.identity["clip"] != "small":
+            return load_clip(self.identity["clip"], self.device)
+        path, resumed = self.args.out / "clip.safetensors", Path(self.args.resume)
+        if distributed.is_main() and not path.exists():
+            if resumed.is_file() and resumed.with_name(path.name).exists():
+                shutil.copy(resumed.with_name(path.name), path)
+            else:
                 print("Training the small CLIP on the built-in scenes, about a minute …")
                 small = train_small(self.device, seed=self.args.seed)
-                checkpoint.atomically(spec, lambda temporary: save_small(small, temporary))
-            distributed.barrier()
-        return load_clip(spec, self.device)
+                checkpoint.atomically(path, lambda temporary: save_small(small, temporary))
+        distributed.barrier()
+        return load_clip(path, self.device)
 
     def set_stage(self):
         """Lets the parameters of the active resolutions learn, and no others; DDP must not wait for the rest."""
