@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 import distributed
 from checkpoint import atomically, load_generator
-from errors import UserError, finite_number, first_line, natural_number, positive_int, told_in_one_line
+from errors import HelpFormatter, UserError, finite_number, first_line, natural_number, positive_int, told_in_one_line
 from pictures import labelled_grid
 
 DEMO = Path(__file__).parent / "models" / "shapes.safetensors"
@@ -18,7 +18,7 @@ BATCH = 16
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add = parser.add_argument
     add("prompt", nargs="*", help="one or more texts, each in quotes")
     add("--prompts", type=Path, help="a UTF-8 text file with a prompt on each line")
@@ -32,7 +32,7 @@ def parse_args(argv=None):
         help="generator_ema.safetensors of a run, or the authors' aurora_v1.pth",
     )
     add(
-        "--clip", help="MODEL:WEIGHTS of open_clip, to read a large CLIP from a file; by default as the checkpoint says"
+        "--clip", help="MODEL:WEIGHTS of open_clip, to read a large CLIP from a file; default: what the checkpoint says"
     )
     add("--out", type=Path, default=Path("sample.png"), help="the picture to write")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
