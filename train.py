@@ -46,7 +46,7 @@ def parse_args(argv=None):
         default="shapes",
         help="shapes (drawn on the fly), a folder of images with .txt captions, or .tar shards",
     )
-    add("--out", type=Path, default=Path("runs/shapes"), help="the run's folder")
+    add("--out", type=Path, help="the run's folder (default: runs/PRESET)")
     add("--steps", type=positive_int, help="total steps of the run (default: the preset's; shapes: 20000)")
     add("--batch", type=positive_int, help="global batch, over all ranks (default: the preset's; shapes: 32)")
     add("--seed", type=natural_number, default=0, help="of weights, data and noise")
@@ -63,7 +63,9 @@ def parse_args(argv=None):
         default=1,
         help="processes that load data, for each rank; 0: none of their own",
     )
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    args.out = args.out or Path("runs") / args.preset
+    return args
 
 
 @dataclass
@@ -198,6 +200,11 @@ class Run:
     def train(self):
         self.write_config()
         self.prepare_evaluation()
+        if unknown := {word for caption in self.fid_captions for word in self.clip.unknown_words(caption)}:
+            say(
+                f"note: the small CLIP does not know {len(unknown)} words of these captions, as {min(unknown)}; for "
+                "such data take another, as --clip ViT-B-32-quickgelu:openai"
+            )
         say(f"Training {self.args.preset} on {self.device}, {distributed.world_size()} rank(s); all in {self.args.out}")
         p, batches = self.progress, data.loader(self.source, self.progress.step, self.batch, self.args.workers)
         bar = tqdm(total=self.steps, initial=p.step, unit="step", disable=not distributed.is_main(), dynamic_ncols=True)
