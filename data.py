@@ -195,7 +195,7 @@ class Shards:
         return self.collate(wds.DataPipeline(self.pipeline(shards), wds.shuffle(1000, seed=number)), batch)
 
     def collate(self, pairs, batch):
-        pairs, before = iter(pairs), 0
+        pairs, before = iter(pairs), self.skipped
         while some := list(itertools.islice(pairs, batch)):
             images, captions = zip(*some, strict=True)
             yield Batch(torch.stack(images), list(captions), self.skipped - before)

@@ -336,6 +336,8 @@ class Run:
         features, captions = real_features(
             self.clip, self.source.evaluation(), 2 * count, self.resolutions, self.device
         )
+        if len(captions) < 4:
+            raise UserError(f"--data {self.args.data} holds {len(captions)} readable pairs; training needs at least 4")
         half = len(captions) // 2
         self.picture_captions = captions[:NUM_PICTURES]
         self.fid_captions = captions[:half]

@@ -156,6 +156,12 @@ def test_it_trains_on_a_folder_and_on_shards(tmp_path, small_clip, kind):
     assert len(rows) == 6 and rows[-1]["skipped"] >= 1 and rows[-1]["rejected"] == 0
 
 
+def test_shards_with_too_few_pairs_are_one_clear_line(tmp_path, small_clip):
+    write_shard(tmp_path / "00000.tar", [good(i) for i in range(3)])
+    with pytest.raises(UserError, match="3 readable pairs"):
+        run("--preset", "quick", "--clip", small_clip, "--out", tmp_path / "run", "--data", tmp_path, "--steps", 1)
+
+
 def test_a_tiny_model_learns_colours(tmp_path, monkeypatch):
     """At 4×4, where only colours can be seen: the background that the prompt names."""
     preset = PRESETS["shapes"]
