@@ -1,7 +1,7 @@
 """The frozen CLIP: token features for the networks, embeddings for the CLIP loss and for the FID.
 
-Any model of open_clip's CLIP class serves, by name and weights. So that nothing needs downloading there is also a small one, in
-open_clip's own classes, trained in about a minute on the built-in scenes; its words are those of their captions.
+Any model of open_clip's CLIP class serves, by name and weights. So that nothing needs downloading there is also a small
+one, in the same class, trained in about a minute on the built-in scenes; its words are those of their captions.
 """
 
 import json
