@@ -4,7 +4,7 @@ They need no download, have an exact right answer for every caption, and leave o
 a model draws for those was never seen.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -86,6 +86,9 @@ HELD_OUT = {  # never drawn in training, nor named in its captions
 SEEN = [(shape, color) for shape in SHAPES for color in COLORS if (shape, color) not in HELD_OUT]
 
 
+DIFFERENCES = ["relation"] * 6 + ["shape"] * 8 + ["size"] * 3 + ["color"] * 2 + ["background"]  # of twins
+
+
 @dataclass(frozen=True)
 class Object:
     """A shape, its centre (x, y) and radius as shares of the image's width."""
@@ -106,7 +109,11 @@ class Scene:
     objects: tuple[Object, ...]
     background: str
     relation: str | None  # of the first object to the second
-    caption: str
+    wording: str  # the caption, with {0}, {1} and {background} in place of what they name
+
+    @property
+    def caption(self):
+        return self.wording.format(*self.objects, background=self.background)
 
 
 def scene(index, seed=0, pairs=SEEN):
@@ -117,18 +124,20 @@ def scene(index, seed=0, pairs=SEEN):
     chosen = [pairs[i] for i in rng.integers(len(pairs), size=2 if relation else 1)]
     sizes = [str(size) for size in rng.choice(list(RADII), size=len(chosen))]
     radii = [rng.uniform(*RADII[size]) for size in sizes]
-    centres = _place_two(rng, radii, relation) if relation else [rng.uniform(radii[0], 1 - radii[0], size=2)]
+    centres = _place(rng, radii, relation)
     objects = tuple(
         Object(shape, color, size, float(x), float(y), radius)
         for (shape, color), size, (x, y), radius in zip(chosen, sizes, centres, radii, strict=True)
     )
-    template = rng.choice(TEMPLATES, p=TEMPLATE_SHARES)
-    named = f" {rng.choice(RELATIONS[relation][0])} a ".join(map(str, objects)) if relation else str(objects[0])
-    return Scene(objects, background, relation, template.format(objects=named, background=background))
+    template = str(rng.choice(TEMPLATES, p=TEMPLATE_SHARES))
+    named = f"{{0}} {rng.choice(RELATIONS[relation][0])} a {{1}}" if relation else "{0}"
+    return Scene(objects, background, relation, template.replace("{objects}", named))
 
 
-def _place_two(rng, radii, relation):
-    """Two centres inside the image, apart along the relation's axis and less so along the other."""
+def _place(rng, radii, relation):
+    """Centres inside the image; two are apart along the relation's axis and less so along the other."""
+    if not relation:
+        return [rng.uniform(radii[0], 1 - radii[0], size=2)]
     _, axis, sign = RELATIONS[relation]
     first, second = radii[::sign]  # in the order of growing coordinates
     distance = first + second
@@ -138,6 +147,40 @@ def _place_two(rng, radii, relation):
     across_b = rng.uniform(max(second, across_a - 0.8 * distance), min(1 - second, across_a + 0.8 * distance))
     centres = [(a, across_a), (b, across_b)][::sign]
     return [centre[:: 1 if axis == 0 else -1] for centre in centres]
+
+
+def twin(original, difference, rng):
+    """A scene whose caption differs in one thing, its objects placed anew.
+
+    difference: "shape", "color" or "size" of one object, the "background", or the "relation" of two, which are named
+    the other way round. As `scene` does, it leaves out what is HELD_OUT.
+    """
+    objects, background = list(original.objects), original.background
+    i = rng.integers(len(objects))
+    old = objects[i]
+    if difference == "background":
+        background = str(rng.choice([b for b in BACKGROUNDS if b != background]))
+    elif difference == "relation":
+        objects.reverse()
+    elif difference == "size":
+        size = "large" if old.size == "small" else "small"
+        objects[i] = replace(old, size=size, radius=rng.uniform(*RADII[size]))
+    elif difference == "shape":
+        objects[i] = replace(old, shape=str(rng.choice([s for s, c in SEEN if c == old.color and s != old.shape])))
+    else:
+        objects[i] = replace(old, color=str(rng.choice([c for s, c in SEEN if s == old.shape and c != old.color])))
+    centres = _place(rng, [o.radius for o in objects], original.relation)
+    placed = tuple(replace(o, x=float(x), y=float(y)) for o, (x, y) in zip(objects, centres, strict=True))
+    return replace(original, objects=placed, background=background)
+
+
+def scene_or_twin(index, seed=0):
+    """Number `index` of the collection in which every scene is followed by a twin, mostly by the hardest to tell."""
+    original = scene(index // 2, seed)
+    if index % 2 == 0:
+        return original
+    rng = np.random.default_rng([seed, index // 2, 1])
+    return twin(original, rng.choice([d for d in DIFFERENCES if original.relation or d != "relation"]), rng)
 
 
 def draw(scenes, resolution):

@@ -56,6 +56,26 @@ def test_relations_hold_and_objects_are_apart_and_inside():
             assert any(phrase in scene.caption for phrase in shapes.RELATIONS[scene.relation][0])
 
 
+@pytest.mark.parametrize("difference", ["shape", "color", "size", "background", "relation"])
+def test_a_twin_differs_in_one_thing(difference):
+    rng = np.random.default_rng(0)
+    for scene in (scene for scene in SCENES[:200] if scene.relation or difference != "relation"):
+        twin = shapes.twin(scene, difference, rng)
+        assert (twin.wording, twin.relation) == (scene.wording, scene.relation)
+        assert not any((o.shape, o.color) in shapes.HELD_OUT for o in twin.objects)
+        assert all(o.radius <= o.x <= 1 - o.radius and o.radius <= o.y <= 1 - o.radius for o in twin.objects)
+        if difference == "background":
+            assert [*map(str, twin.objects)] == [*map(str, scene.objects)] and twin.background != scene.background
+        elif difference == "relation":
+            assert [str(o) for o in twin.objects] == [str(o) for o in scene.objects[::-1]]
+        else:
+            pairs = zip(scene.objects, twin.objects, strict=True)
+            changed = [
+                name for a, b in pairs for name in ("shape", "color", "size") if getattr(a, name) != getattr(b, name)
+            ]
+            assert changed == [difference] and twin.background == scene.background
+
+
 @pytest.mark.parametrize("resolution", [4, 8, 32, 96])
 def test_pictures_show_the_colours_of_the_caption(resolution):
     scenes = [scene for scene in SCENES if len(scene.objects) == 1 and scene.objects[0].shape == "circle"][:40]
