@@ -16,6 +16,8 @@ from errors import UserError, first_line
 from official import is_official, load_official
 from presets import OPENAI_CLIP, GeneratorConfig
 
+DEMO = Path(__file__).parent / "models" / "shapes.safetensors"
+
 
 def atomically(path, write):
     """Calls write(temporary path), then renames: whoever reads `path` finds the old file or the new one, whole."""

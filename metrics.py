@@ -60,16 +60,19 @@ def real_features(clip, batches, count, resolutions, device):
 
 
 @torch.no_grad()
-def fake_features(generator, clip, captions, resolution, seed, batch=64):
+def outputs(generator, clip, captions, z, resolution=None, batch=64):
+    """Yields the generator's Output for every `batch` captions and their latents z [N, z_dim]."""
+    for first in range(0, len(captions), batch):
+        text = clip.encode_text(clip.tokenize(captions[first : first + batch]))
+        yield generator(z[first : first + batch].to(clip.device), text.tokens, text.eot, resolution)
+
+
+def fake_features(generator, clip, captions, resolution, seed):
     """Features of one sample for each caption at a resolution, [N, D]; the ranks share the work, z comes from seed."""
-    device = clip.device
-    z = torch.randn(len(captions), generator.config.z_dim, generator=torch.Generator().manual_seed(seed)).to(device)
+    z = torch.randn(len(captions), generator.config.z_dim, generator=torch.Generator().manual_seed(seed))
     share = -(-len(captions) // distributed.world_size())
     # Every rank takes an equal share, the last ones wrapping around, so that the features can be gathered.
     mine = torch.arange(distributed.rank() * share, (distributed.rank() + 1) * share) % len(captions)
-    features = []
-    for indices in mine.split(batch):
-        text = clip.encode_text(clip.tokenize([captions[i] for i in indices]))
-        image = generator(z[indices], text.tokens, text.eot, resolution).image
-        features.append(clip_features(clip, image.clamp(-1, 1)))
+    samples = outputs(generator, clip, [captions[i] for i in mine], z[mine], resolution)
+    features = [clip_features(clip, output.image.clamp(-1, 1)) for output in samples]
     return distributed.gather(torch.cat(features))[: len(captions)]

@@ -8,11 +8,10 @@ from PIL import Image
 from tqdm import tqdm
 
 import distributed
-from checkpoint import atomically, load_generator
+from checkpoint import DEMO, atomically, load_generator
 from errors import HelpFormatter, UserError, finite_number, first_line, natural_number, positive_int, told_in_one_line
 from pictures import labelled_grid
 
-DEMO = Path(__file__).parent / "models" / "shapes.safetensors"
 NUM_MEAN = 256  # latents behind a prompt's mean code
 BATCH = 16
 

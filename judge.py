@@ -1,0 +1,242 @@
+"""Judges pictures of the built-in scenes: what a small classifier sees in them, against what their captions say.
+
+    python judge.py                                                      # the demo model
+    python judge.py --checkpoint runs/shapes/generator_ema.safetensors   # your own
+    python judge.py --train                                              # the classifier itself, again
+
+It learns from rendered scenes alone, of all pairs of shape and color; no generator is trained on what it says.
+"""
+
+import argparse
+import itertools
+import math
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import nn
+from tqdm import tqdm
+
+import distributed
+import shapes
+from checkpoint import DEMO, atomically, load_generator
+from clip import load_clip
+from errors import HelpFormatter, UserError, positive_int, told_in_one_line
+from metrics import clip_features, fid, outputs
+
+WEIGHTS = Path(__file__).parent / "models" / "judge.safetensors"
+RESOLUTIONS = (16, 32)  # below, a small shape is a dot
+ARRANGEMENTS = ("one object", "side by side", "one above the other")
+OBJECT = {"shape": list(shapes.SHAPES), "color": list(shapes.COLORS), "size": list(shapes.RADII)}
+ATTRIBUTES = {  # what it reads, and the values; of two objects the first is the left or the upper one
+    "background": list(shapes.BACKGROUNDS),
+    "arrangement": list(ARRANGEMENTS),
+    **{f"{attribute} {i}": values for i in range(2) for attribute, values in OBJECT.items()},
+}
+PAIRS = list(itertools.product(shapes.SHAPES, shapes.COLORS))  # those HELD_OUT too: they are to be judged
+TRAINING, UNSEEN = 1_000_000, 1_000_001  # collections of scenes that no run with a usual seed draws from
+
+
+class Judge(nn.Module):
+    """Images [B, 3, R, R] in [−1, 1], 16×16 or 32×32 → {attribute: logits [B, values]}, centres (x, y) [B, 2, 2]."""
+
+    def __init__(self, width=32):
+        super().__init__()
+        channels = [(width, 2 * width, 1), (2 * width, 4 * width, 2), *[(4 * width, 4 * width, 1)] * 2]
+        self.body = nn.Sequential(
+            *convolution(3, width, kernel_size=4, stride=2),
+            *itertools.chain.from_iterable(convolution(i, o, stride=stride) for i, o, stride in channels),
+            *convolution(4 * width, 4 * width, stride=2),
+            nn.Flatten(),
+            nn.Linear(64 * width, 256, bias=False),
+            nn.BatchNorm1d(256),
+            nn.ReLU(),
+        )
+        self.head = nn.Linear(256, sum(map(len, ATTRIBUTES.values())) + 4)
+
+    def forward(self, images):
+        out = self.head(self.body(F.interpolate(images, 32, mode="bilinear")))
+        logits, centres = out[:, :-4], out[:, -4:].unflatten(1, (2, 2))
+        return dict(zip(ATTRIBUTES, logits.split([len(v) for v in ATTRIBUTES.values()], 1), strict=True)), centres
+
+    @torch.no_grad()
+    def read(self, images, batch=256):
+        """Images → {attribute: index of the value seen [B]}, centres [B, 2, 2]; meaningless for absent objects."""
+        logits, centres = zip(*[self(part.clamp(-1, 1)) for part in images.split(batch)], strict=True)
+        return {name: torch.cat([part[name] for part in logits]).argmax(1) for name in ATTRIBUTES}, torch.cat(centres)
+
+
+def convolution(in_channels, out_channels, kernel_size=3, stride=1):
+    conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding=1, bias=False)
+    return conv, nn.BatchNorm2d(out_channels), nn.ReLU()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What is in a scene.
+
+
+def in_reading_order(scene):
+    """The objects of a scene, the left or the upper one first."""
+    return scene.objects[:: shapes.RELATIONS[scene.relation][2]] if scene.relation else scene.objects
+
+
+def truth(scenes):
+    """Scenes → {attribute: index of its value [B]}, −1 for what is absent; centres [B, 2, 2], NaN for those."""
+    values = {name: torch.full((len(scenes),), -1) for name in ATTRIBUTES}
+    centres = torch.full((len(scenes), 2, 2), math.nan)
+    for b, scene in enumerate(scenes):
+        values["background"][b] = ATTRIBUTES["background"].index(scene.background)
+        values["arrangement"][b] = 1 + shapes.RELATIONS[scene.relation][1] if scene.relation else 0
+        for i, o in enumerate(in_reading_order(scene)):
+            centres[b, i] = torch.tensor([o.x, o.y])
+            for attribute, names in OBJECT.items():
+                values[f"{attribute} {i}"][b] = names.index(getattr(o, attribute))
+    return values, centres
+
+
+def accuracies(seen, scenes):
+    """{what: share of the scenes in which it is right}, of one object or of two; a picture of another number is wrong.
+
+    The background counts where the caption names it. "relation": the two stand as asked, each known by its color.
+    """
+    asked, _ = truth(scenes)
+    number = (seen["arrangement"] == 0) == (asked["arrangement"] == 0)
+    right = {name: number & (seen[name] == asked[name]) for name in ATTRIBUTES}
+    result = {"number": number}
+    if scenes[0].relation:
+        right |= {f"{a}s": right[f"{a} 0"] & right[f"{a} 1"] for a in OBJECT}
+        swapped = number & (seen["color 0"] == asked["color 1"]) & (seen["color 1"] == asked["color 0"])
+        result |= {"both colors": right["colors"] | swapped, "relation": right["arrangement"] & right["colors"]}
+        result |= {"all in place": right["arrangement"] & right["colors"] & right["shapes"] & right["sizes"]}
+    else:
+        result |= {a: right[f"{a} 0"] for a in OBJECT} | {"shape and color": right["shape 0"] & right["color 0"]}
+    named = torch.tensor([scene.background in scene.caption for scene in scenes])
+    shares = {name: share.float().mean().item() for name, share in result.items()}
+    return {"background": (seen["background"] == asked["background"])[named].float().mean().item()} | shares
+
+
+def scenes_with(num_objects, count, pairs=PAIRS, seed=UNSEEN):
+    """The first `count` scenes of a collection that hold so many objects."""
+    scenes = (shapes.scene(i, seed, pairs) for i in itertools.count())
+    return list(itertools.islice((scene for scene in scenes if len(scene.objects) == num_objects), count))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The classifier.
+
+
+def train(steps=2500, batch=128, lr=4e-3):
+    """Trains a judge on rendered scenes, half of them 16×16, under a little noise, as samples are less clean."""
+    torch.manual_seed(0)
+    judge = Judge().train()
+    optimizer = torch.optim.AdamW(judge.parameters(), lr, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
+    for step in tqdm(range(steps), desc="training the judge", unit="step"):
+        scenes = [shapes.scene(i, TRAINING, PAIRS) for i in range(step * batch, (step + 1) * batch)]
+        images = torch.cat(
+            [
+                F.interpolate(shapes.draw(part, r), 32, mode="bilinear")
+                for part, r in zip((scenes[::2], scenes[1::2]), RESOLUTIONS, strict=True)
+            ]
+        )
+        images += 0.03 * torch.rand(batch, 1, 1, 1) * torch.randn_like(images)
+        values, centres = truth(scenes[::2] + scenes[1::2])
+        logits, guesses = judge(images)
+        loss = sum(F.cross_entropy(logits[name], values[name], ignore_index=-1) for name in ATTRIBUTES)
+        loss += 10 * (guesses - centres)[centres.isfinite()].square().mean()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    return judge.eval()
+
+
+def load(path=WEIGHTS):
+    judge = Judge()
+    judge.load_state_dict(load_file(path))
+    return judge.eval().requires_grad_(False)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The verdict on a generator.
+
+
+@torch.no_grad()
+def sample(generator, clip, captions, seed):
+    """A picture for each caption [N, 3, R, R], and the share of the points that each expert took, {router: [E]}."""
+    z = torch.randn(len(captions), generator.config.z_dim, generator=torch.Generator().manual_seed(seed))
+    images, routes = [], {}
+    for output in outputs(generator, clip, captions, z):
+        images.append(output.image.clamp(-1, 1))
+        for name, index in output.routes.items():
+            routes.setdefault(name, []).append(index.flatten())
+    experts = {level.resolution: level.num_experts for level in generator.config.levels}
+    counts = {n: torch.cat(i).bincount(minlength=experts[int(n.split(".")[0])]) for n, i in routes.items()}
+    return torch.cat(images), {name: count / count.sum() for name, count in counts.items()}
+
+
+def spread(judge, generator, clip, seeds=100):
+    """How far the object of one prompt moves over seeds, as a share of how far it moves in scenes: mean over prompts.
+
+    Centres in scenes are uniform from one radius off an edge to one radius off the other.
+    """
+    ratios = []
+    for shape, size in itertools.product(shapes.SHAPES, shapes.RADII):
+        images, _ = sample(generator, clip, [f"a {size} blue {shape} on a white background"] * seeds, seed=0)
+        _, centres = judge.read(images)
+        expected = (1 - sum(shapes.RADII[size])) / math.sqrt(12)
+        ratios.append(centres[:, 0].std(0).mean() / expected)
+    return torch.stack(ratios).mean().item()
+
+
+def report(judge, generator, clip, count):
+    """Prints what the judge says of a generator, and in brackets what it says of scenes rendered at that resolution."""
+    resolution = generator.config.levels[-1].resolution
+    asked = {
+        "one object": scenes_with(1, count, shapes.SEEN),
+        "one object, shape and color never seen together": scenes_with(1, count, sorted(shapes.HELD_OUT)),
+        "two objects": scenes_with(2, count, shapes.SEEN),
+    }
+    for title, scenes in asked.items():
+        images, _ = sample(generator, clip, [scene.caption for scene in scenes], seed=1)
+        drawn, rendered = (
+            accuracies(judge.read(pictures)[0], scenes) for pictures in (images, shapes.draw(scenes, resolution))
+        )
+        print(f"{count} prompts with {title}: % right")
+        for name in drawn:
+            print(f"  {name:16s} {100 * drawn[name]:5.1f}  ({100 * rendered[name]:.1f})")
+    print(f"Spread of positions over seeds, as a share of that in scenes: {spread(judge, generator, clip):.2f}")
+
+    scenes, some, others = ([shapes.scene(i, UNSEEN + number) for i in range(count)] for number in range(3))
+    images, loads = sample(generator, clip, [scene.caption for scene in scenes], seed=2)
+    small_clip = load_clip("small")
+    features = [clip_features(small_clip, x) for x in (images, *(shapes.draw(s, resolution) for s in (some, others)))]
+    drawn, reference = fid(features[0], features[2]), fid(features[1], features[2])
+    print(
+        f"FID in the small CLIP's embedding, {count} samples and {count} scenes: {drawn:.2f}, reference {reference:.2f}"
+    )
+    for name, shares in loads.items():
+        print(f"Experts at {name}, % of the points:", *[f"{100 * share:.1f}" for share in shares])
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=HelpFormatter)
+    parser.add_argument("--checkpoint", type=Path, default=DEMO, help="a generator_ema.safetensors")
+    parser.add_argument("--num", type=positive_int, default=1000, help="prompts of each kind")
+    parser.add_argument("--train", action="store_true", help="train the classifier again, and write it")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    args = parser.parse_args()
+    with told_in_one_line():
+        if args.train:
+            trained = train()
+            atomically(WEIGHTS, lambda temporary: save_file(trained.state_dict(), temporary))
+        generator, clip, _ = load_generator(args.checkpoint, distributed.start(args.device))
+        resolution = generator.config.levels[-1].resolution
+        if resolution not in RESOLUTIONS:
+            raise UserError(f"{args.checkpoint} draws {resolution}×{resolution}; the judge reads 16×16 and 32×32")
+        report(load(), generator, clip, args.num)
+
+
+if __name__ == "__main__":
+    main()
