@@ -1,6 +1,7 @@
 """The few calls to torch.distributed, each of which does the obvious thing in a single process too."""
 
 import os
+import platform
 import warnings
 
 import torch
@@ -39,6 +40,13 @@ def start(device_name):
     if under_torchrun:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return device
+
+
+def describe(device):
+    """What a device is, as people name it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {torch.get_num_threads()} threads, {platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
 
 
 def stop():

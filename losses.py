@@ -78,7 +78,7 @@ def clip_loss(clip, pyramid, text_embedding):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The two objectives, as modules around the network that learns, so that DDP wraps all that happens in one forward.
+# The two objectives. The discriminator's runs it several times in a step, so DDP wraps all of that as one module.
 
 
 class DiscriminatorLoss(nn.Module):
@@ -121,38 +121,23 @@ class DiscriminatorLoss(nn.Module):
         return {"loss": loss, **report}
 
 
-class GeneratorLoss(nn.Module):
-    """What the generator minimizes: adversarial + matching + multi-level CLIP + mixture of experts."""
+def generator_loss(output, text, wrong, discriminator, clip, recipe):
+    """What the generator minimizes: adversarial + matching + multi-level CLIP + mixture of experts.
 
-    def __init__(self, generator, recipe):
-        super().__init__()
-        self.generator = generator
-        self.recipe = recipe
-
-    def forward(self, z, text, wrong, resolution, discriminator, clip):
-        """z [B, z_dim], text and wrong as above; the discriminator frozen as the clip is → {name: scalar}, Output."""
-        output = self.generator(z, text.tokens, text.eot, resolution)
-        with torch.no_grad():
-            code = discriminator.encode_text(text.tokens, text.eot)
-        wrong_code, is_wrong = choose_wrong(code, wrong)
-        features = discriminator.features(output.pyramid)
-        adversarial = logistic_loss(discriminator.score(features, code), -1, EARLY_ADVERSARIAL).mean()
-        # On the discriminator alone this loss hurts, on both it helps (GigaGAN, table 1).
-        matching = (logistic_loss(discriminator.score(features, wrong_code), -1, EARLY_MATCHING) * is_wrong).mean()
-        alignment = clip_loss(clip, output.pyramid, text.embedding)
-        loss = (
-            adversarial
-            + self.recipe.matching_weight_generator * matching
-            + self.recipe.clip_weight * alignment
-            + output.aux_loss
-        )
-        report = {
-            "g_adversarial": adversarial,
-            "g_matching": matching,
-            "g_clip": alignment,
-            "g_experts": output.aux_loss,
-        }
-        return {"loss": loss, **report}, output
+    output: aurora.Output for the captions of text; wrong as above; the discriminator frozen as the clip is.
+    → {name: scalar}, `loss` to be minimized.
+    """
+    with torch.no_grad():
+        code = discriminator.encode_text(text.tokens, text.eot)
+    wrong_code, is_wrong = choose_wrong(code, wrong)
+    features = discriminator.features(output.pyramid)
+    adversarial = logistic_loss(discriminator.score(features, code), -1, EARLY_ADVERSARIAL).mean()
+    # On the discriminator alone this loss hurts, on both it helps (GigaGAN, table 1).
+    matching = (logistic_loss(discriminator.score(features, wrong_code), -1, EARLY_MATCHING) * is_wrong).mean()
+    alignment = clip_loss(clip, output.pyramid, text.embedding)
+    loss = adversarial + recipe.matching_weight_generator * matching + recipe.clip_weight * alignment + output.aux_loss
+    report = {"g_adversarial": adversarial, "g_matching": matching, "g_clip": alignment, "g_experts": output.aux_loss}
+    return {"loss": loss, **report}
 
 
 def choose_wrong(code, wrong):

@@ -9,8 +9,8 @@ import argparse
 import copy
 import dataclasses
 import json
-import shutil
 import signal
+import sys
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -24,16 +24,16 @@ import checkpoint
 import data
 import distributed
 from aurora import Generator
-from clip import load_clip, save_small, train_small
+from clip import load_clip
 from discriminator import Discriminator
 from errors import HelpFormatter, UserError, first_line, natural_number, positive_int, told_in_one_line
-from losses import DiscriminatorLoss, GeneratorLoss, wrong_captions
+from losses import DiscriminatorLoss, generator_loss, wrong_captions
 from metrics import fake_features, fid, pyramid, real_features
 from pictures import labelled_grid
 from presets import PRESETS, with_clip_width
 
 R1_INTERVAL = 16  # steps; R1 is computed once in so many and weighed by as much (StyleGAN2, section 4.1)
-PATIENCE = 6  # evaluations without a better FID after which a stage ends
+PATIENCE = 10  # evaluations without a better FID after which a stage ends
 NUM_PICTURES = 24
 
 
@@ -80,6 +80,7 @@ class Progress:
     reference_fid: dict[int, float] = field(default_factory=dict)
     skipped: int = 0  # broken pairs of the data that were passed over
     rejected: int = 0  # updates that were left out because a gradient was not finite
+    seconds: float = 0.0  # spent on steps and evaluations
 
 
 class Run:
@@ -106,14 +107,19 @@ class Run:
         self.prepare_folder()
         resumed = self.find_checkpoint()
 
-        self.clip = self.get_clip()
+        self.clip = load_clip(self.identity["clip"], device)
         preset = with_clip_width(PRESETS[args.preset], self.clip.width)
         torch.manual_seed(args.seed)
         self.generator = Generator(preset.generator).to(device)
         self.discriminator = Discriminator(preset.discriminator).to(device)
         self.ema = copy.deepcopy(self.generator).eval().requires_grad_(False)
-        self.optimizer_g = torch.optim.Adam(self.generator.parameters(), self.recipe.lr_generator, (0.0, 0.99))
-        self.optimizer_d = torch.optim.Adam(self.discriminator.parameters(), self.recipe.lr_discriminator, (0.0, 0.99))
+        self.optimizer_g, self.optimizer_d = (
+            torch.optim.Adam(network.parameters(), lr, (0.0, 0.99), fused=True)
+            for network, lr in (
+                (self.generator, self.recipe.lr_generator),
+                (self.discriminator, self.recipe.lr_discriminator),
+            )
+        )
         self.resolutions = [level.resolution for level in preset.generator.levels]
         self.source = data.open_data(args.data, self.resolutions[-1], args.seed)
         self.progress = Progress()
@@ -157,21 +163,6 @@ class Run:
             raise UserError(f"the run in {path} was started with {now}; repeat that, or give another --out")
         return state
 
-    def get_clip(self):
-        """The CLIP asked for; a small one is trained first, where neither this run nor the one resumed has any."""
-        if self.identity["clip"] != "small":
-            return load_clip(self.identity["clip"], self.device)
-        path, resumed = self.args.out / "clip.safetensors", Path(self.args.resume)
-        if distributed.is_main() and not path.exists():
-            if resumed.is_file() and resumed.with_name(path.name).exists():
-                shutil.copy(resumed.with_name(path.name), path)
-            else:
-                print("Training the small CLIP on the built-in scenes, about a minute …")
-                small = train_small(self.device, seed=self.args.seed)
-                checkpoint.atomically(path, lambda temporary: save_small(small, temporary))
-        distributed.barrier()
-        return load_clip(path, self.device)
-
     def set_stage(self):
         """Lets the parameters of the active resolutions learn, and no others; DDP must not wait for the rest."""
         active = self.resolutions[self.progress.stage]
@@ -179,7 +170,7 @@ class Run:
         for level in self.generator.synthesis.levels:
             level.requires_grad_(level.resolution <= active)
         self.freeze_discriminator(False)
-        self.generator_loss = self.parallel(GeneratorLoss(self.generator, self.recipe))
+        self.parallel_generator = self.parallel(self.generator)
         self.discriminator_loss = self.parallel(DiscriminatorLoss(self.discriminator, self.recipe))
 
     def freeze_discriminator(self, frozen):
@@ -219,6 +210,7 @@ class Run:
                 report |= self.evaluate()
             self.grow_if_learned()
             seconds = time.perf_counter() - started
+            p.seconds += seconds
             if distributed.is_main():
                 row = {"step": p.step, "images": p.step * self.batch, "resolution": resolution, **report}
                 log.write(json.dumps(row | {"seconds": round(seconds, 4)}) + "\n")
@@ -262,17 +254,15 @@ class Run:
         wrong = wrong_captions(distributed.gather(ids))[mine]
         r1_interval = R1_INTERVAL if self.progress.step % R1_INTERVAL == 0 else 0
 
-        with torch.no_grad(), self.autocast():
-            fake = self.generator(self.noise(0)[mine], text.tokens, text.eot, self.active[-1]).pyramid
         with self.autocast():
+            output = self.parallel_generator(self.noise()[mine], text.tokens, text.eot, self.active[-1])
+            fake = {r: image.detach() for r, image in output.pyramid.items()}
             d_report = self.discriminator_loss(real, fake, text, wrong, r1_interval)
         d_norm = self.update(self.optimizer_d, d_report["loss"])
 
         self.freeze_discriminator(True)
         with self.autocast():
-            g_report, output = self.generator_loss(
-                self.noise(1)[mine], text, wrong, self.active[-1], self.discriminator, self.clip
-            )
+            g_report = generator_loss(output, text, wrong, self.discriminator, self.clip, self.recipe)
         g_norm = self.update(self.optimizer_g, g_report["loss"])
         self.freeze_discriminator(False)
 
@@ -290,9 +280,9 @@ class Run:
         """bfloat16 on a GPU; the modules keep routing, demodulation, distances and R1 in float32."""
         return torch.autocast("cuda", torch.bfloat16) if self.device.type == "cuda" else nullcontext()
 
-    def noise(self, role):
+    def noise(self):
         """z of the whole global batch, [batch, z_dim]; every rank draws all of it and takes its own."""
-        number = (self.args.seed << 40) + 2 * self.progress.step + role
+        number = (self.args.seed << 40) + self.progress.step
         generator = torch.Generator().manual_seed(number % 2**63)
         return torch.randn(self.batch, self.generator.config.z_dim, generator=generator).to(self.device)
 
@@ -403,8 +393,16 @@ class Run:
         grid.save(self.args.out / "samples" / f"step_{self.progress.step:07d}.png")
 
     def save_generator(self):
-        images = self.progress.step * self.batch
-        notes = {**self.identity, "step": self.progress.step, "images": images, "resolution": self.active[-1]}
+        notes = {
+            "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+            **self.identity,
+            "step": self.progress.step,
+            "images": self.progress.step * self.batch,
+            "resolution": self.active[-1],
+            "seconds": round(self.progress.seconds),
+            "machine": f"{distributed.world_size()} × {distributed.describe(self.device)}",
+            "torch": torch.__version__,
+        }
         path = self.args.out / "generator_ema.safetensors"
         checkpoint.save_generator(path, self.ema, self.clip, self.active[-1], notes)
 

@@ -166,12 +166,13 @@ def gradients_of_share(rank, world_size):
     wrong = losses.wrong_captions(distributed.gather(ids))[share]
     real, fake = ({r: x[share] for r, x in images.items()} for images in (real, fake))
     objective_d = losses.DiscriminatorLoss(discriminator, recipe)
-    objective_g = losses.GeneratorLoss(generator, recipe)
+    parallel_generator = generator
     if world_size > 1:
-        objective_d, objective_g = DistributedDataParallel(objective_d), DistributedDataParallel(objective_g)
+        objective_d, parallel_generator = DistributedDataParallel(objective_d), DistributedDataParallel(generator)
+    output = parallel_generator(z[share], text.tokens, text.eot, 8)
     objective_d(real, fake, text, wrong, 16)["loss"].backward()
     critic = copy.deepcopy(discriminator).requires_grad_(False)
-    objective_g(z[share], text, wrong, 8, critic, clip)[0]["loss"].backward()
+    losses.generator_loss(output, text, wrong, critic, clip, recipe)["loss"].backward()
     return {
         f"{network}.{name}": parameter.grad.numpy()  # as arrays, which pass between processes as they are
         for network, module in (("generator", generator), ("discriminator", discriminator))
@@ -240,7 +241,8 @@ def test_both_objectives_are_the_sum_of_their_parts():
     assert report["loss"].item() == pytest.approx(expected, rel=1e-4)
     assert report["d_matching"].item() == pytest.approx(matching, rel=1e-4)
 
-    report, output = losses.GeneratorLoss(generator, recipe)(z, text, wrong, 8, discriminator, clip)
+    output = generator(z, text.tokens, text.eot, 8)
+    report = losses.generator_loss(output, text, wrong, discriminator, clip, recipe)
     adversarial = total(discriminator(output.pyramid, text.tokens, text.eot), -1, 0.01)
     matching = total(discriminator(output.pyramid, text.tokens[wrong], text.eot[wrong]), -1, 0.05)
     alignment = losses.clip_loss(clip, output.pyramid, text.embedding).item()
@@ -258,7 +260,8 @@ def test_bfloat16_is_safe():
 
     def both():
         d_report = losses.DiscriminatorLoss(discriminator, recipe)(real, fake, text, wrong, 16)
-        g_report, _ = losses.GeneratorLoss(generator, recipe)(z, text, wrong, 8, discriminator, clip)
+        output = generator(z, text.tokens, text.eot, 8)
+        g_report = losses.generator_loss(output, text, wrong, discriminator, clip, recipe)
         return d_report, g_report
 
     exact = both()
