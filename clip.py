@@ -23,7 +23,7 @@ from torch import nn
 from tqdm import tqdm
 
 import shapes
-from errors import HelpFormatter, UserError, first_line, natural_number, positive_int
+from errors import HelpFormatter, UserError, first_line, natural_number, positive_int, told_in_one_line
 
 SMALL = dict(
     embed_dim=64,
@@ -224,7 +224,7 @@ def load_small(path):
             clip = new_small(json.loads(file.metadata()["kept_ids"]))
             clip.model.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
     except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"{path} is not a small CLIP written by train.py, or it is damaged") from error
+        raise UserError(f"{path} is not a small CLIP written by clip.py, or it is damaged") from error
     return clip
 
 
@@ -234,6 +234,9 @@ def main():
     parser.add_argument("--seed", type=natural_number, default=0)
     parser.add_argument("--out", type=Path, default=SMALL_PATH)
     args = parser.parse_args()
+    with told_in_one_line():
+        if not args.out.parent.is_dir():
+            raise UserError(f"--out {args.out}: there is no folder {args.out.parent}")
     clip = train_small(steps=args.steps, seed=args.seed)
     save_small(clip, args.out)
     for difference in dict.fromkeys(shapes.DIFFERENCES):

@@ -23,7 +23,7 @@ import shapes
 from checkpoint import DEMO, atomically, load_generator
 from clip import load_clip
 from errors import HelpFormatter, UserError, positive_int, told_in_one_line
-from metrics import clip_features, fid, outputs
+from metrics import clip_features, expert_counts, fid, outputs
 
 WEIGHTS = Path(__file__).parent / "models" / "judge.safetensors"
 RESOLUTIONS = (16, 32)  # below, a small shape is a dot
@@ -166,14 +166,12 @@ def load(path=WEIGHTS):
 def sample(generator, clip, captions, seed):
     """A picture for each caption [N, 3, R, R], and the share of the points that each expert took, {router: [E]}."""
     z = torch.randn(len(captions), generator.config.z_dim, generator=torch.Generator().manual_seed(seed))
-    images, routes = [], {}
+    images, totals = [], {}
     for output in outputs(generator, clip, captions, z):
-        images.append(output.image.clamp(-1, 1))
-        for name, index in output.routes.items():
-            routes.setdefault(name, []).append(index.flatten())
-    experts = {level.resolution: level.num_experts for level in generator.config.levels}
-    counts = {n: torch.cat(i).bincount(minlength=experts[int(n.split(".")[0])]) for n, i in routes.items()}
-    return torch.cat(images), {name: count / count.sum() for name, count in counts.items()}
+        images.append(output.image.clamp(-1, 1).cpu())
+        for name, counts in expert_counts(generator.config, output.routes).items():
+            totals[name] = totals.get(name, 0) + counts.cpu()
+    return torch.cat(images), {name: total / total.sum() for name, total in totals.items()}
 
 
 def spread(judge, generator, clip, seeds=100):

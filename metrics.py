@@ -67,6 +67,12 @@ def outputs(generator, clip, captions, z, resolution=None, batch=64):
         yield generator(z[first : first + batch].to(clip.device), text.tokens, text.eot, resolution)
 
 
+def expert_counts(config, routes):
+    """How many points each expert took, {router: [E]}, from the routes of an aurora.Output."""
+    experts = {level.resolution: level.num_experts for level in config.levels}
+    return {n: index.flatten().bincount(minlength=experts[int(n.split(".")[0])]) for n, index in routes.items()}
+
+
 def fake_features(generator, clip, captions, resolution, seed):
     """Features of one sample for each caption at a resolution, [N, D]; the ranks share the work, z comes from seed."""
     z = torch.randn(len(captions), generator.config.z_dim, generator=torch.Generator().manual_seed(seed))

@@ -28,7 +28,7 @@ from clip import load_clip
 from discriminator import Discriminator
 from errors import HelpFormatter, UserError, first_line, natural_number, positive_int, told_in_one_line
 from losses import DiscriminatorLoss, generator_loss, wrong_captions
-from metrics import fake_features, fid, pyramid, real_features
+from metrics import expert_counts, fake_features, fid, pyramid, real_features
 from pictures import labelled_grid
 from presets import PRESETS, with_clip_width
 
@@ -310,12 +310,8 @@ class Run:
 
     def least_used_expert(self, output):
         """The smallest share of points that any expert got at any layer in this batch; 1 if all got the same."""
-        experts = {level.resolution: level.num_experts for level in self.generator.config.levels}
-        shares = [output.w.new_ones(())]
-        for name, index in output.routes.items():
-            counts = index.flatten().bincount(minlength=experts[int(name.split(".")[0])])
-            shares.append(counts.min() / counts.float().mean())
-        return torch.stack(shares).min()
+        counts = expert_counts(self.generator.config, output.routes).values()
+        return torch.stack([output.w.new_ones(()), *(count.min() / count.float().mean() for count in counts)]).min()
 
     # ------------------------------------------------------------------------------------------------------------------
     # Growing.
