@@ -75,11 +75,11 @@ def upsample(x):
     return x[..., 2:-2, 2:-2]
 
 
-def blur(x, stride=1):
-    """The filter alone, padding 1: [B, C, H, W] → [B, C, H−1, W−1], or half the size at stride 2."""
+def blur(x):
+    """The filter alone, padding 1: [B, C, H, W] → [B, C, H−1, W−1]."""
     taps = torch.tensor([1.0, 3.0, 3.0, 1.0], dtype=x.dtype, device=x.device) / 8
     channels = x.shape[1]
-    return F.conv2d(x, torch.outer(taps, taps).expand(channels, 1, 4, 4), stride=stride, padding=1, groups=channels)
+    return F.conv2d(x, torch.outer(taps, taps).expand(channels, 1, 4, 4), padding=1, groups=channels)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -63,6 +63,7 @@ class DiscriminatorConfig:
     text_layers: int = 4
     num_heads: int = 8
     head_dim: int = 64
+    head_layers: int = 4  # modulated 1×1 convolutions of each ψ
     lr_mul: float = 0.01  # of the text head
 
 
@@ -216,6 +217,7 @@ PRESETS = {
             text_layers=1,
             num_heads=2,
             head_dim=32,
+            head_layers=2,
             lr_mul=0.1,
         ),
         Recipe(

@@ -269,7 +269,8 @@ def test_bfloat16_is_safe():
         rounded = both()
     for a, b in zip(exact, rounded, strict=True):
         for name in a:
-            assert b[name].item() == pytest.approx(a[name].item(), rel=0.05), name
+            near = {"abs": 0.02} if name.startswith("logits") else {"rel": 0.05}  # a mean logit may be near zero
+            assert b[name].item() == pytest.approx(a[name].item(), **near), name
     assert rounded[0]["r1"].item() == pytest.approx(exact[0]["r1"].item(), rel=1e-6)  # in float32 throughout
     sum(report["loss"] for report in rounded).backward()
     for module in (generator, discriminator):
