@@ -54,15 +54,16 @@ class Linear(nn.Module):
 class Conv2d(nn.Module):
     """A convolution [B, C, H, W] with equalized learning rate; `padding` defaults to the size-keeping one."""
 
-    def __init__(self, in_channels, out_channels, kernel_size, bias=True, padding=None):
+    def __init__(self, in_channels, out_channels, kernel_size, bias=True, padding=None, stride=1):
         super().__init__()
         self.weight = nn.Parameter(torch.randn(out_channels, in_channels, kernel_size, kernel_size))
         self.bias = nn.Parameter(torch.zeros(out_channels)) if bias else None
         self.weight_gain = 1 / math.sqrt(in_channels * kernel_size**2)
         self.padding = kernel_size // 2 if padding is None else padding
+        self.stride = stride
 
     def forward(self, x):
-        return F.conv2d(x, self.weight * self.weight_gain, self.bias, padding=self.padding)
+        return F.conv2d(x, self.weight * self.weight_gain, self.bias, self.stride, self.padding)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
