@@ -75,22 +75,26 @@ class Stream(IterableDataset):
 
 
 class Scenes:
-    """The built-in scenes. Scene number i of the run is the same on any number of ranks, so a run resumes exactly."""
+    """The built-in scenes. Scene number i of the run is the same on any number of ranks, so a run resumes exactly.
+
+    They come with their twins: in a batch of thousands a caption meets others that nearly say the same; in a small one
+    it would not, and telling captions apart by their colours would do.
+    """
 
     def __init__(self, resolution, seed):
         self.resolution, self.seed = resolution, seed
 
-    def draw(self, indices, seed):
-        scenes = [shapes.scene(i, seed) for i in indices]
+    def draw(self, scenes):
         return Batch(shapes.draw(scenes, self.resolution), [scene.caption for scene in scenes], 0)
 
     def batches(self, steps, batch, rank, world_size):
         for step in steps:
-            yield self.draw(sample_indices(step, batch, rank, world_size), 3 * self.seed)
+            indices = sample_indices(step, batch, rank, world_size)
+            yield self.draw([shapes.scene_or_twin(i, 3 * self.seed) for i in indices])
 
     def evaluation(self, batch=64):
-        for first in itertools.count(0, batch):
-            yield self.draw(range(first, first + batch), 3 * self.seed + 1)  # and + 2 trains the small CLIP
+        for first in itertools.count(0, batch):  # seed + 2 trains the small CLIP
+            yield self.draw([shapes.scene(i, 3 * self.seed + 1) for i in range(first, first + batch)])
 
 
 def sample_indices(step, batch, rank, world_size):

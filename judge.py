@@ -28,7 +28,7 @@ from metrics import clip_features, expert_counts, fid, outputs
 WEIGHTS = Path(__file__).parent / "models" / "judge.safetensors"
 RESOLUTIONS = (16, 32)  # below, a small shape is a dot
 ARRANGEMENTS = ("one object", "side by side", "one above the other")
-OBJECT = {"shape": list(shapes.SHAPES), "color": list(shapes.COLORS), "size": list(shapes.RADII)}
+OBJECT = {"shape": list(shapes.SHAPES), "color": list(shapes.COLORS), "size": list(shapes.SIZES)}
 ATTRIBUTES = {  # what it reads, and the values; of two objects the first is the left or the upper one
     "background": list(shapes.BACKGROUNDS),
     "arrangement": list(ARRANGEMENTS),
@@ -180,10 +180,10 @@ def spread(judge, generator, clip, seeds=100):
     Centres in scenes are uniform from one radius off an edge to one radius off the other.
     """
     ratios = []
-    for shape, size in itertools.product(shapes.SHAPES, shapes.RADII):
+    for shape, size in itertools.product(shapes.SHAPES, shapes.SIZES):
         images, _ = sample(generator, clip, [f"a {size} blue {shape} on a white background"] * seeds, seed=0)
         _, centres = judge.read(images)
-        expected = (1 - sum(shapes.RADII[size])) / math.sqrt(12)
+        expected = (1 - sum(shapes.RADII[1][size])) / math.sqrt(12)
         ratios.append(centres[:, 0].std(0).mean() / expected)
     return torch.stack(ratios).mean().item()
 

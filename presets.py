@@ -186,10 +186,10 @@ PRESETS = {
     "shapes": Preset(
         GeneratorConfig(
             levels=(
-                Level(4, 128, num_blocks=1, deformable=True),
+                Level(4, 128, num_blocks=1, num_kernels=2, deformable=True),
                 Level(8, 96, num_blocks=1, attn_depth=1, num_experts=4),
-                Level(16, 64, num_blocks=1, num_kernels=2),
-                Level(32, 32, num_blocks=1, num_kernels=2),
+                Level(16, 64, num_blocks=1),
+                Level(32, 32, num_blocks=1),
             ),
             fourier_channels=128,
             z_dim=128,
@@ -223,12 +223,12 @@ PRESETS = {
         Recipe(
             steps=20_000,
             batch=32,
-            lr_generator=8e-3,
+            lr_generator=5e-3,
             lr_discriminator=8e-3,
             r1_gamma=4.0,
-            images_per_stage={4: 4_000, 8: 40_000, 16: 100_000},
+            images_per_stage={4: 3_000, 8: 12_000, 16: 100_000},
             ema_half_life=5_000,
-            clip_weight=0.15,
+            clip_weight=0.5,
             matching_weight_discriminator=1.0,
             matching_weight_generator=0.1,
             clip_model="small",

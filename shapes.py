@@ -4,7 +4,9 @@ They need no download, have an exact right answer for every caption, and leave o
 a model draws for those was never seen.
 """
 
-from dataclasses import dataclass, replace
+import itertools
+import re
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -20,7 +22,12 @@ COLORS = {
     "pink": (1.0, 0.5, 0.75),
 }
 BACKGROUNDS = {"white": (1.0, 1.0, 1.0), "gray": (0.5, 0.5, 0.5), "black": (0.0, 0.0, 0.0), "tan": (0.8, 0.68, 0.5)}
-RADII = {"small": (0.12, 0.14), "large": (0.21, 0.24)}  # as a share of the image's width
+SIZES = ("small", "large")
+RADII = {  # as shares of the image's width, by how many objects there are: one alone is drawn larger
+    1: {"small": (0.17, 0.2), "large": (0.29, 0.34)},
+    2: {"small": (0.13, 0.15), "large": (0.21, 0.24)},
+}
+TWO_OBJECTS = 1 / 3  # of the scenes; the others have one
 RELATIONS = {  # phrasings, and on which axis (0: x, 1: y, downward) the first object comes before (+1) or after (−1)
     "left of": (("left of", "to the left of"), 0, +1),
     "right of": (("right of", "to the right of"), 0, -1),
@@ -86,7 +93,8 @@ HELD_OUT = {  # never drawn in training, nor named in its captions
 SEEN = [(shape, color) for shape in SHAPES for color in COLORS if (shape, color) not in HELD_OUT]
 
 
-DIFFERENCES = ["relation"] * 6 + ["shape"] * 8 + ["size"] * 3 + ["color"] * 2 + ["background"]  # of twins
+OF_TWO = ["relation"] * 36 + ["number"] * 6  # what twins of two objects may differ in, as often as it takes to learn
+OF_ANY = ["shape"] * 8 + ["size"] * 3 + ["color"] * 2 + ["background"]  # and those of one or two
 
 
 @dataclass(frozen=True)
@@ -120,18 +128,21 @@ def scene(index, seed=0, pairs=SEEN):
     """The scene number `index` of the endless collection `seed`, its objects' (shape, color) taken from `pairs`."""
     rng = np.random.default_rng([seed, index])
     background = str(rng.choice(list(BACKGROUNDS)))
-    relation = str(rng.choice(list(RELATIONS))) if rng.random() < 0.5 else None
+    relation = str(rng.choice(list(RELATIONS))) if rng.random() < TWO_OBJECTS else None
     chosen = [pairs[i] for i in rng.integers(len(pairs), size=2 if relation else 1)]
-    sizes = [str(size) for size in rng.choice(list(RADII), size=len(chosen))]
-    radii = [rng.uniform(*RADII[size]) for size in sizes]
-    centres = _place(rng, radii, relation)
-    objects = tuple(
-        Object(shape, color, size, float(x), float(y), radius)
-        for (shape, color), size, (x, y), radius in zip(chosen, sizes, centres, radii, strict=True)
-    )
+    objects = _objects(rng, [(*pair, str(rng.choice(SIZES))) for pair in chosen], relation)
     template = str(rng.choice(TEMPLATES, p=TEMPLATE_SHARES))
     named = f"{{0}} {rng.choice(RELATIONS[relation][0])} a {{1}}" if relation else "{0}"
     return Scene(objects, background, relation, template.replace("{objects}", named))
+
+
+def _objects(rng, looks, relation):
+    """Objects of these (shape, color, size), placed as the relation asks."""
+    radii = [rng.uniform(*RADII[len(looks)][size]) for *_, size in looks]
+    centres = _place(rng, radii, relation)
+    return tuple(
+        Object(*look, float(x), float(y), radius) for look, (x, y), radius in zip(looks, centres, radii, strict=True)
+    )
 
 
 def _place(rng, radii, relation):
@@ -150,28 +161,29 @@ def _place(rng, radii, relation):
 
 
 def twin(original, difference, rng):
-    """A scene whose caption differs in one thing, its objects placed anew.
+    """A scene whose caption differs in one thing, its objects drawn anew.
 
-    difference: "shape", "color" or "size" of one object, the "background", or the "relation" of two, which are named
-    the other way round. As `scene` does, it leaves out what is HELD_OUT.
+    difference: "shape", "color" or "size" of one object, the "background"; of two objects also their "relation", when
+    they are named the other way round, or the "number", when one is gone. As `scene` does, it leaves out what is
+    HELD_OUT.
     """
-    objects, background = list(original.objects), original.background
-    i = rng.integers(len(objects))
-    old = objects[i]
+    looks = [(o.shape, o.color, o.size) for o in original.objects]
+    background, relation, wording = original.background, original.relation, original.wording
+    i = rng.integers(len(looks))
+    shape, color, size = looks[i]
     if difference == "background":
         background = str(rng.choice([b for b in BACKGROUNDS if b != background]))
     elif difference == "relation":
-        objects.reverse()
+        looks.reverse()
+    elif difference == "number":
+        looks, relation, wording = [looks[i]], None, re.sub(r"\{0\} .* \{1\}", "{0}", wording)
     elif difference == "size":
-        size = "large" if old.size == "small" else "small"
-        objects[i] = replace(old, size=size, radius=rng.uniform(*RADII[size]))
+        looks[i] = shape, color, "large" if size == "small" else "small"
     elif difference == "shape":
-        objects[i] = replace(old, shape=str(rng.choice([s for s, c in SEEN if c == old.color and s != old.shape])))
+        looks[i] = str(rng.choice([s for s, c in SEEN if c == color and s != shape])), color, size
     else:
-        objects[i] = replace(old, color=str(rng.choice([c for s, c in SEEN if s == old.shape and c != old.color])))
-    centres = _place(rng, [o.radius for o in objects], original.relation)
-    placed = tuple(replace(o, x=float(x), y=float(y)) for o, (x, y) in zip(objects, centres, strict=True))
-    return replace(original, objects=placed, background=background)
+        looks[i] = shape, str(rng.choice([c for s, c in SEEN if s == shape and c != color])), size
+    return Scene(_objects(rng, looks, relation), background, relation, wording)
 
 
 def scene_or_twin(index, seed=0):
@@ -180,7 +192,16 @@ def scene_or_twin(index, seed=0):
     if index % 2 == 0:
         return original
     rng = np.random.default_rng([seed, index // 2, 1])
-    return twin(original, rng.choice([d for d in DIFFERENCES if original.relation or d != "relation"]), rng)
+    return twin(original, rng.choice([*OF_TWO, *OF_ANY] if original.relation else OF_ANY), rng)
+
+
+def named_both_ways(seed=0):
+    """Endless scenes of two objects, each followed by its twin in "relation"."""
+    for index in itertools.count():
+        original = scene(index, seed)
+        if original.relation:
+            yield original
+            yield twin(original, "relation", np.random.default_rng([seed, index, 2]))
 
 
 def draw(scenes, resolution):
@@ -203,5 +224,5 @@ def vocabulary():
     phrases = [phrase for phrasings, *_ in RELATIONS.values() for phrase in phrasings]
     phrases += [template.format(objects="", background="") for template in TEMPLATES]
     return sorted(
-        {word for text in [*phrases, *COLORS, *BACKGROUNDS, *RADII, *SHAPES] for word in text.split()} | {","}
+        {word for text in [*phrases, *COLORS, *BACKGROUNDS, *SIZES, *SHAPES] for word in text.split()} | {","}
     )

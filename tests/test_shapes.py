@@ -1,6 +1,7 @@
 """The built-in scenes say what they draw."""
 
 import collections
+import itertools
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ def test_a_scene_is_a_function_of_its_index():
 
 def test_there_is_enough_to_learn():
     assert (
-        len(shapes.SHAPES) >= 4 and len(shapes.COLORS) >= 8 and len(shapes.RADII) == 2 and len(shapes.BACKGROUNDS) >= 3
+        len(shapes.SHAPES) >= 4 and len(shapes.COLORS) >= 8 and len(shapes.SIZES) == 2 and len(shapes.BACKGROUNDS) >= 3
     )
     assert {scene.relation for scene in SCENES} == {None, *shapes.RELATIONS}
     assert {len(scene.objects) for scene in SCENES} == {1, 2}
@@ -38,7 +39,8 @@ def test_captions_name_what_is_there():
     for scene in SCENES:
         for o in scene.objects:
             assert f"{o.size} {o.color} {o.shape}" in scene.caption
-            assert shapes.RADII[o.size][0] <= o.radius <= shapes.RADII[o.size][1]
+            least, most = shapes.RADII[len(scene.objects)][o.size]
+            assert least <= o.radius <= most
         assert set(scene.caption.replace(",", " ,").split()) <= vocabulary | {","}
     assert np.mean([scene.background in scene.caption for scene in SCENES]) > 0.8
 
@@ -56,24 +58,37 @@ def test_relations_hold_and_objects_are_apart_and_inside():
             assert any(phrase in scene.caption for phrase in shapes.RELATIONS[scene.relation][0])
 
 
-@pytest.mark.parametrize("difference", ["shape", "color", "size", "background", "relation"])
+@pytest.mark.parametrize("difference", ["shape", "color", "size", "background", "relation", "number"])
 def test_a_twin_differs_in_one_thing(difference):
     rng = np.random.default_rng(0)
-    for scene in (scene for scene in SCENES[:200] if scene.relation or difference != "relation"):
+    for scene in (scene for scene in SCENES[:200] if scene.relation or difference in shapes.OF_ANY):
         twin = shapes.twin(scene, difference, rng)
-        assert (twin.wording, twin.relation) == (scene.wording, scene.relation)
+        if difference != "number":
+            assert (twin.wording, twin.relation) == (scene.wording, scene.relation)
         assert not any((o.shape, o.color) in shapes.HELD_OUT for o in twin.objects)
         assert all(o.radius <= o.x <= 1 - o.radius and o.radius <= o.y <= 1 - o.radius for o in twin.objects)
         if difference == "background":
             assert [*map(str, twin.objects)] == [*map(str, scene.objects)] and twin.background != scene.background
         elif difference == "relation":
             assert [str(o) for o in twin.objects] == [str(o) for o in scene.objects[::-1]]
+        elif difference == "number":
+            (kept,) = map(str, twin.objects)
+            assert kept in map(str, scene.objects) and twin.relation is None and twin.background == scene.background
+            assert twin.caption.count("background") == scene.caption.count("background") and kept in twin.caption
+            assert not any(phrase in twin.caption for phrases, *_ in shapes.RELATIONS.values() for phrase in phrases)
         else:
             pairs = zip(scene.objects, twin.objects, strict=True)
             changed = [
                 name for a, b in pairs for name in ("shape", "color", "size") if getattr(a, name) != getattr(b, name)
             ]
             assert changed == [difference] and twin.background == scene.background
+
+
+def test_scenes_named_both_ways_say_the_same_words_of_another_arrangement():
+    scenes = list(itertools.islice(shapes.named_both_ways(5), 40))
+    for original, twin in zip(scenes[::2], scenes[1::2], strict=True):
+        assert sorted(original.caption.split()) == sorted(twin.caption.split())
+        assert [str(o) for o in twin.objects] == [str(o) for o in original.objects[::-1]]
 
 
 @pytest.mark.parametrize("resolution", [4, 8, 32, 96])
