@@ -222,7 +222,7 @@ def mislead(clip, images, text_features, reach):
     One step along the sign of the gradient (Goodfellow et al. 2015). Networks trained on such images have gradients
     that change what people see, not noise that they alone see (Santurkar et al. 2019).
     """
-    images = [part.requires_grad_() for part in images]
+    images = [part.detach().requires_grad_() for part in images]
     gradients = torch.autograd.grad(contrast(clip, images, text_features), images)
     amounts = [reach * torch.rand(len(part), 1, 1, 1, device=part.device) for part in images]
     return [(x + amount * g.sign()).detach() for x, amount, g in zip(images, amounts, gradients, strict=True)]
