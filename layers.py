@@ -118,24 +118,32 @@ class ModulatedConv2d(nn.Module):
         self.style = Linear(w_dim, in_channels, bias_init=1.0)
         self.kernel_mix = Linear(w_dim, num_kernels, bias_init=1.0) if num_kernels > 1 else None
 
-    def kernels(self, w):
-        """The mixed kernels [G, D, C, k, k]: G = B, or 1 where there is nothing to mix."""
+    def mix(self, w):
+        """The share of every kernel [G, n]: G = B, or 1 where there is nothing to mix."""
+        return w.new_ones(1, 1) if self.kernel_mix is None else self.kernel_mix(w).softmax(-1)
+
+    def kernels(self, mix):
+        """The mixed kernels [G, D, C, k, k]."""
         if self.kernel_mix is None:
             return self.weight
-        mix = self.kernel_mix(w).softmax(-1)
         return (mix @ self.weight.flatten(1)).unflatten(1, self.weight.shape[1:])
 
-    def output_gain(self, style, kernels):
-        """Demodulation [B, D]: one over the norm of each output channel's scaled kernel."""
-        energy = kernels.square().sum((-1, -2)) @ style.square()[..., None]  # [G, D, C] @ [B, C, 1]
-        return torch.rsqrt(energy[..., 0] + 1e-8)
+    def output_gain(self, style, mix):
+        """Demodulation [B, D]: one over the norm of each output channel's scaled kernel.
+
+        |Σ mₙKₙ|² is Σ mₙmₗ⟨Kₙ, Kₗ⟩, and the products of the kernels are the same for every sample.
+        """
+        products = torch.einsum("ndcij,ldcij->nldc", self.weight, self.weight).flatten(2)
+        pairs = (mix[:, :, None] * mix[:, None]).flatten(1)  # [G, n·n]
+        energy = (pairs @ products.flatten(0, 1)).unflatten(1, self.weight.shape[1:3])  # [G, D, C]
+        return torch.rsqrt((energy @ style.square()[..., None])[..., 0] + 1e-8)
 
     def modulation(self, w):
         """What depends on w alone, in float32: style [B, C, 1, 1], kernels [G, D, C, k, k], gain [B, D, 1, 1]."""
         with float32_region(w):
             w = full_precision(w)
-            style, kernels = self.style(w), self.kernels(w)
-            gain = self.output_gain(style, kernels)
+            style, mix = self.style(w), self.mix(w)
+            kernels, gain = self.kernels(mix), self.output_gain(style, mix)
         return style[..., None, None], kernels, gain[..., None, None]
 
     def convolve(self, x, kernels):
@@ -171,8 +179,8 @@ class ToRGB(ModulatedConv2d):
         super().__init__(in_channels, 3, 1, w_dim, num_kernels)
         nn.init.zeros_(self.weight)
 
-    def output_gain(self, style, kernels):
-        return torch.full_like(style[:, :1], 1 / math.sqrt(kernels.shape[2]))
+    def output_gain(self, style, mix):
+        return torch.full_like(style[:, :1], 1 / math.sqrt(style.shape[1]))
 
 
 class TransformationField(ModulatedConv2d):
