@@ -1,7 +1,8 @@
 """Every loss of Aurora, in the paper's order: adversarial, matching-aware, R1, multi-level CLIP, mixture of experts.
 
 A pyramid has an image for each active resolution, and the discriminator a prediction for each image after each stage
-from there on. Losses are means over the local batch, so that averaging gradients over ranks gives the global batch's.
+from there on; `scales`, {resolution: weight}, is how much each image counts. Losses are means over the local batch, so
+that averaging gradients over ranks gives the global batch's.
 """
 
 import open_clip
@@ -12,48 +13,48 @@ from torch import nn
 import distributed
 from layers import float32_region, full_precision
 
-SCALE_WEIGHTS = (0.33, 0.17, 0.17, 0.17, 0.17)  # of the images, from the highest resolution down
 EARLY_ADVERSARIAL, EARLY_MATCHING = 0.01, 0.05  # of all predictions but the last, relative to that one
 
 
-def scale_weights(resolutions):
-    """{resolution: weight}, summing to one also while fewer resolutions are active."""
-    weights = SCALE_WEIGHTS[: len(resolutions)]
-    return {r: w / sum(weights) for r, w in zip(sorted(resolutions, reverse=True), weights, strict=True)}
+def scale_weights(resolutions, lower):
+    """{resolution: weight}: `lower` for each but the highest, relative to that one; they sum to one."""
+    weights = {r: 1 if r == max(resolutions) else lower for r in resolutions}
+    return {r: weight / sum(weights.values()) for r, weight in weights.items()}
 
 
-def prediction_weights(logits, early):
-    """{(input, stage): weight}: the scale's weight, times `early` unless the stage is the last."""
-    scales = scale_weights({entered for entered, _ in logits})
+def prediction_weights(logits, early, scales):
+    """{(input, stage): weight}: the image's weight, times `early` unless the stage is the last."""
     last = min(stage for _, stage in logits)
     return {(entered, stage): scales[entered] * (1 if stage == last else early) for entered, stage in logits}
 
 
-def logistic_loss(logits, sign, early):
+def logistic_loss(logits, sign, early, scales):
     """Σ weight · softplus(sign · D) over the predictions, per image: [B].
 
     logits: {(input, stage): [B, N]}. sign −1 wants them to look real, +1 fake: the non-saturating logistic loss.
     """
-    weights = prediction_weights(logits, early)
+    weights = prediction_weights(logits, early, scales)
     return sum(weights[key] * F.softplus(sign * x).mean(1) for key, x in logits.items())
 
 
 def wrong_captions(ids):
-    """For each caption of the global batch the next one that differs from it, in a circle; itself if all are the same.
+    """For each caption of the global batch the nearest that differs, in a circle; itself if all are the same.
 
-    ids: token ids [B, T] → indices [B].
+    Even places look forward and odd ones backward, so neighbours get each other's: data that comes in pairs, as the
+    built-in scenes do, can make them hard to tell. ids: token ids [B, T] → indices [B].
     """
     _, label = torch.unique(ids, dim=0, return_inverse=True)
     position = torch.arange(len(ids), device=ids.device)
-    candidates = (position[:, None] + position) % len(ids)  # [B, B]: itself, the next, the one after, …
+    direction = 1 - 2 * (position % 2)
+    candidates = (position[:, None] + direction[:, None] * position) % len(ids)  # [B, B]: itself, its neighbour, …
     first_other = (label[candidates] != label[:, None]).int().argmax(1)
     return candidates[position, first_other]
 
 
-def r1_penalty(discriminator, pyramid, tokens, eot, gamma, early=EARLY_ADVERSARIAL):
+def r1_penalty(discriminator, pyramid, tokens, eot, gamma, scales, early=EARLY_ADVERSARIAL):
     """R1 (Mescheder et al. 2018) on real images with their captions, in float32: a scalar.
 
-    Σ over inputs of scale weight · γ_r/2 · mean ‖∇ of the input's predictions‖², with γ_r = gamma · (r/64)². Images of
+    Σ over inputs of their weight · γ_r/2 · mean ‖∇ of the input's predictions‖², with γ_r = gamma · (r/64)². Images of
     the pyramid do not see each other, so one backward pass gives the gradient of each.
     """
     with float32_region(tokens):
@@ -62,19 +63,18 @@ def r1_penalty(discriminator, pyramid, tokens, eot, gamma, early=EARLY_ADVERSARI
         last = min(pyramid)
         score = sum((1 if stage == last else early) * x.mean(1).sum() for (_, stage), x in logits.items())
         gradients = torch.autograd.grad(score, list(pyramid.values()), create_graph=True)
-        scales = scale_weights(pyramid)
         norms = {r: g.square().sum((1, 2, 3)).mean() for r, g in zip(pyramid, gradients, strict=True)}
         return sum(scales[r] * gamma * (r / 64) ** 2 / 2 * norm for r, norm in norms.items())
 
 
-def clip_loss(clip, pyramid, text_embedding):
-    """Symmetric InfoNCE over the global batch between captions and the images of every resolution, their mean."""
+def clip_loss(clip, pyramid, text_embedding, scales):
+    """Symmetric InfoNCE over the global batch between captions and the images, at every resolution and weighed."""
     info_nce = open_clip.ClipLoss(
         gather_with_grad=True, rank=distributed.rank(), world_size=distributed.world_size(), cache_labels=False
     )
-    embeddings = [F.normalize(full_precision(clip.encode_image(x)), dim=-1) for x in pyramid.values()]
+    embeddings = {r: F.normalize(full_precision(clip.encode_image(x)), dim=-1) for r, x in pyramid.items()}
     with float32_region(text_embedding):  # the logits are multiplied by up to 100
-        return torch.stack([info_nce(e, text_embedding, clip.logit_scale) for e in embeddings]).mean()
+        return sum(scales[r] * info_nce(e, text_embedding, clip.logit_scale) for r, e in embeddings.items())
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -94,7 +94,7 @@ class DiscriminatorLoss(nn.Module):
 
         r1_interval: 0, or the number of steps that this step's R1 stands for. → {name: scalar}, `loss` to be minimized.
         """
-        d, batch = self.discriminator, len(wrong)
+        d, batch, scales = self.discriminator, len(wrong), scale_weights(real, self.recipe.lower_scales)
         code = d.encode_text(text.tokens, text.eot)
         wrong_code, is_wrong = choose_wrong(code, wrong)
 
@@ -103,8 +103,8 @@ class DiscriminatorLoss(nn.Module):
         wrong_logits = d.score(features, wrong_code.repeat(2, 1))
         sign = torch.tensor([-1.0, 1.0], device=wrong.device).repeat_interleave(batch)[:, None]  # real, fake
 
-        adversarial = logistic_loss(right_logits, sign, EARLY_ADVERSARIAL).sum() / batch
-        matching = (logistic_loss(wrong_logits, 1, EARLY_MATCHING) * is_wrong.repeat(2)).sum() / batch
+        adversarial = logistic_loss(right_logits, sign, EARLY_ADVERSARIAL, scales).sum() / batch
+        matching = (logistic_loss(wrong_logits, 1, EARLY_MATCHING, scales) * is_wrong.repeat(2)).sum() / batch
         loss = adversarial + self.recipe.matching_weight_discriminator * matching
 
         last = right_logits[max(real), min(real)].detach()
@@ -116,7 +116,7 @@ class DiscriminatorLoss(nn.Module):
             "logits_wrong": wrong_logits[max(real), min(real)][:batch].detach().mean(),
         }
         if r1_interval:
-            report["r1"] = r1_penalty(d, real, text.tokens, text.eot, self.recipe.r1_gamma)
+            report["r1"] = r1_penalty(d, real, text.tokens, text.eot, self.recipe.r1_gamma, scales)
             loss = loss + r1_interval * report["r1"]
         return {"loss": loss, **report}
 
@@ -127,14 +127,16 @@ def generator_loss(output, text, wrong, discriminator, clip, recipe):
     output: aurora.Output for the captions of text; wrong as above; the discriminator frozen as the clip is.
     → {name: scalar}, `loss` to be minimized.
     """
+    scales = scale_weights(output.pyramid, recipe.lower_scales)
     with torch.no_grad():
         code = discriminator.encode_text(text.tokens, text.eot)
     wrong_code, is_wrong = choose_wrong(code, wrong)
     features = discriminator.features(output.pyramid)
-    adversarial = logistic_loss(discriminator.score(features, code), -1, EARLY_ADVERSARIAL).mean()
+    adversarial = logistic_loss(discriminator.score(features, code), -1, EARLY_ADVERSARIAL, scales).mean()
     # On the discriminator alone this loss hurts, on both it helps (GigaGAN, table 1).
-    matching = (logistic_loss(discriminator.score(features, wrong_code), -1, EARLY_MATCHING) * is_wrong).mean()
-    alignment = clip_loss(clip, output.pyramid, text.embedding)
+    wrong_logits = discriminator.score(features, wrong_code)
+    matching = (logistic_loss(wrong_logits, -1, EARLY_MATCHING, scales) * is_wrong).mean()
+    alignment = clip_loss(clip, output.pyramid, text.embedding, scales)
     loss = adversarial + recipe.matching_weight_generator * matching + recipe.clip_weight * alignment + output.aux_loss
     report = {"g_adversarial": adversarial, "g_matching": matching, "g_clip": alignment, "g_experts": output.aux_loss}
     return {"loss": loss, **report}

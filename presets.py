@@ -76,6 +76,7 @@ class Recipe:
     lr_generator: float
     lr_discriminator: float
     r1_gamma: float  # at 64×64; γ at resolution r is r1_gamma · (r/64)²
+    lower_scales: float  # what each image below the highest resolution counts in the losses, relative to that one
     images_per_stage: dict[int, int]  # real images after which a stage ends even if its FID never met the reference
     ema_half_life: int  # in images
     clip_weight: float
@@ -123,6 +124,7 @@ PRESETS = {
             lr_generator=2.5e-3,
             lr_discriminator=2.5e-3,
             r1_gamma=1.0,
+            lower_scales=0.17 / 0.33,
             images_per_stage={4: 2_000_000, 8: 5_000_000, 16: 20_000_000, 32: 60_000_000},
             ema_half_life=640_000,
             clip_weight=0.1,
@@ -170,6 +172,7 @@ PRESETS = {
             lr_generator=2e-3,
             lr_discriminator=2e-3,
             r1_gamma=1.0,
+            lower_scales=0.17 / 0.33,
             images_per_stage={4: 500_000, 8: 2_000_000, 16: 8_000_000, 32: 20_000_000},
             ema_half_life=200_000,
             clip_weight=0.1,
@@ -226,10 +229,11 @@ PRESETS = {
             lr_generator=5e-3,
             lr_discriminator=8e-3,
             r1_gamma=16.0,
+            lower_scales=0.02,
             images_per_stage={4: 0, 8: 0, 16: 160_000},
             ema_half_life=5_000,
             clip_weight=0.5,
-            matching_weight_discriminator=1.0,
+            matching_weight_discriminator=3.0,
             matching_weight_generator=0.1,
             clip_model="small",
             fid_samples=512,

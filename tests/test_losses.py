@@ -31,23 +31,24 @@ def test_logistic_loss_is_its_formula(early):
         for stage in (4, 8, 16)
         if stage <= entered
     }
-    scale = {16: 0.33 / 0.67, 8: 0.17 / 0.67, 4: 0.17 / 0.67}
+    scale = {16: 0.6, 8: 0.3, 4: 0.1}
     expected = np.zeros(3)
     for (entered, stage), x in logits.items():
         expected += scale[entered] * (1 if stage == 4 else early) * softplus(-x.numpy()).mean(1)
-    np.testing.assert_allclose(losses.logistic_loss(logits, -1, early), expected, rtol=1e-12)
+    np.testing.assert_allclose(losses.logistic_loss(logits, -1, early, scale), expected, rtol=1e-12)
 
 
 def test_scale_weights_are_the_papers():
-    assert losses.scale_weights([4, 8, 16, 32, 64]) == pytest.approx(
+    assert losses.scale_weights([4, 8, 16, 32, 64], PRESETS["aurora-64"].recipe.lower_scales) == pytest.approx(
         {64: 0.33 / 1.01, 32: 0.17 / 1.01, 16: 0.17 / 1.01, 8: 0.17 / 1.01, 4: 0.17 / 1.01}
     )
-    assert losses.scale_weights([4]) == {4: 1.0}
+    assert losses.scale_weights([4], 0.02) == {4: 1.0}
 
 
-def test_wrong_captions_are_the_next_that_differ():
+def test_wrong_captions_are_the_nearest_that_differ():
     ids = torch.tensor([[1, 1], [1, 1], [2, 5], [1, 1], [2, 5], [3, 3]])
-    assert losses.wrong_captions(ids).tolist() == [2, 2, 3, 4, 5, 0]
+    assert losses.wrong_captions(ids).tolist() == [2, 5, 3, 2, 5, 4]
+    assert losses.wrong_captions(torch.arange(6)[:, None]).tolist() == [1, 0, 3, 2, 5, 4]
     assert losses.wrong_captions(torch.ones(4, 2, dtype=torch.long)).tolist() == [0, 1, 2, 3]
 
 
@@ -68,7 +69,8 @@ def test_r1_is_the_gradient_norm_of_each_image(tiny):
     """By the definition: image by image, a gradient of that image's own predictions."""
     pyramid, tokens, eot = real(), torch.randn(2, 7, 12, dtype=torch.float64), torch.tensor([6, 3])
     expected = 0.0
-    for entered, scale in ((8, 0.33 / 0.5), (4, 0.17 / 0.5)):
+    scales = {8: 0.7, 4: 0.3}
+    for entered, scale in scales.items():
         for i in range(2):
             image = pyramid[entered][i : i + 1].clone().requires_grad_()
             one = {r: image if r == entered else x[i : i + 1] for r, x in pyramid.items()}
@@ -76,7 +78,8 @@ def test_r1_is_the_gradient_norm_of_each_image(tiny):
             score = sum((1 if s == 4 else 0.01) * x.mean() for (e, s), x in logits.items() if e == entered)
             (gradient,) = torch.autograd.grad(score, image)
             expected += scale * 2.0 * (entered / 64) ** 2 / 2 * gradient.square().sum().item() / 2
-    assert losses.r1_penalty(tiny, pyramid, tokens, eot, gamma=2.0).item() == pytest.approx(expected, rel=1e-9)
+    ours = losses.r1_penalty(tiny, pyramid, tokens, eot, 2.0, scales).item()
+    assert ours == pytest.approx(expected, rel=1e-9)
 
 
 def test_r1_passes_gradcheck(tiny):
@@ -91,7 +94,7 @@ def test_r1_passes_gradcheck(tiny):
     ]
 
     def penalty(tokens, *_):
-        return losses.r1_penalty(tiny, pyramid, tokens, eot, gamma=100.0)
+        return losses.r1_penalty(tiny, pyramid, tokens, eot, 100.0, {8: 0.7, 4: 0.3})
 
     assert torch.autograd.gradcheck(penalty, (tokens, *weights), fast_mode=True, atol=1e-7)
 
@@ -119,13 +122,15 @@ def test_clip_loss_is_symmetric_info_nce_at_every_resolution(clip):
         rows = [np.log(np.exp(row - row.max()).sum()) + row.max() - row[i] for i, row in enumerate(logits)]
         columns = [np.log(np.exp(col - col.max()).sum()) + col.max() - col[i] for i, col in enumerate(logits.T)]
         expected.append((np.mean(rows) + np.mean(columns)) / 2)
-    assert losses.clip_loss(clip, pyramid, text.embedding).item() == pytest.approx(np.mean(expected), rel=1e-4)
+    expected = 0.2 * expected[0] + 0.8 * expected[1]
+    ours = losses.clip_loss(clip, pyramid, text.embedding, {8: 0.2, 16: 0.8}).item()
+    assert ours == pytest.approx(expected, rel=1e-4)
 
 
 def test_clip_loss_reaches_the_images_and_not_clip(clip):
     images, captions = batch_of(4)
     images.requires_grad_()
-    losses.clip_loss(clip, {16: images}, clip.encode_text(clip.tokenize(captions)).embedding).backward()
+    losses.clip_loss(clip, {16: images}, clip.encode_text(clip.tokenize(captions)).embedding, {16: 1.0}).backward()
     assert images.grad.abs().sum() > 0
     assert all(p.grad is None and not p.requires_grad for p in clip.parameters())
 
@@ -225,7 +230,7 @@ def test_both_objectives_are_the_sum_of_their_parts():
     mismatched = {
         kind: discriminator(x, text.tokens[wrong], text.eot[wrong]) for kind, x in (("real", real), ("fake", fake))
     }
-    weight = {8: 0.33 / 0.5, 4: 0.17 / 0.5}
+    weight = {8: 1 / (1 + recipe.lower_scales), 4: recipe.lower_scales / (1 + recipe.lower_scales)}
 
     def total(logits, sign, early):
         terms = [
@@ -236,7 +241,7 @@ def test_both_objectives_are_the_sum_of_their_parts():
 
     adversarial = total(logits["real"], -1, 0.01) + total(logits["fake"], 1, 0.01)
     matching = total(mismatched["real"], 1, 0.05) + total(mismatched["fake"], 1, 0.05)
-    r1 = losses.r1_penalty(discriminator, real, text.tokens, text.eot, recipe.r1_gamma).item()
+    r1 = losses.r1_penalty(discriminator, real, text.tokens, text.eot, recipe.r1_gamma, weight).item()
     expected = adversarial + recipe.matching_weight_discriminator * matching + 16 * r1
     assert report["loss"].item() == pytest.approx(expected, rel=1e-4)
     assert report["d_matching"].item() == pytest.approx(matching, rel=1e-4)
@@ -245,7 +250,7 @@ def test_both_objectives_are_the_sum_of_their_parts():
     report = losses.generator_loss(output, text, wrong, discriminator, clip, recipe)
     adversarial = total(discriminator(output.pyramid, text.tokens, text.eot), -1, 0.01)
     matching = total(discriminator(output.pyramid, text.tokens[wrong], text.eot[wrong]), -1, 0.05)
-    alignment = losses.clip_loss(clip, output.pyramid, text.embedding).item()
+    alignment = losses.clip_loss(clip, output.pyramid, text.embedding, weight).item()
     expected = adversarial + recipe.matching_weight_generator * matching + recipe.clip_weight * alignment
     assert report["loss"].item() == pytest.approx(expected + output.aux_loss.item(), rel=1e-4)
     assert math.isfinite(report["loss"].item())
