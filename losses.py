@@ -38,15 +38,13 @@ def logistic_loss(logits, sign, early, scales):
 
 
 def wrong_captions(ids):
-    """For each caption of the global batch the nearest that differs, in a circle; itself if all are the same.
+    """For each caption of the global batch the next one that differs from it, in a circle; itself if all are the same.
 
-    Even places look forward and odd ones backward, so neighbours get each other's: data that comes in pairs, as the
-    built-in scenes do, can make them hard to tell. ids: token ids [B, T] → indices [B].
+    ids: token ids [B, T] → indices [B].
     """
     _, label = torch.unique(ids, dim=0, return_inverse=True)
     position = torch.arange(len(ids), device=ids.device)
-    direction = 1 - 2 * (position % 2)
-    candidates = (position[:, None] + direction[:, None] * position) % len(ids)  # [B, B]: itself, its neighbour, …
+    candidates = (position[:, None] + position) % len(ids)  # [B, B]: itself, the next, the one after, …
     first_other = (label[candidates] != label[:, None]).int().argmax(1)
     return candidates[position, first_other]
 
