@@ -87,7 +87,7 @@ def blur(x):
 # ----------------------------------------------------------------------------------------------------------------------
 # Modulation: a convolution whose input channels are scaled by a style computed from w, and whose output channels are
 # divided by the norm of the kernel so scaled ("demodulation", StyleGAN2). Scaling activations is the same as scaling
-# kernels, and needs no copy of the kernels per sample.
+# kernels, and needs no copy of them per sample where there is one for all.
 
 
 class ModulatedLinear(nn.Module):

@@ -1,8 +1,8 @@
 """Every loss of Aurora, in the paper's order: adversarial, matching-aware, R1, multi-level CLIP, mixture of experts.
 
 A pyramid has an image for each active resolution, and the discriminator a prediction for each image after each stage
-from there on; `scales`, {resolution: weight}, is how much each image counts. Losses are means over the local batch, so
-that averaging gradients over ranks gives the global batch's.
+from there on; `scales`, {resolution: weight}, is how much each image counts. Losses are means over the local batch, the
+CLIP loss one over the global batch, so that averaging gradients over ranks gives the global batch's.
 """
 
 import open_clip
