@@ -83,7 +83,7 @@ class Flatten(nn.Module):
 
 
 class Stage(nn.Module):
-    """One φ: self-attention and residual convolutions at one resolution, then the step to half of it."""
+    """One φ: self-attention and residual convolutions, as many as the level asks for, then the step to half of it."""
 
     def __init__(self, config: DiscriminatorConfig, level, step):
         super().__init__()
