@@ -49,7 +49,7 @@ class DiscriminatorLevel:
 
     resolution: int
     channels: int
-    num_blocks: int  # of two residual convolutions; 0: the stride-2 step alone
+    num_blocks: int  # of two residual convolutions each
     attn_depth: int = 0
 
 
@@ -185,8 +185,8 @@ PRESETS = {
         ),
     ),
     # A laptop without GPU: the built-in scenes at 32×32. Attention and the experts are at 8×8, where what goes where is
-    # decided. The gains keep the scale of the features, which the release's let shrink from block to block. A
-    # discriminator of stride-2 steps alone learned more in the same time.
+    # decided. The gains keep the scale of the features, which the release's let shrink from block to block. The
+    # discriminator learned more in the same time without residual convolutions.
     "shapes": Preset(
         GeneratorConfig(
             levels=(
