@@ -154,7 +154,8 @@ class FourierFeatures(nn.Module):
         self.affine = Linear(w_dim, 4)
         nn.init.zeros_(self.affine.weight)
         self.affine.bias.data = torch.tensor([1.0, 0.0, 0.0, 0.0])  # no rotation, no shift
-        self.weight = nn.Parameter(torch.randn(channels, channels))
+        self.weight = nn.Parameter(torch.randn(channels, channels) / math.sqrt(channels))
+        self.lr_scale = {"weight": 1 / math.sqrt(channels)}
         self.size = size
 
     def forward(self, w):
@@ -167,8 +168,7 @@ class FourierFeatures(nn.Module):
             centres = (torch.arange(self.size, device=w.device) + 0.5) / self.size - 0.5
             grid = torch.cartesian_prod(centres, centres).flip(1)  # [N, (x, y)], row by row
             waves = torch.sin(2 * math.pi * (freqs @ grid.T + phases[..., None]))  # [B, C, N]
-        mixed = self.weight / math.sqrt(len(self.weight)) @ waves
-        return mixed.unflatten(2, (self.size, self.size))
+        return (self.weight @ waves).unflatten(2, (self.size, self.size))
 
 
 class StartBlock(nn.Module):

@@ -18,11 +18,11 @@ class Experts(nn.Module):
     def __init__(self, dim, num_experts):
         super().__init__()
         hidden = 4 * dim
-        self.proj_in = nn.Parameter(torch.randn(num_experts, 2 * hidden, dim))
+        self.proj_in = nn.Parameter(torch.randn(num_experts, 2 * hidden, dim) / math.sqrt(dim))
         self.bias_in = nn.Parameter(torch.zeros(num_experts, 2 * hidden))
-        self.proj_out = nn.Parameter(torch.randn(num_experts, dim, hidden))
+        self.proj_out = nn.Parameter(torch.randn(num_experts, dim, hidden) / math.sqrt(hidden))
         self.bias_out = nn.Parameter(torch.zeros(num_experts, dim))
-        self.gain_in, self.gain_out = 1 / math.sqrt(dim), 1 / math.sqrt(hidden)  # equalized learning rate
+        self.lr_scale = {"proj_in": 1 / math.sqrt(dim), "proj_out": 1 / math.sqrt(hidden)}
 
     def forward(self, points, expert_index, gate):
         order = expert_index.argsort()
@@ -33,5 +33,5 @@ class Experts(nn.Module):
 
     def expert(self, points, proj_in, bias_in, proj_out, bias_out):
         """One expert over the points it was given, [P, C] → [P, C]."""
-        a, g = F.linear(points, proj_in * self.gain_in, bias_in).chunk(2, dim=-1)
-        return F.linear(a * F.gelu(g), proj_out * self.gain_out, bias_out)
+        a, g = F.linear(points, proj_in, bias_in).chunk(2, dim=-1)
+        return F.linear(a * F.gelu(g), proj_out, bias_out)

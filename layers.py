@@ -33,8 +33,20 @@ def float32_region(x):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Equalized learning rate (Progressive GAN, section 4.1): weights are drawn from N(0, 1)/lr_mul and scaled when they are
-# used, so that Adam's steps, which have the same size for every parameter, mean the same relative change in all layers.
+# Equalized learning rate (Progressive GAN, section 4.1): Adam's steps have the same size for every parameter and should
+# mean the same relative change in all layers. The paper draws weights from N(0, 1)/lr_mul and multiplies them by
+# lr_mul/√fan_in whenever they are used. Here they are drawn at the scale of their use, N(0, 1/fan_in), and learn at
+# lr_mul/√fan_in times the learning rate: Adam does not see the scale of a gradient, so the two are the same, and this
+# one costs nothing. A module says in `lr_scale` which of its parameters do not learn at the full rate.
+
+
+def parameter_groups(network, lr):
+    """The parameters of a network for an optimizer, each group at lr times its `lr_scale`."""
+    groups = {}
+    for module in network.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            groups.setdefault(getattr(module, "lr_scale", {}).get(name, 1.0), []).append(parameter)
+    return [{"params": parameters, "lr": lr * scale} for scale, parameters in groups.items()]
 
 
 class Linear(nn.Module):
@@ -42,14 +54,12 @@ class Linear(nn.Module):
 
     def __init__(self, in_features, out_features, bias=True, bias_init=0.0, lr_mul=1.0):
         super().__init__()
-        self.weight = nn.Parameter(torch.randn(out_features, in_features) / lr_mul)
-        self.bias = nn.Parameter(torch.full((out_features,), bias_init / lr_mul)) if bias else None
-        self.weight_gain = lr_mul / math.sqrt(in_features)
-        self.bias_gain = lr_mul
+        self.weight = nn.Parameter(torch.randn(out_features, in_features) / math.sqrt(in_features))
+        self.bias = nn.Parameter(torch.full((out_features,), bias_init)) if bias else None
+        self.lr_scale = {"weight": lr_mul / math.sqrt(in_features), "bias": lr_mul}
 
     def forward(self, x):
-        bias = None if self.bias is None else self.bias * self.bias_gain
-        return F.linear(x, self.weight * self.weight_gain, bias)
+        return F.linear(x, self.weight, self.bias)
 
 
 class Conv2d(nn.Module):
@@ -57,14 +67,15 @@ class Conv2d(nn.Module):
 
     def __init__(self, in_channels, out_channels, kernel_size, bias=True, padding=None, stride=1):
         super().__init__()
-        self.weight = nn.Parameter(torch.randn(out_channels, in_channels, kernel_size, kernel_size))
+        fan_in = in_channels * kernel_size**2
+        self.weight = nn.Parameter(torch.randn(out_channels, in_channels, kernel_size, kernel_size) / math.sqrt(fan_in))
         self.bias = nn.Parameter(torch.zeros(out_channels)) if bias else None
-        self.weight_gain = 1 / math.sqrt(in_channels * kernel_size**2)
+        self.lr_scale = {"weight": 1 / math.sqrt(fan_in)}
         self.padding = kernel_size // 2 if padding is None else padding
         self.stride = stride
 
     def forward(self, x):
-        return F.conv2d(x, self.weight * self.weight_gain, self.bias, self.stride, self.padding)
+        return F.conv2d(x, self.weight, self.bias, self.stride, self.padding)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

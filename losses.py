@@ -70,9 +70,10 @@ def clip_loss(clip, pyramid, text_embedding, scales):
     info_nce = open_clip.ClipLoss(
         gather_with_grad=True, rank=distributed.rank(), world_size=distributed.world_size(), cache_labels=False
     )
-    embeddings = {r: F.normalize(full_precision(clip.encode_image(x)), dim=-1) for r, x in pyramid.items()}
+    embeddings = F.normalize(full_precision(clip.encode_image(*pyramid.values())), dim=-1).chunk(len(pyramid))
     with float32_region(text_embedding):  # the logits are multiplied by up to 100
-        return sum(scales[r] * info_nce(e, text_embedding, clip.logit_scale) for r, e in embeddings.items())
+        losses = {r: info_nce(e, text_embedding, clip.logit_scale) for r, e in zip(pyramid, embeddings, strict=True)}
+        return sum(scales[r] * loss for r, loss in losses.items())
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -63,7 +63,7 @@ def load_official(source):
         config, prefixes = read_architecture({name: tuple(value.shape) for name, value in state.items()})
         with torch.device("meta"):
             generator = Generator(config)
-        generator.load_state_dict(translate(state, prefixes, generator.state_dict()), assign=True)
+        generator.load_state_dict(translate(state, prefixes, generator), assign=True)
     except (AttributeError, KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[-200:]
         raise ValueError(f"not a complete checkpoint of the authors' generator: … {reason}") from error
@@ -138,9 +138,9 @@ def count(shapes, pattern):
     return len({match[1] for name in shapes if (match := re.match(pattern, name))})
 
 
-def translate(state, prefixes, ours):
-    """Their state dict under our names and in our shapes; the experts of a layer become one stack."""
-    translated, experts = {}, {}
+def translate(state, prefixes, generator):
+    """Their state dict under our names, in our shapes and at our scale; the experts of a layer become one stack."""
+    ours, translated, experts = generator.state_dict(), {}, {}
     for name, value in state.items():
         name = rename(name, prefixes)
         if stacked := re.fullmatch(r"(.*)\[(\d+)\]", name):
@@ -152,6 +152,10 @@ def translate(state, prefixes, ours):
         shape = ours[name].shape
         if [n for n in value.shape if n > 1] == [n for n in shape if n > 1]:  # they write a matrix as [1, D, C, 1, 1]
             translated[name] = value.reshape(shape)
+    for prefix, module in generator.named_modules():
+        for name, scale in getattr(module, "lr_scale", {}).items():  # they multiply weights by this when they use them
+            if (name := f"{prefix}.{name}") in ours:
+                translated[name] = translated[name] * scale
     return translated
 
 

@@ -27,6 +27,7 @@ from aurora import Generator
 from clip import load_clip
 from discriminator import Discriminator
 from errors import HelpFormatter, UserError, first_line, natural_number, positive_int, told_in_one_line
+from layers import parameter_groups
 from losses import DiscriminatorLoss, generator_loss, wrong_captions
 from metrics import expert_counts, fake_features, fid, pyramid, real_features
 from pictures import labelled_grid
@@ -114,7 +115,7 @@ class Run:
         self.discriminator = Discriminator(preset.discriminator).to(device)
         self.ema = copy.deepcopy(self.generator).eval().requires_grad_(False)
         self.optimizer_g, self.optimizer_d = (
-            torch.optim.Adam(network.parameters(), lr, (0.0, 0.99), fused=True)
+            torch.optim.Adam(parameter_groups(network, lr), betas=(0.0, 0.99), fused=True)
             for network, lr in (
                 (self.generator, self.recipe.lr_generator),
                 (self.discriminator, self.recipe.lr_discriminator),

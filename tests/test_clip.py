@@ -7,9 +7,12 @@ import torch
 import clip as clip_module
 import shapes
 from clip import (
+    SMALL_PATH,
     FrozenClip,
     contrast,
+    fold_batch_norms,
     load_clip,
+    load_small,
     mislead,
     new_small,
     save_small,
@@ -50,6 +53,15 @@ def test_text_and_images_are_encoded_as_open_clip_does(large):
     mean, std = (torch.tensor(t).view(3, 1, 1) for t in (open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD))
     expected = large.model.encode_image((images - mean) / std)
     torch.testing.assert_close(large.encode_image(images * 2 - 1), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_folded_batch_norms_change_nothing():
+    """In float64, for three sizes of images at a time, beside the ResNet as open_clip runs it, size by size."""
+    original, folded = (load_small(SMALL_PATH).double() for _ in range(2))
+    fold_batch_norms(folded)
+    assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in folded.model.modules())
+    images = [2 * torch.rand(2, 3, r, r, dtype=torch.float64) - 1 for r in (8, 16, 32)]
+    torch.testing.assert_close(folded.encode_image(*images), torch.cat([original.encode_image(x) for x in images]))
 
 
 def test_the_small_vocabulary_is_the_captions(small):

@@ -8,12 +8,12 @@ from experts import Experts
 
 
 def naive(experts, points, expert_index, gate):
-    """Every point by itself through its own expert, the equalized scales written out."""
+    """Every point by itself through its own expert."""
     dim, outputs = points.shape[1], []
     for point, e, g in zip(points, expert_index.tolist(), gate, strict=True):
-        hidden = experts.proj_in[e] @ point / dim**0.5 + experts.bias_in[e]
+        hidden = experts.proj_in[e] @ point + experts.bias_in[e]
         a, b = hidden[: 4 * dim], hidden[4 * dim :]
-        out = experts.proj_out[e] @ (a * F.gelu(b)) / (4 * dim) ** 0.5 + experts.bias_out[e]
+        out = experts.proj_out[e] @ (a * F.gelu(b)) + experts.bias_out[e]
         outputs.append(g * out)
     return torch.stack(outputs)
 
@@ -44,8 +44,8 @@ def test_one_expert_is_a_dense_layer():
     torch.manual_seed(0)
     experts = Experts(8, 1)
     w_in, w_out = torch.nn.Linear(8, 64), torch.nn.Linear(32, 8)
-    w_in.load_state_dict({"weight": experts.proj_in[0] * experts.gain_in, "bias": experts.bias_in[0]})
-    w_out.load_state_dict({"weight": experts.proj_out[0] * experts.gain_out, "bias": experts.bias_out[0]})
+    w_in.load_state_dict({"weight": experts.proj_in[0], "bias": experts.bias_in[0]})
+    w_out.load_state_dict({"weight": experts.proj_out[0], "bias": experts.bias_out[0]})
     points = torch.randn(20, 8)
     a, g = w_in(points).chunk(2, dim=-1)
     dense = w_out(a * torch.nn.GELU()(g))

@@ -9,6 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.ops import deform_conv2d
 
 import layers
+from aurora import Generator
+from presets import PRESETS
 
 torch.manual_seed(0)
 
@@ -159,3 +161,30 @@ def test_equalized_layers_start_with_unit_gain(lr_mul):
     assert layers.Linear(256, 64, lr_mul=lr_mul)(x).std().item() == pytest.approx(1, abs=0.05)
     assert layers.lrelu(x).square().mean().item() == pytest.approx(1.04, abs=0.05)
     torch.testing.assert_close(layers.Linear(3, 2, bias_init=1.0, lr_mul=lr_mul)(torch.zeros(1, 3)), torch.ones(1, 2))
+
+
+@pytest.mark.parametrize("lr_mul", [1.0, 0.01])
+def test_equalized_learning_rate_is_progressive_gans(lr_mul):
+    """Ten steps of Adam, beside a layer that multiplies its weight by lr_mul/√fan_in and its bias by lr_mul."""
+    layer, x, target = layers.Linear(7, 5, bias_init=1.0, lr_mul=lr_mul).double(), double(20, 7), double(20, 5)
+    gain = lr_mul / math.sqrt(7)
+    weight, bias = (layer.weight / gain).detach().requires_grad_(), (layer.bias / lr_mul).detach().requires_grad_()
+    # Adam's eps would tell small gradients from large ones; without it no scale remains.
+    ours = torch.optim.Adam(layers.parameter_groups(layer, 0.03), betas=(0.0, 0.99), eps=0.0)
+    theirs = torch.optim.Adam([weight, bias], 0.03, betas=(0.0, 0.99), eps=0.0)
+    for _ in range(10):
+        for optimizer, output in ((ours, layer(x)), (theirs, F.linear(x, weight * gain, bias * lr_mul))):
+            optimizer.zero_grad()
+            (output - target).square().mean().backward()
+            optimizer.step()
+    torch.testing.assert_close(layer.weight, weight * gain)
+    torch.testing.assert_close(layer.bias, bias * lr_mul)
+
+
+def test_every_parameter_is_in_one_group():
+    generator = Generator(PRESETS["shapes"].generator)
+    groups = layers.parameter_groups(generator, 2.0)
+    grouped = [id(p) for group in groups for p in group["params"]]
+    assert sorted(grouped) == sorted(id(p) for p in generator.parameters())
+    (experts,) = (group for group in groups if any(p.ndim == 3 and p.shape[1] == 64 for p in group["params"]))
+    assert experts["lr"] == 2.0 / math.sqrt(256)
