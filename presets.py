@@ -190,13 +190,13 @@ PRESETS = {
     "shapes": Preset(
         GeneratorConfig(
             levels=(
-                Level(4, 128, num_blocks=1, deformable=True),
+                Level(4, 128, num_blocks=1, num_kernels=2, deformable=True),
                 Level(8, 96, num_blocks=1, attn_depth=1, num_experts=4),
                 Level(16, 64, num_blocks=1),
-                Level(32, 32, num_blocks=1, num_kernels=2),
+                Level(32, 32, num_blocks=1),
             ),
             fourier_channels=128,
-            z_dim=256,
+            z_dim=128,
             w_dim=128,
             mapping_layers=2,
             mapping_dim=128,
@@ -229,9 +229,9 @@ PRESETS = {
             batch=32,
             lr_generator=5e-3,
             lr_discriminator=8e-3,
-            r1_gamma=64.0,
+            r1_gamma=16.0,
             lower_scales=0.02,
-            images_per_stage={4: 0, 8: 0, 16: 96_000},
+            images_per_stage={4: 0, 8: 0, 16: 160_000},
             ema_half_life=5_000,
             clip_weight=0.5,
             matching_weight_discriminator=1.0,
