@@ -37,6 +37,7 @@ SMALL_PATH = Path(__file__).parent / "models" / "clip.safetensors"
 UNKNOWN = 0.03  # share of the words of the captions it is trained on
 ORDER = 0.44, 0.62  # the part of its training that is about who stands where, and nothing else
 MISLED = 0.15  # how far, see mislead()
+NUM_MAPS = 4  # feature maps of the images that the discriminator looks at
 RESOLUTIONS = (4, 8, 8, 16, 16, 32, 32, 32)  # of the pictures it is trained on, an eighth of a batch each
 SPECIAL = re.compile(r"<(start|end)_of_text>")  # would end the text early
 
@@ -105,7 +106,13 @@ class FrozenClip(nn.Module):
 
     def encode_image(self, *images):
         """Images [B, 3, R, R] in [−1, 1], also several batches of different R → embeddings [B, D] of all in a row."""
-        return self.model.encode_image(torch.cat([self.preprocess(batch) for batch in images]))
+        return self.see(*images)[0]
+
+    def see(self, *images):
+        """As encode_image, → the embeddings and four feature maps [B, C, side, side], from shallow to deep."""
+        images = torch.cat([self.preprocess(batch) for batch in images])
+        seen = self.model.forward_intermediates(images, image_indices=_map_blocks(self.model.visual), normalize=False)
+        return seen["image_features"], seen["image_intermediates"]
 
     def preprocess(self, images):
         """Images [B, 3, R, R] in [−1, 1], resized and normalized as this CLIP expects."""
@@ -115,8 +122,24 @@ class FrozenClip(nn.Module):
         return ((images - mean) / std).contiguous(memory_format=torch.channels_last)
 
     @property
+    def map_shapes(self):
+        """The (C, side) of each of the feature maps."""
+        side = self.model.visual.image_size
+        side = side[0] if isinstance(side, tuple) else side
+        maps = self.see(self.model.positional_embedding.new_zeros(1, 3, side, side))[1]
+        return tuple((x.shape[1], x.shape[2]) for x in maps)
+
+    @property
     def logit_scale(self):
         return self.model.logit_scale.exp()
+
+
+def _map_blocks(visual):
+    """Which blocks the feature maps come from, as open_clip wants it: a quarter of a ViT each; else the last stages."""
+    if not isinstance(visual, open_clip.transformer.VisionTransformer):
+        return NUM_MAPS
+    depth = len(visual.transformer.resblocks)
+    return [depth * part // NUM_MAPS - 1 for part in range(1, NUM_MAPS + 1)]
 
 
 def _normalization(visual):

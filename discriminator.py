@@ -2,6 +2,7 @@
 
 Every image of the pyramid enters at its own stage and is judged after every stage from there on, so that early stages
 learn from early judgements and the generator answers for each of its resolutions. At 64×64: 5 inputs, 15 predictions.
+It is vision-aided: the highest image is also judged by what the frozen CLIP sees in it.
 """
 
 import torch
@@ -22,6 +23,7 @@ from presets import DiscriminatorConfig
 from text import TextHead
 
 RESIDUAL_GAIN, ATTN_GAIN = 0.4, 0.3  # of the branches; the identity path keeps its scale, having no normalization
+CLIP = 0  # the stage, so to speak, after which CLIP's feature maps are judged
 LOGIT_GAIN = 0.25  # at 1, one of Adam's steps moves a prediction by more than tells right captions from wrong ones
 
 
@@ -72,11 +74,11 @@ class Downsample(nn.Module):
 
 
 class Flatten(nn.Module):
-    """The last stride: a convolution over the whole 4×4 map, [B, C, 4, 4] → [B, C, 1, 1]."""
+    """The last stride: a convolution over the whole map, [B, C, side, side] → [B, D, 1, 1]."""
 
-    def __init__(self, channels):
+    def __init__(self, in_channels, out_channels, side=4):
         super().__init__()
-        self.conv = Conv2d(channels, channels, 4, padding=0)
+        self.conv = Conv2d(in_channels, out_channels, side, padding=0)
 
     def forward(self, x):
         return lrelu(self.conv(x))
@@ -91,6 +93,17 @@ class Stage(nn.Module):
         blocks = (ResidualBlock(level.channels) for _ in range(level.num_blocks))
         self.from_rgb = Conv2d(3, level.channels, 1)
         self.body = nn.Sequential(*attention, *blocks, step)
+
+
+class MapReader(nn.Sequential):
+    """One of CLIP's feature maps to a single feature point: [B, C, side, side] → [B, D, 1, 1]."""
+
+    def __init__(self, map_channels, side, channels):
+        steps = []
+        while side > 4:
+            steps.append(Downsample(map_channels, channels))
+            map_channels, side = channels, side // 2
+        super().__init__(*steps, Flatten(map_channels, channels, side))
 
 
 class Head(nn.Module):
@@ -113,8 +126,9 @@ class Head(nn.Module):
 class Discriminator(nn.Module):
     """Pyramids {resolution: [B, 3, R, R]} and captions → logits {(input, stage): [B, N]}; larger means more like real.
 
-    A smaller pyramid, as while the generator grows, enters at the stages it has images for. Features hold no text, so
-    to judge the same images under another caption is to run the heads again: features(), then score() twice.
+    A smaller pyramid, as while the generator grows, enters at the stages it has images for. `maps` is what CLIP sees in
+    the highest image, clip.see()[1]: feature maps [B, C, side, side] of the shapes config.clip_maps. Features hold no
+    text, so to judge the same images under another caption is to run the heads again: features(), then score() twice.
     """
 
     def __init__(self, config: DiscriminatorConfig):
@@ -126,19 +140,26 @@ class Discriminator(nn.Module):
         stages, heads = {}, {}
         for resolution, level in levels.items():
             below = levels.get(resolution // 2)
-            step = Downsample(level.channels, below.channels) if below else Flatten(level.channels)
+            step = Downsample(level.channels, below.channels) if below else Flatten(level.channels, level.channels)
             stages[str(resolution)] = Stage(config, level, step)
             width = below.channels if below else level.channels
             heads[str(resolution)] = Head(width, config.text_dim, config.head_layers)
+        width = config.clip_channels
+        heads[str(CLIP)] = Head(width, config.text_dim, config.head_layers)
+        self.map_readers = nn.ModuleList(MapReader(*shape, width) for shape in config.clip_maps)
         self.stages, self.heads = nn.ModuleDict(stages), nn.ModuleDict(heads)
 
     def encode_text(self, tokens, eot):
         """CLIP token features [B, T, clip_width] and eot [B] → the discriminator's own text code t_D [B, text_dim]."""
         return rms_norm(full_precision(self.text_head(tokens, eot)[0]))
 
-    def features(self, pyramid):
-        """→ {(input resolution, stage resolution): features after that stage [B, C, H/2, W/2], or 1×1 at last}."""
-        features, streams = {}, {}
+    def features(self, pyramid, maps):
+        """→ {(input resolution, stage resolution): features after that stage [B, C, H/2, W/2], or 1×1 at last}.
+
+        Under the stage CLIP there is a feature point for each of CLIP's maps: [B, C, number of maps, 1].
+        """
+        points = [read(x) for read, x in zip(self.map_readers, maps, strict=True)]
+        features, streams = {(max(pyramid), CLIP): torch.cat(points, dim=2)}, {}
         for resolution in sorted(pyramid, reverse=True):
             stage = self.stages[str(resolution)]
             streams[resolution] = lrelu(stage.from_rgb(pyramid[resolution]))
@@ -158,5 +179,5 @@ class Discriminator(nn.Module):
             logits |= dict(zip(entered, outputs, strict=True))
         return logits
 
-    def forward(self, pyramid, tokens, eot):
-        return self.score(self.features(pyramid), self.encode_text(tokens, eot))
+    def forward(self, pyramid, maps, tokens, eot):
+        return self.score(self.features(pyramid, maps), self.encode_text(tokens, eot))

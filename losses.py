@@ -9,8 +9,10 @@ import open_clip
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import distributed
+from discriminator import CLIP
 from layers import float32_region, full_precision
 
 EARLY_ADVERSARIAL, EARLY_MATCHING = 0.01, 0.05  # of all predictions but the last, relative to that one
@@ -23,9 +25,9 @@ def scale_weights(resolutions, lower):
 
 
 def prediction_weights(logits, early, scales):
-    """{(input, stage): weight}: the image's weight, times `early` unless the stage is the last."""
-    last = min(stage for _, stage in logits)
-    return {(entered, stage): scales[entered] * (1 if stage == last else early) for entered, stage in logits}
+    """{(input, stage): weight}: the image's weight, times `early` unless the stage is the last, or CLIP."""
+    last = min(stage for _, stage in logits if stage != CLIP)
+    return {(entered, stage): scales[entered] * (1 if stage in (last, CLIP) else early) for entered, stage in logits}
 
 
 def logistic_loss(logits, sign, early, scales):
@@ -49,30 +51,39 @@ def wrong_captions(ids):
     return candidates[position, first_other]
 
 
-def r1_penalty(discriminator, pyramid, tokens, eot, gamma, scales, early=EARLY_ADVERSARIAL):
+def features(discriminator, clip, pyramid):
+    """Discriminator.features of a pyramid, with what CLIP sees in its highest image (GigaGAN, section 3.4)."""
+    return discriminator.features(pyramid, clip.see(pyramid[max(pyramid)])[1])
+
+
+def r1_penalty(discriminator, clip, pyramid, tokens, eot, gamma, scales, early=EARLY_ADVERSARIAL):
     """R1 (Mescheder et al. 2018) on real images with their captions, in float32: a scalar.
 
     Σ over inputs of their weight · γ_r/2 · mean ‖∇ of the input's predictions‖², with γ_r = gamma · (r/64)². Images of
     the pyramid do not see each other, so one backward pass gives the gradient of each.
     """
-    with float32_region(tokens):
+    with float32_region(tokens), sdpa_kernel(SDPBackend.MATH):  # fused attention, as in CLIP, has no second derivative
         pyramid = {r: full_precision(x.detach()).requires_grad_() for r, x in pyramid.items()}
-        logits = discriminator(pyramid, full_precision(tokens), eot)
-        last = min(pyramid)
-        score = sum((1 if stage == last else early) * x.mean(1).sum() for (_, stage), x in logits.items())
+        code = discriminator.encode_text(full_precision(tokens), eot)
+        logits = discriminator.score(features(discriminator, clip, pyramid), code)
+        weights = prediction_weights(logits, early, dict.fromkeys(pyramid, 1))
+        score = sum(weights[key] * x.mean(1).sum() for key, x in logits.items())
         gradients = torch.autograd.grad(score, list(pyramid.values()), create_graph=True)
         norms = {r: g.square().sum((1, 2, 3)).mean() for r, g in zip(pyramid, gradients, strict=True)}
         return sum(scales[r] * gamma * (r / 64) ** 2 / 2 * norm for r, norm in norms.items())
 
 
-def clip_loss(clip, pyramid, text_embedding, scales):
-    """Symmetric InfoNCE over the global batch between captions and the images, at every resolution and weighed."""
+def clip_loss(clip, embeddings, text_embedding, scales):
+    """Symmetric InfoNCE over the global batch between captions and the images, at every resolution and weighed.
+
+    embeddings: {resolution: CLIP's of the images [B, D]}, of any length.
+    """
     info_nce = open_clip.ClipLoss(
         gather_with_grad=True, rank=distributed.rank(), world_size=distributed.world_size(), cache_labels=False
     )
-    embeddings = F.normalize(full_precision(clip.encode_image(*pyramid.values())), dim=-1).chunk(len(pyramid))
     with float32_region(text_embedding):  # the logits are multiplied by up to 100
-        losses = {r: info_nce(e, text_embedding, clip.logit_scale) for r, e in zip(pyramid, embeddings, strict=True)}
+        embeddings = {r: F.normalize(full_precision(e), dim=-1) for r, e in embeddings.items()}
+        losses = {r: info_nce(e, text_embedding, clip.logit_scale) for r, e in embeddings.items()}
         return sum(scales[r] * loss for r, loss in losses.items())
 
 
@@ -83,9 +94,9 @@ def clip_loss(clip, pyramid, text_embedding, scales):
 class DiscriminatorLoss(nn.Module):
     """What the discriminator minimizes: adversarial + matching + lazy R1."""
 
-    def __init__(self, discriminator, recipe):
+    def __init__(self, discriminator, clip, recipe):
         super().__init__()
-        self.discriminator = discriminator
+        self.discriminator, self.clip = discriminator, clip
         self.recipe = recipe
 
     def forward(self, real, fake, text, wrong, r1_interval):
@@ -97,9 +108,9 @@ class DiscriminatorLoss(nn.Module):
         code = d.encode_text(text.tokens, text.eot)
         wrong_code, is_wrong = choose_wrong(code, wrong)
 
-        features = d.features({r: torch.cat([real[r], fake[r]]) for r in real})
-        right_logits = d.score(features, code.repeat(2, 1))
-        wrong_logits = d.score(features, wrong_code.repeat(2, 1))
+        seen = features(d, self.clip, {r: torch.cat([real[r], fake[r]]) for r in real})
+        right_logits = d.score(seen, code.repeat(2, 1))
+        wrong_logits = d.score(seen, wrong_code.repeat(2, 1))
         sign = torch.tensor([-1.0, 1.0], device=wrong.device).repeat_interleave(batch)[:, None]  # real, fake
 
         adversarial = logistic_loss(right_logits, sign, EARLY_ADVERSARIAL, scales).sum() / batch
@@ -115,7 +126,7 @@ class DiscriminatorLoss(nn.Module):
             "logits_wrong": wrong_logits[max(real), min(real)][:batch].detach().mean(),
         }
         if r1_interval:
-            report["r1"] = r1_penalty(d, real, text.tokens, text.eot, self.recipe.r1_gamma, scales)
+            report["r1"] = r1_penalty(d, self.clip, real, text.tokens, text.eot, self.recipe.r1_gamma, scales)
             loss = loss + r1_interval * report["r1"]
         return {"loss": loss, **report}
 
@@ -130,12 +141,14 @@ def generator_loss(output, text, wrong, discriminator, clip, recipe):
     with torch.no_grad():
         code = discriminator.encode_text(text.tokens, text.eot)
     wrong_code, is_wrong = choose_wrong(code, wrong)
-    features = discriminator.features(output.pyramid)
-    adversarial = logistic_loss(discriminator.score(features, code), -1, EARLY_ADVERSARIAL, scales).mean()
+    embeddings, maps = clip.see(*output.pyramid.values())  # all in one pass, the highest images last
+    seen = discriminator.features(output.pyramid, [x[-len(wrong) :] for x in maps])
+    adversarial = logistic_loss(discriminator.score(seen, code), -1, EARLY_ADVERSARIAL, scales).mean()
     # On the discriminator alone this loss hurts, on both it helps (GigaGAN, table 1).
-    wrong_logits = discriminator.score(features, wrong_code)
+    wrong_logits = discriminator.score(seen, wrong_code)
     matching = (logistic_loss(wrong_logits, -1, EARLY_MATCHING, scales) * is_wrong).mean()
-    alignment = clip_loss(clip, output.pyramid, text.embedding, scales)
+    embeddings = dict(zip(output.pyramid, embeddings.chunk(len(output.pyramid)), strict=True))
+    alignment = clip_loss(clip, embeddings, text.embedding, scales)
     loss = adversarial + recipe.matching_weight_generator * matching + recipe.clip_weight * alignment + output.aux_loss
     report = {"g_adversarial": adversarial, "g_matching": matching, "g_clip": alignment, "g_experts": output.aux_loss}
     return {"loss": loss, **report}

@@ -65,6 +65,8 @@ class DiscriminatorConfig:
     head_dim: int = 64
     head_layers: int = 4  # modulated 1×1 convolutions of each ψ
     lr_mul: float = 0.01  # of the text head
+    clip_maps: tuple[tuple[int, int], ...] = ((1024, 16),) * 4  # (channels, side) of the frozen CLIP's feature maps
+    clip_channels: int = 512  # they are read into
 
 
 @dataclass(frozen=True)
@@ -165,6 +167,7 @@ PRESETS = {
             text_dim=512,
             text_layers=2,
             head_dim=32,
+            clip_channels=256,
         ),
         Recipe(
             steps=1_000_000,
@@ -190,10 +193,10 @@ PRESETS = {
     "shapes": Preset(
         GeneratorConfig(
             levels=(
-                Level(4, 128, num_blocks=1, num_kernels=2, deformable=True),
+                Level(4, 128, num_blocks=1, deformable=True),
                 Level(8, 96, num_blocks=1, attn_depth=1, num_experts=4),
                 Level(16, 64, num_blocks=1),
-                Level(32, 32, num_blocks=1),
+                Level(32, 32, num_blocks=1, num_kernels=2),
             ),
             fourier_channels=128,
             z_dim=128,
@@ -223,17 +226,19 @@ PRESETS = {
             head_dim=32,
             head_layers=2,
             lr_mul=0.1,
+            clip_maps=((64, 8), (128, 4), (256, 2), (512, 1)),
+            clip_channels=128,
         ),
         Recipe(
             steps=20_000,
             batch=32,
             lr_generator=5e-3,
             lr_discriminator=8e-3,
-            r1_gamma=16.0,
+            r1_gamma=64.0,
             lower_scales=0.02,
-            images_per_stage={4: 0, 8: 0, 16: 160_000},
+            images_per_stage={4: 0, 8: 0, 16: 256_000},
             ema_half_life=5_000,
-            clip_weight=0.5,
+            clip_weight=0.2,
             matching_weight_discriminator=1.0,
             matching_weight_generator=0.1,
             clip_model="small",
@@ -245,10 +250,10 @@ PRESETS = {
 }
 
 
-def with_clip_width(preset, clip_width):
-    """The preset for another CLIP, whose token features are clip_width wide."""
+def fitted_to(preset, clip_width, clip_maps):
+    """The preset for another CLIP: the width of its token features, and the (channels, side) of its feature maps."""
     return dataclasses.replace(
         preset,
         generator=dataclasses.replace(preset.generator, clip_width=clip_width),
-        discriminator=dataclasses.replace(preset.discriminator, clip_width=clip_width),
+        discriminator=dataclasses.replace(preset.discriminator, clip_width=clip_width, clip_maps=clip_maps),
     )

@@ -31,7 +31,7 @@ from layers import parameter_groups
 from losses import DiscriminatorLoss, generator_loss, wrong_captions
 from metrics import expert_counts, fake_features, fid, pyramid, real_features
 from pictures import labelled_grid
-from presets import PRESETS, with_clip_width
+from presets import PRESETS, fitted_to
 
 R1_INTERVAL = 16  # steps; R1 is computed once in so many and weighed by as much (StyleGAN2, section 4.1)
 PATIENCE = 10  # evaluations without a better FID after which a stage ends
@@ -109,7 +109,7 @@ class Run:
         resumed = self.find_checkpoint()
 
         self.clip = load_clip(self.identity["clip"], device)
-        preset = with_clip_width(PRESETS[args.preset], self.clip.width)
+        preset = fitted_to(PRESETS[args.preset], self.clip.width, self.clip.map_shapes)
         torch.manual_seed(args.seed)
         self.generator = Generator(preset.generator).to(device)
         self.discriminator = Discriminator(preset.discriminator).to(device)
@@ -172,13 +172,14 @@ class Run:
             level.requires_grad_(level.resolution <= active)
         self.freeze_discriminator(False)
         self.parallel_generator = self.parallel(self.generator)
-        self.discriminator_loss = self.parallel(DiscriminatorLoss(self.discriminator, self.recipe))
+        self.discriminator_loss = self.parallel(DiscriminatorLoss(self.discriminator, self.clip, self.recipe))
 
     def freeze_discriminator(self, frozen):
         self.discriminator.requires_grad_(not frozen)
+        resting = [str(r) for r in self.resolutions if r not in self.active]
         for modules in (self.discriminator.stages, self.discriminator.heads):
-            for resolution, module in modules.items():
-                module.requires_grad_(not frozen and int(resolution) in self.active)
+            for resolution in resting:
+                modules[resolution].requires_grad_(False)
 
     def parallel(self, module):
         if distributed.world_size() == 1:

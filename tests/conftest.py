@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from presets import DiscriminatorConfig, DiscriminatorLevel, GeneratorConfig, Level
+from presets import PRESETS, DiscriminatorConfig, DiscriminatorLevel, GeneratorConfig, Level
 
 
 def pytest_collection_modifyitems(items):
@@ -48,4 +48,6 @@ def discriminator_config():
         text_layers=1,
         num_heads=2,
         head_dim=8,
+        clip_maps=PRESETS["shapes"].discriminator.clip_maps,
+        clip_channels=8,
     )

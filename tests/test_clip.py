@@ -34,7 +34,7 @@ def large():
     """A ViT of open_clip with its whole vocabulary, randomly initialized."""
     model = open_clip.CLIP(
         embed_dim=16,
-        vision_cfg=dict(image_size=32, layers=1, width=64, head_width=32, patch_size=16),
+        vision_cfg=dict(image_size=32, layers=8, width=64, head_width=32, patch_size=16),
         text_cfg=dict(context_length=77, vocab_size=49408, width=32, heads=2, layers=2),
     )
     return FrozenClip(model, "test")
@@ -53,6 +53,19 @@ def test_text_and_images_are_encoded_as_open_clip_does(large):
     mean, std = (torch.tensor(t).view(3, 1, 1) for t in (open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD))
     expected = large.model.encode_image((images - mean) / std)
     torch.testing.assert_close(large.encode_image(images * 2 - 1), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_it_sees_what_the_towers_of_open_clip_compute_on_the_way(small, large):
+    """Four feature maps: the stages of a ResNet, every second of the eight blocks of a ViT without its class token."""
+    images, outputs = 2 * torch.rand(2, 3, 16, 16) - 1, []
+    visual = large.model.visual
+    for block in [*small.model.visual.children()][-5:-1] + [visual.transformer.resblocks[i] for i in (1, 3, 5, 7)]:
+        block.register_forward_hook(lambda module, inputs, output: outputs.append(output))
+    maps = [x for clip in (small, large) for x in clip.see(images)[1]]
+    outputs[4:] = [x[:, 1:].transpose(1, 2).unflatten(2, visual.grid_size) for x in outputs[4:]]
+    torch.testing.assert_close(maps, outputs)
+    for clip, seen in ((small, maps[:4]), (large, maps[4:])):
+        assert clip.map_shapes == tuple((x.shape[1], x.shape[2]) for x in seen)
 
 
 def test_folded_batch_norms_change_nothing():

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from discriminator import Discriminator
+from discriminator import CLIP, Discriminator
 from presets import PRESETS
 
 
@@ -23,47 +23,54 @@ def images(batch=2, resolutions=(4, 8, 16)):
     return {r: torch.randn(batch, 3, r, r) for r in resolutions}
 
 
+def maps(config=PRESETS["shapes"].discriminator, batch=2):
+    return [torch.randn(batch, channels, side, side) for channels, side in config.clip_maps]
+
+
 def text(batch=2):
     return torch.randn(batch, 7, 12), torch.tensor([6, 3])[:batch]
 
 
 def test_every_image_is_judged_after_every_stage_from_its_own_on(discriminator):
-    logits = discriminator(images(), *text())
+    logits = discriminator(images(), maps(), *text())
     assert {key: tuple(x.shape) for key, x in logits.items()} == {
-        (16, 16): (2, 64), (16, 8): (2, 16), (16, 4): (2, 1), (8, 8): (2, 16), (8, 4): (2, 1), (4, 4): (2, 1)
+        (16, 16): (2, 64), (16, 8): (2, 16), (16, 4): (2, 1), (8, 8): (2, 16), (8, 4): (2, 1), (4, 4): (2, 1),
+        (16, CLIP): (2, 4),
     }  # fmt: skip
 
 
-def test_at_64_it_makes_fifteen_predictions():
+def test_at_64_it_makes_fifteen_predictions_and_one_of_each_of_clips_maps():
     config = PRESETS["aurora-64"].discriminator
     config = replace(config, levels=tuple(replace(level, attn_depth=0) for level in config.levels))
     with torch.device("meta"):  # which has no autocast, as attention asks for
         discriminator = Discriminator(config)
         pyramid = {r: torch.empty(1, 3, r, r) for r in (4, 8, 16, 32, 64)}
-        features = discriminator.features(pyramid)  # each of which the head of its stage scores
+        features = discriminator.features(pyramid, maps(config, batch=1))  # which the head of its stage scores
+    assert features.pop((64, CLIP)).shape == (1, config.clip_channels, 4, 1)
     assert len(features) == 15
 
 
 def test_images_of_the_pyramid_do_not_see_each_other(discriminator):
-    pyramid, caption = images(), text()
+    pyramid, seen, caption = images(), maps(), text()
     other = {**pyramid, 8: torch.randn(2, 3, 8, 8)}
-    before, after = discriminator(pyramid, *caption), discriminator(other, *caption)
+    before, after = discriminator(pyramid, seen, *caption), discriminator(other, seen, *caption)
     for key in before:
         assert torch.allclose(before[key], after[key], atol=1e-5) == (key[0] != 8)
 
 
 def test_it_grows_with_the_generator(discriminator):
     """A smaller pyramid is judged as its images are within the whole one."""
-    pyramid, caption = images(), text()
-    whole = discriminator(pyramid, *caption)
-    part = discriminator({r: pyramid[r] for r in (4, 8)}, *caption)
+    pyramid, seen, caption = images(), maps(), text()
+    whole = discriminator(pyramid, seen, *caption)
+    part = discriminator({r: pyramid[r] for r in (4, 8)}, seen, *caption)
+    torch.testing.assert_close(part.pop((8, CLIP)), whole[16, CLIP])
     assert set(part) == {(8, 8), (8, 4), (4, 4)}
     for key, x in part.items():
         torch.testing.assert_close(x, whole[key], rtol=1e-4, atol=1e-5)
 
 
 def test_a_wrong_caption_reruns_only_the_heads(discriminator):
-    features = discriminator.features(images())
+    features = discriminator.features(images(), maps())
     calls = []
     for name, module in discriminator.named_modules():
         if not list(module.children()):
@@ -73,19 +80,21 @@ def test_a_wrong_caption_reruns_only_the_heads(discriminator):
 
 
 def test_scoring_two_captions_is_two_forwards(discriminator):
-    pyramid, (tokens, eot) = images(), text()
-    features = discriminator.features(pyramid)
+    pyramid, seen, (tokens, eot) = images(), maps(), text()
+    features = discriminator.features(pyramid, seen)
     for caption in ((tokens, eot), (tokens.flip(0), eot.flip(0))):
-        expected = discriminator(pyramid, *caption)
+        expected = discriminator(pyramid, seen, *caption)
         scored = discriminator.score(features, discriminator.encode_text(*caption))
         torch.testing.assert_close(scored, expected)
-    assert not torch.allclose(expected[16, 4], discriminator(pyramid, tokens, eot)[16, 4])
+    other = discriminator(pyramid, seen, tokens, eot)
+    for key in ((16, 4), (16, CLIP)):
+        assert not torch.allclose(expected[key], other[key])
 
 
 def test_the_heads_cost_little_beside_the_features(discriminator):
     pyramid = images()
     with FlopCounterMode(display=False) as whole:
-        features = discriminator.features(pyramid)
+        features = discriminator.features(pyramid, maps())
     with FlopCounterMode(display=False) as heads:
         discriminator.score(features, torch.randn(2, 16))
     assert heads.get_total_flops() < 0.25 * whole.get_total_flops()
@@ -94,8 +103,8 @@ def test_the_heads_cost_little_beside_the_features(discriminator):
 def test_every_active_parameter_gets_a_gradient(discriminator):
     for resolutions in ((4,), (4, 8), (4, 8, 16)):
         discriminator.zero_grad(set_to_none=True)
-        sum(x.mean() for x in discriminator(images(resolutions=resolutions), *text()).values()).backward()
+        sum(x.mean() for x in discriminator(images(resolutions=resolutions), maps(), *text()).values()).backward()
         for name, parameter in discriminator.named_parameters():
             module, resolution = name.split(".")[:2]
-            active = module == "text_head" or int(resolution) in resolutions
+            active = module in ("text_head", "map_readers") or int(resolution) in (*resolutions, CLIP)
             assert (parameter.grad is not None) == active, name

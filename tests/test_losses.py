@@ -1,11 +1,13 @@
 """Every loss against its formula in float64, and the whole of both objectives over two ranks."""
 
 import copy
+import dataclasses
 import math
 import os
 import socket
 
 import numpy as np
+import open_clip
 import pytest
 import torch
 import torch.multiprocessing as multiprocessing
@@ -14,8 +16,8 @@ from torch.nn.parallel import DistributedDataParallel
 import distributed
 import losses
 import shapes
-from clip import new_small, vocabulary_ids
-from discriminator import Discriminator
+from clip import FrozenClip, new_small, vocabulary_ids
+from discriminator import CLIP, Discriminator
 from presets import PRESETS
 
 
@@ -31,10 +33,11 @@ def test_logistic_loss_is_its_formula(early):
         for stage in (4, 8, 16)
         if stage <= entered
     }
+    logits[16, CLIP] = torch.randn(3, 4, dtype=torch.float64)
     scale = {16: 0.6, 8: 0.3, 4: 0.1}
     expected = np.zeros(3)
     for (entered, stage), x in logits.items():
-        expected += scale[entered] * (1 if stage == 4 else early) * softplus(-x.numpy()).mean(1)
+        expected += scale[entered] * (1 if stage in (4, CLIP) else early) * softplus(-x.numpy()).mean(1)
     np.testing.assert_allclose(losses.logistic_loss(logits, -1, early, scale), expected, rtol=1e-12)
 
 
@@ -51,6 +54,12 @@ def test_wrong_captions_are_the_next_that_differ():
     assert losses.wrong_captions(torch.ones(4, 2, dtype=torch.long)).tolist() == [0, 1, 2, 3]
 
 
+@pytest.fixture(scope="module")
+def clip():
+    torch.manual_seed(0)
+    return new_small(vocabulary_ids())
+
+
 @pytest.fixture
 def tiny(discriminator_config):
     torch.manual_seed(0)
@@ -64,44 +73,39 @@ def real(batch=2):
     return {r: torch.rand(batch, 3, r, r, dtype=torch.float64) * 2 - 1 for r in (4, 8)}
 
 
-def test_r1_is_the_gradient_norm_of_each_image(tiny):
+def test_r1_is_the_gradient_norm_of_each_image(tiny, clip):
     """By the definition: image by image, a gradient of that image's own predictions."""
     pyramid, tokens, eot = real(), torch.randn(2, 7, 12, dtype=torch.float64), torch.tensor([6, 3])
-    expected = 0.0
+    expected, clip = 0.0, copy.deepcopy(clip).double()
     scales = {8: 0.7, 4: 0.3}
     for entered, scale in scales.items():
         for i in range(2):
             image = pyramid[entered][i : i + 1].clone().requires_grad_()
             one = {r: image if r == entered else x[i : i + 1] for r, x in pyramid.items()}
-            logits = tiny(one, tokens[i : i + 1], eot[i : i + 1])
-            score = sum((1 if s == 4 else 0.01) * x.mean() for (e, s), x in logits.items() if e == entered)
+            logits = tiny(one, clip.see(one[8])[1], tokens[i : i + 1], eot[i : i + 1])
+            score = sum((1 if s in (4, CLIP) else 0.01) * x.mean() for (e, s), x in logits.items() if e == entered)
             (gradient,) = torch.autograd.grad(score, image)
             expected += scale * 2.0 * (entered / 64) ** 2 / 2 * gradient.square().sum().item() / 2
-    ours = losses.r1_penalty(tiny, pyramid, tokens, eot, 2.0, scales).item()
+    ours = losses.r1_penalty(tiny, clip, pyramid, tokens, eot, 2.0, scales).item()
     assert ours == pytest.approx(expected, rel=1e-9)
 
 
-def test_r1_passes_gradcheck(tiny):
+def test_r1_passes_gradcheck(tiny, clip):
     """Its gradient, which needs second derivatives of the discriminator, against finite differences."""
-    pyramid, eot = real(), torch.tensor([6, 3])
+    pyramid, eot, clip = real(), torch.tensor([6, 3]), copy.deepcopy(clip).double()
     tokens = torch.randn(2, 7, 12, dtype=torch.float64, requires_grad=True)
     weights = [
         tiny.stages["8"].from_rgb.bias,
         tiny.stages["8"].body[0].to_v.weight,
         tiny.stages["4"].body[-1].conv.bias,
         tiny.heads["4"].last.weight,
+        tiny.map_readers[0][0].conv.weight,
     ]
 
     def penalty(tokens, *_):
-        return losses.r1_penalty(tiny, pyramid, tokens, eot, 100.0, {8: 0.7, 4: 0.3})
+        return losses.r1_penalty(tiny, clip, pyramid, tokens, eot, 100.0, {8: 0.7, 4: 0.3})
 
     assert torch.autograd.gradcheck(penalty, (tokens, *weights), fast_mode=True, atol=1e-7)
-
-
-@pytest.fixture(scope="module")
-def clip():
-    torch.manual_seed(0)
-    return new_small(vocabulary_ids())
 
 
 def batch_of(count):
@@ -122,16 +126,33 @@ def test_clip_loss_is_symmetric_info_nce_at_every_resolution(clip):
         columns = [np.log(np.exp(col - col.max()).sum()) + col.max() - col[i] for i, col in enumerate(logits.T)]
         expected.append((np.mean(rows) + np.mean(columns)) / 2)
     expected = 0.2 * expected[0] + 0.8 * expected[1]
-    ours = losses.clip_loss(clip, pyramid, text.embedding, {8: 0.2, 16: 0.8}).item()
+    embeddings = {r: clip.encode_image(image) for r, image in pyramid.items()}
+    ours = losses.clip_loss(clip, embeddings, text.embedding, {8: 0.2, 16: 0.8}).item()
     assert ours == pytest.approx(expected, rel=1e-4)
 
 
 def test_clip_loss_reaches_the_images_and_not_clip(clip):
     images, captions = batch_of(4)
     images.requires_grad_()
-    losses.clip_loss(clip, {16: images}, clip.encode_text(clip.tokenize(captions)).embedding, {16: 1.0}).backward()
+    text = clip.encode_text(clip.tokenize(captions))
+    losses.clip_loss(clip, {16: clip.encode_image(images)}, text.embedding, {16: 1.0}).backward()
     assert images.grad.abs().sum() > 0
     assert all(p.grad is None and not p.requires_grad for p in clip.parameters())
+
+
+def test_r1_reaches_through_a_vision_transformer(discriminator_config):
+    """Whose attention is fused elsewhere; its gradient against finite differences again."""
+    torch.manual_seed(0)
+    vision = dict(image_size=16, layers=4, width=16, head_width=8, patch_size=8)
+    text = dict(context_length=7, vocab_size=9, width=12, heads=2, layers=1)
+    clip = FrozenClip(open_clip.CLIP(embed_dim=8, vision_cfg=vision, text_cfg=text), "test").double()
+    tiny = Discriminator(dataclasses.replace(discriminator_config, clip_maps=clip.map_shapes)).double()
+    pyramid, tokens, eot = real(), torch.randn(2, 7, 12, dtype=torch.float64), torch.tensor([6, 3])
+
+    def penalty(*_):
+        return losses.r1_penalty(tiny, clip, pyramid, tokens, eot, 100.0, {8: 0.7, 4: 0.3})
+
+    assert torch.autograd.gradcheck(penalty, (tiny.map_readers[0][0].conv.weight,), fast_mode=True, atol=1e-7)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -151,7 +172,7 @@ def objectives():
         level.requires_grad_(level.resolution <= 8)
     for modules in (discriminator.stages, discriminator.heads):
         for resolution, module in modules.items():
-            module.requires_grad_(int(resolution) <= 8)
+            module.requires_grad_(int(resolution) <= 8)  # that of CLIP's maps is number 0
     images, captions = batch_of(6)
     captions[1] = captions[0]
     clip = new_small(vocabulary_ids())
@@ -169,7 +190,7 @@ def gradients_of_share(rank, world_size):
     text = clip.encode_text(ids)
     wrong = losses.wrong_captions(distributed.gather(ids))[share]
     real, fake = ({r: x[share] for r, x in images.items()} for images in (real, fake))
-    objective_d = losses.DiscriminatorLoss(discriminator, recipe)
+    objective_d = losses.DiscriminatorLoss(discriminator, clip, recipe)
     parallel_generator = generator
     if world_size > 1:
         objective_d, parallel_generator = DistributedDataParallel(objective_d), DistributedDataParallel(generator)
@@ -224,32 +245,35 @@ def test_both_objectives_are_the_sum_of_their_parts():
     recipe = PRESETS["shapes"].recipe
     ids = clip.tokenize(captions)
     text, wrong = clip.encode_text(ids), losses.wrong_captions(ids)
-    report = losses.DiscriminatorLoss(discriminator, recipe)(real, fake, text, wrong, 16)
-    logits = {kind: discriminator(x, text.tokens, text.eot) for kind, x in (("real", real), ("fake", fake))}
-    mismatched = {
-        kind: discriminator(x, text.tokens[wrong], text.eot[wrong]) for kind, x in (("real", real), ("fake", fake))
-    }
+    report = losses.DiscriminatorLoss(discriminator, clip, recipe)(real, fake, text, wrong, 16)
+    logits, mismatched = {}, {}
+    for kind, x in (("real", real), ("fake", fake)):
+        maps = clip.see(x[8])[1]
+        logits[kind] = discriminator(x, maps, text.tokens, text.eot)
+        mismatched[kind] = discriminator(x, maps, text.tokens[wrong], text.eot[wrong])
     weight = {8: 1 / (1 + recipe.lower_scales), 4: recipe.lower_scales / (1 + recipe.lower_scales)}
 
     def total(logits, sign, early):
         terms = [
-            weight[e] * (1 if s == 4 else early) * softplus(sign * x.detach().double().numpy()).mean()
+            weight[e] * (1 if s in (4, CLIP) else early) * softplus(sign * x.detach().double().numpy()).mean()
             for (e, s), x in logits.items()
         ]
         return sum(terms)
 
     adversarial = total(logits["real"], -1, 0.01) + total(logits["fake"], 1, 0.01)
     matching = total(mismatched["real"], 1, 0.05) + total(mismatched["fake"], 1, 0.05)
-    r1 = losses.r1_penalty(discriminator, real, text.tokens, text.eot, recipe.r1_gamma, weight).item()
+    r1 = losses.r1_penalty(discriminator, clip, real, text.tokens, text.eot, recipe.r1_gamma, weight).item()
     expected = adversarial + recipe.matching_weight_discriminator * matching + 16 * r1
     assert report["loss"].item() == pytest.approx(expected, rel=1e-4)
     assert report["d_matching"].item() == pytest.approx(matching, rel=1e-4)
 
     output = generator(z, text.tokens, text.eot, 8)
     report = losses.generator_loss(output, text, wrong, discriminator, clip, recipe)
-    adversarial = total(discriminator(output.pyramid, text.tokens, text.eot), -1, 0.01)
-    matching = total(discriminator(output.pyramid, text.tokens[wrong], text.eot[wrong]), -1, 0.05)
-    alignment = losses.clip_loss(clip, output.pyramid, text.embedding, weight).item()
+    maps = clip.see(output.image)[1]
+    adversarial = total(discriminator(output.pyramid, maps, text.tokens, text.eot), -1, 0.01)
+    matching = total(discriminator(output.pyramid, maps, text.tokens[wrong], text.eot[wrong]), -1, 0.05)
+    embeddings = {r: clip.encode_image(x) for r, x in output.pyramid.items()}
+    alignment = losses.clip_loss(clip, embeddings, text.embedding, weight).item()
     expected = adversarial + recipe.matching_weight_generator * matching + recipe.clip_weight * alignment
     assert report["loss"].item() == pytest.approx(expected + output.aux_loss.item(), rel=1e-4)
     assert math.isfinite(report["loss"].item())
@@ -263,7 +287,7 @@ def test_bfloat16_is_safe():
     text, wrong = clip.encode_text(ids), losses.wrong_captions(ids)
 
     def both():
-        d_report = losses.DiscriminatorLoss(discriminator, recipe)(real, fake, text, wrong, 16)
+        d_report = losses.DiscriminatorLoss(discriminator, clip, recipe)(real, fake, text, wrong, 16)
         output = generator(z, text.tokens, text.eot, 8)
         g_report = losses.generator_loss(output, text, wrong, discriminator, clip, recipe)
         return d_report, g_report
