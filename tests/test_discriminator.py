@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from discriminator import CLIP, Discriminator
+from discriminator import CLIP, Discriminator, MapReader
 from presets import PRESETS
 
 
@@ -48,6 +48,16 @@ def test_at_64_it_makes_fifteen_predictions_and_one_of_each_of_clips_maps():
         features = discriminator.features(pyramid, maps(config, batch=1))  # which the head of its stage scores
     assert features.pop((64, CLIP)).shape == (1, config.clip_channels, 4, 1)
     assert len(features) == 15
+
+
+@pytest.mark.parametrize("side", [1, 2, 4, 7, 8, 14, 16, 56])
+def test_feature_maps_of_any_size_become_one_point(side):
+    """Those of the small CLIP, of ViT-B/32, B/16 and L/14, and of ResNet-50."""
+    x = torch.randn(2, 3, side, side, requires_grad=True)
+    y = MapReader(3, side, 5)(x)
+    assert y.shape == (2, 5, 1, 1)
+    y.sum().backward()
+    assert (x.grad != 0).all()  # it sees the whole map
 
 
 def test_images_of_the_pyramid_do_not_see_each_other(discriminator):
