@@ -175,7 +175,7 @@ def test_a_tiny_model_learns_colours(tmp_path, monkeypatch):
         ),
     )
     monkeypatch.setitem(PRESETS, "tiny", tiny)
-    run("--preset", "tiny", "--out", tmp_path, "--steps", 100, "--sample-every", 1000)
+    run("--preset", "tiny", "--out", tmp_path, "--steps", 200, "--sample-every", 1000)
     generator, clip, _ = load_generator(tmp_path / "generator_ema.safetensors")
     colours = torch.tensor(list(shapes.BACKGROUNDS.values()))
     right = []
@@ -184,7 +184,7 @@ def test_a_tiny_model_learns_colours(tmp_path, monkeypatch):
             image = (draw(generator, clip, f"a small {color} circle on a {background} background", 2, seed=3) + 1) / 2
             seen = image.flatten(2).median(2).values  # most of the picture is background
             right += [(torch.cdist(seen, colours).argmin(1) == i).float().mean()]
-    assert torch.stack(right).mean() > 0.7  # chance: 0.25
+    assert torch.stack(right).mean() > 0.9  # chance: 0.25
 
 
 def test_torchrun_with_two_ranks(tmp_path, small_clip):
