@@ -11,6 +11,7 @@ import json
 import logging
 import re
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,7 +26,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from tqdm import tqdm
 
 import shapes
-from errors import HelpFormatter, UserError, first_line, natural_number, positive_int, told_in_one_line
+from errors import HelpFormatter, UserError, first_line, natural_number, told_in_one_line
 
 SMALL = dict(
     embed_dim=64,
@@ -35,11 +36,27 @@ SMALL = dict(
 )
 SMALL_PATH = Path(__file__).parent / "models" / "clip.safetensors"
 UNKNOWN = 0.03  # share of the words of the captions it is trained on
-ORDER = 0.44, 0.62  # the part of its training that is about who stands where, and nothing else
-MISLED = 0.15  # how far, see mislead()
 NUM_MAPS = 4  # feature maps of the images that the discriminator looks at
 RESOLUTIONS = (4, 8, 8, 16, 16, 32, 32, 32)  # of the pictures it is trained on, an eighth of a batch each
 SPECIAL = re.compile(r"<(start|end)_of_text>")  # would end the text early
+
+
+@dataclass(frozen=True)
+class Course:
+    """A part of the small CLIP's training, and a cycle of its learning rate."""
+
+    steps: int
+    lr: float
+    order: tuple[int, int]  # from which step to which it is about who stands where, and about nothing else
+    named: tuple[str, ...]  # what scenes of two objects differ in then
+    of_two: tuple[str, ...]  # what their twins may differ in before and after
+    misled: tuple[float, float]  # how far images are misled after that, at first and at last, see mislead()
+
+
+COURSES = (
+    Course(3200, 2e-3, (1408, 1984), ("relation",), ("relation",) * 36 + ("number",) * 6, (0, 0.15)),
+    Course(560, 2e-3, (0, 160), ("relation", "axis"), shapes.OF_TWO, (0.15, 0.15)),
+)
 
 
 class Text(NamedTuple):
@@ -201,48 +218,61 @@ def vocabulary_ids():
     return sorted(ids | {0, tokenizer.sot_token_id, tokenizer.eot_token_id})
 
 
-def train_small(device="cpu", steps=3200, batch=128, seed=0):
+def train_small(device="cpu", courses=COURSES, batch=128, seed=0):
     """Trains the small CLIP on the built-in scenes with open_clip's own loss; the same seed gives the same weights.
 
     Every scene comes with its twin, whose caption differs in one thing, so that each word must be read and looked for:
     among random captions the colours alone would nearly do. Most images are smaller than it takes, since the
     networks ask about every resolution, and a few words are made unknown, so that the row of the unknown word means
     "some word". Which of two objects stands on the left is learned from batches of nothing else, all words known, or
-    not at all. Last, images are misled, more and more: from a CLIP not trained so, a generator learns to mislead it.
+    not at all. Then images are misled, more and more: from a CLIP not trained so, a generator learns to mislead it.
+    The second course adds that left is not below; in one course with the rest, neither came to be known as well.
     """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         clip = new_small(vocabulary_ids()).to(device)
-        model = clip.model.requires_grad_(True).train()
-        optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.98), weight_decay=0.1)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.1)
-        progress = tqdm(range(steps), desc="training the small CLIP", unit="step")
-        order_starts, order_ends = (round(part * steps) for part in ORDER)
-        named_both_ways = shapes.named_both_ways(3 * seed + 2)
-        for step in progress:
-            about_order = order_starts <= step < order_ends
-            if about_order:
-                scenes = list(itertools.islice(named_both_ways, batch))
-            else:
-                scenes = [shapes.scene_or_twin(i, 3 * seed + 2) for i in range(step * batch, (step + 1) * batch)]
-            share = batch // len(RESOLUTIONS)
-            images = [shapes.draw(scenes[n * share : (n + 1) * share], r) for n, r in enumerate(RESOLUTIONS)]
-            images = [part.to(device) for part in images]
-            ids = clip.tokenize([scene.caption for scene in scenes])
-            unknown = torch.rand(ids.shape, device=device) < (0 if about_order else UNKNOWN)
-            ids[unknown & (ids > 1) & (ids < len(clip.kept_ids) - 1)] = 0
-            text_features = model.encode_text(ids, normalize=True)
-            if step > order_ends:
-                reach = MISLED * (step - order_ends) / (steps - order_ends)
-                images = mislead(clip, images, text_features.detach(), reach)
-            loss = contrast(clip, images, text_features)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            model.logit_scale.data.clamp_(max=4.6052)  # ln 100, as CLIP
-            progress.set_postfix(loss=f"{loss.item():.2f}", refresh=False)
-    return FrozenClip(model, "small", clip.kept_ids)
+        clip.model.requires_grad_(True).train()
+        first = 0
+        progress = tqdm(total=sum(course.steps for course in courses), desc="training the small CLIP", unit="step")
+        for course in courses:
+            take(course, clip, first, batch, 3 * seed + 2, progress)
+            first += course.steps * batch
+    return FrozenClip(clip.model, "small", clip.kept_ids)
+
+
+def take(course, clip, first, batch, seed, progress):
+    """One course, its scenes those of the collection `seed` from the number `first` on."""
+    model = clip.model
+    optimizer = torch.optim.AdamW(model.parameters(), lr=course.lr, betas=(0.9, 0.98), weight_decay=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, course.lr, total_steps=course.steps, pct_start=0.1)
+    named = shapes.named_all_ways(seed, course.named)
+    order_starts, order_ends = course.order
+    for step in range(course.steps):
+        about_order = order_starts <= step < order_ends
+        if about_order:
+            scenes = list(itertools.islice(named, batch))
+        else:
+            start = first + step * batch
+            scenes = [shapes.scene_or_twin(i, seed, course.of_two) for i in range(start, start + batch)]
+        share = batch // len(RESOLUTIONS)
+        images = [shapes.draw(scenes[n * share : (n + 1) * share], r) for n, r in enumerate(RESOLUTIONS)]
+        images = [part.to(clip.device) for part in images]
+        ids = clip.tokenize([scene.caption for scene in scenes])
+        unknown = torch.rand(ids.shape, device=clip.device) < (0 if about_order else UNKNOWN)
+        ids[unknown & (ids > 1) & (ids < len(clip.kept_ids) - 1)] = 0
+        text_features = model.encode_text(ids, normalize=True)
+        if step >= order_ends:
+            least, most = course.misled
+            reach = least + (most - least) * (step - order_ends) / (course.steps - order_ends)
+            images = mislead(clip, images, text_features.detach(), reach)
+        loss = contrast(clip, images, text_features)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        model.logit_scale.data.clamp_(max=4.6052)  # ln 100, as CLIP
+        progress.set_postfix(loss=f"{loss.item():.2f}", refresh=False)
+        progress.update()
 
 
 def contrast(clip, images, text_features):
@@ -297,14 +327,13 @@ def load_small(path):
 
 def main():
     parser = argparse.ArgumentParser(description="Trains the small CLIP again.", formatter_class=HelpFormatter)
-    parser.add_argument("--steps", type=positive_int, default=3200)
     parser.add_argument("--seed", type=natural_number, default=0)
     parser.add_argument("--out", type=Path, default=SMALL_PATH)
     args = parser.parse_args()
     with told_in_one_line():
         if not args.out.parent.is_dir():
             raise UserError(f"--out {args.out}: there is no folder {args.out.parent}")
-    clip = train_small(steps=args.steps, seed=args.seed)
+    clip = train_small(seed=args.seed)
     save_small(clip, args.out)
     for difference in dict.fromkeys([*shapes.OF_TWO, *shapes.OF_ANY]):
         accuracies = [f"{100 * twin_accuracy(clip, difference, r):5.1f} %" for r in sorted(set(RESOLUTIONS))]

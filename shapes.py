@@ -93,8 +93,9 @@ HELD_OUT = {  # never drawn in training, nor named in its captions
 SEEN = [(shape, color) for shape in SHAPES for color in COLORS if (shape, color) not in HELD_OUT]
 
 
-OF_TWO = ["relation"] * 36 + ["number"] * 6  # what twins of two objects may differ in, as often as it takes to learn
-OF_ANY = ["shape"] * 8 + ["size"] * 3 + ["color"] * 2 + ["background"]  # and those of one or two
+# What twins of two objects may differ in, as often as it takes to learn.
+OF_TWO = ("relation",) * 36 + ("axis",) * 6 + ("number",) * 6
+OF_ANY = ("shape",) * 8 + ("size",) * 3 + ("color",) * 2 + ("background",)  # and those of one or two
 
 
 @dataclass(frozen=True)
@@ -164,8 +165,8 @@ def twin(original, difference, rng):
     """A scene whose caption differs in one thing, its objects drawn anew.
 
     difference: "shape", "color" or "size" of one object, the "background"; of two objects also their "relation", when
-    they are named the other way round, or the "number", when one is gone. As `scene` does, it leaves out what is
-    HELD_OUT.
+    they are named the other way round, their "axis", when left or right becomes above or below, or the "number", when
+    one is gone. As `scene` does, it leaves out what is HELD_OUT.
     """
     looks = [(o.shape, o.color, o.size) for o in original.objects]
     background, relation, wording = original.background, original.relation, original.wording
@@ -175,6 +176,10 @@ def twin(original, difference, rng):
         background = str(rng.choice([b for b in BACKGROUNDS if b != background]))
     elif difference == "relation":
         looks.reverse()
+    elif difference == "axis":
+        _, axis, _ = RELATIONS[relation]
+        relation = str(rng.choice([other for other in RELATIONS if RELATIONS[other][1] != axis]))
+        wording = re.sub(r"\{0\} .* \{1\}", f"{{0}} {rng.choice(RELATIONS[relation][0])} a {{1}}", wording)
     elif difference == "number":
         looks, relation, wording = [looks[i]], None, re.sub(r"\{0\} .* \{1\}", "{0}", wording)
     elif difference == "size":
@@ -186,22 +191,25 @@ def twin(original, difference, rng):
     return Scene(_objects(rng, looks, relation), background, relation, wording)
 
 
-def scene_or_twin(index, seed=0):
+def scene_or_twin(index, seed=0, of_two=OF_TWO):
     """Number `index` of the collection in which every scene is followed by a twin, mostly by the hardest to tell."""
     original = scene(index // 2, seed)
     if index % 2 == 0:
         return original
     rng = np.random.default_rng([seed, index // 2, 1])
-    return twin(original, rng.choice([*OF_TWO, *OF_ANY] if original.relation else OF_ANY), rng)
+    return twin(original, rng.choice(of_two + OF_ANY if original.relation else OF_ANY), rng)
 
 
-def named_both_ways(seed=0):
-    """Endless scenes of two objects, each followed by its twin in "relation"."""
+def named_all_ways(seed=0, differences=("relation", "axis")):
+    """Endless scenes of two objects, each followed by its twin in each difference and in every pair of these."""
     for index in itertools.count():
         original = scene(index, seed)
         if original.relation:
-            yield original
-            yield twin(original, "relation", np.random.default_rng([seed, index, 2]))
+            rng = np.random.default_rng([seed, index, 2])
+            group = [original]
+            for difference in differences:
+                group += [twin(member, difference, rng) for member in group]
+            yield from group
 
 
 def draw(scenes, resolution):

@@ -58,12 +58,12 @@ def test_relations_hold_and_objects_are_apart_and_inside():
             assert any(phrase in scene.caption for phrase in shapes.RELATIONS[scene.relation][0])
 
 
-@pytest.mark.parametrize("difference", ["shape", "color", "size", "background", "relation", "number"])
+@pytest.mark.parametrize("difference", ["shape", "color", "size", "background", "relation", "axis", "number"])
 def test_a_twin_differs_in_one_thing(difference):
     rng = np.random.default_rng(0)
     for scene in (scene for scene in SCENES[:200] if scene.relation or difference in shapes.OF_ANY):
         twin = shapes.twin(scene, difference, rng)
-        if difference != "number":
+        if difference not in ("number", "axis"):
             assert (twin.wording, twin.relation) == (scene.wording, scene.relation)
         assert not any((o.shape, o.color) in shapes.HELD_OUT for o in twin.objects)
         assert all(o.radius <= o.x <= 1 - o.radius and o.radius <= o.y <= 1 - o.radius for o in twin.objects)
@@ -71,6 +71,12 @@ def test_a_twin_differs_in_one_thing(difference):
             assert [*map(str, twin.objects)] == [*map(str, scene.objects)] and twin.background != scene.background
         elif difference == "relation":
             assert [str(o) for o in twin.objects] == [str(o) for o in scene.objects[::-1]]
+        elif difference == "axis":
+            assert [*map(str, twin.objects)] == [*map(str, scene.objects)] and twin.background == scene.background
+            phrases, axis, sign = shapes.RELATIONS[twin.relation]
+            a, b = (((o.x, o.y)[axis], (o.x, o.y)[1 - axis]) for o in twin.objects)
+            assert axis != shapes.RELATIONS[scene.relation][1] and (b[0] - a[0]) * sign > abs(b[1] - a[1])
+            assert any(f"{twin.objects[0]} {phrase} a {twin.objects[1]}" in twin.caption for phrase in phrases)
         elif difference == "number":
             (kept,) = map(str, twin.objects)
             assert kept in map(str, scene.objects) and twin.relation is None and twin.background == scene.background
@@ -84,11 +90,14 @@ def test_a_twin_differs_in_one_thing(difference):
             assert changed == [difference] and twin.background == scene.background
 
 
-def test_scenes_named_both_ways_say_the_same_words_of_another_arrangement():
-    scenes = list(itertools.islice(shapes.named_both_ways(5), 40))
-    for original, twin in zip(scenes[::2], scenes[1::2], strict=True):
-        assert sorted(original.caption.split()) == sorted(twin.caption.split())
-        assert [str(o) for o in twin.objects] == [str(o) for o in original.objects[::-1]]
+def test_scenes_named_all_ways_are_each_objects_named_first_on_each_axis():
+    scenes = list(itertools.islice(shapes.named_all_ways(5), 40))
+    for four in zip(*[iter(scenes)] * 4, strict=True):
+        first, second = map(str, four[0].objects)
+        assert [[*map(str, scene.objects)] for scene in four] == [[first, second], [second, first]] * 2
+        axes = [shapes.RELATIONS[scene.relation][1] for scene in four]
+        assert axes[0] == axes[1] != axes[2] == axes[3]
+        assert all(scene.background == four[0].background for scene in four)
 
 
 @pytest.mark.parametrize("resolution", [4, 8, 32, 96])
