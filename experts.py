@@ -6,13 +6,19 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+try:
+    from kernels.routed import routed_experts
+except ImportError:  # Triton comes with PyTorch on Linux only
+    routed_experts = None
+
 
 class Experts(nn.Module):
     """E feed-forward networks C → 8C, split into (a, g), a·gelu(g) → C, stored as stacks so that no expert is a module.
 
     forward: points [P, C], expert_index [P], gate [P] → gate · expert(point), [P, C]. The points are sorted by expert,
     so each expert multiplies one contiguous slice and the work is that of a single expert over all points. An expert
-    that gets no point multiplies an empty slice, and its gradient is zero rather than missing.
+    that gets no point multiplies an empty slice, and its gradient is zero rather than missing. On a GPU one Triton
+    kernel after another does the same for all experts at once; tests hold the two together.
     """
 
     def __init__(self, dim, num_experts):
@@ -25,13 +31,20 @@ class Experts(nn.Module):
         self.lr_scale = {"proj_in": 1 / math.sqrt(dim), "proj_out": 1 / math.sqrt(hidden)}
 
     def forward(self, points, expert_index, gate):
-        order = expert_index.argsort()
-        slices = points[order].split(expert_index.bincount(minlength=len(self.proj_in)).tolist())
-        stacks = zip(slices, self.proj_in, self.bias_in, self.proj_out, self.bias_out, strict=True)
-        outputs = torch.cat([self.expert(*slice_and_weights) for slice_and_weights in stacks])
-        return torch.empty_like(outputs).index_copy(0, order, outputs) * gate[:, None]
+        apply = routed_experts if points.is_cuda and routed_experts else sliced_experts
+        return apply(points, expert_index, gate, self.proj_in, self.bias_in, self.proj_out, self.bias_out)
 
-    def expert(self, points, proj_in, bias_in, proj_out, bias_out):
-        """One expert over the points it was given, [P, C] → [P, C]."""
-        a, g = F.linear(points, proj_in, bias_in).chunk(2, dim=-1)
-        return F.linear(a * F.gelu(g), proj_out, bias_out)
+
+def sliced_experts(points, expert_index, gate, proj_in, bias_in, proj_out, bias_out):
+    """The reference: slice after slice, as Experts says."""
+    order = expert_index.argsort()
+    slices = points[order].split(expert_index.bincount(minlength=len(proj_in)).tolist())
+    stacks = zip(slices, proj_in, bias_in, proj_out, bias_out, strict=True)
+    outputs = torch.cat([expert(*slice_and_weights) for slice_and_weights in stacks])
+    return torch.empty_like(outputs).index_copy(0, order, outputs) * gate[:, None]
+
+
+def expert(points, proj_in, bias_in, proj_out, bias_out):
+    """One expert over the points it was given, [P, C] → [P, C]."""
+    a, g = F.linear(points, proj_in, bias_in).chunk(2, dim=-1)
+    return F.linear(a * F.gelu(g), proj_out, bias_out)

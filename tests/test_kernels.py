@@ -1,0 +1,62 @@
+"""The Triton kernels, by Triton's interpreter where there is no GPU, against the plain experts in float64."""
+
+import pytest
+import torch
+
+from experts import Experts, sliced_experts
+
+pytest.importorskip("triton")
+from kernels.routed import routed_experts
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def tensors_of(dim, num_experts, index, dtype=torch.float32):
+    """The arguments of routed_experts, drawn at random, as leaves."""
+    torch.manual_seed(0)
+    experts = Experts(dim, num_experts)
+    experts.bias_in.data.normal_()
+    experts.bias_out.data.normal_()
+    points, gate = torch.randn(len(index), dim), torch.rand(len(index))
+    stacks = [experts.proj_in, experts.bias_in, experts.proj_out, experts.bias_out]
+    leaves = [x.detach().to(DEVICE, dtype).requires_grad_() for x in (points, gate, *stacks)]
+    return leaves[0], index.to(DEVICE), *leaves[1:]
+
+
+def plain(points, index, gate, *stacks):
+    """The reference in float64 → its result, and the leaves it depends on."""
+    points, gate, *stacks = leaves = [x.detach().cpu().double().requires_grad_() for x in (points, gate, *stacks)]
+    return sliced_experts(points, index.cpu(), gate, *stacks), leaves
+
+
+def compare(leaves, **tolerance):
+    """Values and all gradients."""
+    ours, (oracle, oracle_leaves) = routed_experts(*leaves), plain(*leaves)
+    torch.testing.assert_close(ours.cpu().double(), oracle, **tolerance)
+    upstream = torch.randn_like(oracle)
+    differentiable = [x for x in leaves if x.is_floating_point()]
+    gradients = torch.autograd.grad(ours, differentiable, upstream.to(ours))
+    for a, b in zip(gradients, torch.autograd.grad(oracle, oracle_leaves, upstream), strict=True):
+        torch.testing.assert_close(a.cpu().double(), b, **tolerance)
+
+
+@pytest.mark.parametrize(
+    ("dim", "num_experts", "used"),
+    [(16, 1, [0]), (16, 4, [0, 1, 2, 3]), (16, 7, [1, 5]), (24, 3, [2])],
+    ids=["one", "all", "empty", "width that is no multiple of a tile"],
+)
+def test_kernels_are_the_plain_experts(dim, num_experts, used):
+    index = torch.tensor(used)[torch.arange(37) * 5 % 11 % len(used)]
+    compare(tensors_of(dim, num_experts, index), rtol=1e-4, atol=1e-5)
+
+
+def test_no_point_at_all():
+    leaves = tensors_of(16, 2, torch.zeros(0, dtype=torch.long))
+    compare(leaves, rtol=0, atol=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 3e-2)])
+def test_kernels_at_full_width_on_a_gpu(dtype, tolerance):
+    leaves = tensors_of(512, 16, torch.randint(16, (3000,)) ** 2 // 15, dtype)
+    compare(leaves, rtol=tolerance, atol=tolerance)
