@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from attention import l2_attention, merge_heads, split_heads
 from experts import Experts
 from layers import (
     Conv2d,
@@ -21,11 +22,8 @@ from layers import (
     UpsamplingConv2d,
     float32_region,
     full_precision,
-    l2_attention,
     lrelu,
-    merge_heads,
     rms_norm,
-    split_heads,
     upsample,
 )
 from presets import PRESETS, GeneratorConfig

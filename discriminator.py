@@ -8,16 +8,14 @@ It is vision-aided: the highest image is also judged by what the frozen CLIP see
 import torch
 from torch import nn
 
+from attention import merge_heads, split_heads, squared_l2_attention
 from layers import (
     Conv2d,
     Linear,
     ModulatedLinear,
     full_precision,
     lrelu,
-    merge_heads,
     rms_norm,
-    split_heads,
-    squared_l2_attention,
 )
 from presets import DiscriminatorConfig
 from text import TextHead

@@ -1,4 +1,4 @@
-"""The building blocks of both networks: equalized layers, modulated convolutions, resampling, L2 attention.
+"""The building blocks of both networks: equalized layers, modulated convolutions, resampling.
 
 Shapes everywhere: B batch, N = H·W feature points, T text tokens, C channels, E experts, R resolution.
 Activations may be bfloat16 under autocast; whatever is squared, normalized or compared stays in float32.
@@ -9,7 +9,6 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 
 def lrelu(x):
@@ -243,64 +242,3 @@ def deformable_conv2d(x, kernels, offsets, mask):
         samples = F.grid_sample(full_precision(x), grid.flatten(1, 2), align_corners=True).unflatten(2, (9, height))
     columns = (samples * mask[:, None]).flatten(1, 2).flatten(2)  # [B, 9C, H·W]
     return (kernels.flatten(2) @ columns).unflatten(2, (height, width))
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Attention by L2 distance, which is Lipschitz where the dot product is not (Kim et al. 2021; GigaGAN, section 3.1).
-
-ATTENTION_BLOCK = {"cpu": 2**19, "cuda": 2**28}  # entries of an attention map that are held at a time
-
-
-def split_heads(x, num_heads):
-    """[B, N, heads·d] → [B, heads, N, d]."""
-    return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
-
-
-def merge_heads(x):
-    """[B, heads, N, d] → [B, N, heads·d]."""
-    return x.transpose(1, 2).flatten(2)
-
-
-def l2_attention(q, k, v):
-    """softmax(−‖q − k‖₂/√d)·v over [B, heads, N, d]: the true distance, not its square.
-
-    Computed in blocks of queries, whose part of the map stays in a CPU's cache. A map of more than one block is not
-    kept for the backward pass but computed there again, so that memory grows with N and not with its square.
-    """
-    scale = 1 / math.sqrt(q.shape[-1])  # on the vectors, which scales their distance
-    with float32_region(q):
-        q, k = (full_precision(x) * scale for x in (q, k))
-        square_q, square_k = (x.square().sum(-1, keepdim=True) for x in (q, k))
-        # |q − k|² as one product, of vectors that are two numbers longer.
-        q = torch.cat([-2 * q, square_q, torch.ones_like(square_q)], dim=-1)
-        k = torch.cat([k, torch.ones_like(square_k), square_k], dim=-1)
-    if q.numel() // q.shape[-1] * k.shape[2] <= ATTENTION_BLOCK[q.device.type]:
-        return _attend(q, k, v)
-    rows = max(1, ATTENTION_BLOCK[q.device.type] // k.shape[2])
-    heads = zip(*(x.flatten(0, 1).split(max(1, rows // q.shape[2])) for x in (q, k, v)), strict=True)
-    blocks = [
-        [checkpoint(_attend, part, k, v, use_reentrant=False, preserve_rng_state=False) for part in q.split(rows, 1)]
-        for q, k, v in heads
-    ]
-    return torch.cat([torch.cat(parts, 1) for parts in blocks]).unflatten(0, v.shape[:2])
-
-
-def _attend(q, k, v):
-    """q and k [..., N, d + 2] whose product is the squared distance, v [..., T, d] → [..., N, d]."""
-    with float32_region(q):
-        squared = q @ k.transpose(-1, -2)
-        attention = (-squared.clamp(min=1e-12).sqrt()).softmax(-1)
-    return attention.to(v.dtype) @ v
-
-
-def squared_l2_attention(qk, v):
-    """softmax(−‖q − k‖₂²/√d)·v with q = k, over [B, heads, N, d]: twice differentiable, also where two points meet.
-
-    The true distance has an infinite slope at zero, and every point is at distance zero from itself here. The term |q|²
-    is the same for all keys, so the softmax drops it.
-    """
-    with float32_region(qk):
-        qk = full_precision(qk)
-        logits = (2 * qk @ qk.transpose(-1, -2) - qk.square().sum(-1)[..., None, :]) / math.sqrt(qk.shape[-1])
-        attention = logits.softmax(-1)
-    return attention.to(v.dtype) @ v

@@ -4,7 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from layers import Linear, merge_heads, split_heads
+from attention import merge_heads, split_heads
+from layers import Linear
 
 
 def quick_gelu(x):

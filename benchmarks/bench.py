@@ -27,10 +27,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import data
 import distributed
+from attention import l2_attention
 from aurora import Generator
 from errors import HelpFormatter, positive_int, told_in_one_line
 from experts import Experts, expert, routed_experts, sliced_experts
-from layers import l2_attention
 from presets import PRESETS, Level
 from train import Run
 from train import parse_args as training_args

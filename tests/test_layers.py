@@ -5,7 +5,6 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.ops import deform_conv2d
 
 import layers
@@ -93,66 +92,6 @@ def test_modulated_linear_is_a_modulated_1x1_convolution():
     x, w = torch.randn(2, 9, 5), torch.randn(2, 7)
     expected = conv(x.transpose(1, 2)[..., None], w)[..., 0].transpose(1, 2)
     torch.testing.assert_close(linear(x, w), expected)
-
-
-@pytest.mark.parametrize("block", [2**19, 2500, 130, 7], ids=["whole", "two heads", "four rows", "one row"])
-def test_l2_attention_is_its_formula(monkeypatch, block):
-    """Values and gradients, also where a map is computed in blocks."""
-    monkeypatch.setitem(layers.ATTENTION_BLOCK, "cpu", block)
-    q, k, v = inputs = [t.requires_grad_() for t in (double(2, 3, 40, 8), double(2, 3, 30, 8), double(2, 3, 30, 5))]
-    distance = (q[..., :, None, :] - k[..., None, :, :]).square().sum(-1).sqrt()
-    expected = (-distance / math.sqrt(8)).softmax(-1) @ v
-    ours = layers.l2_attention(q, k, v)
-    torch.testing.assert_close(ours, expected)
-    upstream = torch.randn_like(ours)
-    for a, b in zip(
-        torch.autograd.grad(ours, inputs, upstream), torch.autograd.grad(expected, inputs, upstream), strict=True
-    ):
-        torch.testing.assert_close(a, b)
-
-
-class LargestResult(TorchDispatchMode):
-    """Remembers how many numbers the largest result of any operation holds."""
-
-    numel = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        if isinstance(result, torch.Tensor):
-            self.numel = max(self.numel, result.numel())
-        return result
-
-
-def kept_for_backward(points):
-    """How many bytes l2_attention keeps for its backward pass, for so many points."""
-    storages = {}
-
-    def remember(x):
-        storages[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-        return x
-
-    q, k, v = (torch.randn(1, 2, points, 8, requires_grad=True) for _ in range(3))
-    with torch.autograd.graph.saved_tensors_hooks(remember, lambda x: x):
-        result = layers.l2_attention(q, k, v)  # alive, and with it all it keeps, until the sizes are summed
-        return sum(storages.values()) + 0 * result.numel()
-
-
-def test_attention_holds_one_block_and_keeps_no_map(monkeypatch):
-    monkeypatch.setitem(layers.ATTENTION_BLOCK, "cpu", 2**14)
-    with torch.no_grad(), LargestResult() as largest:
-        layers.l2_attention(*(torch.randn(1, 2, 1024, 8) for _ in range(3)))
-    assert largest.numel <= 2 * 1024 * 10  # the inputs, two numbers longer; a map would have 2 · 1024²
-    assert kept_for_backward(2048) < 2.1 * kept_for_backward(1024) < 4.3 * kept_for_backward(512)
-
-
-def test_squared_l2_attention_is_its_formula_and_twice_differentiable():
-    qk, v = double(1, 2, 5, 4), double(1, 2, 5, 3)
-    squared = (qk[..., :, None, :] - qk[..., None, :, :]).square().sum(-1)
-    torch.testing.assert_close(layers.squared_l2_attention(qk, v), (-squared / 2).softmax(-1) @ v)
-    qk[0, 0, 1] = qk[0, 0, 0]  # two points that meet
-    inputs = (qk.requires_grad_(), v.requires_grad_())
-    assert torch.autograd.gradcheck(layers.squared_l2_attention, inputs)
-    assert torch.autograd.gradgradcheck(layers.squared_l2_attention, inputs)
 
 
 @pytest.mark.parametrize("lr_mul", [1.0, 0.01])

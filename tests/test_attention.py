@@ -1,0 +1,68 @@
+"""Attention against its formula, and the memory it takes."""
+
+import itertools
+import math
+
+import pytest
+import torch
+
+import attention
+
+torch.manual_seed(0)
+
+
+def double(*shape):
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("block", [2**19, 2500, 130, 7], ids=["whole", "two heads", "four rows", "one row"])
+def test_l2_attention_is_its_formula(monkeypatch, block):
+    """Values and gradients, also where a map is computed in blocks."""
+    monkeypatch.setitem(attention.BLOCK, "cpu", block)
+    q, k, v = inputs = [t.requires_grad_() for t in (double(2, 3, 40, 8), double(2, 3, 30, 8), double(2, 3, 30, 5))]
+    distance = (q[..., :, None, :] - k[..., None, :, :]).square().sum(-1).sqrt()
+    expected = (-distance / math.sqrt(8)).softmax(-1) @ v
+    ours = attention.l2_attention(q, k, v)
+    torch.testing.assert_close(ours, expected)
+    upstream = torch.randn_like(ours)
+    for a, b in zip(
+        torch.autograd.grad(ours, inputs, upstream), torch.autograd.grad(expected, inputs, upstream), strict=True
+    ):
+        torch.testing.assert_close(a, b)
+
+
+def peak_memory(function):
+    """The bytes that PyTorch's CPU allocator held at most during a call, beyond what it held before."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        function()
+    events = (event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]")
+    changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    return max(itertools.accumulate(changes))
+
+
+def test_inference_holds_a_block_and_no_map():
+    """4,096 points of 8 heads: one map would be 512 MB; all of it beyond inputs and output is to fit 64."""
+    q, k, v = (torch.randn(1, 8, 4096, 64) for _ in range(3))
+    output = v.numel() * v.element_size()
+    with torch.no_grad():
+        assert output < peak_memory(lambda: attention.l2_attention(q, k, v)) < output + 64 * 2**20
+
+
+def test_memory_in_training_is_linear_in_the_points():
+    def forward_and_backward(points):
+        leaves = [torch.randn(1, 1, points, 64, requires_grad=True) for _ in range(3)]
+        upstream = torch.randn(1, 1, points, 64)
+        return peak_memory(lambda: torch.autograd.grad(attention.l2_attention(*leaves), leaves, upstream))
+
+    small, middle, large = (forward_and_backward(side**2) for side in (32, 64, 128))
+    assert small < middle < 4 * small and middle < large < 4 * middle
+
+
+def test_squared_l2_attention_is_its_formula_and_twice_differentiable():
+    qk, v = double(1, 2, 5, 4), double(1, 2, 5, 3)
+    squared = (qk[..., :, None, :] - qk[..., None, :, :]).square().sum(-1)
+    torch.testing.assert_close(attention.squared_l2_attention(qk, v), (-squared / 2).softmax(-1) @ v)
+    qk[0, 0, 1] = qk[0, 0, 0]  # two points that meet
+    inputs = (qk.requires_grad_(), v.requires_grad_())
+    assert torch.autograd.gradcheck(attention.squared_l2_attention, inputs)
+    assert torch.autograd.gradgradcheck(attention.squared_l2_attention, inputs)
