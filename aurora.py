@@ -15,12 +15,12 @@ from experts import Experts
 from layers import (
     Conv2d,
     DeformableConv2d,
+    Float32,
     Linear,
     ModulatedConv2d,
     ModulatedLinear,
     ToRGB,
     UpsamplingConv2d,
-    float32_region,
     full_precision,
     lrelu,
     rms_norm,
@@ -38,7 +38,7 @@ def build(preset):
     return Generator(PRESETS[preset].generator)
 
 
-class Mapping(nn.Module):
+class Mapping(Float32):
     """z [B, z_dim] and the global text [B, text_dim], each of unit RMS, → the text-integrated code w [B, w_dim]."""
 
     def __init__(self, config: GeneratorConfig):
@@ -47,10 +47,9 @@ class Mapping(nn.Module):
         self.layers = nn.ModuleList(Linear(i, o, lr_mul=config.lr_mul) for i, o in itertools.pairwise(widths))
 
     def forward(self, z, global_text):
-        with float32_region(z):
-            w = torch.cat([rms_norm(z), rms_norm(full_precision(global_text))], dim=-1)
-            for layer in self.layers:
-                w = lrelu(layer(w))
+        w = torch.cat([rms_norm(z), rms_norm(global_text)], dim=-1)
+        for layer in self.layers:
+            w = lrelu(layer(w))
         return w
 
 
@@ -140,7 +139,7 @@ class AttentionBlock(nn.Module):
 # Convolutional blocks.
 
 
-class FourierFeatures(nn.Module):
+class FourierFeatures(Float32):
     """The input of StyleGAN3 (section 3.2): random waves, rotated and shifted by w, mixed: w → [B, C, size, size]."""
 
     def __init__(self, channels, size, w_dim):
@@ -157,15 +156,14 @@ class FourierFeatures(nn.Module):
         self.size = size
 
     def forward(self, w):
-        with float32_region(w):
-            transform = self.affine(full_precision(w))
-            cos, sin, *shift = (transform / transform[:, :2].norm(dim=1, keepdim=True)).unbind(1)
-            rotation = torch.stack([cos, -sin, sin, cos], dim=1).unflatten(1, (2, 2))  # [B, 2, 2]
-            freqs = self.freqs @ rotation  # [B, C, 2]
-            phases = self.phases - (freqs @ torch.stack(shift, dim=1)[..., None])[..., 0]  # [B, C]
-            centres = (torch.arange(self.size, device=w.device) + 0.5) / self.size - 0.5
-            grid = torch.cartesian_prod(centres, centres).flip(1)  # [N, (x, y)], row by row
-            waves = torch.sin(2 * math.pi * (freqs @ grid.T + phases[..., None]))  # [B, C, N]
+        transform = self.affine(w)
+        cos, sin, *shift = (transform / transform[:, :2].norm(dim=1, keepdim=True)).unbind(1)
+        rotation = torch.stack([cos, -sin, sin, cos], dim=1).unflatten(1, (2, 2))  # [B, 2, 2]
+        freqs = self.freqs @ rotation  # [B, C, 2]
+        phases = self.phases - (freqs @ torch.stack(shift, dim=1)[..., None])[..., 0]  # [B, C]
+        centres = (torch.arange(self.size, device=w.device) + 0.5) / self.size - 0.5
+        grid = torch.cartesian_prod(centres, centres).flip(1)  # [N, (x, y)], row by row
+        waves = torch.sin(2 * math.pi * (freqs @ grid.T + phases[..., None]))  # [B, C, N]
         return (self.weight @ waves).unflatten(2, (self.size, self.size))
 
 

@@ -31,6 +31,14 @@ def float32_region(x):
     return torch.autocast(x.device.type, enabled=False)
 
 
+class Float32(nn.Module):
+    """A module that computes in float32 under autocast too, and whose weights are never stored in less."""
+
+    def __call__(self, *inputs):
+        with float32_region(inputs[0]):
+            return super().__call__(*(full_precision(x) for x in inputs))
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Equalized learning rate (Progressive GAN, section 4.1): Adam's steps have the same size for every parameter and should
 # mean the same relative change in all layers. The paper draws weights from N(0, 1)/lr_mul and multiplies them by
@@ -61,6 +69,10 @@ class Linear(nn.Module):
         return F.linear(x, self.weight, self.bias)
 
 
+class Affine(Float32, Linear):
+    """A dense layer on a latent code, [B, in_features] → [B, out_features] in float32."""
+
+
 class Conv2d(nn.Module):
     """A convolution [B, C, H, W] with equalized learning rate; `padding` defaults to the size-keeping one."""
 
@@ -87,13 +99,6 @@ def upsample(x):
     return x[..., 2:-2, 2:-2]
 
 
-def blur(x):
-    """The filter alone, padding 1: [B, C, H, W] → [B, C, H−1, W−1]."""
-    taps = torch.tensor([1.0, 3.0, 3.0, 1.0], dtype=x.dtype, device=x.device) / 8
-    channels = x.shape[1]
-    return F.conv2d(x, torch.outer(taps, taps).expand(channels, 1, 4, 4), padding=1, groups=channels)
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Modulation: a convolution whose input channels are scaled by a style computed from w, and whose output channels are
 # divided by the norm of the kernel so scaled ("demodulation", StyleGAN2). Scaling activations is the same as scaling
@@ -107,13 +112,13 @@ class ModulatedLinear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.randn(out_features, in_features))
         self.bias = nn.Parameter(torch.zeros(out_features))
-        self.style = Linear(w_dim, in_features, bias_init=1.0)
+        self.style = Affine(w_dim, in_features, bias_init=1.0)
 
     def forward(self, x, w):
+        style = self.style(w)
         with float32_region(x):
-            style = self.style(full_precision(w))
-            demodulation = torch.rsqrt(F.linear(style.square(), self.weight.square()) + 1e-8)
-        return F.linear(x * style[:, None], self.weight) * demodulation[:, None] + self.bias
+            gain = torch.rsqrt(F.linear(style.square(), full_precision(self.weight).square()) + 1e-8)
+        return torch.addcmul(self.bias, F.linear(x * style[:, None], self.weight), gain[:, None])
 
 
 class ModulatedConv2d(nn.Module):
@@ -126,58 +131,92 @@ class ModulatedConv2d(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.randn(num_kernels, out_channels, in_channels, kernel_size, kernel_size))
         self.bias = nn.Parameter(torch.zeros(out_channels))
-        self.style = Linear(w_dim, in_channels, bias_init=1.0)
-        self.kernel_mix = Linear(w_dim, num_kernels, bias_init=1.0) if num_kernels > 1 else None
+        self.style = Affine(w_dim, in_channels, bias_init=1.0)
+        self.kernel_mix = Affine(w_dim, num_kernels, bias_init=1.0) if num_kernels > 1 else None
+        self.products = None  # kernel_products(), once frozen
 
-    def mix(self, w):
-        """The share of every kernel [G, n]: G = B, or 1 where there is nothing to mix."""
-        return w.new_ones(1, 1) if self.kernel_mix is None else self.kernel_mix(w).softmax(-1)
+    def freeze(self):
+        """Computes once what does not depend on w. The weights must not change after that."""
+        with torch.no_grad():
+            self.products = self.kernel_products()
 
-    def kernels(self, mix):
-        """The mixed kernels [G, D, C, k, k]."""
-        if self.kernel_mix is None:
-            return self.weight
-        return (mix @ self.weight.flatten(1)).unflatten(1, self.weight.shape[1:])
+    def kernel_products(self):
+        """⟨Kₙ, Kₗ⟩ of every two kernels, over their taps: [n, n, D, C]."""
+        return torch.einsum("ndcij,ldcij->nldc", self.weight, self.weight)
 
-    def output_gain(self, style, mix):
-        """Demodulation [B, D]: one over the norm of each output channel's scaled kernel.
+    def arranged(self):
+        """The kernels [n, D, …] as `convolve` takes them."""
+        return self.weight
+
+    def mixed_kernels(self, w):
+        """The kernels for w [G, D, …] and the sums of their squares over the taps [G, D, C]; G = B, or 1 for all.
 
         |Σ mₙKₙ|² is Σ mₙmₗ⟨Kₙ, Kₗ⟩, and the products of the kernels are the same for every sample.
         """
-        products = torch.einsum("ndcij,ldcij->nldc", self.weight, self.weight).flatten(2)
-        pairs = (mix[:, :, None] * mix[:, None]).flatten(1)  # [G, n·n]
-        energy = (pairs @ products.flatten(0, 1)).unflatten(1, self.weight.shape[1:3])  # [G, D, C]
-        return torch.rsqrt((energy @ style.square()[..., None])[..., 0] + 1e-8)
+        kernels, products = self.arranged(), self.kernel_products() if self.products is None else self.products
+        if self.kernel_mix is None:
+            return kernels, products[0]
+        mix = self.kernel_mix(w).softmax(-1)
+        pairs = (mix[:, :, None] * mix[:, None]).flatten(1)  # [B, n·n]
+        energy = (pairs @ products.flatten(0, 1).flatten(1)).unflatten(1, products.shape[2:])
+        return (mix.to(kernels.dtype) @ kernels.flatten(1)).unflatten(1, kernels.shape[1:]), energy
+
+    def output_gain(self, style, energy):
+        """Demodulation [B, D, 1]: one over the norm of each output channel's scaled kernel."""
+        return torch.rsqrt(multiply(energy, style.square()[..., None]) + 1e-8)
 
     def modulation(self, w):
-        """What depends on w alone, in float32: style [B, C, 1, 1], kernels [G, D, C, k, k], gain [B, D, 1, 1]."""
+        """What depends on w alone: style [B, C, 1, 1], kernels [G, D, …], gain [B, D, 1, 1]."""
+        style = self.style(w)
         with float32_region(w):
-            w = full_precision(w)
-            style, mix = self.style(w), self.mix(w)
-            kernels, gain = self.kernels(mix), self.output_gain(style, mix)
-        return style[..., None, None], kernels, gain[..., None, None]
+            kernels, energy = self.mixed_kernels(full_precision(w))
+            gain = self.output_gain(style, energy)
+        return style[..., None, None], kernels, gain[..., None]
 
     def convolve(self, x, kernels):
-        return grouped(F.conv2d, x, kernels, padding=kernels.shape[-1] // 2, groups=len(kernels))
+        """x [B, C, H, W] and kernels [G, D, C, k, k] → [B, D, H, W]."""
+        (batch, channels, height, width), (groups, _, _, *size) = x.shape, kernels.shape
+        padding = size[0] // 2
+        if 4 * batch // groups * height * width <= channels:
+            # More weights than points: a convolution would arrange the kernel, and so write what it could just read.
+            columns = F.unfold(x, size, padding=padding)
+            return multiply(kernels.flatten(2), columns).unflatten(2, (height, width))
+        x = x.reshape(batch // groups, -1, height, width)
+        return F.conv2d(x, kernels.flatten(0, 1), padding=padding, groups=groups).reshape(batch, -1, height, width)
 
     def forward(self, x, w):
         style, kernels, gain = self.modulation(w)
-        return self.convolve(x * style, kernels) * gain + self.bias[:, None, None]
+        return torch.addcmul(self.bias[:, None, None], self.convolve(x * style, kernels), gain)
 
 
-def grouped(convolution, x, kernels, **kwargs):
-    """Applies kernels [G, D, C, k, k] to x [B, C, H, W], G = 1 or B, as one call: B samples as G groups of channels."""
-    batch, (groups, _, *kernel_shape) = len(x), kernels.shape
-    y = convolution(x.reshape(batch // groups, -1, *x.shape[2:]), kernels.reshape(-1, *kernel_shape), **kwargs)
-    return y.reshape(batch, -1, *y.shape[2:])
+def multiply(matrices, columns):
+    """Matrices [G, D, K] times columns [B, K, N] → [B, D, N], one product for all samples that share a matrix."""
+    groups = len(matrices)
+    columns = columns.unflatten(0, (groups, -1)).transpose(1, 2)  # [G, K, B/G, N]
+    return (matrices @ columns.flatten(2)).unflatten(2, columns.shape[2:]).transpose(1, 2).flatten(0, 1)
 
 
 class UpsamplingConv2d(ModulatedConv2d):
-    """A modulated convolution that doubles the resolution: transposed convolution of stride 2, then the filter."""
+    """A modulated convolution that doubles the resolution: transposed convolution of stride 2, then the filter.
+
+    The transposed convolution is one matrix product, and the sum of its overlapping results.
+    """
+
+    def freeze(self):
+        super().freeze()
+        self.weight.data = self.arranged().movedim(-1, 2)  # as before, but for its order in memory
+
+    def arranged(self):
+        """[n, D, k, k, C]."""
+        return self.weight.movedim(2, -1).contiguous()
 
     def convolve(self, x, kernels):
-        y = grouped(F.conv_transpose2d, x, kernels.transpose(1, 2), stride=2, groups=len(kernels))  # 2H + 1 wide
-        return blur(y) * 4
+        height, width = x.shape[2:]
+        taps = multiply(kernels.flatten(1, 3), x.flatten(2))  # [B, D·k·k, H·W]
+        y = F.fold(taps, (2 * height + 1, 2 * width + 1), kernels.shape[2:4], stride=2)
+        binomial = torch.tensor([1.0, 3.0, 3.0, 1.0], dtype=y.dtype, device=y.device) / 4  # with gain 2, for each axis
+        channels = y.shape[1]
+        return F.conv2d(y, torch.outer(binomial, binomial).expand(channels, 1, 4, 4), padding=1, groups=channels)
 
 
 class ToRGB(ModulatedConv2d):
@@ -190,8 +229,8 @@ class ToRGB(ModulatedConv2d):
         super().__init__(in_channels, 3, 1, w_dim, num_kernels)
         nn.init.zeros_(self.weight)
 
-    def output_gain(self, style, mix):
-        return torch.full_like(style[:, :1], 1 / math.sqrt(style.shape[1]))
+    def output_gain(self, style, energy):
+        return torch.full_like(style[..., None], 1 / math.sqrt(style.shape[1]))[:, :1]
 
 
 class TransformationField(ModulatedConv2d):
@@ -206,7 +245,8 @@ class TransformationField(ModulatedConv2d):
 
     def forward(self, x, w):
         style, kernels, gain = self.modulation(w)
-        field = self.convolve(x * style, kernels) * gain * self.scales[:, None, None] + self.bias[:, None, None]
+        gain = gain * self.scales[:, None, None]
+        field = torch.addcmul(self.bias[:, None, None], self.convolve(x * style, kernels), gain)
         offsets, mask = field.split([18, 9], dim=1)
         return offsets, 2 * mask.sigmoid()
 
@@ -221,7 +261,7 @@ class DeformableConv2d(ModulatedConv2d):
     def forward(self, x, w):
         style, kernels, gain = self.modulation(w)
         offsets, mask = self.field(x, w)
-        return deformable_conv2d(x * style, kernels, offsets, mask) * gain + self.bias[:, None, None]
+        return torch.addcmul(self.bias[:, None, None], deformable_conv2d(x * style, kernels, offsets, mask), gain)
 
 
 def deformable_conv2d(x, kernels, offsets, mask):
@@ -241,4 +281,4 @@ def deformable_conv2d(x, kernels, offsets, mask):
         )  # ±1 at the outer pixels
         samples = F.grid_sample(full_precision(x), grid.flatten(1, 2), align_corners=True).unflatten(2, (9, height))
     columns = (samples * mask[:, None]).flatten(1, 2).flatten(2)  # [B, 9C, H·W]
-    return (kernels.flatten(2) @ columns).unflatten(2, (height, width))
+    return multiply(kernels.flatten(2), columns).unflatten(2, (height, width))

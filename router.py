@@ -4,9 +4,8 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
-from layers import ModulatedLinear, float32_region, full_precision, lrelu
+from layers import Float32, ModulatedLinear, lrelu
 
 
 class Routing(NamedTuple):
@@ -22,7 +21,7 @@ class Routing(NamedTuple):
         return 0.001 * z_loss(self.logits) + 0.001 * load_balancing_loss(self.logits, self.expert_index)
 
 
-class Router(nn.Module):
+class Router(Float32):
     """Top-1 routing of feature points u [B, N, C] under the latent code w [B, w_dim] (section 3.2, figure 2).
 
     w carries the text and the noise and scales the channels of u, so the same feature may go to another expert under
@@ -34,9 +33,8 @@ class Router(nn.Module):
         self.to_logits = ModulatedLinear(dim, num_experts, w_dim)
 
     def forward(self, u, w):
-        with float32_region(u):
-            logits = lrelu(self.to_logits(full_precision(u), full_precision(w)))
-            gate, expert_index = logits.softmax(-1).max(-1)
+        logits = lrelu(self.to_logits(u, w))
+        gate, expert_index = logits.softmax(-1).max(-1)
         return Routing(logits, expert_index, gate)
 
 
