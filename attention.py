@@ -29,16 +29,30 @@ def merge_heads(x):
 
 
 def l2_attention(q, k, v):
-    """softmax(−‖q − k‖₂/√d)·v over [B, heads, N, d]: the true distance, not its square. Computed in float32."""
-    scale = 1 / math.sqrt(q.shape[-1])  # on the vectors, which scales their distance
+    """softmax(−‖q − k‖₂/√d)·v over [B, heads, N, d]: the true distance, not its square.
+
+    In training it is computed in float32 under autocast too: its slope is divided by the distance.
+    """
+    dtype = v.dtype
+    if torch.is_grad_enabled():
+        q, k, v = full_precision(q), full_precision(k), full_precision(v)
     with float32_region(q):
-        q, k = (full_precision(x) * scale for x in (q, k))
-        square_q, square_k = (x.square().sum(-1, keepdim=True) for x in (q, k))
-        # |q − k|² as one product, of vectors that are two numbers longer.
-        q = torch.cat([-2 * q, square_q, torch.ones_like(square_q)], dim=-1)
-        k = torch.cat([k, torch.ones_like(square_k), square_k], dim=-1)
-        h = BlockwiseAttention.apply(*(x.flatten(0, 1) for x in (q, k, full_precision(v))))
-    return h.unflatten(0, v.shape[:2]).to(v.dtype)
+        scale = 1 / math.sqrt(q.shape[-1])  # on the vectors, which scales their distance
+        q, k = q * scale, k * scale
+        (high_q, low_q), (high_k, low_k) = square_norm(q), square_norm(k)
+        one = torch.ones_like(high_q[..., :1, :]).expand
+        # |q − k|² as one product, of vectors that are four numbers longer.
+        q = torch.cat([-2 * q, high_q, low_q, one(high_q.shape), one(high_q.shape)], dim=-1)
+        k = torch.cat([k, one(high_k.shape), one(high_k.shape), high_k, low_k], dim=-1)
+        h = BlockwiseAttention.apply(*(x.flatten(0, 1) for x in (q, k, v)))
+    return h.unflatten(0, v.shape[:2]).to(dtype)
+
+
+def square_norm(x):
+    """|x|² of vectors [..., d], as two numbers [..., 1] of its dtype, the second being what rounding takes off."""
+    exact = full_precision(x).square().sum(-1, keepdim=True)
+    high = exact.to(x.dtype)
+    return high, (exact - high).to(x.dtype)
 
 
 class BlockwiseAttention(torch.autograd.Function):
