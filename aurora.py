@@ -161,7 +161,7 @@ class FourierFeatures(Float32):
         rotation = torch.stack([cos, -sin, sin, cos], dim=1).unflatten(1, (2, 2))  # [B, 2, 2]
         freqs = self.freqs @ rotation  # [B, C, 2]
         phases = self.phases - (freqs @ torch.stack(shift, dim=1)[..., None])[..., 0]  # [B, C]
-        centres = (torch.arange(self.size, device=w.device) + 0.5) / self.size - 0.5
+        centres = (torch.arange(self.size, dtype=w.dtype, device=w.device) + 0.5) / self.size - 0.5
         grid = torch.cartesian_prod(centres, centres).flip(1)  # [N, (x, y)], row by row
         waves = torch.sin(2 * math.pi * (freqs @ grid.T + phases[..., None]))  # [B, C, N]
         return (self.weight @ waves).unflatten(2, (self.size, self.size))

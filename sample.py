@@ -8,6 +8,7 @@ from PIL import Image
 from tqdm import tqdm
 
 import distributed
+import inference
 from checkpoint import DEMO, atomically, load_generator
 from errors import HelpFormatter, UserError, finite_number, first_line, natural_number, positive_int, told_in_one_line
 from pictures import labelled_grid
@@ -35,6 +36,8 @@ def parse_args(argv=None):
     )
     add("--out", type=Path, default=Path("sample.png"), help="the picture to write")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    add("--dtype", choices=inference.DTYPES, default="fp32", help="bf16: faster, in half the memory, nearly the same")
+    add("--compile", action="store_true", help="torch.compile: minutes before the first picture, for very many of them")
     return parser.parse_args(argv)
 
 
@@ -115,6 +118,7 @@ def main():
         prompts = read_prompts(args)
         check_writable(args.out)
         generator, clip, _ = load_generator(args.checkpoint, distributed.start(args.device), args.clip)
+        inference.prepare(generator, inference.DTYPES[args.dtype], args.compile)
         check_prompts(clip, prompts)
         progress = tqdm(prompts, unit="prompt", disable=len(prompts) < 2, leave=False)
         images = [draw(generator, clip, prompt, args.num, args.seed, args.truncation) for prompt in progress]

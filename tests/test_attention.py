@@ -15,7 +15,7 @@ def double(*shape):
     return torch.randn(*shape, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("block", [2**19, 2500, 130, 7], ids=["whole", "two heads", "four rows", "one row"])
+@pytest.mark.parametrize("block", [2**20, 2500, 130, 7], ids=["whole", "two heads", "four rows", "one row"])
 def test_l2_attention_is_its_formula(monkeypatch, block):
     """Values and gradients, also where a map is computed in blocks."""
     monkeypatch.setitem(attention.BLOCK, "cpu", block)

@@ -53,19 +53,29 @@ def naive_modulated_convolution(layer, x, w, convolve):
     return torch.stack(outputs)
 
 
+@pytest.mark.parametrize(("channels", "side"), [(5, 8), (50, 2)], ids=["many points", "many channels"])
 @pytest.mark.parametrize("num_kernels", [1, 3])
-def test_modulated_convolution_scales_activations_as_if_kernels(num_kernels):
-    layer = layers.ModulatedConv2d(5, 6, 3, w_dim=7, num_kernels=num_kernels).double()
+def test_modulated_convolution_scales_activations_as_if_kernels(num_kernels, channels, side):
+    """Values and gradients, as a convolution and as a matrix product, before and after freezing."""
+    layer = layers.ModulatedConv2d(channels, 6, 3, w_dim=7, num_kernels=num_kernels).double()
     layer.bias.data.normal_()
-    x, w = double(3, 5, 8, 8), double(3, 7)
-    naive = naive_modulated_convolution(layer, x, w, lambda x, k: F.conv2d(x, k, padding=1))
+    x, w = double(3, channels, side, side), double(3, 7)
+    inputs = [x.requires_grad_(), w.requires_grad_(), *layer.parameters()]
+    naive, ours = naive_modulated_convolution(layer, x, w, lambda x, k: F.conv2d(x, k, padding=1)), layer(x, w)
+    torch.testing.assert_close(ours, naive)
+    upstream = double(*ours.shape)
+    for a, b in zip(
+        torch.autograd.grad(ours, inputs, upstream), torch.autograd.grad(naive, inputs, upstream), strict=True
+    ):
+        torch.testing.assert_close(a, b)
+    layer.freeze()
     torch.testing.assert_close(layer(x, w), naive)
 
 
 def test_upsampling_convolution_is_transposed_convolution_then_filter():
-    layer = layers.UpsamplingConv2d(4, 5, 3, w_dim=6, num_kernels=2)
-    x, w = torch.randn(2, 4, 8, 8), torch.randn(2, 6)
-    taps = torch.tensor([1.0, 3.0, 3.0, 1.0]) / 8
+    layer = layers.UpsamplingConv2d(4, 5, 3, w_dim=6, num_kernels=2).double()
+    x, w = double(2, 4, 8, 8), double(2, 6)
+    taps = torch.tensor([1.0, 3.0, 3.0, 1.0]).double() / 8
     kernel = (torch.outer(taps, taps) * 4).expand(5, 1, 4, 4)
 
     def convolve(x, k):
@@ -73,7 +83,10 @@ def test_upsampling_convolution_is_transposed_convolution_then_filter():
         assert wide.shape[-1] == 17
         return F.conv2d(wide, kernel, padding=1, groups=5)
 
-    torch.testing.assert_close(layer(x, w), naive_modulated_convolution(layer, x, w, convolve), rtol=1e-4, atol=1e-5)
+    naive = naive_modulated_convolution(layer, x, w, convolve)
+    torch.testing.assert_close(layer(x, w), naive)
+    layer.freeze()
+    torch.testing.assert_close(layer(x, w), naive)
 
 
 def test_upsample_inserts_zeros_and_filters():

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import aurora
+from inference import prepare
 from official import load_official
 
 FIXTURES = sorted(Path(__file__).parent.glob("fixtures/official_*.npz"))
@@ -22,11 +23,12 @@ def read(path):
     )
 
 
+@pytest.mark.parametrize("ready", [lambda generator: generator, prepare], ids=["as loaded", "ready to sample"])
 @pytest.mark.parametrize("path", FIXTURES, ids=lambda path: path.stem)
-def test_outputs_are_the_authors(path):
+def test_outputs_are_the_authors(path, ready):
     """Theirs were computed one sample at a time; ours as one batch."""
     state, io = read(path)
-    generator = load_official(state)
+    generator = ready(load_official(state))
     with torch.no_grad():
         output = generator(*(torch.from_numpy(io[name]) for name in ("z", "tokens", "eot")))
     np.testing.assert_allclose(output.w, io["w"], rtol=0, atol=1e-5)
