@@ -4,13 +4,17 @@
     python benchmarks/bench.py --cases experts --out bench.json   # some, and the figures in a file
 
 First the machine's own ceilings: matrix products in float32 and bfloat16, and copies. Then every case beside its floor,
-the time its multiplications would take at the ceiling of its dtype. Only ratios within one run mean anything: machines
-differ, and so do the hours of a shared one.
+the time its multiplications would take at the speed of a large matrix product. Of a shared machine no two minutes are
+alike, so product and case take turns, and only ratios mean anything. FLOP are those of the plain formulas: what a
+faster way computes twice is not counted twice.
 """
 
 import argparse
 import dataclasses
+import itertools
 import json
+import math
+import statistics
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -27,15 +31,15 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import data
 import distributed
+import inference
 from attention import l2_attention
 from aurora import Generator
 from errors import HelpFormatter, positive_int, told_in_one_line
 from experts import Experts, expert, routed_experts, sliced_experts
+from inference import DTYPES
 from presets import PRESETS, Level
 from train import Run
 from train import parse_args as training_args
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass
@@ -46,15 +50,15 @@ class Row:
     gflop: float  # of products alone; convolutions and attention are products too
     floor_ms: float
     ours_ms: float
-    peak_mb: float | None = None  # allocated at most beyond what was there before; on a GPU only
+    peak_mb: float  # allocated at most beyond what was there before
 
     def __str__(self):
-        peak = "" if self.peak_mb is None else f"{self.peak_mb:10.0f} MB"
         ratio = self.ours_ms / self.floor_ms
-        return f"{self.case:52s} {self.gflop:10.2f} {self.floor_ms:11.2f} {self.ours_ms:11.2f} {ratio:7.2f}{peak}"
+        times = f"{self.gflop:10.2f} {self.floor_ms:11.2f} {self.ours_ms:11.2f} {ratio:7.2f}"
+        return f"{self.case:60s} {times} {self.peak_mb:9.0f}"
 
 
-HEAD = f"{'case':52s} {'GFLOP':>10s} {'floor, ms':>11s} {'ours, ms':>11s} {'ratio':>7s}"
+HEAD = f"{'case':60s} {'GFLOP':>10s} {'floor, ms':>11s} {'ours, ms':>11s} {'ratio':>7s} {'peak, MB':>9s}"
 
 
 class FlopCounter(TorchDispatchMode):
@@ -69,38 +73,60 @@ class FlopCounter(TorchDispatchMode):
         return out
 
 
+def peak_memory(function):
+    """The bytes that PyTorch's CPU allocator held at most during a call, beyond what it held before."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        function()
+    events = (event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]")
+    changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    return max(itertools.accumulate(changes))
+
+
+def peak_memory_of_gpu(function):
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    function()
+    return torch.cuda.max_memory_allocated() - before
+
+
 class Machine:
-    """A device and its ceilings: FLOP a second by dtype, and bytes a second of a copy, read and written."""
+    """A device, and the time it takes for a large matrix product of either dtype."""
 
     def __init__(self, device, seconds):
         self.device, self.seconds = device, seconds
         side = 8192 if device.type == "cuda" else 2048
-        self.flop_rate = {}
-        for name, dtype in DTYPES.items():
-            a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
-            self.flop_rate[name] = 2 * side**3 / self.time(lambda a=a, b=b: a @ b)
-        source = torch.zeros(2**28, dtype=torch.uint8, device=device)
-        target = torch.zeros_like(source)
-        self.copy_rate = 2 * source.numel() / self.time(lambda: target.copy_(source))
+        self.product_flop = 2 * side**3
+        operands = {name: torch.randn(side, side, device=device).to(dtype) for name, dtype in DTYPES.items()}
+        self.products = {name: lambda a=a: a @ a for name, a in operands.items()}
 
-    def time(self, function):
-        """The median of the seconds of a call, after one to warm up; a GPU is waited for."""
-        function()
+    def time(self, function, number=1):
+        """The seconds of a call, the mean of so many; a GPU is waited for."""
         timer = Timer("function()", globals={"function": function}, num_threads=torch.get_num_threads())
-        return timer.blocked_autorange(min_run_time=self.seconds).median
+        return timer.timeit(number).mean
+
+    def ceilings(self):
+        """FLOP a second of either product, and bytes a second of a copy, read and written."""
+        source = torch.zeros(2**28, dtype=torch.uint8, device=self.device)
+        target = torch.zeros_like(source)
+        calls = {**self.products, "copy": lambda: target.copy_(source)}
+        seconds = {name: min(self.time(call) for _ in range(10)) for name, call in calls.items()}
+        return {
+            **{f"{name}, GFLOP/s": self.product_flop / seconds[name] / 1e9 for name in self.products},
+            "copy, GB/s": 2 * source.numel() / seconds["copy"] / 1e9,
+        }
 
     def measure(self, case, function, dtype, counted=None):
-        """A Row. `counted` is called in the function's place to count its FLOP, where that holds kernels of our own."""
+        """A Row. `counted` is called in the function's place to count its FLOP, where that is a way of its own."""
         with FlopCounter() as counter:
             (counted or function)()
-        flop = counter.total
-        peak = None
-        if self.device.type == "cuda":
-            before = torch.cuda.memory_allocated()
-            torch.cuda.reset_peak_memory_stats()
-            function()
-            peak = (torch.cuda.max_memory_allocated() - before) / 2**20
-        return Row(case, flop / 1e9, 1e3 * flop / self.flop_rate[dtype], 1e3 * self.time(function), peak)
+        peak = (peak_memory if self.device.type == "cpu" else peak_memory_of_gpu)(function)
+        product, number = self.products[dtype], max(1, int(0.1 / self.time(function)))
+        products, ours = [], []
+        while len(ours) < 3 or sum(ours) * number < self.seconds:
+            products.append(self.time(product))
+            ours.append(self.time(function, number))
+        floor = counter.total / self.product_flop * statistics.median(products)
+        return Row(case, counter.total / 1e9, 1e3 * floor, 1e3 * statistics.median(ours), peak / 2**20)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -110,9 +136,23 @@ class Machine:
 @torch.no_grad()
 def sampling(machine):
     """The release's generator, 1,166 M parameters, random weights."""
-    generator = new_generator(PRESETS["aurora-64"].generator, machine.device)
-    for batch in (1, 4, 16):
-        yield machine.measure(f"sample, aurora-64, batch {batch}, fp32", sampler(generator, batch), "fp32")
+    for dtype in DTYPES:
+        generator = inference.prepare(new_generator(PRESETS["aurora-64"].generator, machine.device), DTYPES[dtype])
+        for batch in (1, 4, 8, 16):
+            call = sampler(generator, batch)
+            yield machine.measure(f"sample, aurora-64, batch {batch}, {dtype}", call, dtype)
+            if machine.device.type == "cuda":
+                yield machine.measure(f"the same from a CUDA graph, batch {batch}, {dtype}", graph(call), dtype, call)
+
+
+def graph(call):
+    """The call, recorded once and played back from then on."""
+    for _ in range(3):
+        call()
+    recorded = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(recorded):
+        call()
+    return recorded.replay
 
 
 @torch.no_grad()
@@ -124,17 +164,18 @@ def image_sizes(machine):
         while levels[-1].resolution < resolution:
             levels.append(Level(2 * levels[-1].resolution, levels[-1].channels // 2, num_blocks=2))
         generator = new_generator(dataclasses.replace(config, levels=tuple(levels)), machine.device)
+        inference.prepare(generator)
         case = f"sample, small-64 made for {resolution}×{resolution}, batch 4, fp32"
         yield machine.measure(case, sampler(generator, 4), "fp32")
 
 
 def new_generator(config, device):
     with torch.device(device):
-        return Generator(config).eval()
+        return Generator(config)
 
 
 def sampler(generator, batch, tokens=16):
-    """A forward pass on random latents and token features."""
+    """A pass from random latents and token features to images; the text head, which is run once a prompt, is in it."""
     config, device = generator.config, generator.w_avg.device
     z = torch.randn(batch, config.z_dim, device=device)
     text = torch.randn(batch, tokens, config.clip_width, device=device)
@@ -198,12 +239,24 @@ def grouped_experts(points, expert_index, gate, proj_in, bias_in, proj_out, bias
 
 def attention(machine):
     """L2 self-attention of one image, 8 heads of 64, in inference and in training."""
-    for side in (8, 16, 32, 64):
+    for side in (8, 16, 32, 64, 128):
         leaves = [torch.randn(1, 8, side * side, 64, device=machine.device, requires_grad=True) for _ in range(3)]
-        infer = torch.no_grad()(lambda leaves=leaves: l2_attention(*leaves))
-        yield machine.measure(f"attention, {side}×{side}, fp32", infer, "fp32")
-        call = forward_and_backward(l2_attention, *leaves)
-        yield machine.measure(f"attention, {side}×{side}, forward and backward, fp32", call, "fp32")
+        unreal = [x.detach().to("meta").requires_grad_() for x in leaves]  # whose maps take no memory
+        infer, plain = (
+            torch.no_grad()(lambda function=function, leaves=leaves: function(*leaves))
+            for function, leaves in ((l2_attention, leaves), (plain_attention, unreal))
+        )
+        yield machine.measure(f"attention, {side}×{side}, fp32", infer, "fp32", plain)
+        train = forward_and_backward(l2_attention, *leaves)
+        plain = forward_and_backward(plain_attention, *unreal)
+        yield machine.measure(f"attention, {side}×{side}, forward and backward, fp32", train, "fp32", plain)
+
+
+def plain_attention(q, k, v):
+    """What l2_attention computes, with the whole map in memory."""
+    square_q, square_k = (x.square().sum(-1, keepdim=True) for x in (q, k))
+    distance = (square_q - 2 * q @ k.mT + square_k.mT).clamp(min=1e-12).sqrt()
+    return (-distance / math.sqrt(q.shape[-1])).softmax(-1) @ v
 
 
 def forward_and_backward(function, *leaves):
@@ -231,8 +284,7 @@ def main():
         torch.manual_seed(0)
         device = distributed.start(args.device)
         machine = Machine(device, args.seconds)
-        ceilings = {f"{name}, GFLOP/s": rate / 1e9 for name, rate in machine.flop_rate.items()}
-        ceilings["copy, GB/s"] = machine.copy_rate / 1e9
+        ceilings = machine.ceilings()
         print(f"{distributed.describe(device)}, PyTorch {torch.__version__}")
         print(", ".join(f"{name.replace(',', ':', 1)} {rate:.0f}" for name, rate in ceilings.items()), HEAD, sep="\n\n")
         rows = []
