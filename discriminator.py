@@ -115,7 +115,7 @@ class Head(nn.Module):
 
     def forward(self, features, text):
         """features [B, C, H, W], text [B, text_dim] → logits [B, H·W]."""
-        points = h = features.flatten(2).transpose(1, 2)
+        points = h = features.flatten(2).transpose(1, 2).contiguous()
         for conv in self.convs:
             h = lrelu(conv(h, text))
         return LOGIT_GAIN * full_precision(self.last(h, text) + self.unconditional(points)).squeeze(-1)

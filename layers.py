@@ -13,7 +13,7 @@ from torch import nn
 
 def lrelu(x):
     """LeakyReLU(0.2)·√2: the gain keeps the second moment of a unit Gaussian near one (StyleGAN2)."""
-    return F.leaky_relu(x, 0.2) * math.sqrt(2)
+    return F.leaky_relu(x, 0.2).mul_(math.sqrt(2))
 
 
 def rms_norm(x, eps=1e-8):
