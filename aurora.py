@@ -126,7 +126,7 @@ class AttentionBlock(nn.Module):
         nn.init.zeros_(self.proj_out.weight)  # the block starts as the identity, times its gain
 
     def forward(self, x, w, local_text):
-        h = self.proj_in(self.norm(x).flatten(2).transpose(1, 2))  # [B, N, C]
+        h = full_precision(self.proj_in(self.norm(x).flatten(2).transpose(1, 2)))  # [B, N, C]
         routings = []
         for block in self.blocks:
             h, routing = block(h, w, local_text)
@@ -257,7 +257,7 @@ class SynthesisLevel(nn.Module):
             if self.attentions:
                 x, routed = self.attentions[i](x, w := next(ws), local_text)
                 routings |= {f"{self.resolution}.{i}.{depth}": routing for depth, routing in enumerate(routed)}
-        return x, full_precision(self.to_rgb(x, w)), routings
+        return x, self.to_rgb(x, w), routings
 
 
 class Synthesis(nn.Module):

@@ -8,19 +8,17 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def prepare(generator, dtype=torch.float32, compiled=False):
-    """Freezes a Generator, in place, stores its weights in `dtype`, and computes in that from now on → the generator.
+    """Freezes a Generator, in place, and stores the synthesis network's weights in `dtype` → the generator.
 
-    Routers, mapping, styles and biases stay in float32: rounding there would change what is drawn, and saves nothing.
+    Its synthesis is then called within autocast(). Routers, styles and biases stay in float32, and so do text head and
+    mapping, which are run once: rounding there would change what is drawn, and save little.
     compiled: whether torch.compile takes the synthesis network, at its first call, which then takes minutes.
     """
     generator.eval().requires_grad_(False)
     for module in generator.modules():
         if isinstance(module, ModulatedConv2d):
             module.freeze()
-    store(generator, dtype)
-    autocast = torch.autocast(generator.w_avg.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
-    for network in (generator.text_head, generator.synthesis):
-        network.forward = autocast(network.forward)
+    store(generator.synthesis, dtype)
     if compiled:
         generator.synthesis.compile(dynamic=False)
     return generator
@@ -35,3 +33,9 @@ def store(module, dtype):
             parameter.data = parameter.data.to(dtype)
     for child in module.children():
         store(child, dtype)
+
+
+def autocast(generator):
+    """The context in which a generator's synthesis computes in the dtype that its weights are stored in."""
+    narrow = any(parameter.dtype == torch.bfloat16 for parameter in generator.synthesis.parameters())
+    return torch.autocast(generator.w_avg.device.type, torch.bfloat16, enabled=narrow)

@@ -219,7 +219,7 @@ class UpsamplingConv2d(ModulatedConv2d):
         return F.conv2d(y, torch.outer(binomial, binomial).expand(channels, 1, 4, 4), padding=1, groups=channels)
 
 
-class ToRGB(ModulatedConv2d):
+class ToRGB(Float32, ModulatedConv2d):
     """A modulated 1×1 convolution to three channels, without demodulation.
 
     It starts at zero, so that a resolution begins with the image of the one below, upsampled; no fade-in is needed.

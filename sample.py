@@ -108,7 +108,8 @@ def draw(generator, clip, prompt, num, seed, truncation=1.0):
 
     mean = codes(NUM_MEAN, seed=0).mean(0)
     w = mean + truncation * (codes(num, seed) - mean)
-    images = [generator.synthesis(part, local_text.expand(len(part), -1, -1)).image for part in w.split(BATCH)]
+    with inference.autocast(generator):
+        images = [generator.synthesis(part, local_text.expand(len(part), -1, -1)).image for part in w.split(BATCH)]
     return torch.cat(images).clamp(-1, 1)
 
 

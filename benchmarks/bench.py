@@ -10,10 +10,12 @@ faster way computes twice is not counted twice.
 """
 
 import argparse
+import copy
 import dataclasses
 import itertools
 import json
 import math
+import os
 import statistics
 import sys
 import tempfile
@@ -27,6 +29,7 @@ from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import flop_registry
 from tqdm import tqdm
 
+os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler that measures memory is chatty
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import data
@@ -34,10 +37,12 @@ import distributed
 import inference
 from attention import l2_attention
 from aurora import Generator
-from errors import HelpFormatter, positive_int, told_in_one_line
+from checkpoint import DEMO, load_generator
+from errors import HelpFormatter, UserError, positive_int, told_in_one_line
 from experts import Experts, expert, routed_experts, sliced_experts
 from inference import DTYPES
 from presets import PRESETS, Level
+from router import Router, Routing
 from train import Run
 from train import parse_args as training_args
 
@@ -117,9 +122,14 @@ class Machine:
 
     def measure(self, case, function, dtype, counted=None):
         """A Row. `counted` is called in the function's place to count its FLOP, where that is a way of its own."""
+        peak_of = peak_memory if self.device.type == "cpu" else peak_memory_of_gpu
         with FlopCounter() as counter:
-            (counted or function)()
-        peak = (peak_memory if self.device.type == "cpu" else peak_memory_of_gpu)(function)
+            if counted:
+                counted()
+            else:
+                peak = peak_of(function)
+        if counted:
+            peak = peak_of(function)
         product, number = self.products[dtype], max(1, int(0.1 / self.time(function)))
         products, ours = [], []
         while len(ours) < 3 or sum(ours) * number < self.seconds:
@@ -155,6 +165,60 @@ def graph(call):
     return recorded.replay
 
 
+@dataclass
+class Note:
+    """A line of the result without times."""
+
+    text: str
+
+    def __str__(self):
+        return self.text
+
+
+@torch.no_grad()
+def rounding(machine):
+    """What bfloat16 changes in a picture, by the same routes, and how many points take another by themselves."""
+    generator, clip, _ = load_generator(DEMO, machine.device)
+    captions = next(data.loader(data.open_data("shapes", 32, seed=0), 0, 64, 0)).captions
+    text = clip.encode_text(clip.tokenize(captions))
+    latents = torch.randn(64, generator.config.z_dim, device=machine.device)
+    yield compare_dtypes("the demo model, 64 captions", generator, latents, text.tokens, text.eot)
+    generator = new_generator(PRESETS["aurora-64"].generator, machine.device)
+    for parameter in generator.parameters():
+        if not parameter.any():
+            parameter.normal_(std=0.1)  # else to-RGB, which starts at zero, would hide everything
+    latents, tokens = (torch.randn(*shape, device=machine.device) for shape in ((4, 128), (4, 16, 768)))
+    yield compare_dtypes("aurora-64, random weights", generator, latents, tokens, latents.new_full((4,), 15).long())
+
+
+def compare_dtypes(name, generator, *inputs):
+    exact = inference.prepare(generator)(*inputs)
+    local_text = generator.text_head(*inputs[1:])[1]
+    narrow = inference.prepare(copy.deepcopy(generator), torch.bfloat16)
+    routers = [module for module in narrow.modules() if isinstance(module, Router)]
+    with inference.autocast(narrow):
+        routes = narrow.synthesis(exact.w, local_text).routes
+        for router, route in zip(routers, exact.routes.values(), strict=True):
+            router.register_forward_hook(replayed(route))
+        rounded = narrow.synthesis(exact.w, local_text).image
+    moved = torch.cat([(routes[name] != route).flatten() for name, route in exact.routes.items()]).float().mean().item()
+    error = (rounded - exact.image).abs().max().item()
+    span = (exact.image.max() - exact.image.min()).item()
+    return Note(
+        f"bf16, {name}: {100 * moved:.2f} % of the points take another route; by float32's routes the pictures, "
+        f"which span {span:.2f}, differ by at most {error:.4f}"
+    )
+
+
+def replayed(route):
+    """A hook that makes a Router send points [B, N] where `route` says."""
+
+    def hook(_, inputs, routing):
+        return Routing(routing.logits, route, routing.logits.softmax(-1).gather(-1, route[..., None])[..., 0])
+
+    return hook
+
+
 @torch.no_grad()
 def image_sizes(machine):
     """small-64 with more levels on top, which have neither attention nor experts."""
@@ -174,32 +238,99 @@ def new_generator(config, device):
         return Generator(config)
 
 
-def sampler(generator, batch, tokens=16):
-    """A pass from random latents and token features to images; the text head, which is run once a prompt, is in it."""
+def sampler(generator, batch):
+    """A pass of the synthesis network from random codes; text head and mapping are run once a prompt."""
     config, device = generator.config, generator.w_avg.device
-    z = torch.randn(batch, config.z_dim, device=device)
-    text = torch.randn(batch, tokens, config.clip_width, device=device)
-    eot = torch.full((batch,), tokens - 1, device=device)
-    return lambda: generator(z, text, eot)
+    w = torch.randn(batch, config.w_dim, device=device)
+    local_text = torch.randn(batch, 76, config.text_dim, device=device)
+
+    def sample():
+        with inference.autocast(generator):
+            return generator.synthesis(w, local_text)
+
+    return sample
 
 
 def training(machine):
     """Steps of train.py at the highest resolution, one in 16 with R1; the small CLIP stands in for a large one."""
     for preset, batch in (("shapes", 32), ("small-64", 8)):
-        with tempfile.TemporaryDirectory() as folder:
-            args = ["--preset", preset, "--batch", str(batch), "--clip", "small", "--out", folder, "--workers", "0"]
-            run = Run(training_args(args), machine.device)
-        run.progress.stage = len(run.resolutions) - 1
-        run.set_stage()
-        images = next(data.loader(run.source, 0, batch, 0))
-
-        def step(number, run=run, images=images):
-            run.progress.step = number
-            run.step(images)
-
         for number, kind in ((1, ""), (0, ", with R1")):
-            case = f"training step, {preset}, batch {batch}{kind}, fp32"
-            yield machine.measure(case, lambda number=number: step(number), "fp32")
+            step = training_step(preset, batch, number, machine.device)
+            yield machine.measure(f"training step, {preset}, batch {batch}{kind}, fp32", step, "fp32")
+
+
+def training_step(preset, batch, number, device):
+    """Step `number` of a run at its highest resolution, to be repeated; every 16th is with R1."""
+    with tempfile.TemporaryDirectory() as folder:
+        args = ["--preset", preset, "--batch", str(batch), "--clip", "small", "--out", folder, "--workers", "0"]
+        run = Run(training_args(args), device)
+    run.progress.stage = len(run.resolutions) - 1
+    run.set_stage()
+    images = next(data.loader(run.source, 0, batch, 0))
+
+    def step():
+        run.progress.step = number
+        run.step(images)
+
+    return step
+
+
+def gigagan(machine):
+    """A step of theirs and one of ours without R1, at 64×64, batch 8, with about 9.9 M + 5.6 M parameters each.
+
+    Not the same work: theirs is without text, as its README has it; ours reads captions and looks through the small
+    CLIP. pip install --no-deps gigagan-pytorch accelerate beartype einops ema-pytorch kornia kornia_rs numerize psutil
+    """
+    try:
+        from gigagan_pytorch import GigaGAN
+    except ImportError as error:
+        raise UserError(
+            f"--cases gigagan needs other packages ({error}); this function's docstring says which"
+        ) from None
+    same = {"image_size": 64, "dim_max": 512, "dim_capacity": 8, "num_skip_layers_excite": 4, "unconditional": True}
+    with tempfile.TemporaryDirectory() as folder:
+        gan = GigaGAN(
+            generator={"style_network": {"dim": 64, "depth": 4}, **same},
+            discriminator=same,
+            model_folder=f"{folder}/models",
+            results_folder=f"{folder}/results",
+        )
+    images = torch.randn(8, 3, 64, 64)
+    batches = itertools.repeat(images)
+
+    def theirs():
+        gan.train_discriminator_step(batches)
+        gan.train_generator_step(batch_size=8)
+
+    yield machine.measure("training step, gigagan-pytorch, batch 8, fp32", theirs, "fp32")
+    PRESETS["small-64, narrow"] = narrow(PRESETS["small-64"])
+    ours = training_step("small-64, narrow", 8, 1, machine.device)
+    yield machine.measure("training step, small-64 of about as many parameters, fp32", ours, "fp32")
+
+
+def narrow(preset):
+    """small-64 with 3/8 of its channels: 9.4 M parameters in the generator, 5.8 M in the discriminator."""
+
+    def levels(config):
+        return tuple(
+            dataclasses.replace(level, channels=max(32, round(level.channels * 3 / 8 / 32) * 32))
+            for level in config.levels
+        )
+
+    text = {"text_dim": 128, "text_layers": 1}
+    generator = dataclasses.replace(
+        preset.generator,
+        levels=levels(preset.generator),
+        fourier_channels=192,
+        w_dim=128,
+        mapping_dim=128,
+        num_heads=2,
+        **text,
+    )
+    discriminator = dataclasses.replace(
+        preset.discriminator, levels=levels(preset.discriminator), num_heads=4, clip_channels=64, **text
+    )
+    return dataclasses.replace(preset, generator=generator, discriminator=discriminator)
 
 
 def experts(machine):
@@ -239,7 +370,7 @@ def grouped_experts(points, expert_index, gate, proj_in, bias_in, proj_out, bias
 
 def attention(machine):
     """L2 self-attention of one image, 8 heads of 64, in inference and in training."""
-    for side in (8, 16, 32, 64, 128):
+    for side in (8, 16, 32, 64):
         leaves = [torch.randn(1, 8, side * side, 64, device=machine.device, requires_grad=True) for _ in range(3)]
         unreal = [x.detach().to("meta").requires_grad_() for x in leaves]  # whose maps take no memory
         infer, plain = (
@@ -266,8 +397,10 @@ def forward_and_backward(function, *leaves):
 
 CASES = {
     "sample": sampling,
+    "rounding": rounding,
     "sizes": image_sizes,
     "train": training,
+    "gigagan": gigagan,
     "experts": experts,
     "attention": attention,
 }
@@ -275,7 +408,9 @@ CASES = {
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=HelpFormatter)
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), help="which cases to measure")
+    parser.add_argument(
+        "--cases", nargs="+", choices=CASES, default=[c for c in CASES if c != "gigagan"], help="which cases"
+    )
     parser.add_argument("--seconds", type=positive_int, default=2, help="to spend on each figure, at least")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--out", type=Path, help="a .json file for the figures")
