@@ -12,6 +12,9 @@ except ImportError:  # Triton comes with PyTorch on Linux only
     routed_experts = None
 
 
+POINTS = 512  # that an expert takes at a time on a CPU, so that what it makes of them stays in the cache
+
+
 class Experts(nn.Module):
     """E feed-forward networks C → 8C, split into (a, g), a·gelu(g) → C, stored as stacks so that no expert is a module.
 
@@ -40,7 +43,7 @@ def sliced_experts(points, expert_index, gate, proj_in, bias_in, proj_out, bias_
     order = expert_index.argsort()
     slices = points[order].split(expert_index.bincount(minlength=len(proj_in)).tolist())
     stacks = zip(slices, proj_in, bias_in, proj_out, bias_out, strict=True)
-    outputs = torch.cat([expert(*slice_and_weights) for slice_and_weights in stacks])
+    outputs = torch.cat([expert(part, *weights) for points, *weights in stacks for part in points.split(POINTS)])
     return torch.empty_like(outputs).index_copy(0, order, outputs) * gate[:, None]
 
 

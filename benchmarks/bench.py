@@ -122,14 +122,9 @@ class Machine:
 
     def measure(self, case, function, dtype, counted=None):
         """A Row. `counted` is called in the function's place to count its FLOP, where that is a way of its own."""
-        peak_of = peak_memory if self.device.type == "cpu" else peak_memory_of_gpu
         with FlopCounter() as counter:
-            if counted:
-                counted()
-            else:
-                peak = peak_of(function)
-        if counted:
-            peak = peak_of(function)
+            (counted or function)()
+        peak = (peak_memory if self.device.type == "cpu" else peak_memory_of_gpu)(function)
         product, number = self.products[dtype], max(1, int(0.1 / self.time(function)))
         products, ours = [], []
         while len(ours) < 3 or sum(ours) * number < self.seconds:
