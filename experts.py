@@ -43,7 +43,7 @@ def sliced_experts(points, expert_index, gate, proj_in, bias_in, proj_out, bias_
     order = expert_index.argsort()
     slices = points[order].split(expert_index.bincount(minlength=len(proj_in)).tolist())
     stacks = zip(slices, proj_in, bias_in, proj_out, bias_out, strict=True)
-    outputs = torch.cat([expert(part, *weights) for points, *weights in stacks for part in points.split(POINTS)])
+    outputs = torch.cat([expert(part, *weights) for its, *weights in stacks for part in its.split(POINTS)])
     return torch.empty_like(outputs).index_copy(0, order, outputs) * gate[:, None]
 
 
