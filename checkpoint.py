@@ -1,9 +1,11 @@
 """Saving: the EMA generator as a file that sampling needs nothing beside, and the whole state of a run."""
 
+import contextlib
 import dataclasses
 import json
 import os
 import warnings
+import zipfile
 from pathlib import Path
 
 import torch
@@ -20,13 +22,28 @@ DEMO = Path(__file__).parent / "models" / "shapes.safetensors"
 
 
 def atomically(path, write):
-    """Calls write(temporary path), then renames: whoever reads `path` finds the old file or the new one, whole."""
+    """Calls write(temporary path), then renames: whoever reads `path` finds the old file or the new one, whole.
+
+    The file is on the disk before it takes its name, so that this holds where a machine loses power too.
+    """
     temporary = Path(f"{path}.tmp")
     try:
         write(temporary)
+        flush(temporary)
         os.replace(temporary, path)
+        with contextlib.suppress(PermissionError):  # Windows opens no folder
+            flush(temporary.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def flush(path):
+    """Waits until a file, or the list of what a folder holds, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -36,7 +53,7 @@ def atomically(path, write):
 def save_generator(path, generator, clip, resolution, notes):
     """Writes the levels of a generator up to `resolution`, and of a small CLIP the text tower; of another, its name.
 
-    notes: a dict of what is worth knowing about the run, kept in the file's metadata.
+    notes: a dict of what is worth knowing about the run, kept in the file's metadata. Raises OSError on a full disk.
     """
     levels = tuple(level for level in generator.config.levels if level.resolution <= resolution)
     config = dataclasses.replace(generator.config, levels=levels)
@@ -53,7 +70,10 @@ def save_generator(path, generator, clip, resolution, notes):
         "kept_ids": json.dumps(clip.kept_ids),
         "notes": json.dumps(notes),
     }
-    atomically(path, lambda temporary: save_file(tensors, temporary, metadata))
+    try:
+        atomically(path, lambda temporary: save_file(tensors, temporary, metadata))
+    except SafetensorError as error:
+        raise OSError(first_line(error)) from error
 
 
 def load_generator(path, device="cpu", clip_spec=None):
@@ -122,13 +142,55 @@ def without_prefix(state, prefix):
 # A run.
 
 
-def save_run(path, state):
-    """Writes the whole state of a run, a nested dict of tensors and plain values."""
-    atomically(path, lambda temporary: torch.save(state, temporary))
+def run_path(folder, step):
+    return folder / f"{step:08d}.pt"
+
+
+def save_run(path, state, keep):
+    """Writes the whole state of a run, a nested dict of tensors and plain values; of others beside it keeps the newest.
+
+    keep: how many to keep in all. Raises OSError where the disk does not take it; what was there before is kept then.
+    """
+    try:
+        atomically(path, lambda temporary: torch.save(state, temporary))
+    except RuntimeError as error:  # torch.save's word for a full disk
+        raise OSError(first_line(error)) from error
+    for old in checkpoints(path.parent)[keep:]:
+        old.unlink(missing_ok=True)
+
+
+def checkpoints(folder):
+    """The states of a run in a folder, the newest first."""
+    return sorted(Path(folder).glob("[0-9]*.pt"), reverse=True)
+
+
+def newest_run(folder, say):
+    """The newest checkpoint in a folder that is whole, → its path and state; (None, None) where there is none at all.
+
+    Damaged ones are renamed, so that they are not counted as checkpoints. Raises UserError where all of them are.
+    """
+    paths = checkpoints(folder)
+    for path in paths:
+        try:
+            return path, load_run(path)
+        except UserError as error:
+            aside = path.with_name(f"{path.name}.damaged")
+            path.rename(aside)
+            say(f"note: {error}; it is now {aside.name}, and an older one is tried")
+    if paths:
+        raise UserError(f"none of the {len(paths)} checkpoints in {folder} can be read; give another --out")
+    return None, None
 
 
 def load_run(path):
     """Reads it again, on the CPU. Raises UserError where the file is damaged or foreign; no code in it can run."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()  # torch.save writes a checksum of every tensor, and torch.load ignores it
+    except (OSError, zipfile.BadZipFile, ValueError, NotImplementedError, RuntimeError, EOFError) as error:
+        raise UserError(f"{path} is damaged, or no checkpoint ({first_line(error)})") from error
+    if damaged:
+        raise UserError(f"{path} is damaged")
     state = load_tensors(path)
     if not isinstance(state, dict) or not state.keys() >= {"identity", "progress", "discriminator"}:
         what = (

@@ -1,9 +1,11 @@
 """Where captioned images come from: the built-in scenes, a folder, or WebDataset shards.
 
-A source yields batches to the ranks: `batches` for training, endless and able to start at any step; `evaluation` in a
-fixed order for the FID. What cannot be read is skipped, and every batch says how much was.
+A source yields batches to the ranks: `batches` for training, endless and able to start at any step, as what a step sees
+depends on the seed and the step alone; `evaluation` in a fixed order for the FID. What cannot be used is skipped, and
+every batch says how much was, and why.
 """
 
+import collections
 import functools
 import glob
 import io
@@ -16,20 +18,24 @@ import numpy as np
 import torch
 import webdataset as wds
 from braceexpand import braceexpand
-from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from tqdm import tqdm
 
 import distributed
 import shapes
-from errors import UserError
+from errors import UserError, first_line
+from pairs import DUPLICATE, SHARD, Tally, Unusable, read_pair, read_text, text_of
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
+BLOCK = 250  # batches after which a stream of shards starts anew, from another seed
+WORKER_TIMEOUT = 120  # seconds in which a worker must make a batch
+RETRIES = 3  # of workers that hang or die, in a row
 
 
 class Batch(NamedTuple):
     images: torch.Tensor  # [b, 3, R, R] in [−1, 1]
     captions: list[str]
-    skipped: int  # broken pairs passed over on the way
+    skipped: collections.Counter  # the pairs passed over on the way, by cause
 
 
 def open_data(spec, resolution, seed):
@@ -43,32 +49,51 @@ def open_data(spec, resolution, seed):
     return Shards(shards, resolution, seed) if shards else Folder(spec, resolution, seed)
 
 
-def loader(source, first_step, batch, workers):
-    """An endless iterator of this rank's share of each global batch from first_step on, loaded by worker processes."""
-    stream = Stream(source, first_step, batch // distributed.world_size(), distributed.rank(), distributed.world_size())
-    try:
-        yield from DataLoader(stream, batch_size=None, num_workers=workers, worker_init_fn=ignore_interrupts)
-    except UserError as error:  # a worker's comes with its traceback
-        raise UserError(str(error).strip().splitlines()[-1].removeprefix("errors.UserError: ")) from error
+def loader(source, first, batch, workers):
+    """An endless iterator of this rank's share of each global batch from number `first` on, loaded by worker processes.
+
+    Workers that hang or are killed are replaced, and their batches made again. Raises UserError where that fails.
+    """
+    share = batch // distributed.world_size(), distributed.rank(), distributed.world_size()
+    failures = 0
+    while True:
+        stream, timeout = Stream(source, first, *share), WORKER_TIMEOUT if workers else 0
+        options = {"num_workers": workers, "worker_init_fn": leave_signals_to_the_run, "timeout": timeout}
+        try:
+            batches = iter(DataLoader(stream, batch_size=None, **options))
+            # DataLoader's handler raises at a worker's death, wherever the run happens to be; the timeout sees it too.
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            for made in batches:
+                yield made
+                first, failures = first + 1, 0
+        except UserError as error:  # a worker's comes with its traceback
+            raise UserError(str(error).strip().splitlines()[-1].removeprefix("errors.UserError: ")) from error
+        except (RuntimeError, EOFError, ConnectionError) as error:  # what becomes of DataLoader when a worker dies
+            failures += 1
+            if failures > RETRIES:
+                raise UserError(f"the data workers failed {failures} times in a row: {first_line(error)}") from error
+            tqdm.write(f"note: a data worker failed and is replaced ({first_line(error)})")
 
 
-def ignore_interrupts(_):
-    """Ctrl-C reaches the workers too; the run they serve decides when to stop."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def leave_signals_to_the_run(_):
+    """Ctrl-C and a warning of preemption reach the workers too; the run they serve decides when to stop."""
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 class Stream(IterableDataset):
-    """A source's training batches for one rank. Worker k of n makes steps k, k + n, …, so their order stays fixed."""
+    """A source's training batches for one rank. Worker k of n makes batches k, k + n, …, so their order stays fixed."""
 
-    def __init__(self, source, first_step, *share):
+    def __init__(self, source, first, *share):
         self.source = source
-        self.first_step = first_step
+        self.first = first
         self.share = share  # batch of this rank, rank, number of ranks
 
     def __iter__(self):
         worker = get_worker_info()
         offset, stride = (worker.id, worker.num_workers) if worker else (0, 1)
-        return self.source.batches(range(self.first_step + offset, 2**62, stride), *self.share)
+        return self.source.batches(range(self.first + offset, 2**62, stride), *self.share)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -85,7 +110,7 @@ class Scenes:
         self.resolution, self.seed = resolution, seed
 
     def draw(self, scenes):
-        return Batch(shapes.draw(scenes, self.resolution), [scene.caption for scene in scenes], 0)
+        return Batch(shapes.draw(scenes, self.resolution), [scene.caption for scene in scenes], collections.Counter())
 
     def batches(self, steps, batch, rank, world_size):
         for step in steps:
@@ -108,6 +133,7 @@ class Folder:
 
     def __init__(self, path, resolution, seed):
         self.path, self.resolution, self.seed = path, resolution, seed
+        self.tally = Tally(path)
         if not path or not Path(path).exists():
             raise UserError(f"--data {path}: no such file or folder")
         if not Path(path).is_dir():
@@ -125,28 +151,26 @@ class Folder:
         return np.random.default_rng([self.seed, epoch]).permutation(len(self.pairs))
 
     def read(self, indices):
-        """The pairs numbered so over all epochs; in place of one that cannot be read comes the next in the folder."""
-        images, captions, skipped = [], [], 0
+        """The pairs numbered so over all epochs; in place of one that cannot be used comes the next in the folder."""
+        images, captions = [], []
         for index in indices:
             epoch, position = divmod(index, len(self.pairs))
             start = self.order(epoch)[position]
             for candidate in range(start, start + len(self.pairs)):
                 path = self.pairs[candidate % len(self.pairs)]
                 try:
-                    text = path.with_suffix(".txt").read_text(encoding="utf-8").strip()
-                    image, caption = read_pair(path, text, self.resolution)
-                except Exception:  # Pillow stumbles over broken files in every way there is
-                    skipped += 1
+                    image, caption = read_pair(path, read_text(path.with_suffix(".txt")), self.resolution)
+                except Unusable as error:
+                    self.tally.skip(str(error))
                     continue
+                self.tally.use()
                 images.append(image)
                 captions.append(caption)
                 break
             else:
-                raise UserError(
-                    f"--data {self.path}: none of the {len(self.pairs)} pairs can be read; images must be whole, and "
-                    "captions UTF-8 and not empty"
-                )
-        return Batch(torch.stack(images), captions, skipped)
+                causes = ", ".join(self.tally.skipped)
+                raise UserError(f"--data {self.path}: none of the {len(self.pairs)} pairs is usable: {causes}")
+        return Batch(torch.stack(images), captions, self.tally.take())
 
     def batches(self, steps, batch, rank, world_size):
         for step in steps:
@@ -160,56 +184,66 @@ class Folder:
 class Shards:
     """WebDataset shards as img2dataset writes them: `key.jpg`, `key.txt`, `key.json` in 00000.tar, 00001.tar, …
 
-    Shards are drawn with replacement under a seed made of the run's, the rank and the step at which the stream starts:
-    endless, the same for the same start, though a resumed run does not see what the uninterrupted one would have seen.
+    Endless: each rank and worker draws shards with replacement, and shuffles what they hold. After BLOCK batches it
+    does so anew, under a seed made of the run's, the block's and its own, so that a resumed run need not read what came
+    before the block it is in. It sees what the uninterrupted one would have seen, if ranks and workers are as many.
     """
 
     def __init__(self, urls, resolution, seed):
         self.urls, self.resolution, self.seed = urls, resolution, seed
-        self.skipped = 0
+        self.tally = Tally(urls[0] if len(urls) == 1 else f"{urls[0]} … {urls[-1]}")
         missing = [url for url in urls if "://" not in url and not url.startswith("pipe:") and not Path(url).is_file()]
         if missing:
             raise UserError(f"--data: no such shard: {missing[0]}")
-        if next(iter(self.pipeline(wds.SimpleShardList(urls))), None) is None:
+        if next(self.pairs(self.samples(wds.SimpleShardList(urls))), None) is None:
+            causes = ", ".join(f"{count} {cause}" for cause, count in self.tally.take().items()) or "they hold none"
             raise UserError(
-                f"--data: not one readable pair of an image and a .txt caption in {len(urls)} shard(s) from {urls[0]}; "
-                f"{self.skipped} were skipped as broken"
+                f"--data: not one usable pair of an image and a .txt caption in {len(urls)} shard(s) from {urls[0]}: "
+                f"{causes}"
             )
 
-    def skip(self, error):
-        """A handler for webdataset: counts what went wrong, and goes on."""
-        self.skipped += 1
-        return True
+    def samples(self, shards, *more):
+        """Shards → raw samples, {suffix: bytes}."""
 
-    def pipeline(self, *shard_stages):
-        """Shards → (image [3, R, R], caption)."""
-        return wds.DataPipeline(
-            *shard_stages, wds.tarfile_to_samples(handler=self.skip), wds.map(self.decode, handler=self.skip)
-        )
+        def skip(error):
+            self.tally.skip(DUPLICATE if "duplicate file name" in str(error) else SHARD)
+            return True
 
-    def decode(self, sample):
-        """A raw sample → image and caption; raises on whatever is wrong with it."""
-        data = next((sample[suffix[1:]] for suffix in IMAGE_SUFFIXES if suffix[1:] in sample), b"")
-        caption = sample["txt"].decode("utf-8").strip()
-        return read_pair(io.BytesIO(data), caption, self.resolution)
+        return iter(wds.DataPipeline(shards, wds.tarfile_to_samples(handler=skip), *more))
 
-    def stream(self, batch, *seed):
-        number = int(np.random.default_rng([self.seed, *seed]).integers(2**31))
-        shards = wds.ResampledShards(self.urls, seed=number, deterministic=True)
-        return self.collate(wds.DataPipeline(self.pipeline(shards), wds.shuffle(1000, seed=number)), batch)
+    def pairs(self, samples):
+        """Raw samples → (image [3, R, R], caption), without those that cannot be used."""
+        for sample in samples:
+            data = next((sample[suffix[1:]] for suffix in IMAGE_SUFFIXES if suffix[1:] in sample), b"")
+            try:
+                pair = read_pair(io.BytesIO(data), text_of(sample.get("txt", b"")), self.resolution)
+            except Unusable as error:
+                self.tally.skip(str(error))
+                continue
+            self.tally.use()
+            yield pair
 
     def collate(self, pairs, batch):
-        pairs, before = iter(pairs), self.skipped
         while some := list(itertools.islice(pairs, batch)):
             images, captions = zip(*some, strict=True)
-            yield Batch(torch.stack(images), list(captions), self.skipped - before)
-            before = self.skipped
+            yield Batch(torch.stack(images), list(captions), self.tally.take())
+
+    def block(self, batch, *seed):
+        """The batches of one block, an endless iterator."""
+        rng = np.random.default_rng([self.seed, *seed])
+        drawn = ({"url": self.urls[i]} for i in iter(lambda: rng.integers(len(self.urls)), None))
+        samples = self.samples(lambda: drawn, wds.shuffle(1000, seed=int(rng.integers(2**31))))
+        return self.collate(self.pairs(samples), batch)
 
     def batches(self, steps, batch, rank, world_size):
-        return self.stream(batch, steps.start, rank, world_size)
+        stream = steps.start % steps.step  # the worker's number, also after it began at another step
+        for number in itertools.count(steps.start // BLOCK):
+            mine = [i for i in range(number * BLOCK, (number + 1) * BLOCK) if i % steps.step == stream]
+            made = self.block(batch, number, rank, world_size, stream, steps.step)
+            yield from itertools.islice(made, sum(i < steps.start for i in mine), len(mine))
 
     def evaluation(self, batch=64):
-        return self.collate(self.pipeline(wds.SimpleShardList(self.urls)), batch)
+        return self.collate(self.pairs(self.samples(wds.SimpleShardList(self.urls))), batch)
 
 
 def expand_shards(spec):
@@ -218,13 +252,3 @@ def expand_shards(spec):
         return list(braceexpand(spec)) if spec.endswith(".tar") else []
     except ValueError as error:
         raise UserError(f"--data {spec}: the braces do not match; write shards as data/{{00000..00041}}.tar") from error
-
-
-def read_pair(file, caption, resolution):
-    """An image file and a caption → the centre square [3, R, R] in [−1, 1], and the caption; raises if broken."""
-    if not caption:
-        raise ValueError("empty caption")
-    with Image.open(file) as image:
-        image = ImageOps.exif_transpose(image).convert("RGB")
-    image = ImageOps.fit(image, (resolution, resolution), Image.Resampling.LANCZOS)
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1, caption

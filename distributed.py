@@ -1,5 +1,6 @@
 """The few calls to torch.distributed, each of which does the obvious thing in a single process too."""
 
+import contextlib
 import os
 import platform
 import warnings
@@ -81,6 +82,29 @@ def mean(x):
     return x.detach()
 
 
-def barrier():
+def broadcast(value):
+    """The main rank's value, any that can be pickled, on every rank."""
+    values = [value]
     if dist.is_initialized():
-        dist.barrier()
+        dist.broadcast_object_list(values)
+    return values[0]
+
+
+@contextlib.contextmanager
+def together():
+    """A UserError that one rank meets ends all of them, and the main one tells it."""
+    message = ""
+    try:
+        yield
+    except UserError as error:
+        if not dist.is_initialized():
+            raise
+        message = str(error)
+    if not dist.is_initialized():
+        return
+    failed = torch.tensor(float(bool(message)), device="cuda" if dist.get_backend() == "nccl" else "cpu")
+    dist.all_reduce(failed, dist.ReduceOp.MAX)
+    if failed:
+        messages = [""] * world_size()
+        dist.all_gather_object(messages, message)
+        raise UserError(next(filter(None, messages))) if is_main() else SystemExit(2)

@@ -18,6 +18,9 @@ def told_in_one_line():
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        sys.exit(130)
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):

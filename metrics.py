@@ -46,11 +46,11 @@ def clip_features(clip, images):
 
 
 @torch.no_grad()
-def real_features(clip, batches, count, resolutions, device):
+def real_features(clip, batches, count, resolutions):
     """Features of the first `count` real images of a source's batches: {resolution: [N, D]}, and the captions."""
     features, captions = {r: [] for r in resolutions}, []
     for images, texts, _ in batches:
-        images = images.to(device)
+        images = images.to(clip.device)
         for r in resolutions:
             features[r].append(clip_features(clip, resize(images, r)))
         captions += texts

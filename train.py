@@ -6,15 +6,17 @@ generator's FID comes near the reference FID, the distance between two sets of r
 """
 
 import argparse
+import contextlib
 import copy
 import dataclasses
 import json
 import signal
 import sys
 import time
-from contextlib import nullcontext
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
@@ -24,18 +26,21 @@ import checkpoint
 import data
 import distributed
 from aurora import Generator
-from clip import load_clip
+from clip import Text, load_clip
 from discriminator import Discriminator
 from errors import HelpFormatter, UserError, first_line, natural_number, positive_int, told_in_one_line
+from growth import Growth, Stage
+from guard import Guard
 from layers import parameter_groups
 from losses import DiscriminatorLoss, generator_loss, wrong_captions
-from metrics import expert_counts, fake_features, fid, pyramid, real_features
+from metrics import expert_counts, pyramid
+from pairs import CAUSES
 from pictures import labelled_grid
 from presets import PRESETS, fitted_to
 
 R1_INTERVAL = 16  # steps; R1 is computed once in so many and weighed by as much (StyleGAN2, section 4.1)
-PATIENCE = 10  # evaluations without a better FID after which a stage ends
 NUM_PICTURES = 24
+COME_AGAIN = 75  # the exit status of a run that was asked to stop and has saved: EX_TEMPFAIL of sysexits.h
 
 
 def parse_args(argv=None):
@@ -50,13 +55,20 @@ def parse_args(argv=None):
     add("--out", type=Path, help="the run's folder (default: runs/PRESET)")
     add("--steps", type=positive_int, help="total steps of the run (default: the preset's; shapes: 20000)")
     add("--batch", type=positive_int, help="global batch, over all ranks (default: the preset's; shapes: 32)")
+    add("--accumulate", type=positive_int, default=1, help="parts to make each batch in, where memory is short")
     add("--seed", type=natural_number, default=0, help="of weights, data and noise")
-    add("--resume", default="auto", help="auto: go on with the run in --out, if there is one; no; or a checkpoint.pt")
+    add(
+        "--resume",
+        default="auto",
+        help="auto: go on with the run in --out, if there is one; no; or a file in its checkpoints",
+    )
     add(
         "--clip", help="small, a clip.safetensors, or MODEL:WEIGHTS of open_clip (default: the preset's; shapes: small)"
     )
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add("--save-every", type=positive_int, default=250, help="steps between checkpoints")
+    add("--save-minutes", type=positive_int, default=15, help="minutes between checkpoints, where steps are slow")
+    add("--keep", type=positive_int, default=3, help="checkpoints to keep, the last ones")
     add("--sample-every", type=positive_int, default=50, help="steps between sample grids")
     add(
         "--workers",
@@ -71,17 +83,22 @@ def parse_args(argv=None):
 
 @dataclass
 class Progress:
-    """Where a run stands; part of its checkpoint."""
+    """Where a run stands; part of its checkpoint. Noise, data and captions of a step depend on its number alone, so
+    there is no state of a random number generator to keep."""
 
     step: int = 0
-    stage: int = 0  # index of the active resolution
-    stage_images: int = 0  # real images seen at this resolution
-    best_fid: float = float("inf")  # at this resolution
-    evaluations_since_best: int = 0
-    reference_fid: dict[int, float] = field(default_factory=dict)
-    skipped: int = 0  # broken pairs of the data that were passed over
+    skipped: Counter = field(default_factory=Counter)  # pairs of the data that were passed over, by cause
     rejected: int = 0  # updates that were left out because a gradient was not finite
     seconds: float = 0.0  # spent on steps and evaluations
+
+
+class Part(NamedTuple):
+    """This rank's share of what a step learns from at a time: the global batch, or one of the parts it is made in."""
+
+    real: dict[int, torch.Tensor]  # the pyramid of the images
+    text: Text  # of their captions
+    wrong: torch.Tensor  # [b], for each caption the index of another one in the part, over all ranks
+    z: torch.Tensor  # [b, z_dim]
 
 
 class Run:
@@ -92,12 +109,7 @@ class Run:
         self.recipe = PRESETS[args.preset].recipe
         self.batch = args.batch or self.recipe.batch
         self.steps = args.steps or self.recipe.steps
-        if self.batch < 2:
-            raise UserError("--batch 1 leaves no wrong caption to compare with; choose at least 2")
-        if self.batch % distributed.world_size():
-            raise UserError(
-                f"--batch {self.batch} cannot be shared by {distributed.world_size()} ranks; choose a multiple"
-            )
+        self.check_batch()
         self.identity = {
             "preset": args.preset,
             "data": args.data,
@@ -105,14 +117,70 @@ class Run:
             "seed": args.seed,
             "clip": args.clip or self.recipe.clip_model,
         }
-        self.prepare_folder()
-        resumed = self.find_checkpoint()
+        with distributed.together():
+            path, state = self.find_checkpoint() if distributed.is_main() else (None, None)
+        path = distributed.broadcast(path)
+        with distributed.together():
+            state = checkpoint.load_run(path) if path and not state else state
+            self.build()
+            self.progress, self.saved = Progress(), path
+            if state:
+                self.load(state)
+        self.guard = Guard(say)
+        self.asked_to_stop = self.stopping = False
+        self.set_stage()
 
-        self.clip = load_clip(self.identity["clip"], device)
-        preset = fitted_to(PRESETS[args.preset], self.clip.width, self.clip.map_shapes)
-        torch.manual_seed(args.seed)
-        self.generator = Generator(preset.generator).to(device)
-        self.discriminator = Discriminator(preset.discriminator).to(device)
+    # ------------------------------------------------------------------------------------------------------------------
+    # Setting up.
+
+    def check_batch(self):
+        ranks, parts = distributed.world_size(), self.args.accumulate
+        if self.batch // parts < 2:
+            raise UserError(
+                f"--batch {self.batch} in {parts} part(s) leaves no wrong caption to compare with; take 2 or more each"
+            )
+        if self.batch % (ranks * parts):
+            raise UserError(
+                f"--batch {self.batch} cannot be shared by {ranks} ranks in {parts} parts; choose a multiple"
+            )
+
+    def find_checkpoint(self):
+        """The path of the checkpoint to go on from and its state, or None and None for a new run."""
+        out, resume = self.args.out, self.args.resume
+        try:
+            for folder in ("checkpoints", "samples"):
+                (out / folder).mkdir(parents=True, exist_ok=True)
+            for unfinished in out.glob("**/*.tmp"):
+                unfinished.unlink()
+        except OSError as error:
+            raise UserError(f"--out {out} cannot be written: {error.strerror}") from error
+        held = checkpoint.checkpoints(out / "checkpoints")
+        if (out / "generator_ema.safetensors").exists() and not held:
+            raise UserError(f"{out} holds a generator but no checkpoint to go on from; give another --out")
+        if resume == "auto":
+            path, state = checkpoint.newest_run(out / "checkpoints", say)
+        elif held:
+            raise UserError(f"--resume {resume}, but {out} holds a run of its own; give another --out, or remove it")
+        elif resume == "no":
+            return None, None
+        elif not Path(resume).is_file():
+            raise UserError(f"--resume {resume}: no such checkpoint; use auto to go on in --out, or no to start afresh")
+        else:
+            path, state = Path(resume), checkpoint.load_run(resume)
+        then = state["identity"] if state else self.identity
+        changed = [name for name, value in self.identity.items() if then.get(name) != value]
+        if changed:
+            now = ", ".join(f"--{name} {then.get(name)}" for name in changed)
+            raise UserError(f"the run in {path} was started with {now}; repeat that, or give another --out")
+        return path, state
+
+    def build(self):
+        """The networks, their optimizers, and the data."""
+        self.clip = load_clip(self.identity["clip"], self.device)
+        preset = fitted_to(PRESETS[self.args.preset], self.clip.width, self.clip.map_shapes)
+        torch.manual_seed(self.args.seed)
+        self.generator = Generator(preset.generator).to(self.device)
+        self.discriminator = Discriminator(preset.discriminator).to(self.device)
         self.ema = copy.deepcopy(self.generator).eval().requires_grad_(False)
         self.optimizer_g, self.optimizer_d = (
             torch.optim.Adam(parameter_groups(network, lr), betas=(0.0, 0.99), fused=True)
@@ -121,62 +189,21 @@ class Run:
                 (self.discriminator, self.recipe.lr_discriminator),
             )
         )
-        self.resolutions = [level.resolution for level in preset.generator.levels]
-        self.source = data.open_data(args.data, self.resolutions[-1], args.seed)
-        self.progress = Progress()
-        self.asked_to_stop = self.stopping = False
-        if resumed:
-            self.load(resumed)
-        self.set_stage()
-
-    # ------------------------------------------------------------------------------------------------------------------
-    # Setting up.
-
-    def prepare_folder(self):
-        try:
-            self.args.out.mkdir(parents=True, exist_ok=True)
-            (self.args.out / "samples").mkdir(exist_ok=True)
-        except OSError as error:
-            raise UserError(f"--out {self.args.out} cannot be written: {error.strerror}") from error
-
-    def find_checkpoint(self):
-        """The checkpoint to go on from, loaded, or None for a new run."""
-        existing, orphan = self.args.out / "checkpoint.pt", self.args.out / "generator_ema.safetensors"
-        if orphan.exists() and not existing.exists():
-            raise UserError(f"{self.args.out} holds a generator but no checkpoint.pt to go on from; give another --out")
-        if self.args.resume == "no":
-            if existing.exists():
-                raise UserError(
-                    f"--resume no, but {self.args.out} holds a run; give another --out, or remove that folder"
-                )
-            return None
-        path = existing if self.args.resume == "auto" else Path(self.args.resume)
-        if existing.exists() and path.resolve() != existing.resolve():
-            raise UserError(f"--resume {path}, but {self.args.out} holds a run of its own; give another --out")
-        if self.args.resume == "auto" and not path.exists():
-            return None
-        if not path.is_file():
-            raise UserError(f"--resume {path}: no such checkpoint; use auto to go on in --out, or no to start afresh")
-        state = checkpoint.load_run(path)
-        changed = [name for name, value in self.identity.items() if state["identity"].get(name) != value]
-        if changed:
-            now = ", ".join(f"--{name} {state['identity'].get(name)}" for name in changed)
-            raise UserError(f"the run in {path} was started with {now}; repeat that, or give another --out")
-        return state
+        resolutions = [level.resolution for level in preset.generator.levels]
+        self.growth = Growth(self.recipe, resolutions, self.clip, self.args.seed)
+        self.source = data.open_data(self.args.data, resolutions[-1], self.args.seed)
 
     def set_stage(self):
         """Lets the parameters of the active resolutions learn, and no others; DDP must not wait for the rest."""
-        active = self.resolutions[self.progress.stage]
-        self.active = self.resolutions[: self.progress.stage + 1]
         for level in self.generator.synthesis.levels:
-            level.requires_grad_(level.resolution <= active)
+            level.requires_grad_(level.resolution in self.growth.active)
         self.freeze_discriminator(False)
         self.parallel_generator = self.parallel(self.generator)
         self.discriminator_loss = self.parallel(DiscriminatorLoss(self.discriminator, self.clip, self.recipe))
 
     def freeze_discriminator(self, frozen):
         self.discriminator.requires_grad_(not frozen)
-        resting = [str(r) for r in self.resolutions if r not in self.active]
+        resting = [str(r) for r in self.growth.resolutions if r not in self.growth.active]
         for modules in (self.discriminator.stages, self.discriminator.heads):
             for resolution in resting:
                 modules[resolution].requires_grad_(False)
@@ -191,37 +218,37 @@ class Run:
     # Training.
 
     def train(self):
+        """The steps up to the last one, or to when the run is asked to stop → whether it was."""
+        self.stop_when_asked()
+        self.growth.measure_reference(self.source)
         self.write_config()
-        self.prepare_evaluation()
-        if unknown := {word for caption in self.fid_captions for word in self.clip.unknown_words(caption)}:
-            say(
-                f"note: the small CLIP does not know {len(unknown)} words of these captions, as {min(unknown)}; for "
-                "such data take another, as --clip ViT-B-32-quickgelu:openai"
-            )
-        say(f"Training {self.args.preset} on {self.device}, {distributed.world_size()} rank(s); all in {self.args.out}")
-        p, batches = self.progress, data.loader(self.source, self.progress.step, self.batch, self.args.workers)
+        self.introduce()
+        p, parts = self.progress, self.args.accumulate
+        batches = data.loader(self.source, p.step * parts, self.batch // parts, self.args.workers)
         bar = tqdm(total=self.steps, initial=p.step, unit="step", disable=not distributed.is_main(), dynamic_ncols=True)
-        log = self.open_log()
-        self.stop_after_this_step_on_interrupt()
+        log, saved_at = self.open_log(), time.monotonic()
         while p.step < self.steps and not self.stopping:
             started = time.perf_counter()
-            resolution, report = self.active[-1], self.step(next(batches))
+            with distributed.together():
+                step_batches = [next(batches) for _ in range(parts)]
+            rejected = p.rejected
+            resolution, report = self.growth.active[-1], self.step(step_batches)
             p.step += 1
-            p.stage_images += self.batch
+            self.growth.stage.images += self.batch
+            self.guard.watch(report, p.rejected - rejected, self.saved)
             if p.step % max(1, self.recipe.fid_every // self.batch) == 0:
-                report |= self.evaluate()
+                report |= self.growth.evaluate(self.ema)
             self.grow_if_learned()
             seconds = time.perf_counter() - started
             p.seconds += seconds
-            if distributed.is_main():
-                row = {"step": p.step, "images": p.step * self.batch, "resolution": resolution, **report}
-                log.write(json.dumps(row | {"seconds": round(seconds, 4)}) + "\n")
-                log.flush()
+            row = {"step": p.step, "images": p.step * self.batch, "resolution": resolution, **report}
+            log(row | {"skipped": p.skipped.total(), "rejected": p.rejected, "seconds": round(seconds, 4)})
             last = p.step == self.steps or self.stopping
             if p.step % self.args.sample_every == 0 or last:
                 self.draw_samples()
-            if p.step % self.args.save_every == 0 or last:
+            if p.step % self.args.save_every == 0 or last or time.monotonic() - saved_at > 60 * self.args.save_minutes:
                 self.save()
+                saved_at = time.monotonic()
             bar.set_postfix_str(
                 f"{resolution}×{resolution}, {self.batch / seconds:.0f} images/s, "
                 f"D {report['d_loss']:.2f}, G {report['g_loss']:.2f}",
@@ -229,58 +256,60 @@ class Run:
             )
             bar.update()
         bar.close()
-        if p.skipped or p.rejected:
-            say(f"{p.skipped} broken pairs of the data were skipped, {p.rejected} updates left out as not finite.")
-        name = self.args.out / "generator_ema.safetensors"
-        ended = "Stopped and saved; the same command goes on from here." if p.step < self.steps else "Done."
-        say(f'{ended} {p.step} steps. The generator: {name}\nNow: python sample.py "…" --checkpoint {name}')
+        self.conclude()
+        return p.step < self.steps
 
-    def stop_after_this_step_on_interrupt(self):
-        """Ctrl-C and SIGTERM let the step end, so that what is saved is whole; a second one ends at once."""
+    def stop_when_asked(self):
+        """Ctrl-C, SIGTERM and SIGUSR1 let the step end, so that all is saved whole; a second Ctrl-C ends at once."""
 
         def ask(number, _):
+            if not self.asked_to_stop:
+                say("Stopping after this step …")
             self.asked_to_stop = True
-            signal.signal(number, signal.default_int_handler)
-            say("Stopping after this step …")
+            if number == signal.SIGINT:
+                signal.signal(number, signal.default_int_handler)
 
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, ask)
 
-    def step(self, batch):
-        """One step of both networks → what happened, as plain numbers."""
-        self.progress.skipped += batch.skipped
-        real = pyramid(batch.images.to(self.device, non_blocking=True), self.active)
-        ids = self.clip.tokenize(batch.captions)
-        text = self.clip.encode_text(ids)
-        mine = slice(distributed.rank() * len(ids), (distributed.rank() + 1) * len(ids))
-        wrong = wrong_captions(distributed.gather(ids))[mine]
+    def step(self, batches):
+        """One step of both networks from the parts of a global batch → what happened, as plain numbers."""
+        parts = [self.prepare(number, batch) for number, batch in enumerate(batches)]
+        with torch.set_grad_enabled(len(parts) == 1), self.autocast():
+            outputs = [self.draw(part) for part in parts]
         r1_interval = R1_INTERVAL if self.progress.step % R1_INTERVAL == 0 else 0
 
-        with self.autocast():
-            output = self.parallel_generator(self.noise()[mine], text.tokens, text.eot, self.active[-1])
+        def discriminate(part, output):
             fake = {r: image.detach() for r, image in output.pyramid.items()}
-            d_report = self.discriminator_loss(real, fake, text, wrong, r1_interval)
-        d_norm = self.update(self.optimizer_d, d_report["loss"])
+            return self.discriminator_loss(part.real, fake, part.text, part.wrong, r1_interval)
 
+        def generate(part, output):
+            if len(parts) > 1:  # together their graphs would take the memory that making parts is to save
+                output = self.draw(part)
+            return generator_loss(output, part.text, part.wrong, self.discriminator, self.clip, self.recipe)
+
+        d_report, d_norm = self.update(self.optimizer_d, self.discriminator_loss, discriminate, parts, outputs)
         self.freeze_discriminator(True)
-        with self.autocast():
-            g_report = generator_loss(output, text, wrong, self.discriminator, self.clip, self.recipe)
-        g_norm = self.update(self.optimizer_g, g_report["loss"])
+        g_report, g_norm = self.update(self.optimizer_g, self.parallel_generator, generate, parts, outputs)
         self.freeze_discriminator(False)
-
         if d_norm.isfinite() and g_norm.isfinite():
-            self.update_ema(output)
+            self.update_ema(torch.stack([output.w.detach().float().mean(0) for output in outputs]).mean(0))
         scalars = {"d_loss": d_report.pop("loss"), **d_report, "g_loss": g_report.pop("loss"), **g_report}
-        scalars |= {"d_grad_norm": d_norm, "g_grad_norm": g_norm, "expert_min_share": self.least_used_expert(output)}
-        scalars["stop"] = d_norm.new_tensor(self.asked_to_stop)
-        values = distributed.mean(torch.stack([value.detach().float() for value in scalars.values()])).tolist()
-        report = dict(zip(scalars, values, strict=True))
-        self.stopping = report.pop("stop") > 0  # on every rank alike
-        return report | {"skipped": self.progress.skipped, "rejected": self.progress.rejected}
+        scalars |= {"d_grad_norm": d_norm, "g_grad_norm": g_norm}
+        scalars["expert_min_share"] = torch.stack([self.least_used_expert(output) for output in outputs]).min()
+        skipped = sum((batch.skipped for batch in batches), Counter())
+        for name, number in {"stop": self.asked_to_stop, **{cause: skipped[cause] for cause in CAUSES}}.items():
+            scalars[name] = d_norm.new_tensor(float(number))
+        return self.reduce(scalars)
 
-    def autocast(self):
-        """bfloat16 on a GPU; the modules keep routing, demodulation, distances and R1 in float32."""
-        return torch.autocast("cuda", torch.bfloat16) if self.device.type == "cuda" else nullcontext()
+    def prepare(self, number, batch):
+        """A batch as the data source made it → Part, the `number`-th of this step."""
+        ids = self.clip.tokenize(batch.captions)
+        ranks, first = distributed.world_size(), distributed.rank() * len(ids)
+        mine = slice(first, first + len(ids))
+        z = self.noise()[number * ranks * len(ids) :][mine]
+        real = pyramid(batch.images.to(self.device, non_blocking=True), self.growth.active)
+        return Part(real, self.clip.encode_text(ids), wrong_captions(distributed.gather(ids))[mine], z)
 
     def noise(self):
         """z of the whole global batch, [batch, z_dim]; every rank draws all of it and takes its own."""
@@ -288,10 +317,29 @@ class Run:
         generator = torch.Generator().manual_seed(number % 2**63)
         return torch.randn(self.batch, self.generator.config.z_dim, generator=generator).to(self.device)
 
-    def update(self, optimizer, loss):
-        """One optimizer step, left out on every rank alike where a gradient is not finite → the gradient's norm."""
+    def draw(self, part):
+        return self.parallel_generator(part.z, part.text.tokens, part.text.eot, self.growth.active[-1])
+
+    def autocast(self):
+        """bfloat16 on a GPU; the modules keep routing, demodulation, distances and R1 in float32."""
+        return torch.autocast("cuda", torch.bfloat16) if self.device.type == "cuda" else contextlib.nullcontext()
+
+    def update(self, optimizer, module, objective, *parts):
+        """One optimizer step by the mean of objective(part)["loss"] over the parts → what it reports, gradient norm.
+
+        The ranks' gradients are averaged by DDP, around `module`, with the last part. Where the result is not finite,
+        which it is on all ranks alike, the step is left out.
+        """
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        reports, remaining = [], len(parts[0])
+        for part in zip(*parts, strict=True):
+            remaining -= 1
+            waits = remaining and isinstance(module, DistributedDataParallel)
+            with module.no_sync() if waits else contextlib.nullcontext():
+                with self.autocast():
+                    report = objective(*part)
+                (report["loss"] / len(parts[0])).backward()
+            reports.append({name: value.detach().float() for name, value in report.items()})
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
         if norm.isfinite():
@@ -299,14 +347,27 @@ class Run:
         else:
             self.progress.rejected += 1
             say(f"step {self.progress.step}: a gradient was not finite, so this update was left out")
-        return norm
+        means = {name: torch.stack([report[name] for report in reports]).mean() for name in reports[0]}
+        return means, norm
+
+    def reduce(self, scalars):
+        """Scalars of this rank → their means over ranks; what was skipped is added up, and whether to stop told."""
+        values = distributed.mean(torch.stack([value.detach().float() for value in scalars.values()])).tolist()
+        report = dict(zip(scalars, values, strict=True))
+        self.stopping = report.pop("stop") > 0  # on every rank alike
+        for cause in CAUSES:
+            self.progress.skipped[cause] += round(distributed.world_size() * report.pop(cause))
+        return report
 
     @torch.no_grad()
-    def update_ema(self, output):
-        """The moving average, its half-life short at first so that it does not remember the initial weights."""
+    def update_ema(self, w):
+        """The moving average, its half-life short at first so that it does not remember the initial weights.
+
+        w: the mean of this step's latent codes, [w_dim].
+        """
         half_life = min(self.recipe.ema_half_life, 0.05 * (self.progress.step + 1) * self.batch)
         decay = 0.5 ** (self.batch / max(half_life, 1e-8))
-        self.generator.update_w_avg(distributed.mean(output.w.float().mean(0)))
+        self.generator.update_w_avg(distributed.mean(w))
         torch._foreach_lerp_(list(self.ema.parameters()), list(self.generator.parameters()), 1 - decay)
         self.ema.w_avg.copy_(self.generator.w_avg)
 
@@ -315,80 +376,87 @@ class Run:
         counts = expert_counts(self.generator.config, output.routes).values()
         return torch.stack([output.w.new_ones(()), *(count.min() / count.float().mean() for count in counts)]).min()
 
-    # ------------------------------------------------------------------------------------------------------------------
-    # Growing.
-
-    def prepare_evaluation(self):
-        """Two disjoint sets of real images: their FID is the reference, one lends its captions and one its features."""
-        count = self.recipe.fid_samples
-        features, captions = real_features(
-            self.clip, self.source.evaluation(), 2 * count, self.resolutions, self.device
-        )
-        if len(captions) < 4:
-            raise UserError(f"--data {self.args.data} holds {len(captions)} readable pairs; training needs at least 4")
-        half = len(captions) // 2
-        self.picture_captions = captions[:NUM_PICTURES]
-        self.fid_captions = captions[:half]
-        self.fid_features = {r: f[half : 2 * half] for r, f in features.items()}
-        reference = {r: fid(f[:half], f[half : 2 * half]) for r, f in features.items()}
-        self.progress.reference_fid = {r: agreed(value, self.device) for r, value in reference.items()}
-
-    def evaluate(self):
-        """The moving average's FID at the active resolution, beside its reference."""
-        p, active = self.progress, self.active[-1]
-        features = fake_features(self.ema, self.clip, self.fid_captions, active, self.args.seed)
-        value = agreed(fid(features, self.fid_features[active]), self.device)
-        p.evaluations_since_best = 0 if value < p.best_fid else p.evaluations_since_best + 1
-        p.best_fid = min(p.best_fid, value)
-        return {"fid": value, "reference_fid": p.reference_fid[active]}
-
     def grow_if_learned(self):
-        """Goes on to the next resolution when this one's FID is near the reference, or stops falling, or time is up."""
-        p, active = self.progress, self.active[-1]
-        if active == self.resolutions[-1]:
-            return
-        learned = p.best_fid <= self.recipe.fid_factor * p.reference_fid[active]
-        over = p.stage_images >= self.recipe.images_per_stage[active]
-        stalled = p.evaluations_since_best >= PATIENCE
-        if learned or over or stalled:
-            reasons = {"it is near the reference": learned, "it stopped falling": stalled, "that took its images": over}
-            why = next(reason for reason, holds in reasons.items() if holds)
-            say(f"{active}×{active} done: FID {p.best_fid:.3g}, reference {p.reference_fid[active]:.3g}; {why}.")
-            p.stage, p.stage_images, p.best_fid, p.evaluations_since_best = p.stage + 1, 0, float("inf"), 0
+        if reason := self.growth.reason_to_grow():
+            stage, resolution = self.growth.stage, self.growth.active[-1]
+            fids = f"FID {stage.best_fid:.3g}, reference {stage.reference_fid[resolution]:.3g}"
+            say(f"{resolution}×{resolution} done: {fids}; {reason}.")
+            self.growth.grow()
             self.set_stage()
 
     # ------------------------------------------------------------------------------------------------------------------
-    # Files.
+    # Telling.
+
+    def introduce(self):
+        if unknown := {word for caption in self.growth.fid_captions for word in self.clip.unknown_words(caption)}:
+            say(
+                f"note: the small CLIP does not know {len(unknown)} words of these captions, as {min(unknown)}; for "
+                "such data take another, as --clip ViT-B-32-quickgelu:openai"
+            )
+        ranks = distributed.world_size()
+        say(f"Training {self.args.preset} on {self.device}, {ranks} rank(s); all in {self.args.out}")
+
+    def conclude(self):
+        p, name = self.progress, self.args.out / "generator_ema.safetensors"
+        if p.skipped.total() or p.rejected:
+            causes = ", ".join(f"{count} {cause}" for cause, count in p.skipped.most_common() if count)
+            say(f"Of the data was skipped: {causes or 'nothing'}. {p.rejected} updates were left out as not finite.")
+        with distributed.together():
+            if distributed.is_main() and self.saved != self.checkpoint_path():
+                raise UserError(f"step {p.step} is not saved; the last good checkpoint: {self.saved or 'none'}")
+        ended = "Stopped and saved; the same command goes on from here." if p.step < self.steps else "Done."
+        say(f'{ended} {p.step} steps. The generator: {name}\nNow: python sample.py "…" --checkpoint {name}')
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # Files. The main rank writes them; a disk that is full does not end the run.
+
+    @contextlib.contextmanager
+    def going_on(self, what):
+        try:
+            yield
+        except OSError as error:
+            say(f"note: {what} could not be written ({error.strerror or first_line(error)}); the run goes on")
 
     def write_config(self):
+        config = {name: str(value) for name, value in vars(self.args).items()} | self.identity
+        config |= {"steps": self.steps, "world_size": distributed.world_size(), "torch": torch.__version__}
+        config["recipe"] = dataclasses.asdict(self.recipe)
         if distributed.is_main():
-            config = {name: str(value) for name, value in vars(self.args).items()} | self.identity
-            config |= {"steps": self.steps, "world_size": distributed.world_size(), "torch": torch.__version__}
-            config["recipe"] = dataclasses.asdict(self.recipe)
-            (self.args.out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-            if not (self.args.out / "checkpoint.pt").exists():
+            with self.going_on("config.json"):
+                (self.args.out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+            if not self.saved:
                 self.save()
 
     def open_log(self):
-        """metrics.jsonl, without the lines of steps that are about to be made again."""
+        """metrics.jsonl, without the lines of steps that are about to be made again → a function that adds a line."""
         if not distributed.is_main():
-            return None
+            return lambda row: None
         path = self.args.out / "metrics.jsonl"
         lines = path.read_text(errors="replace").splitlines() if path.exists() else []
         kept = [line for line in lines if 0 < step_of(line) <= self.progress.step]
-        path.write_text("".join(line + "\n" for line in kept))
-        return path.open("a")
+        with self.going_on(path.name):
+            checkpoint.atomically(path, lambda new: new.write_text("".join(line + "\n" for line in kept)))
+        file = path.open("a")
+
+        def log(row):
+            with self.going_on(path.name):
+                file.write(json.dumps(row) + "\n")
+                file.flush()
+
+        return log
 
     @torch.no_grad()
     def draw_samples(self):
         """A grid of fixed prompts and fixed z, by the moving average."""
         if not distributed.is_main():
             return
-        text = self.clip.encode_text(self.clip.tokenize(self.picture_captions))
-        z = torch.randn(len(self.picture_captions), self.ema.config.z_dim, generator=torch.Generator().manual_seed(1))
-        images = self.ema(z.to(self.device), text.tokens, text.eot, self.active[-1]).image
-        grid = labelled_grid(images, self.picture_captions, columns=8)
-        grid.save(self.args.out / "samples" / f"step_{self.progress.step:07d}.png")
+        captions = self.growth.captions[:NUM_PICTURES]
+        text = self.clip.encode_text(self.clip.tokenize(captions))
+        z = torch.randn(len(captions), self.ema.config.z_dim, generator=torch.Generator().manual_seed(1))
+        images = self.ema(z.to(self.device), text.tokens, text.eot, self.growth.active[-1]).image
+        grid, path = labelled_grid(images, captions, columns=8), f"samples/step_{self.progress.step:07d}.png"
+        with self.going_on(path):
+            checkpoint.atomically(self.args.out / path, lambda new: grid.save(new, "PNG"))
 
     def save_generator(self):
         notes = {
@@ -396,37 +464,49 @@ class Run:
             **self.identity,
             "step": self.progress.step,
             "images": self.progress.step * self.batch,
-            "resolution": self.active[-1],
+            "resolution": self.growth.active[-1],
             "seconds": round(self.progress.seconds),
             "machine": f"{distributed.world_size()} × {distributed.describe(self.device)}",
             "torch": torch.__version__,
         }
         path = self.args.out / "generator_ema.safetensors"
-        checkpoint.save_generator(path, self.ema, self.clip, self.active[-1], notes)
+        checkpoint.save_generator(path, self.ema, self.clip, self.growth.active[-1], notes)
+
+    def checkpoint_path(self):
+        return checkpoint.run_path(self.args.out / "checkpoints", self.progress.step)
 
     def save(self):
-        if not distributed.is_main():
+        """Writes all that the run needs to go on, unless its weights may be about to break."""
+        if not distributed.is_main() or not self.guard.trusts_the_weights:
             return
         state = {
             "identity": self.identity,
-            "progress": vars(self.progress),
+            "world_size": distributed.world_size(),
+            "progress": vars(self.progress) | {"skipped": dict(self.progress.skipped)},
+            "stage": vars(self.growth.stage),
             "generator": self.generator.state_dict(),
             "discriminator": self.discriminator.state_dict(),
             "ema": self.ema.state_dict(),
             "optimizer_g": self.optimizer_g.state_dict(),
             "optimizer_d": self.optimizer_d.state_dict(),
         }
-        checkpoint.save_run(self.args.out / "checkpoint.pt", state)
-        self.save_generator()
+        with self.going_on(f"the checkpoint of step {self.progress.step}"):
+            checkpoint.save_run(self.checkpoint_path(), state, self.args.keep)
+            self.saved = self.checkpoint_path()
+            self.save_generator()
 
     def load(self, state):
         try:
             for name in ("generator", "discriminator", "ema", "optimizer_g", "optimizer_d"):
                 getattr(self, name).load_state_dict(state[name])
-            self.progress = Progress(**state["progress"])
+            self.progress = Progress(**state["progress"] | {"skipped": Counter(state["progress"]["skipped"])})
+            self.growth.stage = Stage(**state["stage"])
+            then, now = state["world_size"], distributed.world_size()
         except (AttributeError, KeyError, TypeError, RuntimeError, ValueError) as error:
             raise UserError(f"the checkpoint does not fit preset {self.args.preset}: {first_line(error)}") from error
         say(f"Going on from step {self.progress.step}.")
+        if then != now:
+            say(f"note: so far on {then} rank(s), now on {now}: the same but for rounding, and for the order of shards")
 
 
 def step_of(line):
@@ -435,11 +515,6 @@ def step_of(line):
         return json.loads(line)["step"]
     except (ValueError, KeyError, TypeError):
         return 0
-
-
-def agreed(value, device):
-    """A number on which all ranks agree to the last bit, so that they grow together."""
-    return distributed.mean(torch.tensor(value, dtype=torch.float64, device=device)).item()
 
 
 def say(message):
@@ -452,9 +527,11 @@ def main():
     with told_in_one_line():
         device = distributed.start(args.device)
         try:
-            Run(args, device).train()
+            stopped_early = Run(args, device).train()
         finally:
             distributed.stop()
+    if stopped_early:
+        sys.exit(COME_AGAIN)
 
 
 if __name__ == "__main__":

@@ -103,13 +103,14 @@ class Machine:
         self.product_flop = 2 * side**3
         operands = {name: torch.randn(side, side, device=device).to(dtype) for name, dtype in DTYPES.items()}
         self.products = {name: lambda a=a: a @ a for name, a in operands.items()}
+        self.ceilings = self.measure_ceilings()
 
     def time(self, function, number=1):
         """The seconds of a call, the mean of so many; a GPU is waited for."""
         timer = Timer("function()", globals={"function": function}, num_threads=torch.get_num_threads())
         return timer.timeit(number).mean
 
-    def ceilings(self):
+    def measure_ceilings(self):
         """FLOP a second of either product, and bytes a second of a copy, read and written."""
         source = torch.zeros(2**28, dtype=torch.uint8, device=self.device)
         target = torch.zeros_like(source)
@@ -344,6 +345,11 @@ def experts(machine):
         for name, way in ways.items():
             call = forward_and_backward(lambda x, gate, *s, way=way, index=index: way(x, index, gate, *s), *leaves)
             yield machine.measure(f"{num_experts} experts, {name}, {points} points, {dtype}", call, dtype, dense)
+        size = sum(stack.numel() * stack.element_size() for stack in leaves[2:])
+        milliseconds = 3 * size / machine.ceilings["copy, GB/s"] / 1e6
+        yield Note(
+            f"their weights, {size / 2**20:.0f} MB, read twice, and gradients written: {milliseconds:.2f} ms at least"
+        )
 
 
 def expert_leaves(points, num_experts, device, dtype):
@@ -414,16 +420,23 @@ def main():
         torch.manual_seed(0)
         device = distributed.start(args.device)
         machine = Machine(device, args.seconds)
-        ceilings = machine.ceilings()
         print(f"{distributed.describe(device)}, PyTorch {torch.__version__}")
-        print(", ".join(f"{name.replace(',', ':', 1)} {rate:.0f}" for name, rate in ceilings.items()), HEAD, sep="\n\n")
+        print(
+            ", ".join(f"{name.replace(',', ':', 1)} {rate:.0f}" for name, rate in machine.ceilings.items()),
+            HEAD,
+            sep="\n\n",
+        )
         rows = []
         for case in args.cases:
             for row in tqdm(CASES[case](machine), desc=case, unit="case", leave=False):
                 rows.append(row)
                 tqdm.write(str(row))
         if args.out:
-            figures = {"machine": distributed.describe(device), "torch": torch.__version__, "ceilings": ceilings}
+            figures = {
+                "machine": distributed.describe(device),
+                "torch": torch.__version__,
+                "ceilings": machine.ceilings,
+            }
             args.out.write_text(json.dumps(figures | {"rows": [vars(row) for row in rows]}, indent=1) + "\n")
 
 

@@ -13,11 +13,13 @@ import torch
 from safetensors import safe_open
 from test_data import good, jpeg, write_shard
 
+import checkpoint
 import shapes
 import train
 from checkpoint import load_generator
 from clip import new_small, save_small, vocabulary_ids
 from errors import UserError
+from growth import PATIENCE
 from presets import PRESETS
 from sample import draw
 
@@ -61,9 +63,9 @@ def test_a_run_stopped_and_resumed_is_the_run_uninterrupted(tmp_path, small_clip
     run(*common, "--out", tmp_path / "whole", "--steps", 6)
     for steps in (2, 3, 6):  # the first stop is where the resolution changes
         run(*common, "--out", tmp_path / "parts", "--steps", steps)
-    whole, parts = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True) for name in ("whole", "parts"))
+    whole, parts = (checkpoint.newest_run(tmp_path / name / "checkpoints", print)[1] for name in ("whole", "parts"))
     assert all(state["progress"].pop("seconds") > 0 for state in (whole, parts))  # all else is the same
-    assert whole["progress"] == parts["progress"] and whole["progress"]["stage"] == 2
+    assert whole["stage"] == parts["stage"] and whole["stage"]["number"] == 2
     assert_identical(parts, whole)
     logs = [
         [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in path.read_text().splitlines()]
@@ -93,7 +95,7 @@ def assert_identical(a, b):
 def test_a_run_leaves_what_it_promises(tmp_path, small_clip):
     training = run("--preset", "quick", "--clip", small_clip, "--out", tmp_path, "--steps", 3, "--sample-every", 2)
     names = {path.name for path in tmp_path.iterdir()}
-    assert names == {"checkpoint.pt", "generator_ema.safetensors", "metrics.jsonl", "config.json", "samples"}
+    assert names == {"checkpoints", "generator_ema.safetensors", "metrics.jsonl", "config.json", "samples"}
     assert {path.name for path in (tmp_path / "samples").iterdir()} == {"step_0000002.png", "step_0000003.png"}
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["preset"] == "quick" and config["recipe"]["batch"] == 4
@@ -109,7 +111,7 @@ def test_the_moving_average_is_its_formula(tmp_path, small_clip):
     training = run("--preset", "quick", "--clip", small_clip, "--out", tmp_path, "--steps", 1)
     name, before = "mapping.layers.0.weight", training.ema.mapping.layers[0].weight.clone()
     training.progress.step = 10**6  # past the short half-life of the beginning
-    training.update_ema(type("Output", (), {"w": torch.ones(4, training.ema.config.w_dim)}))
+    training.update_ema(torch.ones(training.ema.config.w_dim))
     decay = 0.5 ** (4 / training.recipe.ema_half_life)
     expected = decay * before.double() + (1 - decay) * training.generator.get_parameter(name).double()
     torch.testing.assert_close(training.ema.get_parameter(name).double(), expected, rtol=1e-6, atol=1e-6)
@@ -119,24 +121,24 @@ def test_a_step_that_is_not_finite_is_left_out_and_counted(tmp_path, small_clip,
     training = run("--preset", "quick", "--clip", small_clip, "--out", tmp_path, "--steps", 1)
     before = {name: value.clone() for name, value in training.generator.state_dict().items()}
     loss = sum(p.sum() for p in training.generator.parameters() if p.requires_grad) * float("nan")
-    training.update(training.optimizer_g, loss)
+    training.update(training.optimizer_g, training.generator, lambda _: {"loss": loss}, [None])
     assert training.progress.rejected == 1 and "not finite" in capsys.readouterr().out
     torch.testing.assert_close(training.generator.state_dict(), before, rtol=0, atol=0)
 
 
 def test_a_stage_ends_at_the_reference_fid_or_when_it_stops_falling(tmp_path, small_clip):
     training = run("--preset", "quick", "--clip", small_clip, "--out", tmp_path, "--steps", 1)
-    p, factor = training.progress, 1.5
-    training.recipe = dataclasses.replace(training.recipe, fid_factor=factor)
-    p.stage_images, p.reference_fid[4], p.best_fid = 0, 1.0, factor * 1.01
+    growth, factor = training.growth, 1.5
+    growth.recipe = dataclasses.replace(training.recipe, fid_factor=factor)
+    growth.stage.images, growth.stage.reference_fid[4], growth.stage.best_fid = 0, 1.0, factor * 1.01
     training.grow_if_learned()
-    assert training.active == [4]
-    p.best_fid = factor * 0.99
+    assert growth.active == [4]
+    growth.stage.best_fid = factor * 0.99
     training.grow_if_learned()
-    assert training.active == [4, 8] and p.best_fid == float("inf")
-    p.evaluations_since_best = train.PATIENCE
+    assert growth.active == [4, 8] and growth.stage.best_fid == float("inf")
+    growth.stage.evaluations_since_best = PATIENCE
     training.grow_if_learned()
-    assert training.active == [4, 8, 16]
+    assert growth.active == [4, 8, 16]
 
 
 @pytest.mark.parametrize("kind", ["folder", "shards"])
@@ -159,7 +161,7 @@ def test_it_trains_on_a_folder_and_on_shards(tmp_path, small_clip, kind):
 
 def test_shards_with_too_few_pairs_are_one_clear_line(tmp_path, small_clip):
     write_shard(tmp_path / "00000.tar", [good(i) for i in range(3)])
-    with pytest.raises(UserError, match="3 readable pairs"):
+    with pytest.raises(UserError, match="3 usable pairs"):
         run("--preset", "quick", "--clip", small_clip, "--out", tmp_path / "run", "--data", tmp_path, "--steps", 1)
 
 
@@ -206,7 +208,7 @@ def test_torchrun_with_two_ranks(tmp_path, small_clip):
     [
         (("--preset", "huge"), "invalid choice: 'huge'"),
         (("--steps", "0"), "not a positive number"),
-        (("--batch", "1"), "choose at least 2"),
+        (("--batch", "1"), "take 2 or more each"),
         (("--seed", "-1"), "is negative or too large"),
         (("--seed", "-1"), "is negative or too large"),
         (("--device", "tpu9"), "use auto, cpu, cuda"),
@@ -226,10 +228,10 @@ def test_mistakes_are_told_in_one_line(tmp_path, small_clip, monkeypatch, capsys
 
 
 @pytest.mark.parametrize("damage", ["truncated", "foreign", "hostile"])
-def test_a_bad_checkpoint_is_refused_and_left_alone(tmp_path, small_clip, damage):
+def test_a_bad_checkpoint_is_set_aside(tmp_path, small_clip, damage):
     common = ("--preset", "quick", "--clip", small_clip, "--out", tmp_path)
     run(*common, "--steps", 1)
-    path = tmp_path / "checkpoint.pt"
+    path = tmp_path / "checkpoints" / "00000001.pt"
     if damage == "truncated":
         path.write_bytes(path.read_bytes()[:100_000])
     elif damage == "foreign":
@@ -242,9 +244,13 @@ def test_a_bad_checkpoint_is_refused_and_left_alone(tmp_path, small_clip, damage
 
         torch.save({"discriminator": Hostile()}, path)
     content = path.read_bytes()
-    with pytest.raises(UserError, match="cannot be"):
-        run(*common, "--steps", 2)
-    assert path.read_bytes() == content and not (tmp_path / "executed").exists()
+    assert run(*common, "--steps", 2).progress.step == 2  # from the one of step 0
+    aside = path.with_name("00000001.pt.damaged")
+    assert aside.read_bytes() == content and not (tmp_path / "executed").exists()
+    for path in (tmp_path / "checkpoints").glob("*.pt"):
+        path.write_bytes(b"")
+    with pytest.raises(UserError, match="none of the 2 checkpoints"):
+        run(*common, "--steps", 3)
 
 
 def test_a_run_is_not_overwritten_nor_resumed_as_another(tmp_path, small_clip):
@@ -260,10 +266,10 @@ def test_an_interrupt_loses_nothing(tmp_path, small_clip, monkeypatch, capsys):
     common = ("--preset", "quick", "--clip", small_clip, "--out", tmp_path)
     update = train.Run.update
 
-    def interrupted(self, optimizer, loss):
+    def interrupted(self, *arguments):
         if self.progress.step == 1 and not self.asked_to_stop:
             os.kill(os.getpid(), signal.SIGINT)  # in the middle of the second step
-        return update(self, optimizer, loss)
+        return update(self, *arguments)
 
     monkeypatch.setattr(train.Run, "update", interrupted)
     assert run(*common, "--steps", 5).progress.step == 2
