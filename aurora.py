@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from attention import l2_attention, merge_heads, split_heads
 from experts import Experts
@@ -29,6 +30,8 @@ from layers import (
 from presets import PRESETS, GeneratorConfig
 from router import Router
 from text import TextHead
+
+RECOMPUTE = {"use_reentrant": False, "preserve_rng_state": False}  # nothing here is random
 
 
 def build(preset):
@@ -270,6 +273,7 @@ class Synthesis(nn.Module):
         for below, level in zip(config.levels, higher, strict=False):
             levels.append(SynthesisLevel(config, level, UpsamplingBlock(config, level, below.channels)))
         self.levels = nn.ModuleList(levels)
+        self.recompute = False  # whether each level runs again in the backward pass, rather than keep what it computed
 
     @property
     def num_layers(self):
@@ -281,7 +285,8 @@ class Synthesis(nn.Module):
         x = image = None
         pyramid, routings = {}, {}
         for level, level_ws in zip(self.levels, ws.split([level.num_layers for level in self.levels], 1), strict=True):
-            x, rgb, routed = level(x, level_ws, local_text)
+            inputs = (x, level_ws, local_text)
+            x, rgb, routed = checkpoint(level, *inputs, **RECOMPUTE) if self.recompute else level(*inputs)
             image = rgb if image is None else rgb + upsample(image)
             pyramid[level.resolution] = image
             routings |= routed

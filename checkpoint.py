@@ -2,10 +2,10 @@
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import os
 import warnings
-import zipfile
 from pathlib import Path
 
 import torch
@@ -29,12 +29,17 @@ def atomically(path, write):
     temporary = Path(f"{path}.tmp")
     try:
         write(temporary)
-        flush(temporary)
-        os.replace(temporary, path)
-        with contextlib.suppress(PermissionError):  # Windows opens no folder
-            flush(temporary.parent)
+        rename(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def rename(temporary, path):
+    """Gives a file its name once it is on the disk."""
+    flush(temporary)
+    os.replace(temporary, path)
+    with contextlib.suppress(PermissionError):  # Windows opens no folder
+        flush(path.parent)
 
 
 def flush(path):
@@ -142,26 +147,36 @@ def without_prefix(state, prefix):
 # A run.
 
 
-def run_path(folder, step):
-    return folder / f"{step:08d}.pt"
+def save_run(folder, step, state, keep):
+    """Writes the whole state of a run, a nested dict of tensors and plain values → its path, STEP-DIGEST.pt.
 
-
-def save_run(path, state, keep):
-    """Writes the whole state of a run, a nested dict of tensors and plain values; of others beside it keeps the newest.
-
-    keep: how many to keep in all. Raises OSError where the disk does not take it; what was there before is kept then.
+    The digest of the file's content is in its name, as in the names of PyTorch's own weights, so that a single bit that
+    changes is noticed. Of the checkpoints in the folder the newest `keep` are kept. Raises OSError where the disk does
+    not take it; what was there before is kept then.
     """
+    temporary = folder / f"{step:08d}.tmp"
     try:
-        atomically(path, lambda temporary: torch.save(state, temporary))
+        torch.save(state, temporary)
+        path = folder / f"{step:08d}-{digest(temporary)}.pt"
+        rename(temporary, path)
     except RuntimeError as error:  # torch.save's word for a full disk
         raise OSError(first_line(error)) from error
-    for old in checkpoints(path.parent)[keep:]:
+    finally:
+        temporary.unlink(missing_ok=True)
+    for old in checkpoints(folder)[keep:]:
         old.unlink(missing_ok=True)
+    return path
+
+
+def digest(path):
+    """Sixteen digits that tell a file's content."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 def checkpoints(folder):
     """The states of a run in a folder, the newest first."""
-    return sorted(Path(folder).glob("[0-9]*.pt"), reverse=True)
+    return sorted(Path(folder).glob("*-*.pt"), reverse=True)
 
 
 def newest_run(folder, say):
@@ -184,13 +199,12 @@ def newest_run(folder, say):
 
 def load_run(path):
     """Reads it again, on the CPU. Raises UserError where the file is damaged or foreign; no code in it can run."""
+    name = Path(path).stem
     try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()  # torch.save writes a checksum of every tensor, and torch.load ignores it
-    except (OSError, zipfile.BadZipFile, ValueError, NotImplementedError, RuntimeError, EOFError) as error:
-        raise UserError(f"{path} is damaged, or no checkpoint ({first_line(error)})") from error
-    if damaged:
-        raise UserError(f"{path} is damaged")
+        if "-" in name and name.rpartition("-")[2] != digest(path):
+            raise UserError(f"{path} is damaged")
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
     state = load_tensors(path)
     if not isinstance(state, dict) or not state.keys() >= {"identity", "progress", "discriminator"}:
         what = (

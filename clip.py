@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 import shapes
 from errors import HelpFormatter, UserError, first_line, natural_number, told_in_one_line
+from layers import full_precision
 
 SMALL = dict(
     embed_dim=64,
@@ -116,7 +117,7 @@ class FrozenClip(nn.Module):
         """Token ids [B, T] → Text."""
         m = self.model
         x = m.token_embedding(ids) + m.positional_embedding
-        tokens = m.ln_final(m.transformer(x, attn_mask=m.attn_mask)).float()
+        tokens = full_precision(m.ln_final(m.transformer(x, attn_mask=m.attn_mask)))
         eot = ids.argmax(-1)
         embedding = tokens[torch.arange(len(ids), device=ids.device), eot] @ m.text_projection
         return Text(tokens, eot, F.normalize(embedding, dim=-1))

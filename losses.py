@@ -15,6 +15,7 @@ import distributed
 from discriminator import CLIP
 from layers import float32_region, full_precision
 
+R1_INTERVAL = 16  # steps; R1 is computed once in so many and weighed by as much (StyleGAN2, section 4.1)
 EARLY_ADVERSARIAL, EARLY_MATCHING = 0.01, 0.05  # of all predictions but the last, relative to that one
 
 

@@ -88,6 +88,7 @@ class Recipe:
     fid_samples: int  # on either side of a FID
     fid_every: int  # in images
     fid_factor: float  # κ: a stage ends when FID ≤ κ · reference FID
+    recompute: bool = False  # the generator's levels again in the backward pass: a third more work, for memory
 
 
 @dataclass(frozen=True)
@@ -136,6 +137,7 @@ PRESETS = {
             fid_samples=10_000,
             fid_every=500_000,
             fid_factor=1.5,
+            recompute=True,
         ),
     ),
     # One GPU: the same scheme at about 100 M parameters.

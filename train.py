@@ -31,14 +31,14 @@ from discriminator import Discriminator
 from errors import HelpFormatter, UserError, first_line, natural_number, positive_int, told_in_one_line
 from growth import Growth, Stage
 from guard import Guard
-from layers import parameter_groups
-from losses import DiscriminatorLoss, generator_loss, wrong_captions
+from layers import full_precision, parameter_groups
+from losses import R1_INTERVAL, DiscriminatorLoss, generator_loss, wrong_captions
 from metrics import expert_counts, pyramid
 from pairs import CAUSES
 from pictures import labelled_grid
+from plan import HARDWARE, plan
 from presets import PRESETS, fitted_to
 
-R1_INTERVAL = 16  # steps; R1 is computed once in so many and weighed by as much (StyleGAN2, section 4.1)
 NUM_PICTURES = 24
 COME_AGAIN = 75  # the exit status of a run that was asked to stop and has saved: EX_TEMPFAIL of sysexits.h
 
@@ -76,6 +76,9 @@ def parse_args(argv=None):
         default=1,
         help="processes that load data, for each rank; 0: none of their own",
     )
+    add("--plan", action="store_true", help="no training: what it would take, computed for GPUs, see plan.py")
+    add("--gpus", type=positive_int, default=64, help="of --plan, beside 1, 8 and 64")
+    add("--hardware", choices=HARDWARE, default="a100", help="of --plan")
     args = parser.parse_args(argv)
     args.out = args.out or Path("runs") / args.preset
     return args
@@ -123,9 +126,10 @@ class Run:
         with distributed.together():
             state = checkpoint.load_run(path) if path and not state else state
             self.build()
-            self.progress, self.saved = Progress(), path
+            self.progress, self.saved = Progress(), path  # the last good checkpoint
             if state:
                 self.load(state)
+            self.saved_step = self.progress.step if path else None
         self.guard = Guard(say)
         self.asked_to_stop = self.stopping = False
         self.set_stage()
@@ -181,6 +185,7 @@ class Run:
         torch.manual_seed(self.args.seed)
         self.generator = Generator(preset.generator).to(self.device)
         self.discriminator = Discriminator(preset.discriminator).to(self.device)
+        self.generator.synthesis.recompute = self.recipe.recompute
         self.ema = copy.deepcopy(self.generator).eval().requires_grad_(False)
         self.optimizer_g, self.optimizer_d = (
             torch.optim.Adam(parameter_groups(network, lr), betas=(0.0, 0.99), fused=True)
@@ -212,7 +217,9 @@ class Run:
         if distributed.world_size() == 1:
             return module
         device_ids = [self.device.index] if self.device.type == "cuda" else None
-        return DistributedDataParallel(module, device_ids=device_ids, broadcast_buffers=False)
+        return DistributedDataParallel(
+            module, device_ids=device_ids, broadcast_buffers=False, gradient_as_bucket_view=True
+        )
 
     # ------------------------------------------------------------------------------------------------------------------
     # Training.
@@ -293,7 +300,7 @@ class Run:
         g_report, g_norm = self.update(self.optimizer_g, self.parallel_generator, generate, parts, outputs)
         self.freeze_discriminator(False)
         if d_norm.isfinite() and g_norm.isfinite():
-            self.update_ema(torch.stack([output.w.detach().float().mean(0) for output in outputs]).mean(0))
+            self.update_ema(torch.stack([full_precision(output.w.detach()).mean(0) for output in outputs]).mean(0))
         scalars = {"d_loss": d_report.pop("loss"), **d_report, "g_loss": g_report.pop("loss"), **g_report}
         scalars |= {"d_grad_norm": d_norm, "g_grad_norm": g_norm}
         scalars["expert_min_share"] = torch.stack([self.least_used_expert(output) for output in outputs]).min()
@@ -402,7 +409,7 @@ class Run:
             causes = ", ".join(f"{count} {cause}" for cause, count in p.skipped.most_common() if count)
             say(f"Of the data was skipped: {causes or 'nothing'}. {p.rejected} updates were left out as not finite.")
         with distributed.together():
-            if distributed.is_main() and self.saved != self.checkpoint_path():
+            if distributed.is_main() and self.saved_step != p.step:
                 raise UserError(f"step {p.step} is not saved; the last good checkpoint: {self.saved or 'none'}")
         ended = "Stopped and saved; the same command goes on from here." if p.step < self.steps else "Done."
         say(f'{ended} {p.step} steps. The generator: {name}\nNow: python sample.py "…" --checkpoint {name}')
@@ -472,9 +479,6 @@ class Run:
         path = self.args.out / "generator_ema.safetensors"
         checkpoint.save_generator(path, self.ema, self.clip, self.growth.active[-1], notes)
 
-    def checkpoint_path(self):
-        return checkpoint.run_path(self.args.out / "checkpoints", self.progress.step)
-
     def save(self):
         """Writes all that the run needs to go on, unless its weights may be about to break."""
         if not distributed.is_main() or not self.guard.trusts_the_weights:
@@ -491,8 +495,8 @@ class Run:
             "optimizer_d": self.optimizer_d.state_dict(),
         }
         with self.going_on(f"the checkpoint of step {self.progress.step}"):
-            checkpoint.save_run(self.checkpoint_path(), state, self.args.keep)
-            self.saved = self.checkpoint_path()
+            self.saved = checkpoint.save_run(self.args.out / "checkpoints", self.progress.step, state, self.args.keep)
+            self.saved_step = self.progress.step
             self.save_generator()
 
     def load(self, state):
@@ -525,6 +529,11 @@ def say(message):
 def main():
     args = parse_args()
     with told_in_one_line():
+        if args.plan:
+            recipe = PRESETS[args.preset].recipe
+            numbers = args.batch or recipe.batch, args.gpus, HARDWARE[args.hardware], args.workers
+            print(*plan(args.preset, args.clip or recipe.clip_model, *numbers), sep="\n")
+            return
         device = distributed.start(args.device)
         try:
             stopped_early = Run(args, device).train()

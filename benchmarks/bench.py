@@ -24,9 +24,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.benchmark import Timer
-from torch.utils.flop_counter import flop_registry
 from tqdm import tqdm
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler that measures memory is chatty
@@ -41,6 +39,7 @@ from checkpoint import DEMO, load_generator
 from errors import HelpFormatter, UserError, positive_int, told_in_one_line
 from experts import Experts, expert, routed_experts, sliced_experts
 from inference import DTYPES
+from plan import FlopCounter
 from presets import PRESETS, Level
 from router import Router, Routing
 from train import Run
@@ -64,18 +63,6 @@ class Row:
 
 
 HEAD = f"{'case':60s} {'GFLOP':>10s} {'floor, ms':>11s} {'ours, ms':>11s} {'ratio':>7s} {'peak, MB':>9s}"
-
-
-class FlopCounter(TorchDispatchMode):
-    """Adds up PyTorch's own formulas. Its FlopCounterMode also says which module, and cannot follow R1 for that."""
-
-    total = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        if formula := flop_registry.get(func._overloadpacket):
-            self.total += formula(*args, **(kwargs or {}), out_val=out)
-        return out
 
 
 def peak_memory(function):

@@ -144,3 +144,18 @@ def test_a_configuration_survives_json(generator_config):
 
     restored = GeneratorConfig.from_dict(json.loads(json.dumps(dataclasses.asdict(generator_config))))
     assert restored == generator_config
+
+
+def test_recomputing_levels_changes_no_gradient(generator_config):
+    torch.manual_seed(0)
+    generator = Generator(generator_config).double()
+    for parameter in generator.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    z, tokens = torch.randn(2, 16, dtype=torch.float64), torch.randn(2, 7, 12, dtype=torch.float64)
+    gradients = []
+    for generator.synthesis.recompute in (False, True):
+        output = generator(z, tokens, torch.tensor([3, 6]))
+        loss = sum(image.square().sum() for image in output.pyramid.values()) + output.aux_loss
+        gradients.append(torch.autograd.grad(loss, list(generator.parameters())))
+    for kept, recomputed in zip(*gradients, strict=True):
+        assert torch.equal(kept, recomputed)

@@ -1,6 +1,7 @@
 """Training end to end: resuming exactly, growing, two ranks, folders and shards, learning, mistakes."""
 
 import dataclasses
+import itertools
 import json
 import os
 import signal
@@ -227,30 +228,31 @@ def test_mistakes_are_told_in_one_line(tmp_path, small_clip, monkeypatch, capsys
     assert caught.value.code == 2 and says in stderr.splitlines()[-1] and "Traceback" not in stderr
 
 
-@pytest.mark.parametrize("damage", ["truncated", "foreign", "hostile"])
-def test_a_bad_checkpoint_is_set_aside(tmp_path, small_clip, damage):
+@pytest.mark.parametrize("content", ["nothing", "the authors' generator"])
+def test_what_is_no_checkpoint_of_a_run_is_set_aside(tmp_path, small_clip, content):
     common = ("--preset", "quick", "--clip", small_clip, "--out", tmp_path)
     run(*common, "--steps", 1)
-    path = tmp_path / "checkpoints" / "00000001.pt"
-    if damage == "truncated":
-        path.write_bytes(path.read_bytes()[:100_000])
-    elif damage == "foreign":
-        torch.save({"weights": torch.ones(3)}, path)
-    else:
-
-        class Hostile:
-            def __reduce__(self):
-                return (os.mkdir, (str(tmp_path / "executed"),))
-
-        torch.save({"discriminator": Hostile()}, path)
-    content = path.read_bytes()
-    assert run(*common, "--steps", 2).progress.step == 2  # from the one of step 0
-    aside = path.with_name("00000001.pt.damaged")
-    assert aside.read_bytes() == content and not (tmp_path / "executed").exists()
     for path in (tmp_path / "checkpoints").glob("*.pt"):
         path.write_bytes(b"")
+        if content != "nothing":
+            torch.save({"generator_smooth": {}, "generator": {}}, path)
     with pytest.raises(UserError, match="none of the 2 checkpoints"):
-        run(*common, "--steps", 3)
+        run(*common, "--steps", 2)
+    assert len(list((tmp_path / "checkpoints").glob("*.damaged"))) == 2
+
+
+def test_the_last_checkpoints_are_kept(tmp_path, small_clip):
+    common = ("--preset", "quick", "--clip", small_clip, "--out", tmp_path, "--save-every", 1, "--keep", 2)
+    run(*common, "--steps", 4)
+    assert [path.name[:9] for path in checkpoint.checkpoints(tmp_path / "checkpoints")] == ["00000004-", "00000003-"]
+
+
+def test_a_checkpoint_is_due_after_some_minutes(tmp_path, small_clip, monkeypatch):
+    monkeypatch.setattr(train.time, "monotonic", itertools.count(step=40).__next__)  # seconds
+    common = ("--preset", "quick", "--clip", small_clip, "--out", tmp_path, "--save-minutes", 1, "--keep", 9)
+    run(*common, "--steps", 5)
+    steps = [int(path.name[:8]) for path in checkpoint.checkpoints(tmp_path / "checkpoints")]
+    assert steps[0] == 5 and steps[-1] == 0 and 2 < len(steps) < 6
 
 
 def test_a_run_is_not_overwritten_nor_resumed_as_another(tmp_path, small_clip):
@@ -262,18 +264,23 @@ def test_a_run_is_not_overwritten_nor_resumed_as_another(tmp_path, small_clip):
         run(*common, "--steps", 2, "--seed", 1)
 
 
-def test_an_interrupt_loses_nothing(tmp_path, small_clip, monkeypatch, capsys):
-    common = ("--preset", "quick", "--clip", small_clip, "--out", tmp_path)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_an_interrupt_loses_nothing(tmp_path, small_clip, monkeypatch, capsys, number):
+    arguments = ("--preset", "quick", "--clip", small_clip, "--out", tmp_path, "--workers", 0, "--device", "cpu")
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, arguments), "--steps", "5"])
     update = train.Run.update
 
     def interrupted(self, *arguments):
         if self.progress.step == 1 and not self.asked_to_stop:
-            os.kill(os.getpid(), signal.SIGINT)  # in the middle of the second step
+            os.kill(os.getpid(), number)  # in the middle of the second step
         return update(self, *arguments)
 
     monkeypatch.setattr(train.Run, "update", interrupted)
-    assert run(*common, "--steps", 5).progress.step == 2
+    with pytest.raises(SystemExit) as ended:
+        train.main()
+    assert ended.value.code == train.COME_AGAIN
     assert "Stopped and saved" in capsys.readouterr().out
+    assert checkpoint.checkpoints(tmp_path / "checkpoints")[0].name.startswith("00000002-")
     monkeypatch.setattr(train.Run, "update", update)
-    assert run(*common, "--steps", 5).progress.step == 5
+    train.main()
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 5
