@@ -64,11 +64,12 @@ def torture(ranks, kills, steps, folder, seed=0):
     finish(ranks, whole, steps)
     with (folder / "output.txt").open("w") as output:
         for _ in tqdm(range(kills), desc=f"{ranks} rank(s)", unit="kill"):
-            newest = checkpoint.checkpoints(out / "checkpoints")
-            begun = int(newest[0].name[:8]) if newest else 0
+            newest, log = checkpoint.checkpoints(out / "checkpoints"), out / "metrics.jsonl"
+            begun, former = int(newest[0].name[:8]) if newest else 0, log.stat().st_ino if log.exists() else None
             life = subprocess.Popen(command(ranks, out, steps), cwd=ROOT, stdout=output, stderr=output)
             deadline = time.monotonic() + START
-            while last_step(out) <= begun + 1 or (not newest and last_step(out) < 2):
+            # A life writes the log anew, without what the one before did after its last checkpoint.
+            while not log.exists() or log.stat().st_ino == former or last_step(out) <= begun:
                 if life.poll() is not None or time.monotonic() > deadline:
                     sys.exit(f"a life ended by itself, at step {last_step(out)}; see {output.name}")
                 time.sleep(0.01)
