@@ -8,6 +8,7 @@ import warnings
 import torch
 import torch.distributed as dist
 from torch.distributed.nn.functional import all_gather
+from tqdm import tqdm
 
 from errors import UserError
 
@@ -66,6 +67,12 @@ def world_size():
 
 def is_main():
     return rank() == 0
+
+
+def say(message):
+    """Prints a line, on the main rank alone, above a progress bar."""
+    if is_main():
+        tqdm.write(message)
 
 
 def gather(x):

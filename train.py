@@ -9,7 +9,6 @@ import argparse
 import contextlib
 import copy
 import dataclasses
-import json
 import signal
 import sys
 import time
@@ -28,7 +27,9 @@ import distributed
 from aurora import Generator
 from clip import Text, load_clip
 from discriminator import Discriminator
+from distributed import say
 from errors import HelpFormatter, UserError, first_line, natural_number, positive_int, told_in_one_line
+from folder import RunFolder
 from growth import Growth, Stage
 from guard import Guard
 from layers import full_precision, parameter_groups
@@ -40,6 +41,7 @@ from plan import HARDWARE, plan
 from presets import PRESETS, fitted_to
 
 NUM_PICTURES = 24
+STATEFUL = ("generator", "discriminator", "ema", "optimizer_g", "optimizer_d")
 COME_AGAIN = 75  # the exit status of a run that was asked to stop and has saved: EX_TEMPFAIL of sysexits.h
 
 
@@ -113,23 +115,15 @@ class Run:
         self.batch = args.batch or self.recipe.batch
         self.steps = args.steps or self.recipe.steps
         self.check_batch()
-        self.identity = {
-            "preset": args.preset,
-            "data": args.data,
-            "batch": self.batch,
-            "seed": args.seed,
-            "clip": args.clip or self.recipe.clip_model,
-        }
+        clip = args.clip or self.recipe.clip_model
+        identity = {"preset": args.preset, "data": args.data, "batch": self.batch, "seed": args.seed, "clip": clip}
+        self.folder = RunFolder(args.out, identity)
+        state = self.folder.state(args.resume)
         with distributed.together():
-            path, state = self.find_checkpoint() if distributed.is_main() else (None, None)
-        path = distributed.broadcast(path)
-        with distributed.together():
-            state = checkpoint.load_run(path) if path and not state else state
-            self.build()
-            self.progress, self.saved = Progress(), path  # the last good checkpoint
+            self.build(clip)
+            self.progress = Progress()
             if state:
                 self.load(state)
-            self.saved_step = self.progress.step if path else None
         self.guard = Guard(say)
         self.asked_to_stop = self.stopping = False
         self.set_stage()
@@ -148,39 +142,9 @@ class Run:
                 f"--batch {self.batch} cannot be shared by {ranks} ranks in {parts} parts; choose a multiple"
             )
 
-    def find_checkpoint(self):
-        """The path of the checkpoint to go on from and its state, or None and None for a new run."""
-        out, resume = self.args.out, self.args.resume
-        try:
-            for folder in ("checkpoints", "samples"):
-                (out / folder).mkdir(parents=True, exist_ok=True)
-            for unfinished in out.glob("**/*.tmp"):
-                unfinished.unlink()
-        except OSError as error:
-            raise UserError(f"--out {out} cannot be written: {error.strerror}") from error
-        held = checkpoint.checkpoints(out / "checkpoints")
-        if (out / "generator_ema.safetensors").exists() and not held:
-            raise UserError(f"{out} holds a generator but no checkpoint to go on from; give another --out")
-        if resume == "auto":
-            path, state = checkpoint.newest_run(out / "checkpoints", say)
-        elif held:
-            raise UserError(f"--resume {resume}, but {out} holds a run of its own; give another --out, or remove it")
-        elif resume == "no":
-            return None, None
-        elif not Path(resume).is_file():
-            raise UserError(f"--resume {resume}: no such checkpoint; use auto to go on in --out, or no to start afresh")
-        else:
-            path, state = Path(resume), checkpoint.load_run(resume)
-        then = state["identity"] if state else self.identity
-        changed = [name for name, value in self.identity.items() if then.get(name) != value]
-        if changed:
-            now = ", ".join(f"--{name} {then.get(name)}" for name in changed)
-            raise UserError(f"the run in {path} was started with {now}; repeat that, or give another --out")
-        return path, state
-
-    def build(self):
+    def build(self, clip):
         """The networks, their optimizers, and the data."""
-        self.clip = load_clip(self.identity["clip"], self.device)
+        self.clip = load_clip(clip, self.device)
         preset = fitted_to(PRESETS[self.args.preset], self.clip.width, self.clip.map_shapes)
         torch.manual_seed(self.args.seed)
         self.generator = Generator(preset.generator).to(self.device)
@@ -228,12 +192,12 @@ class Run:
         """The steps up to the last one, or to when the run is asked to stop → whether it was."""
         self.stop_when_asked()
         self.growth.measure_reference(self.source)
-        self.write_config()
         self.introduce()
         p, parts = self.progress, self.args.accumulate
         batches = data.loader(self.source, p.step * parts, self.batch // parts, self.args.workers)
         bar = tqdm(total=self.steps, initial=p.step, unit="step", disable=not distributed.is_main(), dynamic_ncols=True)
-        log, saved_at = self.open_log(), time.monotonic()
+        self.folder.open_log(p.step)
+        saved_at = time.monotonic()
         while p.step < self.steps and not self.stopping:
             started = time.perf_counter()
             with distributed.together():
@@ -242,14 +206,14 @@ class Run:
             resolution, report = self.growth.active[-1], self.step(step_batches)
             p.step += 1
             self.growth.stage.images += self.batch
-            self.guard.watch(report, p.rejected - rejected, self.saved)
+            self.guard.watch(report, p.rejected - rejected, self.folder.last_good)
             if p.step % max(1, self.recipe.fid_every // self.batch) == 0:
                 report |= self.growth.evaluate(self.ema)
             self.grow_if_learned()
             seconds = time.perf_counter() - started
             p.seconds += seconds
             row = {"step": p.step, "images": p.step * self.batch, "resolution": resolution, **report}
-            log(row | {"skipped": p.skipped.total(), "rejected": p.rejected, "seconds": round(seconds, 4)})
+            self.folder.log(row | {"skipped": p.skipped.total(), "rejected": p.rejected, "seconds": round(seconds, 4)})
             last = p.step == self.steps or self.stopping
             if p.step % self.args.sample_every == 0 or last:
                 self.draw_samples()
@@ -392,9 +356,14 @@ class Run:
             self.set_stage()
 
     # ------------------------------------------------------------------------------------------------------------------
-    # Telling.
+    # Telling and saving.
 
     def introduce(self):
+        config = {name: str(value) for name, value in vars(self.args).items()} | self.folder.identity
+        config |= {"steps": self.steps, "world_size": distributed.world_size(), "torch": torch.__version__}
+        self.folder.write_config(config | {"recipe": dataclasses.asdict(self.recipe)})
+        if not self.folder.last_good:
+            self.save()
         if unknown := {word for caption in self.growth.fid_captions for word in self.clip.unknown_words(caption)}:
             say(
                 f"note: the small CLIP does not know {len(unknown)} words of these captions, as {min(unknown)}; for "
@@ -404,53 +373,16 @@ class Run:
         say(f"Training {self.args.preset} on {self.device}, {ranks} rank(s); all in {self.args.out}")
 
     def conclude(self):
-        p, name = self.progress, self.args.out / "generator_ema.safetensors"
+        p, folder = self.progress, self.folder
         if p.skipped.total() or p.rejected:
             causes = ", ".join(f"{count} {cause}" for cause, count in p.skipped.most_common() if count)
             say(f"Of the data was skipped: {causes or 'nothing'}. {p.rejected} updates were left out as not finite.")
         with distributed.together():
-            if distributed.is_main() and self.saved_step != p.step:
-                raise UserError(f"step {p.step} is not saved; the last good checkpoint: {self.saved or 'none'}")
+            if distributed.is_main() and folder.saved_step != p.step:
+                raise UserError(f"step {p.step} is not saved; the last good checkpoint: {folder.last_good or 'none'}")
         ended = "Stopped and saved; the same command goes on from here." if p.step < self.steps else "Done."
-        say(f'{ended} {p.step} steps. The generator: {name}\nNow: python sample.py "…" --checkpoint {name}')
-
-    # ------------------------------------------------------------------------------------------------------------------
-    # Files. The main rank writes them; a disk that is full does not end the run.
-
-    @contextlib.contextmanager
-    def going_on(self, what):
-        try:
-            yield
-        except OSError as error:
-            say(f"note: {what} could not be written ({error.strerror or first_line(error)}); the run goes on")
-
-    def write_config(self):
-        config = {name: str(value) for name, value in vars(self.args).items()} | self.identity
-        config |= {"steps": self.steps, "world_size": distributed.world_size(), "torch": torch.__version__}
-        config["recipe"] = dataclasses.asdict(self.recipe)
-        if distributed.is_main():
-            with self.going_on("config.json"):
-                (self.args.out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-            if not self.saved:
-                self.save()
-
-    def open_log(self):
-        """metrics.jsonl, without the lines of steps that are about to be made again → a function that adds a line."""
-        if not distributed.is_main():
-            return lambda row: None
-        path = self.args.out / "metrics.jsonl"
-        lines = path.read_text(errors="replace").splitlines() if path.exists() else []
-        kept = [line for line in lines if 0 < step_of(line) <= self.progress.step]
-        with self.going_on(path.name):
-            checkpoint.atomically(path, lambda new: new.write_text("".join(line + "\n" for line in kept)))
-        file = path.open("a")
-
-        def log(row):
-            with self.going_on(path.name):
-                file.write(json.dumps(row) + "\n")
-                file.flush()
-
-        return log
+        say(f"{ended} {p.step} steps. The generator: {folder.generator}")
+        say(f'Now: python sample.py "…" --checkpoint {folder.generator}')
 
     @torch.no_grad()
     def draw_samples(self):
@@ -461,14 +393,12 @@ class Run:
         text = self.clip.encode_text(self.clip.tokenize(captions))
         z = torch.randn(len(captions), self.ema.config.z_dim, generator=torch.Generator().manual_seed(1))
         images = self.ema(z.to(self.device), text.tokens, text.eot, self.growth.active[-1]).image
-        grid, path = labelled_grid(images, captions, columns=8), f"samples/step_{self.progress.step:07d}.png"
-        with self.going_on(path):
-            checkpoint.atomically(self.args.out / path, lambda new: grid.save(new, "PNG"))
+        self.folder.write_picture(labelled_grid(images, captions, columns=8), self.progress.step)
 
-    def save_generator(self):
+    def save_generator(self, path):
         notes = {
             "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-            **self.identity,
+            **self.folder.identity,
             "step": self.progress.step,
             "images": self.progress.step * self.batch,
             "resolution": self.growth.active[-1],
@@ -476,54 +406,33 @@ class Run:
             "machine": f"{distributed.world_size()} × {distributed.describe(self.device)}",
             "torch": torch.__version__,
         }
-        path = self.args.out / "generator_ema.safetensors"
         checkpoint.save_generator(path, self.ema, self.clip, self.growth.active[-1], notes)
 
     def save(self):
         """Writes all that the run needs to go on, unless its weights may be about to break."""
-        if not distributed.is_main() or not self.guard.trusts_the_weights:
+        if not self.guard.trusts_the_weights:
             return
         state = {
-            "identity": self.identity,
             "world_size": distributed.world_size(),
             "progress": vars(self.progress) | {"skipped": dict(self.progress.skipped)},
             "stage": vars(self.growth.stage),
-            "generator": self.generator.state_dict(),
-            "discriminator": self.discriminator.state_dict(),
-            "ema": self.ema.state_dict(),
-            "optimizer_g": self.optimizer_g.state_dict(),
-            "optimizer_d": self.optimizer_d.state_dict(),
+            **{name: getattr(self, name).state_dict() for name in STATEFUL},
         }
-        with self.going_on(f"the checkpoint of step {self.progress.step}"):
-            self.saved = checkpoint.save_run(self.args.out / "checkpoints", self.progress.step, state, self.args.keep)
-            self.saved_step = self.progress.step
-            self.save_generator()
+        self.folder.save(self.progress.step, state, self.args.keep, self.save_generator)
 
     def load(self, state):
         try:
-            for name in ("generator", "discriminator", "ema", "optimizer_g", "optimizer_d"):
+            for name in STATEFUL:
                 getattr(self, name).load_state_dict(state[name])
             self.progress = Progress(**state["progress"] | {"skipped": Counter(state["progress"]["skipped"])})
             self.growth.stage = Stage(**state["stage"])
             then, now = state["world_size"], distributed.world_size()
         except (AttributeError, KeyError, TypeError, RuntimeError, ValueError) as error:
             raise UserError(f"the checkpoint does not fit preset {self.args.preset}: {first_line(error)}") from error
+        self.folder.saved_step = self.progress.step
         say(f"Going on from step {self.progress.step}.")
         if then != now:
             say(f"note: so far on {then} rank(s), now on {now}: the same but for rounding, and for the order of shards")
-
-
-def step_of(line):
-    """The step of a line of metrics.jsonl, or 0 for one that was cut off."""
-    try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
-        return 0
-
-
-def say(message):
-    if distributed.is_main():
-        tqdm.write(message)
 
 
 def main():

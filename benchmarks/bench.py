@@ -12,18 +12,23 @@ faster way computes twice is not counted twice.
 import argparse
 import copy
 import dataclasses
+import functools
+import io
 import itertools
 import json
 import math
 import os
 import statistics
+import subprocess
 import sys
+import tarfile
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch.utils.benchmark import Timer
 from tqdm import tqdm
 
@@ -33,6 +38,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import data
 import distributed
 import inference
+import shapes
 from attention import l2_attention
 from aurora import Generator
 from checkpoint import DEMO, load_generator
@@ -243,19 +249,65 @@ def training(machine):
 
 
 def training_step(preset, batch, number, device):
-    """Step `number` of a run at its highest resolution, to be repeated; every 16th is with R1."""
+    """Step `number` of a run at its highest resolution, to be repeated with any batch; every 16th is with R1."""
     with tempfile.TemporaryDirectory() as folder:
         args = ["--preset", preset, "--batch", str(batch), "--clip", "small", "--out", folder, "--workers", "0"]
         run = Run(training_args(args), device)
-    run.progress.stage = len(run.resolutions) - 1
+    run.growth.stage.number = len(run.growth.resolutions) - 1
     run.set_stage()
     images = next(data.loader(run.source, 0, batch, 0))
 
-    def step():
+    def step(images=images):
         run.progress.step = number
-        run.step(images)
+        run.step([images])
 
     return step
+
+
+def streaming(machine):
+    """Steps of `shapes` from a batch in memory, and from shards of JPEGs of 256×256 that one worker reads."""
+    batch = PRESETS["shapes"].recipe.batch
+    with tempfile.TemporaryDirectory() as folder:
+        write_shards(Path(folder), count=3, pictures=500)
+        step = training_step("shapes", batch, 1, machine.device)
+        batches = data.loader(data.open_data(folder, 32, seed=0), 0, batch, workers=1)
+        for name, source in (("memory", itertools.repeat(next(batches))), ("shards", batches)):
+            stream = functools.partial(lambda source: step(next(source)), source)
+            yield machine.measure(f"training step, shapes, batch {batch}, from {name}, fp32", stream, "fp32", step)
+
+
+def write_shards(folder, count, pictures):
+    """Scenes as img2dataset would have saved them."""
+    for shard in range(count):
+        with tarfile.open(folder / f"{shard:05d}.tar", "w") as tar:
+            for number in range(shard * pictures, (shard + 1) * pictures):
+                scene, jpeg = shapes.scene(number, seed=0), io.BytesIO()
+                pixels = ((shapes.draw([scene], 256)[0] + 1) * 127.5).byte().permute(1, 2, 0).numpy()
+                Image.fromarray(pixels).save(jpeg, "JPEG", quality=95)
+                for suffix, content in (("jpg", jpeg.getvalue()), ("txt", scene.caption.encode())):
+                    info = tarfile.TarInfo(f"{number:09d}.{suffix}")
+                    info.size = len(content)
+                    tar.addfile(info, io.BytesIO(content))
+
+
+def ranks(machine):
+    """train.py on all cores as one process with so many threads, and as so many ranks with one thread each."""
+    cores, rates = torch.get_num_threads(), {}
+    launchers = {1: [], cores: ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(cores)]}
+    for number in [*launchers] * 3:
+        with tempfile.TemporaryDirectory() as folder:
+            options = f"train.py --device cpu --workers 0 --steps 40 --out {folder}".split()
+            environment = {**os.environ, "OMP_NUM_THREADS": str(cores // number)}
+            root = Path(__file__).parent.parent
+            command = [sys.executable, *launchers[number], *options]
+            subprocess.run(command, cwd=root, env=environment, check=True, capture_output=True)
+            rows = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+        seconds = statistics.median(row["seconds"] for row in rows[5:] if "fid" not in row)
+        rates.setdefault(number, []).append(PRESETS["shapes"].recipe.batch / seconds)
+    one, several = (statistics.median(rates[number]) for number in launchers)
+    yield Note(
+        f"shapes on {cores} cores: one rank {one:.1f} images/s, {cores} ranks {several:.1f}: {several / one:.2f}"
+    )
 
 
 def gigagan(machine):
@@ -388,6 +440,8 @@ CASES = {
     "rounding": rounding,
     "sizes": image_sizes,
     "train": training,
+    "streaming": streaming,
+    "ranks": ranks,
     "gigagan": gigagan,
     "experts": experts,
     "attention": attention,

@@ -66,7 +66,7 @@ def at_step(monkeypatch):
 def test_a_disk_that_is_full_for_a_while(tmp_path, common, expected, at_step, capsys):
     at_step({2: lambda _: full_disk(), 4: lambda _: room_again()})
     run(*common, "--out", tmp_path / "run", "--steps", 5)
-    assert "the checkpoint of step 3 could not be written" in capsys.readouterr().out
+    assert "a checkpoint could not be written" in capsys.readouterr().out
     assert_identical(state_of(tmp_path / "run"), expected)
     assert not list((tmp_path / "run").glob("**/*.tmp"))
 
