@@ -30,6 +30,7 @@ from metrics import pyramid
 from presets import PRESETS, fitted_to
 
 UTILIZATION = 0.25  # of the peak rate, the guess: what convolutions and small matrices leave of it in such networks
+WIDTHS = (5, 14, 12, 12, 10, 10, 10, 10, 10)  # of the table's columns
 DECODED = 300  # pictures of 256×256 that a data worker reads in a second, another guess
 
 
@@ -218,13 +219,13 @@ def plan(name, clip_model, batch, gpus, hardware, workers):
     yield f"{name} at {resolution}×{resolution} on {hardware.name}, global batch {batch}, CLIP {clip_model}"
     yield "  parameters, M:       " + figures(few.parameters, 1e6)
     yield "  memory kept, GB:     " + figures(few.state, 1e9)
-    yield f"  memory at the peak:  {fixed / 1e9:.1f} GB, and {an_image / 1e9:.2f} GB for each image of a part"
-    yield f"  work of an image:    {flop / 1e12:.2f} TFLOP, R1 in one step of {R1_INTERVAL} included"
+    yield f"  memory at the peak:  {fixed / 1e9:.3g} GB, and {an_image / 1e9:.3g} GB for each image of a part"
+    yield f"  work of an image:    {flop / 1e12:.3g} TFLOP, R1 in one step of {R1_INTERVAL} included"
     if (fits := int((0.95 * hardware.memory - fixed) / an_image)) < 2:
         yield f"  It does not fit: two images take {(fixed + 2 * an_image) / 1e9:.0f} GB."
         return
     heads = ("GPUs", "--accumulate", "memory, GB", "compute, s", "wire, GB", "wire, s", "data, s", "step, s", "days")
-    yield "".join(f"{head:>13s}" for head in heads) + "   bound by"
+    yield "".join(f"{head:>{width}s}" for head, width in zip(heads, WIDTHS, strict=True)) + "   bound by"
     for number in sorted({1, 8, 64, gpus}):
         if batch % number:
             continue
@@ -241,12 +242,13 @@ def plan(name, clip_model, batch, gpus, hardware, workers):
         memory = fixed + share / parts * an_image
         row = number, parts, memory / 1e9, seconds["compute"], wire / 1e9, seconds["the wire"], seconds["data"], step
         days = preset.recipe.steps * step / 86400
-        yield "".join(f"{value:13.3g}" for value in (*row, days)) + f"   {max(seconds, key=seconds.get)}"
+        cells = zip((*row, days), WIDTHS, strict=True)
+        yield "".join(f"{value:{width}.3g}" for value, width in cells) + f"   {max(seconds, key=seconds.get)}"
     yield f"{preset.recipe.steps:,} steps; compute, wire and data go on at the same time. Parameters, memory and FLOP"
-    yield "are held against real steps on a CPU by tests/test_plan.py. Nothing was ever measured on a GPU, and two are"
-    yield f"guesses: compute at {UTILIZATION:.0%} of {hardware.flop_rate / 1e12:.0f} TFLOP/s, a worker reading"
-    yield f"{DECODED} pictures a second."
+    yield "are held against real steps on a CPU by tests/test_plan.py. Nothing was ever measured on a GPU. Guesses:"
+    rate = f"{hardware.flop_rate / 1e12:.0f} TFLOP/s"
+    yield f"compute at {UTILIZATION:.0%} of {rate}, a worker reads {DECODED} pictures a second."
 
 
 def figures(numbers, unit):
-    return ", ".join(f"{name} {number / unit:,.1f}" for name, number in numbers.items())
+    return ", ".join(f"{name} {number / unit:,.4g}" for name, number in numbers.items())

@@ -439,6 +439,7 @@ def main():
     args = parse_args()
     with told_in_one_line():
         if args.plan:
+            print("Going through two steps with empty tensors; about a minute for a large preset …", flush=True)
             recipe = PRESETS[args.preset].recipe
             numbers = args.batch or recipe.batch, args.gpus, HARDWARE[args.hardware], args.workers
             print(*plan(args.preset, args.clip or recipe.clip_model, *numbers), sep="\n")

@@ -12,6 +12,7 @@ import resource
 import pytest
 import torch
 from test_train import assert_identical, quick_preset, run, small_clip  # noqa: F401 - fixtures
+from torture import torture
 
 import checkpoint
 import guard
@@ -153,6 +154,11 @@ def test_a_checkpoint_that_holds_code(tmp_path, common, expected):
     run(*common, "--out", tmp_path / "run", "--steps", 5)
     assert_identical(state_of(tmp_path / "run"), expected)
     assert not (tmp_path / "executed").exists()
+
+
+def test_kills_at_random_moments(tmp_path):
+    """The short form of torture.py."""
+    torture(ranks=1, kills=2, steps=30, folder=tmp_path)
 
 
 def test_symptoms_are_told_once_when_they_last():

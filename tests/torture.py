@@ -20,7 +20,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))  # a script in a folder of its own
+sys.path.insert(0, str(ROOT))
+
+import checkpoint  # noqa: E402 - from the folder above
 
 START = 120  # seconds that a life may take to make its first step
 
@@ -57,8 +59,6 @@ def finish(ranks, out, steps):
 
 def torture(ranks, kills, steps, folder, seed=0):
     """→ how many of the kills came while a checkpoint was being written."""
-    import checkpoint
-
     moments, while_saving = random.Random(seed), 0
     whole, out = folder / "whole", folder / "tortured"
     finish(ranks, whole, steps)
