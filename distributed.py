@@ -12,8 +12,9 @@ from tqdm import tqdm
 
 from errors import UserError
 
-# Its successor is not in every PyTorch since 2.8; open_clip's loss calls it as well.
-warnings.filterwarnings("ignore", message=".*all_gather is deprecated", category=FutureWarning)
+# Their successors are not in every PyTorch since 2.8; open_clip's loss calls the first as well.
+for name in ("all_gather", "`broadcast_buffers`"):
+    warnings.filterwarnings("ignore", message=f".*{name} is deprecated", category=FutureWarning)
 
 
 def start(device_name):
@@ -55,6 +56,20 @@ def describe(device):
 def stop():
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def losses_told():
+    """Where another rank died, what its silence raises here becomes a UserError."""
+    try:
+        yield
+    except (dist.DistError, RuntimeError) as error:
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise
+        raise UserError(
+            "another rank was lost; torchrun --max-restarts 3 starts all of them again, and the run goes on from its "
+            "last checkpoint"
+        ) from error
 
 
 def rank():

@@ -446,7 +446,8 @@ def main():
             return
         device = distributed.start(args.device)
         try:
-            stopped_early = Run(args, device).train()
+            with distributed.losses_told():
+                stopped_early = Run(args, device).train()
         finally:
             distributed.stop()
     if stopped_early:

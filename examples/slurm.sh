@@ -20,6 +20,8 @@
 
 trap 'asked=yes; scancel --signal=USR1 "$SLURM_JOB_ID"' USR1
 
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1  # else a node that comes back is not told the address of the first one
+
 srun torchrun --nnodes "$SLURM_NNODES" --nproc-per-node "${SLURM_GPUS_ON_NODE:-1}" --max-restarts 3 \
     --rdzv-backend c10d --rdzv-endpoint "$SLURMD_NODENAME:29500" --rdzv-id "$SLURM_JOB_ID" \
     --signals-to-handle SIGTERM,SIGUSR1 --shutdown-timeout 240 \

@@ -190,14 +190,20 @@ def test_a_tiny_model_learns_colours(tmp_path, monkeypatch):
     assert torch.stack(right).mean() > 0.9  # chance: 0.25
 
 
-def test_torchrun_with_two_ranks(tmp_path, small_clip):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py"]
-    options = f"--steps 3 --batch 4 --workers 0 --device cpu --clip {small_clip} --out {tmp_path / 'run'}"
-    done = subprocess.run([*command, *options.split()], cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert "2 rank(s)" in done.stdout and done.stdout.count("Done. 3 steps") == 1
-    with safe_open(tmp_path / "run" / "generator_ema.safetensors", "pt") as file:
-        assert json.loads(file.metadata()["notes"])["step"] == 3
+def test_torchrun_with_two_ranks_which_go_on_where_one_was(tmp_path, small_clip):
+    out = tmp_path / "run"
+    options = f"--batch 4 --workers 0 --device cpu --clip {small_clip} --out {out}".split()
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    for ranks, steps in ((1, 2), (2, 5)):
+        command = [sys.executable, *(launcher if ranks > 1 else []), "train.py", *options, "--steps", str(steps)]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+    assert "2 rank(s)" in done.stdout and done.stdout.count("Done. 5 steps") == 1
+    assert done.stdout.count("Going on from step 2.") == 1 and "so far on 1 rank(s), now on 2" in done.stdout
+    with safe_open(out / "generator_ema.safetensors", "pt") as file:
+        assert json.loads(file.metadata()["notes"])["step"] == 5
+    log = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in log] == [1, 2, 3, 4, 5]
 
 
 # ----------------------------------------------------------------------------------------------------------------------

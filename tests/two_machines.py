@@ -49,6 +49,8 @@ def start(name, out, output):
     agent += ["--rdzv-conf", f"is_host={int(name == 'aurora-a')}"]
     launcher = ["ip", "netns", "exec", name, sys.executable, "-m", "torch.distributed.run", *agent]
     environment = {**os.environ, "GLOO_SOCKET_IFNAME": "cable", "OMP_NUM_THREADS": "1"}
+    # Else a machine that comes back is never told the address of the first one (seen with PyTorch 2.14).
+    environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     training = command(1, out, STEPS)[1:]
     return subprocess.Popen([*launcher, *training], cwd=ROOT, env=environment, stdout=output, stderr=output)
 
