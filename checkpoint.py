@@ -121,7 +121,7 @@ def _load_ours(path):
 def _load_official(path):
     state = load_tensors(path)
     if isinstance(state, dict) and "progress" in state:
-        raise UserError(f"{path} is the state of a run; sample with generator_ema.safetensors beside it")
+        raise UserError(f"{path} is the state of a run; sample with generator_ema.safetensors of its folder")
     try:
         return load_official(state)
     except ValueError as error:
