@@ -1,6 +1,7 @@
 """The few calls to torch.distributed, each of which does the obvious thing in a single process too."""
 
 import contextlib
+import gc
 import os
 import platform
 import warnings
@@ -55,6 +56,7 @@ def describe(device):
 
 def stop():
     if dist.is_initialized():
+        gc.collect()  # DistributedDataParallel holds the group, in cycles, and must be gone before it
         dist.destroy_process_group()
 
 

@@ -189,10 +189,15 @@ class Run:
     # Training.
 
     def train(self):
-        """The steps up to the last one, or to when the run is asked to stop → whether it was."""
-        self.stop_when_asked()
-        self.growth.measure_reference(self.source)
-        self.introduce()
+        """Goes on up to the last step, or to when the run is asked to stop → whether it was."""
+        with self.stopping_when_asked():
+            self.growth.measure_reference(self.source)
+            self.introduce()
+            self.make_steps()
+            self.conclude()
+        return self.progress.step < self.steps
+
+    def make_steps(self):
         p, parts = self.progress, self.args.accumulate
         batches = data.loader(self.source, p.step * parts, self.batch // parts, self.args.workers)
         bar = tqdm(total=self.steps, initial=p.step, unit="step", disable=not distributed.is_main(), dynamic_ncols=True)
@@ -227,10 +232,9 @@ class Run:
             )
             bar.update()
         bar.close()
-        self.conclude()
-        return p.step < self.steps
 
-    def stop_when_asked(self):
+    @contextlib.contextmanager
+    def stopping_when_asked(self):
         """Ctrl-C, SIGTERM and SIGUSR1 let the step end, so that all is saved whole; a second Ctrl-C ends at once."""
 
         def ask(number, _):
@@ -240,8 +244,12 @@ class Run:
             if number == signal.SIGINT:
                 signal.signal(number, signal.default_int_handler)
 
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, ask)
+        former = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+        try:
+            yield
+        finally:
+            for number, handler in former.items():
+                signal.signal(number, handler)
 
     def step(self, batches):
         """One step of both networks from the parts of a global batch → what happened, as plain numbers."""
