@@ -37,20 +37,19 @@ def l2_attention(q, k, v):
     if torch.is_grad_enabled():
         q, k, v = full_precision(q), full_precision(k), full_precision(v)
     with float32_region(q):
-        scale = 1 / math.sqrt(q.shape[-1])  # on the vectors, which scales their distance
-        q, k = q * scale, k * scale
-        (high_q, low_q), (high_k, low_k) = square_norm(q), square_norm(k)
+        scale = 1 / q.shape[-1]  # of squared distances
+        (high_q, low_q), (high_k, low_k) = square_norm(q, scale), square_norm(k, scale)
         one = torch.ones_like(high_q[..., :1, :]).expand
-        # |q − k|² as one product, of vectors that are four numbers longer.
-        q = torch.cat([-2 * q, high_q, low_q, one(high_q.shape), one(high_q.shape)], dim=-1)
+        # |q − k|²/d as one product, of vectors that are four numbers longer.
+        q = torch.cat([-2 * scale * q, high_q, low_q, one(high_q.shape), one(high_q.shape)], dim=-1)
         k = torch.cat([k, one(high_k.shape), one(high_k.shape), high_k, low_k], dim=-1)
         h = BlockwiseAttention.apply(*(x.flatten(0, 1) for x in (q, k, v)))
     return h.unflatten(0, v.shape[:2]).to(dtype)
 
 
-def square_norm(x):
-    """|x|² of vectors [..., d], as two numbers [..., 1] of its dtype, the second being what rounding takes off."""
-    exact = full_precision(x).square().sum(-1, keepdim=True)
+def square_norm(x, scale):
+    """scale·|x|² of vectors [..., d], as two numbers [..., 1] of its dtype, the second what rounding takes off."""
+    exact = torch.linalg.vector_norm(full_precision(x), dim=-1, keepdim=True).square() * scale
     high = exact.to(x.dtype)
     return high, (exact - high).to(x.dtype)
 
@@ -67,7 +66,7 @@ class BlockwiseAttention(torch.autograd.Function):
         for heads, rows, distance, weights in blocks(q, k, 2):
             measure(q[heads, rows], k[heads], distance)
             torch.softmax(distance.neg_(), dim=-1, out=weights)
-            h[heads, rows] = weights @ v[heads]
+            torch.bmm(weights, v[heads], out=h[heads, rows])
         ctx.save_for_backward(q, k, v, h)
         return h
 
