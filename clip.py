@@ -173,6 +173,14 @@ def load_clip(spec, device="cpu"):
     """ "small", the path of a small clip.safetensors, or "MODEL:WEIGHTS" of open_clip, WEIGHTS a tag or a file."""
     if spec == "small" or Path(spec).is_file():
         return fold_batch_norms(load_small(SMALL_PATH if spec == "small" else spec)).to(device)
+    model = create(spec)
+    if not isinstance(model, open_clip.CLIP):
+        raise UserError(f"--clip {spec}: only models of OpenAI's CLIP architecture serve, as ViT-L-14-quickgelu:openai")
+    return fold_batch_norms(FrozenClip(model, spec)).to(device)
+
+
+def create(spec):
+    """ "MODEL:WEIGHTS" → open_clip's model of whatever class. Raises UserError where it cannot be had."""
     model_name, _, weights = spec.partition(":")
     if model_name not in open_clip.list_models():
         raise UserError(f"--clip {spec}: neither a file nor MODEL:WEIGHTS of open_clip, as ViT-L-14-quickgelu:openai")
@@ -190,9 +198,7 @@ def load_clip(spec, device="cpu"):
         ) from error
     finally:
         logging.disable(logging.NOTSET)
-    if not isinstance(model, open_clip.CLIP):
-        raise UserError(f"--clip {spec}: only models of OpenAI's CLIP architecture serve, as ViT-L-14-quickgelu:openai")
-    return fold_batch_norms(FrozenClip(model, spec)).to(device)
+    return model
 
 
 def fold_batch_norms(clip):

@@ -114,6 +114,14 @@ def broadcast(value):
     return values[0]
 
 
+def collect(value):
+    """Every rank's value, any that can be pickled, in their order, on every rank."""
+    values = [value] * world_size()
+    if dist.is_initialized():
+        dist.all_gather_object(values, value)
+    return values
+
+
 @contextlib.contextmanager
 def together():
     """A UserError that one rank meets ends all of them, and the main one tells it."""
@@ -129,6 +137,5 @@ def together():
     failed = torch.tensor(float(bool(message)), device="cuda" if dist.get_backend() == "nccl" else "cpu")
     dist.all_reduce(failed, dist.ReduceOp.MAX)
     if failed:
-        messages = [""] * world_size()
-        dist.all_gather_object(messages, message)
+        messages = collect(message)
         raise UserError(next(filter(None, messages))) if is_main() else SystemExit(2)

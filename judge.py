@@ -1,10 +1,7 @@
 """Judges pictures of the built-in scenes: what a small classifier sees in them, against what their captions say.
 
-    python judge.py                                                      # the demo model
-    python judge.py --checkpoint runs/shapes/generator_ema.safetensors   # your own
-    python judge.py --train                                              # the classifier itself, again
-
-It learns from rendered scenes alone, of all pairs of shape and color; no generator is trained on what it says.
+`python evaluate.py` asks it. It learns from rendered scenes alone, of all pairs of shape and color, by `python
+judge.py`; no generator is trained on what it says.
 """
 
 import argparse
@@ -18,12 +15,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm import tqdm
 
-import distributed
 import shapes
-from checkpoint import DEMO, atomically, load_generator
-from clip import load_clip
-from errors import HelpFormatter, UserError, positive_int, told_in_one_line
-from metrics import clip_features, expert_counts, fid, outputs
+from checkpoint import atomically
+from errors import HelpFormatter, UserError, told_in_one_line
+from metrics import expert_counts, outputs
 
 WEIGHTS = Path(__file__).parent / "models" / "judge.safetensors"
 RESOLUTIONS = (16, 32)  # below, a small shape is a dot
@@ -188,52 +183,31 @@ def spread(judge, generator, clip, seeds=100):
     return torch.stack(ratios).mean().item()
 
 
-def report(judge, generator, clip, count):
-    """Prints what the judge says of a generator, and in brackets what it says of scenes rendered at that resolution."""
+def verdict(judge, generator, clip, count):
+    """→ {kind of prompt: ({what: share right of the pictures}, {what: of scenes rendered at that resolution})}."""
     resolution = generator.config.levels[-1].resolution
     asked = {
         "one object": scenes_with(1, count, shapes.SEEN),
         "one object, shape and color never seen together": scenes_with(1, count, sorted(shapes.HELD_OUT)),
         "two objects": scenes_with(2, count, shapes.SEEN),
     }
-    for title, scenes in asked.items():
+    result = {}
+    for kind, scenes in asked.items():
         images, _ = sample(generator, clip, [scene.caption for scene in scenes], seed=1)
-        drawn, rendered = (
-            accuracies(judge.read(pictures)[0], scenes) for pictures in (images, shapes.draw(scenes, resolution))
-        )
-        print(f"{count} prompts with {title}: % right")
-        for name in drawn:
-            print(f"  {name:16s} {100 * drawn[name]:5.1f}  ({100 * rendered[name]:.1f})")
-    print(f"Spread of positions over seeds, as a share of that in scenes: {spread(judge, generator, clip):.2f}")
-
-    scenes, some, others = ([shapes.scene(i, UNSEEN + number) for i in range(count)] for number in range(3))
-    images, loads = sample(generator, clip, [scene.caption for scene in scenes], seed=2)
-    small_clip = load_clip("small")
-    features = [clip_features(small_clip, x) for x in (images, *(shapes.draw(s, resolution) for s in (some, others)))]
-    drawn, reference = fid(features[0], features[2]), fid(features[1], features[2])
-    print(
-        f"FID in the small CLIP's embedding, {count} samples and {count} scenes: {drawn:.2f}, reference {reference:.2f}"
-    )
-    for name, shares in loads.items():
-        print(f"Experts at {name}, % of the points:", *[f"{100 * share:.1f}" for share in shares])
+        pictures = images, shapes.draw(scenes, resolution)
+        result[kind] = tuple(accuracies(judge.read(those)[0], scenes) for those in pictures)
+    return result
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=HelpFormatter)
-    parser.add_argument("--checkpoint", type=Path, default=DEMO, help="a generator_ema.safetensors")
-    parser.add_argument("--num", type=positive_int, default=1000, help="prompts of each kind")
-    parser.add_argument("--train", action="store_true", help="train the classifier again, and write it")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    parser = argparse.ArgumentParser(description="Trains the judge again.", formatter_class=HelpFormatter)
+    parser.add_argument("--out", type=Path, default=WEIGHTS)
     args = parser.parse_args()
     with told_in_one_line():
-        if args.train:
-            trained = train()
-            atomically(WEIGHTS, lambda temporary: save_file(trained.state_dict(), temporary))
-        generator, clip, _ = load_generator(args.checkpoint, distributed.start(args.device))
-        resolution = generator.config.levels[-1].resolution
-        if resolution not in RESOLUTIONS:
-            raise UserError(f"{args.checkpoint} draws {resolution}×{resolution}; the judge reads 16×16 and 32×32")
-        report(load(), generator, clip, args.num)
+        if not args.out.parent.is_dir():
+            raise UserError(f"--out {args.out}: there is no folder {args.out.parent}")
+        trained = train()
+        atomically(args.out, lambda temporary: save_file(trained.state_dict(), temporary))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The Fréchet distance, and the reference FID that tells the training when a resolution is learned."""
+"""Distances between sets of images, in the space of some network's features: FID, precision and recall."""
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,29 @@ def frechet_distance(a, b):
 def fid(a, b):
     """The Fréchet distance between two sets of features, [N, D] and [M, D]."""
     return frechet_distance(statistics(a), statistics(b))
+
+
+@torch.no_grad()
+def precision_recall(real, fake, neighbours=3, block=4096):
+    """The share of samples that lie among real images, and of real images that lie among samples, in feature space.
+
+    real [N, D], fake [M, D]. A point lies among a set where it is no farther from any of the set's points than that
+    one's k-th nearest neighbour in the set, itself not counted (Kynkäänniemi et al. 2019, section 2).
+    """
+    return share_among(fake, real, neighbours, block), share_among(real, fake, neighbours, block)
+
+
+def share_among(points, others, neighbours, block):
+    """The share of `points` that lie among `others`."""
+    exactly = "donot_use_mm_for_euclid_dist"  # by products, a point would be at a distance from itself
+    radii = torch.cat(
+        [
+            torch.cdist(part, others, compute_mode=exactly).kthvalue(neighbours + 1, dim=1).values
+            for part in others.split(block)
+        ]
+    )
+    inside = [(torch.cdist(part, others, compute_mode=exactly) <= radii).any(1) for part in points.split(block)]
+    return torch.cat(inside).float().mean().item()
 
 
 def resize(images, resolution):

@@ -1,16 +1,10 @@
 """The judge reads rendered scenes, and counts as right what the caption says."""
 
-import sys
-from dataclasses import replace
-
 import pytest
 import torch
 
 import judge as judging
 import shapes
-from aurora import Generator
-from checkpoint import save_generator
-from clip import load_clip
 from judge import PAIRS, accuracies, scenes_with, truth
 
 
@@ -53,28 +47,3 @@ def test_a_scene_is_right_for_its_own_caption_and_wrong_where_it_differs():
     single = {**seen, "arrangement": torch.zeros_like(seen["arrangement"])}
     result = accuracies(single, scenes)
     assert result["number"] == result["both colors"] == result["relation"] == 0 and result["background"] == 1
-
-
-def test_its_verdict_on_a_generator_is_printed(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["judge.py", "--num", "8", "--device", "cpu"])
-    judging.main()
-    said = capsys.readouterr().out
-    for words in (
-        "8 prompts with two objects",
-        "shape and color",
-        "relation",
-        "Spread",
-        "FID in",
-        "Experts at",
-    ):
-        assert words in said
-
-
-def test_a_generator_it_cannot_judge_is_refused_in_one_line(tmp_path, monkeypatch, capsys, generator_config):
-    low = replace(generator_config, levels=generator_config.levels[:2], clip_width=128)
-    save_generator(tmp_path / "low.safetensors", Generator(low), load_clip("small"), 8, {})
-    for name, says in (("low.safetensors", "draws 8×8"), ("none.safetensors", "no checkpoint")):
-        monkeypatch.setattr(sys, "argv", ["judge.py", "--checkpoint", str(tmp_path / name), "--device", "cpu"])
-        with pytest.raises(SystemExit):
-            judging.main()
-        assert says in capsys.readouterr().err
