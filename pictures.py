@@ -1,11 +1,19 @@
-"""Grids of images with their captions, as people look at them."""
+"""Grids and animations of images with their captions, and maps of which expert took which point."""
 
 import textwrap
+from pathlib import Path
 
+import matplotlib
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-CELL, MARGIN, FONT_SIZE = 128, 6, 12
+CELL, MARGIN, FONT_SIZE = 128, 6, 11
+LINE = FONT_SIZE + 5
+FONT = Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")  # has ψ and ×, which Pillow's own lacks
+COLORS = (  # of experts, told apart also by those who confuse red and green
+    "#332288", "#88CCEE", "#117733", "#DDCC77", "#CC6677", "#AA4499", "#44AA99", "#999933",
+    "#882255", "#661100", "#6699CC", "#888888", "#000000", "#EE7733", "#0077BB", "#EE3377",
+)  # fmt: skip
 
 
 def to_pil(image):
@@ -17,19 +25,63 @@ def to_pil(image):
     )
 
 
+def expert_map(experts):
+    """The expert of each feature point [N] → a PIL image of their colors."""
+    side = round(len(experts) ** 0.5)
+    picture = Image.new("RGB", (side, side))
+    draw = ImageDraw.Draw(picture)
+    for point, expert in enumerate(experts.tolist()):
+        draw.point((point % side, point // side), COLORS[expert % len(COLORS)])
+    return picture.resize((CELL, CELL), Image.Resampling.NEAREST)
+
+
+def beside(panels):
+    """PIL images of a cell each → one, side by side."""
+    strip = Image.new("RGB", (len(panels) * CELL, CELL), "white")
+    for i, panel in enumerate(panels):
+        strip.paste(panel, (i * CELL, 0))
+    return strip
+
+
 def labelled_grid(images, captions, columns):
     """Images [n, 3, R, R] in rows of `columns`, each with its caption underneath → a PIL image."""
-    font = ImageFont.load_default(FONT_SIZE)
-    characters = int(CELL / font.getlength("n"))
-    labels = ["\n".join(textwrap.wrap(c, characters, max_lines=4, placeholder=" …")) for c in captions]
-    line = FONT_SIZE + 4
-    text_height = line * max(label.count("\n") + 1 for label in labels) + MARGIN
-    rows = -(-len(images) // columns)
-    width, height = CELL + MARGIN, CELL + text_height
-    grid = Image.new("RGB", (columns * width + MARGIN, rows * height + MARGIN), "white")
-    draw = ImageDraw.Draw(grid)
-    for i, (image, label) in enumerate(zip(images, labels, strict=True)):
-        x, y = MARGIN + i % columns * width, MARGIN + i // columns * height
-        grid.paste(to_pil(image), (x, y))
-        draw.multiline_text((x, y + CELL + 2), label, fill="black", font=font, spacing=2)
-    return grid
+    return grid([to_pil(image) for image in images], captions, columns)
+
+
+def grid(panels, captions, columns, title="", experts=0):
+    """PIL images of one size with captions, in rows, under a title; with a legend of so many experts' colors."""
+    font = ImageFont.truetype(FONT, FONT_SIZE)
+    panel_width = panels[0].width
+    labels = [wrapped(caption, panel_width, font, 4) for caption in captions]
+    width, height = panel_width + MARGIN, CELL + lines_of(labels) * LINE + MARGIN
+    heading = wrapped(title, columns * width, font, 9)
+    top = MARGIN + (lines_of([heading]) * LINE + MARGIN if title else 0)
+    rows = -(-len(panels) // columns)
+    canvas = Image.new("RGB", (columns * width + MARGIN, top + rows * height + LINE * bool(experts) + MARGIN), "white")
+    draw = ImageDraw.Draw(canvas)
+    draw.multiline_text((MARGIN, MARGIN), heading, fill="black", font=font, spacing=3)
+    for i, (panel, label) in enumerate(zip(panels, labels, strict=True)):
+        x, y = MARGIN + i % columns * width, top + i // columns * height
+        canvas.paste(panel, (x, y))
+        draw.multiline_text((x, y + CELL + 2), label, fill="black", font=font, spacing=3)
+    for expert in range(experts):
+        x, y = MARGIN + expert * 26, canvas.height - LINE - 2
+        draw.rectangle((x, y, x + FONT_SIZE, y + FONT_SIZE), fill=COLORS[expert % len(COLORS)])
+        draw.text((x + FONT_SIZE + 2, y - 1), str(expert), fill="black", font=font)
+    return canvas
+
+
+def wrapped(text, width, font, max_lines):
+    characters = max(1, int(width / font.getlength("n")))
+    return "\n".join(textwrap.wrap(text, characters, max_lines=max_lines, placeholder=" …"))
+
+
+def lines_of(labels):
+    return max(label.count("\n") + 1 for label in labels)
+
+
+def animation(panels, captions, title="", experts=0):
+    """A PIL image for each panel, captioned as in a grid, all of one size."""
+    frames = [grid([panel], [caption], 1, title, experts) for panel, caption in zip(panels, captions, strict=True)]
+    height = max(frame.height for frame in frames)
+    return [ImageOps.pad(frame, (frame.width, height), color="white", centering=(0, 0)) for frame in frames]

@@ -1,4 +1,8 @@
-"""Draws pictures from text: `python sample.py "a small red circle on a gray background"`."""
+"""Draws pictures from text: `python sample.py "a small red circle on a gray background"`.
+
+Also looks at the latent space: several seeds or truncations, the way between two prompts, layers that follow different
+prompts, a walk as GIF, and which expert took which point.
+"""
 
 import argparse
 from pathlib import Path
@@ -9,12 +13,13 @@ from tqdm import tqdm
 
 import distributed
 import inference
+import latent
+import views
 from checkpoint import DEMO, atomically, load_generator
 from errors import HelpFormatter, UserError, finite_number, first_line, natural_number, positive_int, told_in_one_line
-from pictures import labelled_grid
+from pictures import animation, beside, expert_map, grid, to_pil
 
-NUM_MEAN = 256  # latents behind a prompt's mean code
-BATCH = 16
+FRAME_MS = 80  # of an animation
 
 
 def parse_args(argv=None):
@@ -34,16 +39,28 @@ def parse_args(argv=None):
     add(
         "--clip", help="MODEL:WEIGHTS of open_clip, to read a large CLIP from a file; default: what the checkpoint says"
     )
-    add("--out", type=Path, default=Path("sample.png"), help="the picture to write")
+    add("--out", type=Path, default=Path("sample.png"), help="the picture to write; .gif: one frame after another")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add("--dtype", choices=inference.DTYPES, default="fp32", help="bf16: faster, in half the memory, nearly the same")
     add("--compile", action="store_true", help="torch.compile: minutes before the first picture, for very many of them")
+    add("--experts", action="store_true", help="beside each picture, which expert took each feature point")
+    look = parser.add_argument_group("views, one at a time").add_mutually_exclusive_group()
+    look.add_argument("--seeds", nargs="+", type=natural_number, help="a column for each seed")
+    look.add_argument("--truncation-sweep", action="store_true", help="a column for each of several truncations")
+    look.add_argument("--interpolate", nargs=2, metavar=("FROM", "TO"), help="the way from one prompt to another")
+    look.add_argument(
+        "--mix", nargs=2, metavar=("COARSE", "FINE"), help="low layers by one prompt, the rest by another"
+    )
+    look.add_argument("--latent-walk", action="store_true", help="one prompt through several seeds; best as .gif")
+    add("--steps", type=positive_int, default=8, help="frames of --interpolate and --latent-walk")
+    add("--part", choices=("both", "global", "local"), default="both", help="what of the text --interpolate moves")
+    add("--path", choices=("spherical", "linear"), default="spherical", help="of --interpolate and --latent-walk")
     return parser.parse_args(argv)
 
 
 def read_prompts(args):
     """The prompts of the command line and of the file. Raises UserError where there is none, or one is empty."""
-    prompts = list(args.prompt)
+    prompts = [*args.prompt, *(args.interpolate or args.mix or ())]
     if args.prompts:
         try:
             prompts += [line for line in args.prompts.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
@@ -84,49 +101,93 @@ def check_writable(path):
         raise UserError(f"--out {path} cannot be written: {error.strerror}") from error
 
 
-def save(picture, path):
-    """Writes a PIL image, whole or not at all: what stood at the path before is kept where it fails."""
+def save(pictures, path):
+    """Writes PIL images as one file, whole or not at all: what stood at the path before is kept where it fails."""
+    first, *others = pictures
+    options = {"save_all": True, "append_images": others, "duration": FRAME_MS, "loop": 0} if others else {}
+    kind = Image.registered_extensions()[path.suffix.lower()]
     try:
-        atomically(path, lambda temporary: picture.save(temporary, Image.registered_extensions()[path.suffix.lower()]))
+        atomically(path, lambda temporary: first.save(temporary, kind, **options))
     except (OSError, ValueError, KeyError) as error:
-        size = f"{picture.width}×{picture.height}"
+        size = f"{first.width}×{first.height}"
         raise UserError(f"--out {path} cannot be written at {size} ({first_line(error)}); try .png or less") from error
 
 
+def choose_view(args, generator, clip, prompts):
+    """→ the frames to draw, how many of them stand in a row, and what the picture says above them."""
+    seed, psi = args.seed, args.truncation
+    noise = f"seed {seed}, ψ {psi:g}"
+    if args.seeds:
+        frames = views.seeds_by_prompts(generator, clip, prompts, args.seeds, psi)
+        return frames, len(args.seeds), f"Each column has its noise, ψ {psi:g}"
+    if args.truncation_sweep:
+        frames = views.truncation_sweep(generator, clip, prompts, seed)
+        return frames, len(views.SWEEP), f"From each prompt's mean picture to all variety, seed {seed}"
+    if args.interpolate:
+        frames = views.interpolation(generator, clip, prompts, seed, psi, args.steps, args.part, args.path)
+        part = {"both": "global and local text", "global": "global text", "local": "local text"}[args.part]
+        return frames, args.steps, f"The {part} from one prompt to another, {args.path}, {noise}"
+    if args.mix:
+        frames = views.layer_mixing(generator, clip, *prompts, seed, psi)
+        return frames, len(frames), f"Layers by “{prompts[0]}”, then by “{prompts[1]}”, {noise}"
+    if args.latent_walk:
+        frames = views.latent_walk(generator, clip, prompts[0], seed, psi, args.steps, args.path)
+        return frames, min(8, args.steps), f"A {args.path} walk through the noise, ψ {psi:g}"
+    return views.samples(generator, clip, prompts, args.num, seed, psi), args.num, ""
+
+
+def check_view(args, prompts):
+    """Says what a view cannot do with what it was given."""
+    if (args.interpolate or args.mix) and len(prompts) > 2:
+        raise UserError("--interpolate and --mix take their two prompts and no others")
+    if args.interpolate and args.steps < 2:
+        raise UserError("--steps 1: a way has two ends; take 2 or more")
+    if args.latent_walk and len(prompts) > 1:
+        raise UserError(f"--latent-walk shows one prompt, and {len(prompts)} were given")
+
+
 @torch.no_grad()
-def draw(generator, clip, prompt, num, seed, truncation=1.0):
-    """`num` pictures of a prompt → [num, 3, R, R]. Their latents depend on the seed alone.
+def draw(generator, frames):
+    """Frames → images [n, 3, R, R] in [−1, 1], and for each router the expert of each point, {name: [n, N]}."""
+    w, local_text = (torch.stack(t) for t in list(zip(*frames, strict=True))[:2])
+    parts = len(range(0, len(frames), latent.BATCH))
+    outputs = list(tqdm(latent.outputs(generator, w, local_text), total=parts, disable=parts < 2, leave=False))
+    images = torch.cat([output.image for output in outputs]).clamp(-1, 1)
+    return images, {name: torch.cat([output.routes[name] for output in outputs]) for name in outputs[0].routes}
 
-    Truncation is toward the prompt's own mean code: w ← w̄_c + ψ(w − w̄_c), w̄_c over NUM_MEAN latents.
-    """
-    text = clip.encode_text(clip.tokenize([prompt]))
-    global_text, local_text = generator.text_head(text.tokens, text.eot)
 
-    def codes(count, seed):
-        z = torch.randn(count, generator.config.z_dim, generator=torch.Generator().manual_seed(seed))
-        return generator.mapping(z.to(clip.device), global_text.expand(count, -1))
-
-    mean = codes(NUM_MEAN, seed=0).mean(0)
-    w = mean + truncation * (codes(num, seed) - mean)
-    with inference.autocast(generator):
-        images = [generator.synthesis(part, local_text.expand(len(part), -1, -1)).image for part in w.split(BATCH)]
-    return torch.cat(images).clamp(-1, 1)
+def show(generator, frames, columns, title, with_experts, animated):
+    """Draws frames → PIL images: one grid, or as many as frames where they are to be animated; and their resolution."""
+    images, routes = draw(generator, frames)
+    panels, captions, experts = [to_pil(image) for image in images], [frame.caption for frame in frames], 0
+    if with_experts:
+        maps = [[expert_map(experts_of) for experts_of in routes[name]] for name in routes]
+        panels = [beside(strip) for strip in zip(panels, *maps, strict=True)]
+        experts = max(level.num_experts for level in generator.config.levels)
+        where = ", ".join(f"{name.split('.')[0]}×{name.split('.')[0]} ({name})" for name in routes)
+        title = f"{title}{'. ' if title else ''}Beside each picture, the expert that took each point, at {where}"
+    if animated:
+        return animation(panels, captions, title, experts), images.shape[-1]
+    return [grid(panels, captions, columns, title, experts)], images.shape[-1]
 
 
 def main():
     args = parse_args()
     with told_in_one_line():
         prompts = read_prompts(args)
+        check_view(args, prompts)
         check_writable(args.out)
         generator, clip, _ = load_generator(args.checkpoint, distributed.start(args.device), args.clip)
+        if args.experts and not any(level.attn_depth for level in generator.config.levels):
+            raise UserError(f"--experts: {args.checkpoint} has none")
         inference.prepare(generator, inference.DTYPES[args.dtype], args.compile)
         check_prompts(clip, prompts)
-        progress = tqdm(prompts, unit="prompt", disable=len(prompts) < 2, leave=False)
-        images = [draw(generator, clip, prompt, args.num, args.seed, args.truncation) for prompt in progress]
-        labels = [prompt for prompt in prompts for _ in range(args.num)]
-        save(labelled_grid(torch.cat(images), labels, columns=args.num), args.out)
-        size = images[0].shape[-1]
-        print(f"{len(labels)} pictures of {size}×{size} by {args.checkpoint.name}, drawn in {args.out.resolve()}")
+        with torch.no_grad():
+            frames, columns, title = choose_view(args, generator, clip, prompts)
+        animated = args.out.suffix.lower() == ".gif"
+        pictures, size = show(generator, frames, columns, title, args.experts, animated)
+        save(pictures, args.out)
+        print(f"{len(frames)} pictures of {size}×{size} by {args.checkpoint.name}, drawn in {args.out.resolve()}")
 
 
 if __name__ == "__main__":

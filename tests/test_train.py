@@ -15,14 +15,15 @@ from safetensors import safe_open
 from test_data import good, jpeg, write_shard
 
 import checkpoint
+import sample
 import shapes
 import train
+import views
 from checkpoint import load_generator
 from clip import new_small, save_small, vocabulary_ids
 from errors import UserError
 from growth import PATIENCE
 from presets import PRESETS
-from sample import draw
 
 ROOT = Path(__file__).parent.parent
 
@@ -184,7 +185,9 @@ def test_a_tiny_model_learns_colours(tmp_path, monkeypatch):
     right = []
     for i, background in enumerate(shapes.BACKGROUNDS):
         for color in shapes.COLORS:
-            image = (draw(generator, clip, f"a small {color} circle on a {background} background", 2, seed=3) + 1) / 2
+            prompt = f"a small {color} circle on a {background} background"
+            images, _ = sample.draw(generator, views.samples(generator, clip, [prompt], num=2, seed=3, psi=1.0))
+            image = (images + 1) / 2
             seen = image.flatten(2).median(2).values  # most of the picture is background
             right += [(torch.cdist(seen, colours).argmin(1) == i).float().mean()]
     assert torch.stack(right).mean() > 0.9  # chance: 0.25
