@@ -4,10 +4,14 @@ import functools
 import json
 from pathlib import Path
 
+import numpy as np
+
 import checkpoint
 import distributed
 from distributed import say
 from errors import UserError, first_line
+
+GROUPS = {"d_": "discriminator", "lo": "discriminator", "r1": "discriminator", "g_": "generator", "fi": "FID"}
 
 
 def written(what):
@@ -28,17 +32,17 @@ def written(what):
 
 
 class RunFolder:
-    """config.json, metrics.jsonl, samples/, checkpoints/ and generator_ema.safetensors.
+    """config.json, metrics.jsonl, samples/, checkpoints/ and generator_ema.safetensors; and tensorboard/, if wanted.
 
     identity: {option: value}, what a run may not be gone on with another of.
     """
 
-    def __init__(self, path, identity):
-        self.path, self.identity = path, identity
+    def __init__(self, path, identity, with_board=False):
+        self.path, self.identity, self.with_board = path, identity, with_board
         self.checkpoints = path / "checkpoints"
         self.last_good = None  # the newest checkpoint that is known to be whole
         self.saved_step = None
-        self.log_file = None
+        self.log_file = self.board = None
 
     def prepare(self):
         """Makes what is missing, and removes what a killed run left unfinished. Raises UserError."""
@@ -100,16 +104,30 @@ class RunFolder:
         kept = "".join(line + "\n" for line in lines if 0 < step_of(line) <= step)
         checkpoint.atomically(path, lambda temporary: temporary.write_text(kept))
         self.log_file = path.open("a")
+        if self.with_board:
+            from torch.utils.tensorboard import SummaryWriter  # here, as it takes a second to import
+
+            self.board = SummaryWriter(self.path / "tensorboard", purge_step=step + 1)
 
     @written("metrics.jsonl")
     def log(self, row):
         self.log_file.write(json.dumps(row) + "\n")
         self.log_file.flush()
+        if self.board:
+            for name, value in row.items():
+                self.board.add_scalar(f"{GROUPS.get(name[:2], 'run')}/{name}", value, row["step"])
 
     @written("a picture of samples")
-    def write_picture(self, picture, step):
+    def write_picture(self, picture, loads, step):
+        """A grid of samples, and what share of their points each expert took, {router: [E]}."""
         path = self.path / "samples" / f"step_{step:07d}.png"
         checkpoint.atomically(path, lambda temporary: picture.save(temporary, "PNG"))
+        if self.board:
+            self.board.add_image("samples", np.asarray(picture), step, dataformats="HWC")
+            for router, shares in loads.items():
+                for expert, share in enumerate(shares.tolist()):
+                    self.board.add_scalar(f"experts/{router}, share of expert {expert}", share, step)
+            self.board.flush()
 
     @written("a checkpoint")
     def save(self, step, state, keep, write_generator):

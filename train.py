@@ -78,6 +78,7 @@ def parse_args(argv=None):
         default=1,
         help="processes that load data, for each rank; 0: none of their own",
     )
+    add("--tensorboard", action="store_true", help="also write what `tensorboard --logdir OUT` shows")
     add("--plan", action="store_true", help="no training: what it would take, computed for GPUs, see plan.py")
     add("--gpus", type=positive_int, default=64, help="of --plan, beside 1, 8 and 64")
     add("--hardware", choices=HARDWARE, default="a100", help="of --plan")
@@ -117,7 +118,7 @@ class Run:
         self.check_batch()
         clip = args.clip or self.recipe.clip_model
         identity = {"preset": args.preset, "data": args.data, "batch": self.batch, "seed": args.seed, "clip": clip}
-        self.folder = RunFolder(args.out, identity)
+        self.folder = RunFolder(args.out, identity, args.tensorboard)
         state = self.folder.state(args.resume)
         with distributed.together():
             self.build(clip)
@@ -400,8 +401,10 @@ class Run:
         captions = self.growth.captions[:NUM_PICTURES]
         text = self.clip.encode_text(self.clip.tokenize(captions))
         z = torch.randn(len(captions), self.ema.config.z_dim, generator=torch.Generator().manual_seed(1))
-        images = self.ema(z.to(self.device), text.tokens, text.eot, self.growth.active[-1]).image
-        self.folder.write_picture(labelled_grid(images, captions, columns=8), self.progress.step)
+        output = self.ema(z.to(self.device), text.tokens, text.eot, self.growth.active[-1])
+        counts = expert_counts(self.ema.config, output.routes)
+        loads = {name: count / count.sum() for name, count in counts.items()}
+        self.folder.write_picture(labelled_grid(output.image, captions, columns=8), loads, self.progress.step)
 
     def save_generator(self, path):
         notes = {

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_data import good, jpeg, write_shard
 
 import checkpoint
@@ -293,3 +294,17 @@ def test_an_interrupt_loses_nothing(tmp_path, small_clip, monkeypatch, capsys, n
     monkeypatch.setattr(train.Run, "update", update)
     train.main()
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 5
+
+
+def test_tensorboard_has_the_scalars_the_experts_and_the_pictures(tmp_path, small_clip):
+    run(
+        "--preset", "quick", "--clip", small_clip, "--out", tmp_path, "--steps", 5, "--sample-every", 5, "--tensorboard"
+    )
+    board = EventAccumulator(str(tmp_path / "tensorboard"))
+    board.Reload()
+    tags = board.Tags()
+    assert tags["images"] == ["samples"]
+    assert {"discriminator/d_loss", "generator/g_loss", "run/resolution", "FID/fid"} <= set(tags["scalars"])
+    shares = [board.Scalars(f"experts/8.0.0, share of expert {expert}")[0].value for expert in range(4)]
+    assert sum(shares) == pytest.approx(1)
+    assert [event.step for event in board.Scalars("generator/g_loss")] == [1, 2, 3, 4, 5]
