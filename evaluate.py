@@ -23,6 +23,7 @@ import distributed
 import inference
 import judge
 import latent
+import shapes
 from checkpoint import DEMO, atomically, load_generator
 from coco import RESIZER, Coco
 from errors import HelpFormatter, UserError, finite_number, natural_number, positive_int, told_in_one_line
@@ -157,7 +158,8 @@ def plot_curve(points, protocol, path):
     scores, fids = ([point[name] for point in points] for name in ("CLIP score", "FID"))
     panel.plot(scores, fids, "o-")
     for point in points:
-        panel.annotate(f" ψ {point['ψ']}", (point["CLIP score"], point["FID"]), fontsize=8)
+        place = point["CLIP score"], point["FID"]
+        panel.annotate(f"ψ {point['ψ']}", place, xytext=(6, 5), textcoords="offset points", fontsize=8)
     panel.set_xlabel(f"CLIP score, {protocol['CLIP score by'].split(',')[0]}", fontsize=8)
     panel.set_ylabel(f"FID, {protocol['features by'].split(',')[0]}", fontsize=8)
     panel.set_title(f"{protocol['generator']}: {protocol['data']}, {protocol['images']}", fontsize=8)
@@ -176,7 +178,8 @@ def print_verdict(generator, clip, count):
             print(f"  {name:16s} {100 * drawn[name]:5.1f}  ({100 * rendered[name]:.1f})")
     moved = judge.spread(reader, generator, clip)
     print(f"Spread of positions over seeds, as a share of that in scenes: {moved:.2f}")
-    _, loads = judge.sample(generator, clip, [scene.caption for scene in judge.scenes_with(1, count)], seed=2)
+    captions = [shapes.scene(i, judge.UNSEEN).caption for i in range(count)]
+    _, loads = judge.sample(generator, clip, captions, seed=2)
     for name, shares in loads.items():
         print(f"Experts at {name}, % of the points:", *[f"{100 * share:.1f}" for share in shares])
     return {kind: drawn for kind, (drawn, _) in verdict.items()} | {"spread": moved}
