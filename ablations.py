@@ -166,6 +166,8 @@ def run_all(names, seeds, images, out):
         jobs = [pool.submit(run, *key, images, folders[key]) for key in missing]
         for job in tqdm(as_completed(jobs), total=len(jobs), unit="run", disable=not jobs):
             job.result()
+    if stopped := [name for (name, _), folder in folders.items() if not (folder / "result.json").is_file()]:
+        raise UserError(f"{len(stopped)} runs were stopped, as of {stopped[0]!r}; the same command goes on with them")
     results = {name: [] for name in names}
     for (name, _), folder in folders.items():
         results[name].append(json.loads((folder / "result.json").read_text()))
@@ -221,6 +223,10 @@ def main():
             raise UserError(f"no variant {min(unknown)!r}; choose from: {', '.join(VARIANTS)}")
         if args.images < BATCH:
             raise UserError(f"--images {args.images}: a step takes {BATCH}")
+        try:
+            args.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--out {args.out} cannot be written: {error.strerror}") from error
         results = run_all(args.only, range(args.seeds), args.images, args.out)
         print(table(results))
         plot(results, args.images, args.out / "ablations.png")

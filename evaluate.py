@@ -56,6 +56,18 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
+def check(args):
+    """Fails before the work rather than after it."""
+    if args.count <= NEIGHBOURS:
+        raise UserError(
+            f"--count {args.count}: FID, precision and recall need {NEIGHBOURS + 1} images on either side, or more"
+        )
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {args.out} cannot be written: {error.strerror}") from error
+
+
 def open_source(args, resolution):
     """→ the real images, and how they are cut and resized."""
     if args.data.endswith(".json"):
@@ -129,11 +141,6 @@ def look_at_fakes(generator, clip, captions, psi, seed, resolution, extractors):
 
 def compare(real, fake):
     """Features of both sides [N, D] → FID, precision and recall. Raises UserError where they can mean nothing."""
-    count = min(len(real), len(fake))
-    if count <= NEIGHBOURS:
-        raise UserError(
-            f"--count {count}: FID, precision and recall need {NEIGHBOURS + 1} images on either side, or more"
-        )
     if real.shape == fake.shape and torch.equal(real, fake):
         raise UserError(
             "both sides are the same images, so that a distance between them says nothing; give other --data"
@@ -202,6 +209,8 @@ def describe(args, own, resolution, resizer, extractor, scorer):
 
 
 def evaluate(args, device):
+    with distributed.together():
+        check(args)
     generator, clip, _ = load_generator(args.checkpoint, device, args.text_clip)
     inference.prepare(generator)
     own = generator.config.levels[-1].resolution
@@ -234,7 +243,6 @@ def conclude(args, protocol, points, generator, clip):
         result["judge"] = print_verdict(generator, clip, args.count)
     written = args.out / "evaluation.json"
     try:
-        args.out.mkdir(parents=True, exist_ok=True)
         atomically(written, lambda temporary: temporary.write_text(json.dumps(result, indent=2, ensure_ascii=False)))
         if args.curve:
             plot_curve(points, protocol, args.out / "curve.png")

@@ -51,12 +51,12 @@ def small(device):
 def inception(path, device):
     """The Inception of the FID, converted from TensorFlow's graph, as in torch-fidelity; it resizes as TensorFlow 1."""
     if path and not Path(path).is_file():
-        raise UserError(f"--features inception:{path}: there is no such file")
+        raise UserError(f"inception:{path}: there is no such file")
     try:
         network = FeatureExtractorInceptionV3("inception", ["2048"], path or None).to(device)
     except Exception as error:  # no network, or a foreign file: torch and urllib raise many kinds
         raise UserError(
-            f"--features inception: the weights cannot be had ({first_line(error)}); get torch-fidelity's "
+            f"inception: the weights cannot be had ({first_line(error)}); get torch-fidelity's "
             "weights-inception-2015-12-05-6726825d.pth where there is a network, and pass inception:PATH"
         ) from error
     name = f"Inception v3 of torch-fidelity {torch_fidelity.__version__}, 2048 features, resized to 299 as TensorFlow 1"

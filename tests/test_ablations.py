@@ -86,7 +86,12 @@ def test_a_short_series_ends_in_a_table_and_a_plot(tmp_path, monkeypatch, capsys
 
 
 @pytest.mark.parametrize(
-    ("options", "says"), [("--only nothing", "no variant 'nothing'"), ("--images 8", "a step takes")]
+    ("options", "says"),
+    [
+        ("--only nothing", "no variant 'nothing'"),
+        ("--images 8", "a step takes"),
+        ("--out /proc/x", "cannot be written"),
+    ],
 )
 def test_mistakes_are_told_in_one_line(monkeypatch, capsys, options, says):
     monkeypatch.setattr(sys, "argv", ["ablations.py", *options.split()])
