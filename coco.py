@@ -51,10 +51,10 @@ def read_annotations(path):
     """→ {image id: file name}, {image id: its captions}."""
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
-        images = {image["id"]: image["file_name"] for image in content["images"]}
+        images = {int(image["id"]): str(image["file_name"]) for image in content["images"]}
         captions = collections.defaultdict(list)
         for annotation in content["annotations"]:
-            captions[annotation["image_id"]].append(" ".join(annotation["caption"].split()))
+            captions[int(annotation["image_id"])].append(" ".join(annotation["caption"].split()))
         if unknown := captions.keys() - images.keys():
             raise ValueError(f"image {min(unknown)} is not listed")
     except OSError as error:

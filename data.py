@@ -150,35 +150,50 @@ class Folder:
     def order(self, epoch):
         return np.random.default_rng([self.seed, epoch]).permutation(len(self.pairs))
 
+    def pair(self, number):
+        """(image [3, R, R], caption) of pair `number` in the folder, or None, and counted, where it cannot be used."""
+        path = self.pairs[number]
+        try:
+            pair = read_pair(path, read_text(path.with_suffix(".txt")), self.resolution)
+        except Unusable as error:
+            self.tally.skip(str(error))
+            return None
+        self.tally.use()
+        return pair
+
+    def collate(self, pairs):
+        images, captions = zip(*pairs, strict=True)
+        return Batch(torch.stack(images), list(captions), self.tally.take())
+
+    def none_usable(self):
+        causes = ", ".join(self.tally.skipped)
+        return UserError(f"--data {self.path}: none of the {len(self.pairs)} pairs is usable: {causes}")
+
     def read(self, indices):
         """The pairs numbered so over all epochs; in place of one that cannot be used comes the next in the folder."""
-        images, captions = [], []
+        pairs = []
         for index in indices:
             epoch, position = divmod(index, len(self.pairs))
             start = self.order(epoch)[position]
-            for candidate in range(start, start + len(self.pairs)):
-                path = self.pairs[candidate % len(self.pairs)]
-                try:
-                    image, caption = read_pair(path, read_text(path.with_suffix(".txt")), self.resolution)
-                except Unusable as error:
-                    self.tally.skip(str(error))
-                    continue
-                self.tally.use()
-                images.append(image)
-                captions.append(caption)
-                break
-            else:
-                causes = ", ".join(self.tally.skipped)
-                raise UserError(f"--data {self.path}: none of the {len(self.pairs)} pairs is usable: {causes}")
-        return Batch(torch.stack(images), captions, self.tally.take())
+            candidates = (self.pair(n % len(self.pairs)) for n in range(start, start + len(self.pairs)))
+            if (usable := next(filter(None, candidates), None)) is None:
+                raise self.none_usable()
+            pairs.append(usable)
+        return self.collate(pairs)
 
     def batches(self, steps, batch, rank, world_size):
         for step in steps:
             yield self.read(sample_indices(step, batch, rank, world_size))
 
     def evaluation(self, batch=64):
-        for first in range(0, len(self.pairs), batch):
-            yield self.read(range(first, min(first + batch, len(self.pairs))))
+        """Every pair that can be used, once: a stand-in would be the same image twice."""
+        usable = filter(None, map(self.pair, self.order(0)))
+        found = False
+        while pairs := list(itertools.islice(usable, batch)):
+            found = True
+            yield self.collate(pairs)
+        if not found:
+            raise self.none_usable()
 
 
 class Shards:

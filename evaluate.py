@@ -9,6 +9,7 @@ For every real image one picture is drawn, of its caption. On the built-in scene
 """
 
 import argparse
+import collections
 import itertools
 import json
 import platform
@@ -111,14 +112,15 @@ def to_pixels(images, resolution):
 
 @torch.no_grad()
 def look_at_reals(batches, count, resolution, extractors):
-    """→ captions, and each extractor's features of the images, [[N, D], …]."""
+    """→ captions, each extractor's features of the images, [[N, D], …], and what was passed over, by cause."""
 
     def work(_, batch):
         pixels = to_pixels(batch.images, resolution)
-        return batch.captions, [extractor.images(pixels).cpu() for extractor in extractors]
+        return batch.captions, [extractor.images(pixels).cpu() for extractor in extractors], batch.skipped
 
-    captions, features = zip(*shared_out(limited(batches, count), work, None), strict=True)
-    return list(itertools.chain(*captions)), [torch.cat(parts) for parts in zip(*features, strict=True)]
+    captions, features, skipped = zip(*shared_out(limited(batches, count), work, None), strict=True)
+    features = [torch.cat(parts) for parts in zip(*features, strict=True)]
+    return list(itertools.chain(*captions)), features, sum(skipped, collections.Counter())
 
 
 @torch.no_grad()
@@ -176,11 +178,11 @@ def plot_curve(points, protocol, path):
 
 
 def print_verdict(generator, clip, count):
-    """What the judge says of the pictures, and in brackets what it says of scenes rendered at that resolution."""
+    """What the judge says of pictures of its own prompts, whatever --truncation, and in brackets of rendered scenes."""
     reader = judge.load()
     verdict = judge.verdict(reader, generator, clip, count)
     for kind, (drawn, rendered) in verdict.items():
-        print(f"{count} prompts with {kind}: % right (of rendered scenes)")
+        print(f"{count} prompts with {kind}, ψ 1: % right (of rendered scenes)")
         for name in drawn:
             print(f"  {name:16s} {100 * drawn[name]:5.1f}  ({100 * rendered[name]:.1f})")
     moved = judge.spread(reader, generator, clip)
@@ -221,7 +223,8 @@ def evaluate(args, device):
         if scorer.texts is None:
             raise UserError(f"--clip {args.clip} reads no text; give small or MODEL:WEIGHTS of open_clip")
     protocol = describe(args, own, resolution, resizer, extractor, scorer)
-    captions, (real, real_clip) = look_at_reals(source.evaluation(), args.count, resolution, extractors)
+    captions, (real, real_clip), skipped = look_at_reals(source.evaluation(), args.count, resolution, extractors)
+    protocol["passed over"] = ", ".join(f"{number} {cause}" for cause, number in skipped.items()) or "nothing"
     with torch.no_grad():
         texts = torch.cat([scorer.texts(captions[i : i + 64]).cpu() for i in range(0, len(captions), 64)])
     protocol["CLIP score of the real pairs"] = f"{clip_score(real_clip, texts):.4f}"
@@ -240,7 +243,7 @@ def conclude(args, protocol, points, generator, clip):
     """The judge's verdict, where it can read the pictures, and the files."""
     result = {"protocol": protocol, "results": points}
     if args.data == "shapes" and generator.config.levels[-1].resolution in judge.RESOLUTIONS:
-        result["judge"] = print_verdict(generator, clip, args.count)
+        result["judge, ψ 1"] = print_verdict(generator, clip, args.count)
     written = args.out / "evaluation.json"
     try:
         atomically(written, lambda temporary: temporary.write_text(json.dumps(result, indent=2, ensure_ascii=False)))

@@ -235,6 +235,10 @@ def test_mistakes_are_told_in_one_line(run, tmp_path):
     (tmp_path / "train").mkdir()
     train = write_coco(tmp_path / "train", split="train2014")
     (tmp_path / "other.json").write_text('{"images": [], "annotations": [{"id": 1}]}')
+    images = [{"id": "a", "file_name": "x_val2014.jpg"}], [{"id": 1, "file_name": 2}]
+    for name, listed in zip(("ids.json", "names.json"), images, strict=True):
+        content = {"images": listed, "annotations": [{"image_id": 1, "caption": "a dog"}]}
+        (tmp_path / name).write_text(json.dumps(content))
     (tmp_path / "file").touch()
     for arguments, says in (
         (("--data", train), "is not of COCO 2014 val"),
@@ -242,6 +246,8 @@ def test_mistakes_are_told_in_one_line(run, tmp_path):
         (("--data", val, "--count", 1), "need 4 images"),
         (("--data", val, "--count", 5, "--images", tmp_path / "nowhere"), "say with --images"),
         (("--data", tmp_path / "other.json"), "not a captions file in COCO's format"),
+        (("--data", tmp_path / "ids.json"), "not a captions file in COCO's format"),
+        (("--data", tmp_path / "names.json"), "is not of COCO 2014 val"),
         (("--data", tmp_path / "none.json"), "cannot be read"),
         (("--data", tmp_path / "nothing"), "no such file or folder"),
         (("--count", 4, "--features", "inception:/missing.pth"), "there is no such file"),
@@ -260,6 +266,11 @@ def test_fewer_images_than_asked_and_identical_sets(run, tmp_path):
         (tmp_path / f"{i}.txt").write_text("a red square")
     status, _, stderr = run("--data", tmp_path, "--count", 9)
     assert status == 2 and "holds 5 usable images" in stderr
+    (tmp_path / "0.png").write_bytes(b"broken")
+    status, _, stderr = run("--data", tmp_path, "--count", 5)  # no other stands in for it
+    assert status == 2 and "holds 4 usable images" in stderr
+    status, said, _ = run("--data", tmp_path, "--count", 4)
+    assert status == 0 and "1 images not readable" in said
     same = torch.randn(8, 3)
     with pytest.raises(UserError, match="the same images"):
         evaluate.compare(same, same)
