@@ -173,19 +173,19 @@ def load_clip(spec, device="cpu"):
     """ "small", the path of a small clip.safetensors, or "MODEL:WEIGHTS" of open_clip, WEIGHTS a tag or a file."""
     if spec == "small" or Path(spec).is_file():
         return fold_batch_norms(load_small(SMALL_PATH if spec == "small" else spec)).to(device)
-    model = create(spec)
+    model = create(spec, "--clip")
     if not isinstance(model, open_clip.CLIP):
         raise UserError(f"--clip {spec}: only models of OpenAI's CLIP architecture serve, as ViT-L-14-quickgelu:openai")
     return fold_batch_norms(FrozenClip(model, spec)).to(device)
 
 
-def create(spec):
-    """ "MODEL:WEIGHTS" → open_clip's model of whatever class. Raises UserError where it cannot be had."""
+def create(spec, option):
+    """ "MODEL:WEIGHTS", given by an option → open_clip's model of whatever class. Raises UserError."""
     model_name, _, weights = spec.partition(":")
     if model_name not in open_clip.list_models():
-        raise UserError(f"--clip {spec}: neither a file nor MODEL:WEIGHTS of open_clip, as ViT-L-14-quickgelu:openai")
+        raise UserError(f"{option} {spec}: neither a file nor MODEL:WEIGHTS of open_clip, as ViT-L-14-quickgelu:openai")
     if weights == "openai" and "quickgelu" not in model_name and f"{model_name}-quickgelu" in open_clip.list_models():
-        raise UserError(f"--clip {spec}: OpenAI's weights use quick GELU; ask for {model_name}-quickgelu:openai")
+        raise UserError(f"{option} {spec}: OpenAI's weights use quick GELU; ask for {model_name}-quickgelu:openai")
     logging.disable()  # the hub says at length what the error below says once
     try:
         with warnings.catch_warnings(action="ignore"):
@@ -193,8 +193,8 @@ def create(spec):
     except Exception as error:  # open_clip and the hub raise many kinds, all of them meaning that there are no weights
         reason = first_line(error)
         raise UserError(
-            f"--clip {spec}: the weights cannot be had ({reason}). Download them where there is a network and pass the "
-            f"file as --clip {model_name}:PATH, or use the built-in small CLIP: --clip small"
+            f"{option} {spec}: the weights cannot be had ({reason}). Download them where there is a network and pass "
+            f"the file as {option} {model_name}:PATH, or use the built-in small CLIP: {option} small"
         ) from error
     finally:
         logging.disable(logging.NOTSET)

@@ -31,7 +31,7 @@ class Coco:
             )
         if len(captions) < count:
             raise UserError(
-                f"--data {annotations} has {len(captions)} images with captions; ask for --count {len(captions)}"
+                f"--data {annotations} has {len(captions)} images with captions, and --count asks for {count}"
             )
         self.folder = Path(folder or Path(annotations).parent.parent / "val2014")
         rng = np.random.default_rng(seed)

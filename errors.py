@@ -1,4 +1,4 @@
-"""The manners of both commands: mistakes are told in one line, without a traceback; help shows the defaults."""
+"""The manners of the commands: mistakes are told in one line, without a traceback; help shows the defaults."""
 
 import argparse
 import contextlib

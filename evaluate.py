@@ -63,6 +63,8 @@ def check(args):
         raise UserError(
             f"--count {args.count}: FID, precision and recall need {NEIGHBOURS + 1} images on either side, or more"
         )
+    if args.clip.partition(":")[0] == "inception":
+        raise UserError(f"--clip {args.clip} reads no text; give small or MODEL:WEIGHTS of open_clip")
     try:
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -112,20 +114,18 @@ def to_pixels(images, resolution):
 
 @torch.no_grad()
 def look_at_reals(batches, count, resolution, extractors):
-    """→ captions, each extractor's features of the images, [[N, D], …], and what was passed over, by cause."""
+    """→ captions, the extractors' features of the images {spec: [N, D]}, and what was passed over, by cause."""
 
     def work(_, batch):
-        pixels = to_pixels(batch.images, resolution)
-        return batch.captions, [extractor.images(pixels).cpu() for extractor in extractors], batch.skipped
+        return batch.captions, look(to_pixels(batch.images, resolution), extractors), batch.skipped
 
     captions, features, skipped = zip(*shared_out(limited(batches, count), work, None), strict=True)
-    features = [torch.cat(parts) for parts in zip(*features, strict=True)]
-    return list(itertools.chain(*captions)), features, sum(skipped, collections.Counter())
+    return list(itertools.chain(*captions)), joined(features), sum(skipped, collections.Counter())
 
 
 @torch.no_grad()
 def look_at_fakes(generator, clip, captions, psi, seed, resolution, extractors):
-    """One picture for each caption, at truncation psi → each extractor's features of them, [[N, D], …]."""
+    """One picture for each caption, at truncation psi → the extractors' features of them, {spec: [N, D]}."""
     z = latent.noise(generator, len(captions), seed)
     numbers = torch.arange(len(captions)).split(latent.BATCH)
 
@@ -135,10 +135,18 @@ def look_at_fakes(generator, clip, captions, psi, seed, resolution, extractors):
         if psi != 1:
             w = latent.truncate(w, latent.mean_code(generator, prompt.global_text), psi)
         pixels = to_pixels(latent.pictures(generator, w, prompt.local_text), resolution)
-        return [extractor.images(pixels).cpu() for extractor in extractors]
+        return look(pixels, extractors)
 
-    features = shared_out(numbers, work, len(numbers))
-    return [torch.cat(parts) for parts in zip(*features, strict=True)]
+    return joined(shared_out(numbers, work, len(numbers)))
+
+
+def look(pixels, extractors):
+    return {spec: extractor.images(pixels).cpu() for spec, extractor in extractors.items()}
+
+
+def joined(batches):
+    """[{spec: features}, …] → {spec: features of all}."""
+    return {spec: torch.cat([features[spec] for features in batches]) for spec in batches[0]}
 
 
 def compare(real, fake):
@@ -171,7 +179,7 @@ def plot_curve(points, protocol, path):
         panel.annotate(f"ψ {point['ψ']}", place, xytext=(6, 5), textcoords="offset points", fontsize=8)
     panel.set_xlabel(f"CLIP score, {protocol['CLIP score by'].split(',')[0]}", fontsize=8)
     panel.set_ylabel(f"FID, {protocol['features by'].split(',')[0]}", fontsize=8)
-    panel.set_title(f"{protocol['generator']}: {protocol['data']}, {protocol['images']}", fontsize=8)
+    panel.set_title(f"{protocol['generator']}\n{protocol['data']}, {protocol['images']}", fontsize=8)
     panel.margins(x=0.12)
     figure.tight_layout()
     atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=120))
@@ -194,16 +202,17 @@ def print_verdict(generator, clip, count):
     return {kind: drawn for kind, (drawn, _) in verdict.items()} | {"spread": moved}
 
 
-def describe(args, own, resolution, resizer, extractor, scorer):
+def describe(args, clip, own, resolution, resizer, extractors):
     """The protocol: what a number depends on beside the generator."""
     enlarged = f", resized to {resolution}×{resolution} by antialiased bicubic" if resolution != own else ""
     return {
         "generator": f"{args.checkpoint.name}, {own}×{own}{enlarged}",
+        "prompts read by": clip.name,
         "data": Path(args.data).name,
         "images": f"{args.count} real ones, {args.count} pictures, one for each caption",
         "real images": resizer,
-        "features by": extractor.name,
-        "CLIP score by": f"{scorer.name}; the mean cosine",
+        "features by": extractors[args.features].name,
+        "CLIP score by": f"{extractors[args.clip].name}; the mean cosine",
         "precision, recall": f"{NEIGHBOURS} nearest neighbours, in the features of the FID",
         "seed": args.seed,
         "versions": f"PyTorch {torch.__version__}, Python {platform.python_version()}",
@@ -219,21 +228,22 @@ def evaluate(args, device):
     resolution = args.resolution or own
     with distributed.together():
         source, resizer = open_source(args, resolution)
-        extractors = extractor, scorer = load_extractor(args.features, device), load_extractor(args.clip, device)
-        if scorer.texts is None:
-            raise UserError(f"--clip {args.clip} reads no text; give small or MODEL:WEIGHTS of open_clip")
-    protocol = describe(args, own, resolution, resizer, extractor, scorer)
-    captions, (real, real_clip), skipped = look_at_reals(source.evaluation(), args.count, resolution, extractors)
+        options = {args.clip: "--clip", args.features: "--features"}  # one where they are the same
+        extractors = {spec: load_extractor(spec, option, device) for spec, option in options.items()}
+    protocol = describe(args, clip, own, resolution, resizer, extractors)
+    captions, real, skipped = look_at_reals(source.evaluation(), args.count, resolution, extractors)
     protocol["passed over"] = ", ".join(f"{number} {cause}" for cause, number in skipped.items()) or "nothing"
     with torch.no_grad():
-        texts = torch.cat([scorer.texts(captions[i : i + 64]).cpu() for i in range(0, len(captions), 64)])
-    protocol["CLIP score of the real pairs"] = f"{clip_score(real_clip, texts):.4f}"
+        read = extractors[args.clip].texts
+        texts = torch.cat([read(captions[i : i + 64]).cpu() for i in range(0, len(captions), 64)])
+    protocol["CLIP score of the real pairs"] = f"{clip_score(real[args.clip], texts):.4f}"
     if distributed.is_main():
         print_protocol(protocol)
     points = []
     for psi in CURVE if args.curve else [args.truncation]:
-        fake, fake_clip = look_at_fakes(generator, clip, captions, psi, args.seed, resolution, extractors)
-        points.append({"ψ": psi, **compare(real, fake), "CLIP score": clip_score(fake_clip, texts)})
+        fake = look_at_fakes(generator, clip, captions, psi, args.seed, resolution, extractors)
+        distances = compare(*(side[args.features].to(device) for side in (real, fake)))
+        points.append({"ψ": psi, **distances, "CLIP score": clip_score(fake[args.clip], texts)})
         distributed.say(", ".join(f"{name} {value:.4g}" for name, value in points[-1].items()))
     if distributed.is_main():
         conclude(args, protocol, points, generator, clip)

@@ -24,15 +24,15 @@ class Extractor(NamedTuple):
     texts: Callable | None  # captions → features [B, D], where it reads
 
 
-def load_extractor(spec, device):
-    """ "small", "inception", "inception:WEIGHTS.pth", or "MODEL:WEIGHTS" of open_clip → Extractor.
+def load_extractor(spec, option, device):
+    """ "small", "inception", "inception:WEIGHTS.pth", or "MODEL:WEIGHTS" of open_clip, given by an option → Extractor.
 
     Each resizes as its own library does. Raises UserError where the weights cannot be had.
     """
     kind, _, path = spec.partition(":")
     if spec == "small":
         return small(device)
-    return inception(path, device) if kind == "inception" else open_clip_model(spec, device)
+    return inception(path, device) if kind == "inception" else open_clip_model(spec, option, device)
 
 
 def small(device):
@@ -63,9 +63,9 @@ def inception(path, device):
     return Extractor(name, lambda pixels: network(pixels.to(device))[0], None)
 
 
-def open_clip_model(spec, device):
+def open_clip_model(spec, option, device):
     """Any model of open_clip, with the preprocessing it was trained with, done by Pillow as open_clip does it."""
-    model = create(spec).to(device).eval()
+    model = create(spec, option).to(device).eval()
     preprocessing = PreprocessCfg(**model.visual.preprocess_cfg)
     prepare = image_transform_v2(preprocessing, is_train=False)
     tokenizer = open_clip.get_tokenizer(spec.partition(":")[0])

@@ -43,21 +43,17 @@ def beside(panels):
     return strip
 
 
-def labelled_grid(images, captions, columns):
-    """Images [n, 3, R, R] in rows of `columns`, each with its caption underneath → a PIL image."""
-    return grid([to_pil(image) for image in images], captions, columns)
-
-
 def grid(panels, captions, columns, title="", experts=0):
-    """PIL images of one size with captions, in rows, under a title; with a legend of so many experts' colors."""
+    """PIL images of one size in rows, each above its caption → one, under a title and a legend of experts' colors."""
     font = ImageFont.truetype(FONT, FONT_SIZE)
     panel_width = panels[0].width
     labels = [wrapped(caption, panel_width, font, 4) for caption in captions]
     width, height = panel_width + MARGIN, CELL + lines_of(labels) * LINE + MARGIN
     heading = wrapped(title, columns * width, font, 9)
-    top = MARGIN + (lines_of([heading]) * LINE + MARGIN if title else 0)
+    legend = MARGIN + (lines_of([heading]) * LINE if title else 0)
+    top = legend + (LINE if experts else 0) + (MARGIN if title or experts else 0)
     rows = -(-len(panels) // columns)
-    canvas = Image.new("RGB", (columns * width + MARGIN, top + rows * height + LINE * bool(experts) + MARGIN), "white")
+    canvas = Image.new("RGB", (columns * width + MARGIN, top + rows * height + MARGIN), "white")
     draw = ImageDraw.Draw(canvas)
     draw.multiline_text((MARGIN, MARGIN), heading, fill="black", font=font, spacing=3)
     for i, (panel, label) in enumerate(zip(panels, labels, strict=True)):
@@ -65,9 +61,9 @@ def grid(panels, captions, columns, title="", experts=0):
         canvas.paste(panel, (x, y))
         draw.multiline_text((x, y + CELL + 2), label, fill="black", font=font, spacing=3)
     for expert in range(experts):
-        x, y = MARGIN + expert * 26, canvas.height - LINE - 2
-        draw.rectangle((x, y, x + FONT_SIZE, y + FONT_SIZE), fill=COLORS[expert % len(COLORS)])
-        draw.text((x + FONT_SIZE + 2, y - 1), str(expert), fill="black", font=font)
+        x = MARGIN + expert * 28
+        draw.rectangle((x, legend + 1, x + FONT_SIZE, legend + 1 + FONT_SIZE), fill=COLORS[expert % len(COLORS)])
+        draw.text((x + FONT_SIZE + 3, legend), str(expert), fill="black", font=font)
     return canvas
 
 

@@ -117,7 +117,7 @@ def main():
             print(f"Expert and object or background at {router}, {args.count} pictures of one object, bits:")
             for what, value in bits.items():
                 print(f"  {what:32s} {value:.4f}")
-        extractor = load_extractor("small", torch.device("cpu"))
+        extractor = load_extractor("small", "--features", torch.device("cpu"))
         print(f"Paths of {STEPS} steps, {-(-args.count // 2)} of each kind; features: {extractor.name}")
         for name, sizes in path_steps(generator, clip, extractor, -(-args.count // 2)).items():
             uneven = (sizes.max(1).values / sizes.mean(1)).mean()

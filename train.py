@@ -36,7 +36,7 @@ from layers import full_precision, parameter_groups
 from losses import R1_INTERVAL, DiscriminatorLoss, generator_loss, wrong_captions
 from metrics import expert_counts, pyramid
 from pairs import CAUSES
-from pictures import labelled_grid
+from pictures import grid, to_pil
 from plan import HARDWARE, plan
 from presets import PRESETS, fitted_to
 
@@ -404,7 +404,8 @@ class Run:
         output = self.ema(z.to(self.device), text.tokens, text.eot, self.growth.active[-1])
         counts = expert_counts(self.ema.config, output.routes)
         loads = {name: count / count.sum() for name, count in counts.items()}
-        self.folder.write_picture(labelled_grid(output.image, captions, columns=8), loads, self.progress.step)
+        picture = grid([to_pil(image) for image in output.image], captions, columns=8)
+        self.folder.write_picture(picture, loads, self.progress.step)
 
     def save_generator(self, path):
         notes = {

@@ -1,6 +1,7 @@
 """What several test files share: tiny configurations, and the marker for tests that need a GPU."""
 
 import os
+import sys
 
 import pytest
 import torch
@@ -16,6 +17,23 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture
+def run_main(monkeypatch, capsys):
+    """A command's main() with arguments → exit status, stdout, stderr."""
+
+    def run(main, *arguments):
+        monkeypatch.setattr(sys, "argv", [f"{main.__module__}.py", *map(str, arguments)])
+        status = 0
+        try:
+            main()
+        except SystemExit as exit:
+            status = exit.code
+        said = capsys.readouterr()
+        return status, said.out, said.err.strip()
+
+    return run
 
 
 @pytest.fixture

@@ -27,19 +27,12 @@ ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture
-def run(monkeypatch, capsys, tmp_path):
-    """evaluate.py with arguments → exit status, stdout, stderr."""
+def run(run_main, tmp_path):
+    """evaluate.py with arguments → exit status, stdout, stderr without the progress bars."""
 
     def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["evaluate.py", "--device", "cpu", "--out", str(tmp_path / "out")])
-        sys.argv += map(str, arguments)
-        status = 0
-        try:
-            evaluate.main()
-        except SystemExit as exit:
-            status = exit.code
-        said = capsys.readouterr()
-        return status, said.out, said.err.strip().split("\r")[-1].strip()
+        status, said, stderr = run_main(evaluate.main, "--device", "cpu", "--out", tmp_path / "out", *arguments)
+        return status, said, stderr.split("\r")[-1].strip()
 
     return run
 
@@ -148,7 +141,7 @@ def test_clip_score_is_open_clips(tmp_path):
     torch.save(open_clip.create_model("RN50-quickgelu").state_dict(), weights)
     pixels = ((shapes.draw([shapes.scene(i) for i in range(3)], 40) + 1) * 127.5).byte()
     captions = [shapes.scene(i).caption for i in range(3)]
-    extractor = features.load_extractor(f"RN50-quickgelu:{weights}", torch.device("cpu"))
+    extractor = features.load_extractor(f"RN50-quickgelu:{weights}", "--clip", torch.device("cpu"))
     model, _, transform = open_clip.create_model_and_transforms("RN50-quickgelu", pretrained=str(weights))
     model.eval()
     with torch.no_grad():
@@ -166,13 +159,13 @@ def test_inception_is_read_from_torch_fidelitys_file(tmp_path, monkeypatch):
     reference = FeatureExtractorInceptionV3("x", ["2048"])
     monkeypatch.undo()
     torch.save(reference.state_dict(), tmp_path / "inception.pth")
-    extractor = features.load_extractor(f"inception:{tmp_path / 'inception.pth'}", torch.device("cpu"))
+    extractor = features.load_extractor(f"inception:{tmp_path / 'inception.pth'}", "--features", torch.device("cpu"))
     pixels = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8)
     assert torch.equal(extractor.images(pixels), reference(pixels)[0]) and extractor.texts is None
 
 
 def test_the_small_clips_score_is_that_of_its_towers():
-    clip, extractor = load_clip("small"), features.load_extractor("small", torch.device("cpu"))
+    clip, extractor = load_clip("small"), features.load_extractor("small", "--clip", torch.device("cpu"))
     images, captions = shapes.draw([shapes.scene(i) for i in range(4)], 32), [shapes.scene(i).caption for i in range(4)]
     found = features.clip_score(extractor.images(evaluate.to_pixels(images, 32)), extractor.texts(captions))
     image = torch.nn.functional.normalize(clip.encode_image(images), dim=-1)
@@ -252,7 +245,8 @@ def test_mistakes_are_told_in_one_line(run, tmp_path):
         (("--data", tmp_path / "nothing"), "no such file or folder"),
         (("--count", 4, "--features", "inception:/missing.pth"), "there is no such file"),
         (("--count", 4, "--features", f"inception:{val}"), "weights cannot be had"),
-        (("--count", 4, "--features", "nonsense"), "neither a file nor MODEL:WEIGHTS"),
+        (("--count", 4, "--clip", "inception"), "reads no text"),
+        (("--count", 4, "--features", "nonsense"), "--features nonsense: neither a file nor MODEL:WEIGHTS"),
         (("--count", 4, "--checkpoint", "/missing.safetensors"), "no checkpoint at"),
         (("--count", 4, "--out", tmp_path / "file" / "below"), "cannot be written"),
     ):

@@ -1,5 +1,6 @@
 """Sampling as people use it, and the mistakes they make."""
 
+import functools
 import os
 import subprocess
 import sys
@@ -19,20 +20,9 @@ ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture
-def run(monkeypatch, capsys):
+def run(run_main):
     """sample.py with arguments → exit status, stdout, stderr."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["sample.py", *map(str, arguments)])
-        status = 0
-        try:
-            sample.main()
-        except SystemExit as exit:
-            status = exit.code
-        said = capsys.readouterr()
-        return status, said.out, said.err.strip()
-
-    return run
+    return functools.partial(run_main, sample.main)
 
 
 @pytest.fixture(scope="module")
