@@ -10,6 +10,7 @@ import functools
 import glob
 import io
 import itertools
+import json
 import signal
 from pathlib import Path
 from typing import NamedTuple
@@ -24,8 +25,10 @@ from tqdm import tqdm
 import distributed
 import shapes
 from errors import UserError, first_line
-from pairs import DUPLICATE, SHARD, Tally, Unusable, read_pair, read_text, text_of
+from pairs import DUPLICATE, SHARD, Tally, Unusable, captions_of, read_captions, read_image
 
+EMOJI = Path(__file__).parent / "data" / "emoji.tar.gz"
+SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
 BLOCK = 250  # batches after which a stream of shards starts anew, from another seed
 WORKER_TIMEOUT = 120  # seconds in which a worker must make a batch
@@ -39,13 +42,16 @@ class Batch(NamedTuple):
 
 
 def open_data(spec, resolution, seed):
-    """The source named by --data: "shapes", a folder of images with captions, or shards (a folder, a file, a pattern).
+    """The source named by --data: "emoji", "shapes", a folder of images with captions, or shards (a folder, a file, a
+    pattern).
 
     Raises UserError where nothing usable is there.
     """
     if spec == "shapes":
         return Scenes(resolution, seed)
-    shards = sorted(glob.glob(f"{glob.escape(spec)}/*.tar")) if Path(spec).is_dir() else expand_shards(spec)
+    if spec == "emoji":
+        return Shards([str(EMOJI)], resolution, seed)
+    shards = sorted(glob.glob(f"{glob.escape(spec)}/*.tar*")) if Path(spec).is_dir() else expand_shards(spec)
     return Shards(shards, resolution, seed) if shards else Folder(spec, resolution, seed)
 
 
@@ -117,7 +123,14 @@ class Scenes:
             indices = sample_indices(step, batch, rank, world_size)
             yield self.draw([shapes.scene_or_twin(i, 3 * self.seed) for i in indices])
 
-    def evaluation(self, batch=64):
+    def examples(self, held_out=False):
+        """Endless: more scenes than anyone trains on."""
+        for images, captions, _ in self.evaluation(64, held_out):
+            yield from zip(images, ([caption] for caption in captions), strict=True)
+
+    def evaluation(self, batch=64, held_out=False):
+        if held_out:
+            return
         for first in itertools.count(0, batch):  # seed + 2 trains the small CLIP
             yield self.draw([shapes.scene(i, 3 * self.seed + 1) for i in range(first, first + batch)])
 
@@ -150,20 +163,16 @@ class Folder:
     def order(self, epoch):
         return np.random.default_rng([self.seed, epoch]).permutation(len(self.pairs))
 
-    def pair(self, number):
-        """(image [3, R, R], caption) of pair `number` in the folder, or None, and counted, where it cannot be used."""
+    def example(self, number):
+        """(image [3, R, R], captions) of pair `number` in the folder, or None, and counted, where it cannot be used."""
         path = self.pairs[number]
         try:
-            pair = read_pair(path, read_text(path.with_suffix(".txt")), self.resolution)
+            example = read_image(path, self.resolution), read_captions(path.with_suffix(".txt"))
         except Unusable as error:
             self.tally.skip(str(error))
             return None
         self.tally.use()
-        return pair
-
-    def collate(self, pairs):
-        images, captions = zip(*pairs, strict=True)
-        return Batch(torch.stack(images), list(captions), self.tally.take())
+        return example
 
     def none_usable(self):
         causes = ", ".join(self.tally.skipped)
@@ -171,29 +180,29 @@ class Folder:
 
     def read(self, indices):
         """The pairs numbered so over all epochs; in place of one that cannot be used comes the next in the folder."""
-        pairs = []
+        examples = []
         for index in indices:
             epoch, position = divmod(index, len(self.pairs))
             start = self.order(epoch)[position]
-            candidates = (self.pair(n % len(self.pairs)) for n in range(start, start + len(self.pairs)))
+            candidates = (self.example(n % len(self.pairs)) for n in range(start, start + len(self.pairs)))
             if (usable := next(filter(None, candidates), None)) is None:
                 raise self.none_usable()
-            pairs.append(usable)
-        return self.collate(pairs)
+            examples.append(usable)
+        return collate(examples, np.random.default_rng([self.seed, *indices]), self.tally)
 
     def batches(self, steps, batch, rank, world_size):
         for step in steps:
             yield self.read(sample_indices(step, batch, rank, world_size))
 
-    def evaluation(self, batch=64):
-        """Every pair that can be used, once: a stand-in would be the same image twice."""
-        usable = filter(None, map(self.pair, self.order(0)))
-        found = False
-        while pairs := list(itertools.islice(usable, batch)):
-            found = True
-            yield self.collate(pairs)
-        if not found:
+    def examples(self, held_out=False):
+        """Every pair that can be used, once: a stand-in would be the same image twice. None is held out."""
+        usable = filter(None, map(self.example, () if held_out else self.order(0)))
+        if (first := next(usable, None)) is None:
             raise self.none_usable()
+        return itertools.chain([first], usable)
+
+    def evaluation(self, batch=64, held_out=False):
+        return collated(self.examples(held_out), batch, np.random.default_rng(self.seed), self.tally)
 
 
 class Shards:
@@ -210,7 +219,7 @@ class Shards:
         missing = [url for url in urls if "://" not in url and not url.startswith("pipe:") and not Path(url).is_file()]
         if missing:
             raise UserError(f"--data: no such shard: {missing[0]}")
-        if next(self.pairs(self.samples(wds.SimpleShardList(urls))), None) is None:
+        if next(self.evaluation(1), None) is None:
             causes = ", ".join(f"{count} {cause}" for cause, count in self.tally.take().items()) or "they hold none"
             raise UserError(
                 f"--data: not one usable pair of an image and a .txt caption in {len(urls)} shard(s) from {urls[0]}: "
@@ -226,29 +235,33 @@ class Shards:
 
         return iter(wds.DataPipeline(shards, wds.tarfile_to_samples(handler=skip), *more))
 
-    def pairs(self, samples):
-        """Raw samples → (image [3, R, R], caption), without those that cannot be used."""
+    def usable(self, samples, wanted):
+        """Raw samples → (image [3, R, R], captions), without those that cannot be used, or of which not wanted(facts).
+
+        facts: what a sample's .json holds, as a dict.
+        """
         for sample in samples:
+            if not wanted(facts_of(sample.get("json", b"{}"))):
+                continue
             data = next((sample[suffix[1:]] for suffix in IMAGE_SUFFIXES if suffix[1:] in sample), b"")
             try:
-                pair = read_pair(io.BytesIO(data), text_of(sample.get("txt", b"")), self.resolution)
+                example = read_image(io.BytesIO(data), self.resolution), captions_of(sample.get("txt", b""))
             except Unusable as error:
                 self.tally.skip(str(error))
                 continue
             self.tally.use()
-            yield pair
-
-    def collate(self, pairs, batch):
-        while some := list(itertools.islice(pairs, batch)):
-            images, captions = zip(*some, strict=True)
-            yield Batch(torch.stack(images), list(captions), self.tally.take())
+            yield example
 
     def block(self, batch, *seed):
         """The batches of one block, an endless iterator."""
         rng = np.random.default_rng([self.seed, *seed])
         drawn = ({"url": self.urls[i]} for i in iter(lambda: rng.integers(len(self.urls)), None))
         samples = self.samples(lambda: drawn, wds.shuffle(1000, seed=int(rng.integers(2**31))))
-        return self.collate(self.pairs(samples), batch)
+
+        def drawn_now(facts):
+            return not facts.get("held_out") and rng.random() < facts.get("weight", 1)
+
+        return collated(self.usable(samples, drawn_now), batch, rng, self.tally)
 
     def batches(self, steps, batch, rank, world_size):
         stream = steps.start % steps.step  # the worker's number, also after it began at another step
@@ -257,13 +270,42 @@ class Shards:
             made = self.block(batch, number, rank, world_size, stream, steps.step)
             yield from itertools.islice(made, sum(i < steps.start for i in mine), len(mine))
 
-    def evaluation(self, batch=64):
-        return self.collate(self.pairs(self.samples(wds.SimpleShardList(self.urls))), batch)
+    def examples(self, held_out=False):
+        """Every pair that can be used, once; or those alone whose .json says `held_out`."""
+
+        def wanted(facts):
+            return bool(facts.get("held_out")) == held_out
+
+        return self.usable(self.samples(wds.SimpleShardList(self.urls)), wanted)
+
+    def evaluation(self, batch=64, held_out=False):
+        return collated(self.examples(held_out), batch, np.random.default_rng(self.seed), self.tally)
+
+
+def collate(examples, rng, tally):
+    """Some (image, captions) → a Batch, for each image one of its captions."""
+    images, captions = zip(*examples, strict=True)
+    return Batch(torch.stack(images), [lines[rng.integers(len(lines))] for lines in captions], tally.take())
+
+
+def collated(examples, batch, rng, tally):
+    """An iterator of examples → one of Batches; the last may be smaller."""
+    while some := list(itertools.islice(examples, batch)):
+        yield collate(some, rng, tally)
+
+
+def facts_of(data):
+    """What the .json of a sample says, as a dict; one that cannot be read says nothing."""
+    try:
+        facts = json.loads(data)
+    except ValueError:
+        return {}
+    return facts if isinstance(facts, dict) else {}
 
 
 def expand_shards(spec):
-    """A .tar file or a pattern of them, as data/{00000..00041}.tar, → the list of shards; anything else → none."""
+    """A .tar or .tar.gz file, or a pattern of them, as data/{00000..00041}.tar, → the shards; anything else → none."""
     try:
-        return list(braceexpand(spec)) if spec.endswith(".tar") else []
+        return list(braceexpand(spec)) if spec.endswith(SHARD_SUFFIXES) else []
     except ValueError as error:
         raise UserError(f"--data {spec}: the braces do not match; write shards as data/{{00000..00041}}.tar") from error

@@ -7,6 +7,12 @@ from layers import Float32, ModulatedConv2d
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
+def dtype_of(name, device):
+    """The dtype called "fp32", "bf16", or "auto": bfloat16 where the device multiplies it faster than float32."""
+    fast = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return DTYPES[name if name != "auto" else "bf16" if fast else "fp32"]
+
+
 def prepare(generator, dtype=torch.float32, compiled=False):
     """Freezes a Generator, in place, and stores the synthesis network's weights in `dtype` → the generator.
 

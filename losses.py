@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import distributed
+from augment import augment
 from discriminator import CLIP
 from layers import float32_region, full_precision
 
@@ -100,14 +101,16 @@ class DiscriminatorLoss(nn.Module):
         self.discriminator, self.clip = discriminator, clip
         self.recipe = recipe
 
-    def forward(self, real, fake, text, wrong, r1_interval):
+    def forward(self, real, fake, text, wrong, chances, r1_interval):
         """real, fake: pyramids. text: clip.Text of the local captions. wrong [B]: indices into the global batch.
 
+        chances [B, 2, …]: of the augmentation of the real images, and of the fake ones.
         r1_interval: 0, or the number of steps that this step's R1 stands for. → {name: scalar}, `loss` to be minimized.
         """
         d, batch, scales = self.discriminator, len(wrong), scale_weights(real, self.recipe.lower_scales)
         code = d.encode_text(text.tokens, text.eot)
         wrong_code, is_wrong = choose_wrong(code, wrong)
+        real, fake = (augment(x, self.recipe.augment, chances[:, n]) for n, x in enumerate((real, fake)))
 
         seen = features(d, self.clip, {r: torch.cat([real[r], fake[r]]) for r in real})
         right_logits = d.score(seen, code.repeat(2, 1))
@@ -132,18 +135,20 @@ class DiscriminatorLoss(nn.Module):
         return {"loss": loss, **report}
 
 
-def generator_loss(output, text, wrong, discriminator, clip, recipe):
+def generator_loss(output, text, wrong, chances, discriminator, clip, recipe):
     """What the generator minimizes: adversarial + matching + multi-level CLIP + mixture of experts.
 
-    output: aurora.Output for the captions of text; wrong as above; the discriminator frozen as the clip is.
+    output: aurora.Output for the captions of text; wrong as above; chances [B, …] of the augmentation, which CLIP sees
+    too; the discriminator frozen as the clip is.
     → {name: scalar}, `loss` to be minimized.
     """
     scales = scale_weights(output.pyramid, recipe.lower_scales)
     with torch.no_grad():
         code = discriminator.encode_text(text.tokens, text.eot)
     wrong_code, is_wrong = choose_wrong(code, wrong)
-    embeddings, maps = clip.see(*output.pyramid.values())  # all in one pass, the highest images last
-    seen = discriminator.features(output.pyramid, [x[-len(wrong) :] for x in maps])
+    pyramid = augment(output.pyramid, recipe.augment, chances)
+    embeddings, maps = clip.see(*pyramid.values())  # all in one pass, the highest images last
+    seen = discriminator.features(pyramid, [x[-len(wrong) :] for x in maps])
     adversarial = logistic_loss(discriminator.score(seen, code), -1, EARLY_ADVERSARIAL, scales).mean()
     # On the discriminator alone this loss hurts, on both it helps (GigaGAN, table 1).
     wrong_logits = discriminator.score(seen, wrong_code)

@@ -15,9 +15,10 @@ from errors import UserError
 
 MAX_PIXELS = 2**26  # of an image; more is a mistake or an attack
 MAX_CAPTION = 1000  # characters; no CLIP reads as many, and tokenizing a novel takes minutes
+MAX_TEXT = 16 * MAX_CAPTION  # bytes of a caption file that are read
 WINDOW = 200  # pairs; a source of which most of so many in a row are of no use is not worth going on with
 
-Image.MAX_IMAGE_PIXELS = None  # read_image looks itself, before a pixel is decoded
+Image.MAX_IMAGE_PIXELS = None  # decode looks itself, before a pixel is decoded
 
 CAUSES = SHARD, DUPLICATE, IMAGE, SMALL, LARGE, CAPTION = (
     "shards cut off or not readable",
@@ -65,40 +66,44 @@ class Tally:
         return skipped
 
 
-def read_text(path):
-    """The caption in a file. Raises Unusable."""
+def read_captions(path):
+    """The captions in a file, see captions_of. Raises Unusable."""
     try:
         with path.open("rb") as file:
-            return text_of(file.read(4 * MAX_CAPTION))
+            return captions_of(file.read(MAX_TEXT))
     except OSError as error:
         raise Unusable(CAPTION) from error
 
 
-def text_of(data):
-    """Bytes → a caption of at most MAX_CAPTION characters. Raises Unusable where they are not UTF-8, or empty."""
-    whole = len(data) < 4 * MAX_CAPTION  # else the last character may be cut
+def captions_of(data):
+    """The bytes of a text → its captions, one a line, each of at most MAX_CAPTION characters.
+
+    A line that stands twice is drawn twice as often. Raises Unusable where the text is not UTF-8, or empty.
+    """
+    whole = len(data) < MAX_TEXT  # else the last character may be cut
     try:
-        text = codecs.getincrementaldecoder("utf-8-sig")().decode(data[: 4 * MAX_CAPTION], final=whole)
+        text = codecs.getincrementaldecoder("utf-8-sig")().decode(data[:MAX_TEXT], final=whole)
     except UnicodeDecodeError as error:
         raise Unusable(CAPTION) from error
-    if not (caption := " ".join(text.replace("\0", " ").split())):
+    lines = (" ".join(line.split())[:MAX_CAPTION] for line in text.replace("\0", " ").splitlines())
+    if not (captions := [line for line in lines if line]):
         raise Unusable(CAPTION)
-    return caption[:MAX_CAPTION]
+    return captions
 
 
-def read_pair(file, caption, resolution):
-    """An image file and its caption → the centre square [3, R, R] in [−1, 1], and the caption. Raises Unusable."""
+def read_image(file, resolution):
+    """An image file → its centre square [3, R, R] in [−1, 1]. Raises Unusable."""
     try:
-        image = read_image(file, resolution)
+        image = decode(file, resolution)
     except Unusable:
         raise
     except Exception as error:  # Pillow stumbles over broken files in every way there is
         raise Unusable(IMAGE) from error
     image = ImageOps.fit(image, (resolution, resolution), Image.Resampling.LANCZOS)
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1, caption
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
 
 
-def read_image(file, resolution):
+def decode(file, resolution):
     """An image file → RGB: upright, 16 bits narrowed to 8, what is transparent white, of an animation the first frame.
 
     Raises Unusable for a size that does not serve, and whatever Pillow raises.

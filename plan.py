@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 import attention
+from augment import NUM_CHANCES
 from aurora import Generator
 from clip import FrozenClip, new_small, vocabulary_ids
 from discriminator import Discriminator
@@ -137,18 +138,19 @@ def rehearse(preset, clip_model, batch, resolution, narrow):
         def step(r1_interval):
             images, z = torch.randn(batch, 3, active[-1], active[-1]), torch.randn(batch, preset.generator.z_dim)
             real, wrong = pyramid(images, active), torch.zeros(batch, dtype=torch.long)
+            chances = torch.rand(batch, 2, NUM_CHANCES)
             text = clip.encode_text(torch.zeros(batch, clip.context_length, dtype=torch.long))
             with torch.autocast("cpu", torch.bfloat16, enabled=narrow):
                 with FlopCounter() as drawing:
                     output = generator(z, text.tokens, text.eot, active[-1])
                 fake = {r: image.detach() for r, image in output.pyramid.items()}
-                report = objective(real, fake, text, wrong, r1_interval)
+                report = objective(real, fake, text, wrong, chances, r1_interval)
             optimizers[1].zero_grad()
             report["loss"].backward()
             optimizers[1].step()
             discriminator.requires_grad_(False)
             with torch.autocast("cpu", torch.bfloat16, enabled=narrow):
-                report = generator_loss(output, text, wrong, discriminator, clip, preset.recipe)
+                report = generator_loss(output, text, wrong, chances[:, 1], discriminator, clip, preset.recipe)
             optimizers[0].zero_grad()
             report["loss"].backward()
             optimizers[0].step()

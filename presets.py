@@ -88,6 +88,7 @@ class Recipe:
     fid_samples: int  # on either side of a FID
     fid_every: int  # in images
     fid_factor: float  # κ: a stage ends when FID ≤ κ · reference FID
+    augment: tuple[str, ...] = ()  # what the discriminator sees pictures through, see augment.py
     recompute: bool = False  # the generator's levels again in the backward pass: a third more work, for memory
 
 
@@ -187,6 +188,67 @@ PRESETS = {
             fid_samples=5_000,
             fid_every=200_000,
             fid_factor=1.5,
+        ),
+    ),
+    # A laptop without GPU: emoji at 64×64, whole Aurora in small. The recipe is that of `shapes`, where it was tried.
+    "emoji": Preset(
+        GeneratorConfig(
+            levels=(
+                Level(4, 192, num_blocks=1, deformable=True),
+                Level(8, 128, num_blocks=1, attn_depth=1, num_experts=4, deformable=True),
+                Level(16, 96, num_blocks=1, attn_depth=1, num_experts=8),
+                Level(32, 48, num_blocks=1, num_kernels=2),
+                Level(64, 24, num_blocks=1, num_kernels=2),
+            ),
+            fourier_channels=192,
+            z_dim=128,
+            w_dim=192,
+            mapping_layers=2,
+            mapping_dim=192,
+            clip_width=128,
+            text_dim=128,
+            text_layers=1,
+            num_heads=4,
+            head_dim=24,
+            lr_mul=0.3,
+            residual_gain=0.7,
+            attn_gain=1.0,
+        ),
+        DiscriminatorConfig(
+            levels=(
+                DiscriminatorLevel(4, 128, num_blocks=0),
+                DiscriminatorLevel(8, 160, num_blocks=0, attn_depth=1),
+                DiscriminatorLevel(16, 96, num_blocks=0),
+                DiscriminatorLevel(32, 48, num_blocks=0),
+                DiscriminatorLevel(64, 24, num_blocks=0),
+            ),
+            clip_width=128,
+            text_dim=128,
+            text_layers=1,
+            num_heads=4,
+            head_dim=24,
+            head_layers=2,
+            lr_mul=0.1,
+            clip_maps=((64, 8), (128, 4), (256, 2), (512, 1)),
+            clip_channels=128,
+        ),
+        Recipe(
+            steps=60_000,
+            batch=32,
+            lr_generator=5e-3,
+            lr_discriminator=8e-3,
+            r1_gamma=16.0,
+            lower_scales=0.02,
+            images_per_stage={4: 0, 8: 0, 16: 96_000, 32: 1_000_000},
+            ema_half_life=10_000,
+            clip_weight=0.2,
+            matching_weight_discriminator=1.0,
+            matching_weight_generator=0.1,
+            clip_model="small",
+            fid_samples=1024,
+            fid_every=16_000,
+            fid_factor=1.0,
+            augment=("translation", "cutout"),
         ),
     ),
     # A laptop without GPU: the built-in scenes at 32×32. Attention and the experts are at 8×8, where what goes where is

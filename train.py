@@ -24,6 +24,7 @@ from tqdm import tqdm
 import checkpoint
 import data
 import distributed
+from augment import NUM_CHANCES
 from aurora import Generator
 from clip import Text, load_clip
 from discriminator import Discriminator
@@ -32,6 +33,7 @@ from errors import HelpFormatter, UserError, first_line, natural_number, positiv
 from folder import RunFolder
 from growth import Growth, Stage
 from guard import Guard
+from inference import DTYPES, dtype_of
 from layers import full_precision, parameter_groups
 from losses import R1_INTERVAL, DiscriminatorLoss, generator_loss, wrong_captions
 from metrics import expert_counts, pyramid
@@ -68,6 +70,12 @@ def parse_args(argv=None):
         "--clip", help="small, a clip.safetensors, or MODEL:WEIGHTS of open_clip (default: the preset's; shapes: small)"
     )
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    add(
+        "--dtype",
+        choices=("auto", *DTYPES),
+        default="auto",
+        help="of products; auto: bf16 where the device is fast at it",
+    )
     add("--save-every", type=positive_int, default=250, help="steps between checkpoints")
     add("--save-minutes", type=positive_int, default=15, help="minutes between checkpoints, where steps are slow")
     add("--keep", type=positive_int, default=3, help="checkpoints to keep, the last ones")
@@ -105,6 +113,7 @@ class Part(NamedTuple):
     text: Text  # of their captions
     wrong: torch.Tensor  # [b], for each caption the index of another one in the part, over all ranks
     z: torch.Tensor  # [b, z_dim]
+    chances: torch.Tensor  # [b, 2, NUM_CHANCES], of the augmentation of real images and of fake ones
 
 
 class Run:
@@ -261,12 +270,13 @@ class Run:
 
         def discriminate(part, output):
             fake = {r: image.detach() for r, image in output.pyramid.items()}
-            return self.discriminator_loss(part.real, fake, part.text, part.wrong, r1_interval)
+            return self.discriminator_loss(part.real, fake, part.text, part.wrong, part.chances, r1_interval)
 
         def generate(part, output):
             if len(parts) > 1:  # together their graphs would take the memory that making parts is to save
                 output = self.draw(part)
-            return generator_loss(output, part.text, part.wrong, self.discriminator, self.clip, self.recipe)
+            chances = part.chances[:, 1]
+            return generator_loss(output, part.text, part.wrong, chances, self.discriminator, self.clip, self.recipe)
 
         d_report, d_norm = self.update(self.optimizer_d, self.discriminator_loss, discriminate, parts, outputs)
         self.freeze_discriminator(True)
@@ -287,22 +297,24 @@ class Run:
         ids = self.clip.tokenize(batch.captions)
         ranks, first = distributed.world_size(), distributed.rank() * len(ids)
         mine = slice(first, first + len(ids))
-        z = self.noise()[number * ranks * len(ids) :][mine]
+        z, chances = (x[number * ranks * len(ids) :][mine] for x in self.noise())
         real = pyramid(batch.images.to(self.device, non_blocking=True), self.growth.active)
-        return Part(real, self.clip.encode_text(ids), wrong_captions(distributed.gather(ids))[mine], z)
+        return Part(real, self.clip.encode_text(ids), wrong_captions(distributed.gather(ids))[mine], z, chances)
 
     def noise(self):
-        """z of the whole global batch, [batch, z_dim]; every rank draws all of it and takes its own."""
+        """z and chances of the whole global batch; every rank draws all of it and takes its own."""
         number = (self.args.seed << 40) + self.progress.step
         generator = torch.Generator().manual_seed(number % 2**63)
-        return torch.randn(self.batch, self.generator.config.z_dim, generator=generator).to(self.device)
+        z = torch.randn(self.batch, self.generator.config.z_dim, generator=generator)
+        return z.to(self.device), torch.rand(self.batch, 2, NUM_CHANCES, generator=generator).to(self.device)
 
     def draw(self, part):
         return self.parallel_generator(part.z, part.text.tokens, part.text.eot, self.growth.active[-1])
 
     def autocast(self):
-        """bfloat16 on a GPU; the modules keep routing, demodulation, distances and R1 in float32."""
-        return torch.autocast("cuda", torch.bfloat16) if self.device.type == "cuda" else contextlib.nullcontext()
+        """bfloat16 where asked for; the modules keep routing, demodulation, distances and R1 in float32."""
+        narrow = dtype_of(self.args.dtype, self.device) == torch.bfloat16
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=narrow)
 
     def update(self, optimizer, module, objective, *parts):
         """One optimizer step by the mean of objective(part)["loss"] over the parts → what it reports, gradient norm.

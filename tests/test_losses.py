@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 import distributed
 import losses
 import shapes
+from augment import NUM_CHANCES
 from clip import FrozenClip, new_small, vocabulary_ids
 from discriminator import CLIP, Discriminator
 from presets import PRESETS
@@ -181,6 +182,9 @@ def objectives():
     return generator, discriminator, clip, real, fake, captions, torch.randn(6, preset.generator.z_dim)
 
 
+CHANCES = torch.rand(6, 2, NUM_CHANCES, generator=torch.Generator().manual_seed(0))
+
+
 def gradients_of_share(rank, world_size):
     """The gradients that a rank ends up with → {name: gradient} of both networks, and the reports."""
     generator, discriminator, clip, real, fake, captions, z = objectives()
@@ -195,9 +199,9 @@ def gradients_of_share(rank, world_size):
     if world_size > 1:
         objective_d, parallel_generator = DistributedDataParallel(objective_d), DistributedDataParallel(generator)
     output = parallel_generator(z[share], text.tokens, text.eot, 8)
-    objective_d(real, fake, text, wrong, 16)["loss"].backward()
+    objective_d(real, fake, text, wrong, CHANCES[share], 16)["loss"].backward()
     critic = copy.deepcopy(discriminator).requires_grad_(False)
-    losses.generator_loss(output, text, wrong, critic, clip, recipe)["loss"].backward()
+    losses.generator_loss(output, text, wrong, CHANCES[share, 1], critic, clip, recipe)["loss"].backward()
     return {
         f"{network}.{name}": parameter.grad.numpy()  # as arrays, which pass between processes as they are
         for network, module in (("generator", generator), ("discriminator", discriminator))
@@ -245,7 +249,7 @@ def test_both_objectives_are_the_sum_of_their_parts():
     recipe = PRESETS["shapes"].recipe
     ids = clip.tokenize(captions)
     text, wrong = clip.encode_text(ids), losses.wrong_captions(ids)
-    report = losses.DiscriminatorLoss(discriminator, clip, recipe)(real, fake, text, wrong, 16)
+    report = losses.DiscriminatorLoss(discriminator, clip, recipe)(real, fake, text, wrong, CHANCES, 16)
     logits, mismatched = {}, {}
     for kind, x in (("real", real), ("fake", fake)):
         maps = clip.see(x[8])[1]
@@ -268,7 +272,7 @@ def test_both_objectives_are_the_sum_of_their_parts():
     assert report["d_matching"].item() == pytest.approx(matching, rel=1e-4)
 
     output = generator(z, text.tokens, text.eot, 8)
-    report = losses.generator_loss(output, text, wrong, discriminator, clip, recipe)
+    report = losses.generator_loss(output, text, wrong, CHANCES[:, 1], discriminator, clip, recipe)
     maps = clip.see(output.image)[1]
     adversarial = total(discriminator(output.pyramid, maps, text.tokens, text.eot), -1, 0.01)
     matching = total(discriminator(output.pyramid, maps, text.tokens[wrong], text.eot[wrong]), -1, 0.05)
@@ -287,9 +291,9 @@ def test_bfloat16_is_safe():
     text, wrong = clip.encode_text(ids), losses.wrong_captions(ids)
 
     def both():
-        d_report = losses.DiscriminatorLoss(discriminator, clip, recipe)(real, fake, text, wrong, 16)
+        d_report = losses.DiscriminatorLoss(discriminator, clip, recipe)(real, fake, text, wrong, CHANCES, 16)
         output = generator(z, text.tokens, text.eot, 8)
-        g_report = losses.generator_loss(output, text, wrong, discriminator, clip, recipe)
+        g_report = losses.generator_loss(output, text, wrong, CHANCES[:, 1], discriminator, clip, recipe)
         return d_report, g_report
 
     exact = both()

@@ -1,0 +1,70 @@
+"""Differentiable augmentation (DiffAugment, Zhao et al. 2020): where pictures are few, the discriminator sees real and
+generated ones through the same random changes, so that it cannot learn the real ones by heart.
+
+Every change is one of an image as a whole and so the same at each resolution of a pyramid. What it leaves empty is
+grey, which no change of a generator's own would look like: it shows what was changed, and the generator, whose pictures
+are changed too, has no reason to draw it.
+"""
+
+import torch
+import torch.nn.functional as F
+
+NUM_CHANCES = 8  # uniform numbers behind the changes of an image
+MAX_SHIFT = 1 / 8  # of the side
+MAX_SCALE = 1.2
+CUTOUT = 1 / 2  # side of the hole, of the image's
+
+
+def augment(pyramid, policy, chances):
+    """Changes a pyramid {r: [B, 3, r, r]} of images in [−1, 1] → a pyramid.
+
+    policy: names out of POLICIES, in order. chances: [B, NUM_CHANCES], uniform in [0, 1), which decide how.
+    """
+    return {r: _augment(images, policy, chances.to(images)) for r, images in pyramid.items()}
+
+
+def _augment(images, policy, chances):
+    for name in policy:
+        images = POLICIES[name](images, chances)
+    return images
+
+
+def translation(images, chances):
+    """Shifts by whole pixels, up to MAX_SHIFT of the side."""
+    side = images.shape[-1]
+    shift = ((2 * chances[:, 0:2] - 1) * MAX_SHIFT * side).round() / side
+    return warp(images, shift, torch.ones_like(shift[:, 0]))
+
+
+def scale(images, chances):
+    """Enlarges or shrinks by up to MAX_SCALE, each as likely."""
+    return warp(images, torch.zeros_like(chances[:, 0:2]), MAX_SCALE ** (2 * chances[:, 2] - 1))
+
+
+def warp(images, shift, factor):
+    """Images moved by shift [B, 2], (x, y) as shares of the side, and enlarged by factor [B]; bilinear, grey outside."""
+    theta = torch.eye(2, 3).to(images).repeat(len(images), 1, 1)
+    theta[:, :, 2] = -2 * shift
+    theta = theta / factor[:, None, None]
+    grid = F.affine_grid(theta, images.shape, align_corners=False)
+    return F.grid_sample(images, grid, align_corners=False)
+
+
+def color(images, chances):
+    """Brightness by up to half of the range's half, saturation 0 to 2 times, contrast ½ to 1½ times."""
+    brightness, saturation, contrast = chances[:, 3:6, None, None, None].unbind(1)
+    images = images + brightness - 0.5
+    grey = images.mean(1, keepdim=True)
+    images = grey + (images - grey) * 2 * saturation
+    mean = images.mean((1, 2, 3), keepdim=True)
+    return mean + (images - mean) * (contrast + 0.5)
+
+
+def cutout(images, chances):
+    """A grey square of CUTOUT of the side, its centre anywhere."""
+    centres = (torch.arange(images.shape[-1], device=images.device) + 0.5) / images.shape[-1]
+    inside_x, inside_y = ((centres - chances[:, n, None]).abs() < CUTOUT / 2 for n in (6, 7))  # [B, side]
+    return images * ~(inside_y[:, :, None] & inside_x[:, None])[:, None]
+
+
+POLICIES = {"color": color, "translation": translation, "scale": scale, "cutout": cutout}

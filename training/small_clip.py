@@ -1,0 +1,127 @@
+"""A small CLIP for any captioned pictures, trained in minutes on a CPU, where no weights are at hand.
+
+    python -m training.small_clip --data emoji --out clip.safetensors
+
+Its words are those of the captions. It is not a judge of anything else, and far from OpenAI's; it is what Aurora needs
+to read captions and to be told how well a picture fits one.
+"""
+
+import argparse
+import itertools
+import time
+from pathlib import Path
+
+import open_clip
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import data
+from clip import FrozenClip, contrast, mislead, new_small, save_small
+from errors import HelpFormatter, UserError, natural_number, positive_int, told_in_one_line
+from metrics import resize
+
+RESOLUTIONS = (4, 8, 8, 16, 16, 32, 32, 32)  # of the pictures, an eighth of a batch each: the losses ask about all
+LR = 2e-3
+UNKNOWN = 0.03  # share of words hidden in training, so that the row of the unknown word means "some word"
+MISLED_AFTER = 0.6  # share of the steps after which pictures are misled, see clip.mislead
+REACH = 0.1  # how far at the end
+POOL = 16  # batches drawn at a time; half of them are runs of captions next to each other in the alphabet
+MAX_PAIRS = 50_000  # held in memory
+
+
+def train_small_clip(source, steps=4000, batch=128, seed=0, device="cpu"):
+    """Trains a small CLIP on the pairs of a source of 32×32 images → FrozenClip. The same seed gives the same weights.
+
+    Half of the batches hold captions that differ in a word or two, as neighbours in the alphabet do: among captions
+    drawn at random, telling a face from a flag would do, and skin tones and styles would not be read.
+    """
+    pairs = list(itertools.islice(source.examples(), MAX_PAIRS))
+    if len({line for _, captions in pairs for line in captions}) < 2:
+        raise UserError("a small CLIP cannot be trained: all captions are the same")
+    pixels = torch.stack([((image + 1) * 127.5).round().byte() for image, _ in pairs])
+    captions = [lines for _, lines in pairs]
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        clip = new_small(vocabulary(captions)).to(device)
+        model = clip.model.requires_grad_(True).train()
+        optimizer = torch.optim.AdamW(model.parameters(), LR, betas=(0.9, 0.98), weight_decay=0.1)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LR, total_steps=steps, pct_start=0.1)
+        batches = draw_batches(captions, batch)
+        for step in tqdm(range(steps), desc="training a small CLIP", unit="step"):
+            index, texts = next(batches)
+            images = [x.to(device) for x in at_all_resolutions(pixels[index].float() / 127.5 - 1)]
+            ids = clip.tokenize(texts)
+            hidden = (torch.rand(ids.shape) < UNKNOWN).to(device)
+            ids[hidden & (ids > 1) & (ids < len(clip.kept_ids) - 1)] = 0
+            text_features = model.encode_text(ids, normalize=True)
+            if (progress := step / steps) > MISLED_AFTER:
+                reach = REACH * (progress - MISLED_AFTER) / (1 - MISLED_AFTER)
+                images = mislead(clip, images, text_features.detach(), reach)
+            loss = contrast(clip, images, text_features)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            model.logit_scale.data.clamp_(max=4.6052)  # ln 100, as CLIP
+    return FrozenClip(model, "small", clip.kept_ids)
+
+
+def vocabulary(captions):
+    """The token ids in lists of captions, with padding, start and end of the text; sorted."""
+    tokenizer = open_clip.SimpleTokenizer()
+    words = {word for lines in captions for line in lines for word in line.lower().split()}
+    ids = {i for word in words for i in tokenizer.encode(word)}
+    return sorted(ids | {0, tokenizer.sot_token_id, tokenizer.eot_token_id})
+
+
+def draw_batches(captions, batch):
+    """Endless (indices [b], texts) without the same text twice; every other batch is a run of similar texts."""
+    while True:
+        pool = torch.randint(len(captions), (POOL * batch,)).tolist()
+        drawn = [(captions[i][torch.randint(len(captions[i]), ()).item()], i) for i in pool]
+        half = len(drawn) // 2
+        arranged = [*drawn[:half], *sorted(drawn[half:])]
+        for part in torch.randperm(POOL).tolist():
+            index_of = dict(arranged[part * batch : (part + 1) * batch])
+            yield torch.tensor(list(index_of.values())), list(index_of)
+
+
+def at_all_resolutions(images):
+    """Images [B, 3, 32, 32] → a share of them at each of RESOLUTIONS."""
+    parts = images.tensor_split(len(RESOLUTIONS))
+    return [resize(part, r) for part, r in zip(parts, RESOLUTIONS, strict=True)]
+
+
+@torch.no_grad()
+def accuracy(clip, source, count=1000):
+    """The share of `count` pairs whose picture is nearer to its own caption than to all others', of different text."""
+    images, captions, _ = next(source.evaluation(count))
+    index = list(dict(zip(captions, range(len(captions)), strict=True)).values())
+    pictures = F.normalize(torch.cat([clip.encode_image(part) for part in images[index].split(100)]), dim=-1)
+    texts = clip.encode_text(clip.tokenize([captions[i] for i in index])).embedding
+    return ((pictures @ texts.T).argmax(1) == torch.arange(len(index))).float().mean().item(), len(index)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=HelpFormatter)
+    parser.add_argument("--data", default="emoji", help="emoji, shapes, a folder or shards, as in train.py")
+    parser.add_argument("--out", type=Path, required=True, help="the file to write, for --clip of train.py")
+    parser.add_argument("--steps", type=positive_int, default=4000)
+    parser.add_argument("--seed", type=natural_number, default=0)
+    args = parser.parse_args()
+    with told_in_one_line():
+        if not args.out.parent.is_dir():
+            raise UserError(f"--out {args.out}: there is no folder {args.out.parent}")
+        started = time.monotonic()
+        source = data.open_data(args.data, 32, args.seed)
+        clip = train_small_clip(source, args.steps, seed=args.seed)
+        save_small(clip, args.out)
+        share, count = accuracy(clip, source)
+    print(
+        f"{(time.monotonic() - started) / 60:.0f} minutes; of {count} captions the right one first: {100 * share:.1f} %"
+    )
+
+
+if __name__ == "__main__":
+    main()
