@@ -1,4 +1,4 @@
-"""Makes `emoji.tar.gz` from four packages of the npm registry: one shard of captioned pictures as img2dataset writes it.
+"""Makes `emoji.tar.gz` from four npm packages: one shard of captioned pictures, as img2dataset writes it.
 
     npm pack emoji-datasource-google emoji-datasource-twitter fluentui-emoji emojibase-data
     pip install resvg-py
