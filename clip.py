@@ -1,21 +1,17 @@
 """The frozen CLIP: token features for the networks, embeddings for the CLIP loss and for the FID.
 
-Any model of open_clip's CLIP class serves, by name and weights. So that nothing needs downloading there is also a small
-one in the same class, models/clip.safetensors, trained on the built-in scenes by `python clip.py`; its words are those
-of their captions.
+Any model of open_clip's CLIP class serves, by name and weights. So that nothing needs downloading there are also small
+ones of the same class, whose words are those of the captions they were trained on (training/small_clip.py).
 """
 
-import argparse
 import itertools
 import json
 import logging
 import re
 import warnings
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import open_clip
 import torch
 import torch.nn.functional as F
@@ -23,10 +19,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
-from tqdm import tqdm
 
-import shapes
-from errors import HelpFormatter, UserError, first_line, natural_number, told_in_one_line
+from common.cli import UserError, first_line
 from layers import full_precision
 
 SMALL = dict(
@@ -35,29 +29,10 @@ SMALL = dict(
     vision_cfg=dict(image_size=32, layers=[1, 1, 1, 1], width=16, head_width=64),  # CLIP's ResNet sees shapes early
     text_cfg=dict(context_length=24, width=128, heads=4, layers=2),
 )
-SMALL_PATH = Path(__file__).parent / "models" / "clip.safetensors"
-UNKNOWN = 0.03  # share of the words of the captions it is trained on
+MODELS = Path(__file__).parent / "models"
+BUILT_IN = {"small": MODELS / "clip.safetensors", "emoji": MODELS / "emoji_clip.safetensors"}
 NUM_MAPS = 4  # feature maps of the images that the discriminator looks at
-RESOLUTIONS = (4, 8, 8, 16, 16, 32, 32, 32)  # of the pictures it is trained on, an eighth of a batch each
 SPECIAL = re.compile(r"<(start|end)_of_text>")  # would end the text early
-
-
-@dataclass(frozen=True)
-class Course:
-    """A part of the small CLIP's training, and a cycle of its learning rate."""
-
-    steps: int
-    lr: float
-    order: tuple[int, int]  # from which step to which it is about who stands where, and about nothing else
-    named: tuple[str, ...]  # what scenes of two objects differ in then
-    of_two: tuple[str, ...]  # what their twins may differ in before and after
-    misled: tuple[float, float]  # how far images are misled after that, at first and at last, see mislead()
-
-
-COURSES = (
-    Course(3200, 2e-3, (1408, 1984), ("relation",), ("relation",) * 36 + ("number",) * 6, (0, 0.15)),
-    Course(560, 2e-3, (0, 160), ("relation", "axis"), shapes.OF_TWO, (0.15, 0.15)),
-)
 
 
 class Text(NamedTuple):
@@ -170,9 +145,10 @@ def _normalization(visual):
 
 
 def load_clip(spec, device="cpu"):
-    """ "small", the path of a small clip.safetensors, or "MODEL:WEIGHTS" of open_clip, WEIGHTS a tag or a file."""
-    if spec == "small" or Path(spec).is_file():
-        return fold_batch_norms(load_small(SMALL_PATH if spec == "small" else spec)).to(device)
+    """A name in BUILT_IN, a file of save_small, or "MODEL:WEIGHTS" of open_clip, WEIGHTS a tag or a file."""
+    path = BUILT_IN.get(spec, Path(spec))
+    if path.is_file():
+        return fold_batch_norms(load_small(path)).to(device)
     model = create(spec, "--clip")
     if not isinstance(model, open_clip.CLIP):
         raise UserError(f"--clip {spec}: only models of OpenAI's CLIP architecture serve, as ViT-L-14-quickgelu:openai")
@@ -218,100 +194,6 @@ def new_small(kept_ids):
     return FrozenClip(open_clip.CLIP(**{**SMALL, "text_cfg": text_cfg}), "small", kept_ids)
 
 
-def vocabulary_ids():
-    """The token ids that captions of the built-in scenes use, with padding, start and end of the text."""
-    tokenizer = open_clip.SimpleTokenizer()
-    ids = {i for word in shapes.vocabulary() for i in tokenizer.encode(word)}
-    return sorted(ids | {0, tokenizer.sot_token_id, tokenizer.eot_token_id})
-
-
-def train_small(device="cpu", courses=COURSES, batch=128, seed=0):
-    """Trains the small CLIP on the built-in scenes with open_clip's own loss; the same seed gives the same weights.
-
-    Every scene comes with its twin, whose caption differs in one thing, so that each word must be read and looked for:
-    among random captions the colours alone would nearly do. Most images are smaller than it takes, since the
-    networks ask about every resolution, and a few words are made unknown, so that the row of the unknown word means
-    "some word". Which of two objects stands on the left is learned from batches of nothing else, all words known, or
-    not at all. Then images are misled, more and more: from a CLIP not trained so, a generator learns to mislead it.
-    The second course adds that left is not below; in one course with the rest, neither came to be known as well.
-    """
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        clip = new_small(vocabulary_ids()).to(device)
-        clip.model.requires_grad_(True).train()
-        first = 0
-        progress = tqdm(total=sum(course.steps for course in courses), desc="training the small CLIP", unit="step")
-        for course in courses:
-            take(course, clip, first, batch, 3 * seed + 2, progress)
-            first += course.steps * batch
-    return FrozenClip(clip.model, "small", clip.kept_ids)
-
-
-def take(course, clip, first, batch, seed, progress):
-    """One course, its scenes those of the collection `seed` from the number `first` on."""
-    model = clip.model
-    optimizer = torch.optim.AdamW(model.parameters(), lr=course.lr, betas=(0.9, 0.98), weight_decay=0.1)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, course.lr, total_steps=course.steps, pct_start=0.1)
-    named = shapes.named_all_ways(seed, course.named)
-    order_starts, order_ends = course.order
-    for step in range(course.steps):
-        about_order = order_starts <= step < order_ends
-        if about_order:
-            scenes = list(itertools.islice(named, batch))
-        else:
-            start = first + step * batch
-            scenes = [shapes.scene_or_twin(i, seed, course.of_two) for i in range(start, start + batch)]
-        share = batch // len(RESOLUTIONS)
-        images = [shapes.draw(scenes[n * share : (n + 1) * share], r) for n, r in enumerate(RESOLUTIONS)]
-        images = [part.to(clip.device) for part in images]
-        ids = clip.tokenize([scene.caption for scene in scenes])
-        unknown = torch.rand(ids.shape, device=clip.device) < (0 if about_order else UNKNOWN)
-        ids[unknown & (ids > 1) & (ids < len(clip.kept_ids) - 1)] = 0
-        text_features = model.encode_text(ids, normalize=True)
-        if step >= order_ends:
-            least, most = course.misled
-            reach = least + (most - least) * (step - order_ends) / (course.steps - order_ends)
-            images = mislead(clip, images, text_features.detach(), reach)
-        loss = contrast(clip, images, text_features)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        model.logit_scale.data.clamp_(max=4.6052)  # ln 100, as CLIP
-        progress.set_postfix(loss=f"{loss.item():.2f}", refresh=False)
-        progress.update()
-
-
-def contrast(clip, images, text_features):
-    """open_clip's own loss between captions and images, these as a list of batches of several sizes."""
-    image_features = F.normalize(clip.encode_image(*images), dim=-1)
-    return open_clip.ClipLoss()(image_features, text_features, clip.logit_scale)
-
-
-def mislead(clip, images, text_features, reach):
-    """The images, every pixel moved so that the captions fit less, by up to `reach` of a range of 2.
-
-    One step along the sign of the gradient (Goodfellow et al. 2015). Networks trained on such images have gradients
-    that change what people see, not noise that they alone see (Santurkar et al. 2019).
-    """
-    images = [part.detach().requires_grad_() for part in images]
-    gradients = torch.autograd.grad(contrast(clip, images, text_features), images)
-    amounts = [reach * torch.rand(len(part), 1, 1, 1, device=part.device) for part in images]
-    return [(x + amount * g.sign()).detach() for x, amount, g in zip(images, amounts, gradients, strict=True)]
-
-
-@torch.no_grad()
-def twin_accuracy(clip, difference, resolution, count=500, seed=10**6):
-    """How often a picture [resolution²] is nearer to its own caption than to that of its twin; 1/2 is chance."""
-    rng = np.random.default_rng(seed)
-    scenes = [shapes.scene(i, seed) for i in range(count)]
-    pairs = [(a, shapes.twin(a, difference, rng)) for a in scenes if a.relation or difference in shapes.OF_ANY]
-    scenes, twins = zip(*[(a, b) for a, b in pairs if a.caption != b.caption], strict=True)
-    images = F.normalize(clip.encode_image(shapes.draw(scenes, resolution)), dim=-1)
-    own, other = (clip.encode_text(clip.tokenize([s.caption for s in side])).embedding for side in (scenes, twins))
-    return ((images * (own - other)).sum(1) > 0).float().mean().item()
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # The small one on disk.
 
@@ -321,31 +203,18 @@ def save_small(clip, path):
     save_file(clip.model.state_dict(), path, {"kept_ids": json.dumps(clip.kept_ids)})
 
 
+def vocabulary_of(path):
+    """The token ids that the small CLIP in a file knows."""
+    with safe_open(path, "pt") as file:
+        return json.loads(file.metadata()["kept_ids"])
+
+
 def load_small(path):
     """Reads what save_small wrote. Raises UserError on any other file."""
     try:
+        clip = new_small(vocabulary_of(path))
         with safe_open(path, "pt") as file:
-            clip = new_small(json.loads(file.metadata()["kept_ids"]))
             clip.model.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
     except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"{path} is not a small CLIP written by clip.py, or it is damaged") from error
+        raise UserError(f"{path} is not a small CLIP, as training/small_clip.py writes it, or it is damaged") from error
     return clip
-
-
-def main():
-    parser = argparse.ArgumentParser(description="Trains the small CLIP again.", formatter_class=HelpFormatter)
-    parser.add_argument("--seed", type=natural_number, default=0)
-    parser.add_argument("--out", type=Path, default=SMALL_PATH)
-    args = parser.parse_args()
-    with told_in_one_line():
-        if not args.out.parent.is_dir():
-            raise UserError(f"--out {args.out}: there is no folder {args.out.parent}")
-    clip = train_small(seed=args.seed)
-    save_small(clip, args.out)
-    for difference in dict.fromkeys([*shapes.OF_TWO, *shapes.OF_ANY]):
-        accuracies = [f"{100 * twin_accuracy(clip, difference, r):5.1f} %" for r in sorted(set(RESOLUTIONS))]
-        print(f"{difference:12s}", *accuracies)
-
-
-if __name__ == "__main__":
-    main()

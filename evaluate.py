@@ -19,17 +19,16 @@ import matplotlib.pyplot as plt
 import torch
 from tqdm import tqdm
 
-import data
-import distributed
-import inference
-import judge
-import latent
-import shapes
-from checkpoint import DEMO, atomically, load_generator
-from coco import RESIZER, Coco
-from errors import HelpFormatter, UserError, finite_number, natural_number, positive_int, told_in_one_line
-from features import clip_score, load_extractor
-from metrics import fid, precision_recall
+from common import distributed
+from common.cli import HelpFormatter, UserError, finite_number, natural_number, positive_int, told_in_one_line
+from data import sources
+from data.coco import RESIZER, Coco
+from data.scenes import make_scene
+from evaluation import judge
+from evaluation.extractors import clip_score, load_extractor
+from evaluation.metrics import fid, precision_recall
+from sampling import inference, latent
+from weights.checkpoint import DEMO, atomically, load_generator
 
 UNSEEN = 333_334  # a seed of scenes that no run with a usual one draws from
 CURVE = (0.2, 0.4, 0.6, 0.7, 0.8, 0.9, 1.0)
@@ -76,8 +75,9 @@ def open_source(args, resolution):
     if args.data.endswith(".json"):
         return Coco(args.data, args.images, resolution, args.count, args.seed), RESIZER
     if args.data == "shapes":
-        return data.open_data("shapes", resolution, UNSEEN), f"rendered at {resolution}×{resolution}"
-    return data.open_data(args.data, resolution, args.seed), "centre crop, then Pillow's Lanczos, JPEGs decoded small"
+        return sources.open_data("shapes", resolution, UNSEEN), f"rendered at {resolution}×{resolution}"
+    source = sources.open_data(args.data, resolution, args.seed)
+    return source, "centre crop, then Pillow's Lanczos, JPEGs decoded small"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -195,7 +195,7 @@ def print_verdict(generator, clip, count):
             print(f"  {name:16s} {100 * drawn[name]:5.1f}  ({100 * rendered[name]:.1f})")
     moved = judge.spread(reader, generator, clip)
     print(f"Spread of positions over seeds, as a share of that in scenes: {moved:.2f}")
-    captions = [shapes.scene(i, judge.UNSEEN).caption for i in range(count)]
+    captions = [make_scene(i, judge.UNSEEN).caption for i in range(count)]
     _, loads = judge.sample(generator, clip, captions, seed=2)
     for name, shares in loads.items():
         print(f"Experts at {name}, % of the points:", *[f"{100 * share:.1f}" for share in shares])

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import distributed
 from augment import augment
+from common import distributed
 from discriminator import CLIP
 from layers import float32_region, full_precision
 

@@ -88,6 +88,7 @@ class Recipe:
     fid_samples: int  # on either side of a FID
     fid_every: int  # in images
     fid_factor: float  # κ: a stage ends when FID ≤ κ · reference FID
+    data: str = "emoji"  # the default of --data
     augment: tuple[str, ...] = ()  # what the discriminator sees pictures through, see augment.py
     recompute: bool = False  # the generator's levels again in the backward pass: a third more work, for memory
 
@@ -244,7 +245,7 @@ PRESETS = {
             clip_weight=0.2,
             matching_weight_discriminator=1.0,
             matching_weight_generator=0.1,
-            clip_model="small",
+            clip_model="emoji",
             fid_samples=1024,
             fid_every=16_000,
             fid_factor=1.0,
@@ -306,6 +307,7 @@ PRESETS = {
             matching_weight_discriminator=1.0,
             matching_weight_generator=0.1,
             clip_model="small",
+            data="shapes",
             fid_samples=512,
             fid_every=4_000,
             fid_factor=1.5,

@@ -11,13 +11,19 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-import distributed
-import inference
-import latent
-import views
-from checkpoint import DEMO, atomically, load_generator
-from errors import HelpFormatter, UserError, finite_number, first_line, natural_number, positive_int, told_in_one_line
-from pictures import animation, beside, expert_map, grid, to_pil
+from common import distributed
+from common.cli import (
+    HelpFormatter,
+    UserError,
+    finite_number,
+    first_line,
+    natural_number,
+    positive_int,
+    told_in_one_line,
+)
+from sampling import inference, latent, views
+from sampling.pictures import animation, beside, expert_map, grid, to_pil
+from weights.checkpoint import DEMO, atomically, load_generator
 
 FRAME_MS = 80  # of an animation
 

@@ -21,26 +21,26 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-import checkpoint
-import data
-import distributed
 from augment import NUM_CHANCES
 from aurora import Generator
 from clip import Text, load_clip
+from common import distributed
+from common.cli import HelpFormatter, UserError, first_line, natural_number, positive_int, told_in_one_line
+from common.distributed import say
+from data import sources
+from data.pairs import CAUSES
 from discriminator import Discriminator
-from distributed import say
-from errors import HelpFormatter, UserError, first_line, natural_number, positive_int, told_in_one_line
-from folder import RunFolder
-from growth import Growth, Stage
-from guard import Guard
-from inference import DTYPES, dtype_of
+from evaluation.metrics import expert_counts, pyramid
 from layers import full_precision, parameter_groups
 from losses import R1_INTERVAL, DiscriminatorLoss, generator_loss, wrong_captions
-from metrics import expert_counts, pyramid
-from pairs import CAUSES
-from pictures import grid, to_pil
-from plan import HARDWARE, plan
 from presets import PRESETS, fitted_to
+from sampling.inference import DTYPES, dtype_of
+from sampling.pictures import grid, to_pil
+from training.growth import Growth, Stage
+from training.guard import Guard
+from training.plan import HARDWARE, plan
+from training.run_folder import RunFolder
+from weights import checkpoint
 
 NUM_PICTURES = 24
 STATEFUL = ("generator", "discriminator", "ema", "optimizer_g", "optimizer_d")
@@ -50,15 +50,11 @@ COME_AGAIN = 75  # the exit status of a run that was asked to stop and has saved
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add = parser.add_argument
-    add("--preset", choices=PRESETS, default="shapes", help="network sizes and training recipe, see presets.py")
-    add(
-        "--data",
-        default="shapes",
-        help="shapes (drawn on the fly), a folder of images with .txt captions, or .tar shards",
-    )
+    add("--preset", choices=PRESETS, default="emoji", help="network sizes and training recipe, see presets.py")
+    add("--data", help="emoji, shapes, a folder of images with .txt captions, or .tar shards (default: the preset's)")
     add("--out", type=Path, help="the run's folder (default: runs/PRESET)")
-    add("--steps", type=positive_int, help="total steps of the run (default: the preset's; shapes: 20000)")
-    add("--batch", type=positive_int, help="global batch, over all ranks (default: the preset's; shapes: 32)")
+    add("--steps", type=positive_int, help="total steps of the run (default: the preset's)")
+    add("--batch", type=positive_int, help="global batch, over all ranks (default: the preset's)")
     add("--accumulate", type=positive_int, default=1, help="parts to make each batch in, where memory is short")
     add("--seed", type=natural_number, default=0, help="of weights, data and noise")
     add(
@@ -67,7 +63,8 @@ def parse_args(argv=None):
         help="auto: go on with the run in --out, if there is one; no; or a file in its checkpoints",
     )
     add(
-        "--clip", help="small, a clip.safetensors, or MODEL:WEIGHTS of open_clip (default: the preset's; shapes: small)"
+        "--clip",
+        help="small, emoji, a file of training/small_clip.py, or MODEL:WEIGHTS of open_clip (default: the preset's)",
     )
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add(
@@ -92,6 +89,7 @@ def parse_args(argv=None):
     add("--hardware", choices=HARDWARE, default="a100", help="of --plan")
     args = parser.parse_args(argv)
     args.out = args.out or Path("runs") / args.preset
+    args.data = args.data or PRESETS[args.preset].recipe.data
     return args
 
 
@@ -170,7 +168,7 @@ class Run:
         )
         resolutions = [level.resolution for level in preset.generator.levels]
         self.growth = Growth(self.recipe, resolutions, self.clip, self.args.seed)
-        self.source = data.open_data(self.args.data, resolutions[-1], self.args.seed)
+        self.source = sources.open_data(self.args.data, resolutions[-1], self.args.seed)
 
     def set_stage(self):
         """Lets the parameters of the active resolutions learn, and no others; DDP must not wait for the rest."""
@@ -209,7 +207,7 @@ class Run:
 
     def make_steps(self):
         p, parts = self.progress, self.args.accumulate
-        batches = data.loader(self.source, p.step * parts, self.batch // parts, self.args.workers)
+        batches = sources.loader(self.source, p.step * parts, self.batch // parts, self.args.workers)
         bar = tqdm(total=self.steps, initial=p.step, unit="step", disable=not distributed.is_main(), dynamic_ncols=True)
         self.folder.open_log(p.step)
         saved_at = time.monotonic()

@@ -1,29 +1,22 @@
 """The frozen CLIP is open_clip's, its small vocabulary and its files are sound."""
 
-from dataclasses import replace
-
 import open_clip
 import pytest
 import torch
 
 import clip as clip_module
-import shapes
 from clip import (
-    COURSES,
-    SMALL_PATH,
+    BUILT_IN,
     FrozenClip,
-    contrast,
     fold_batch_norms,
     load_clip,
     load_small,
-    mislead,
     new_small,
     save_small,
-    train_small,
-    twin_accuracy,
-    vocabulary_ids,
 )
-from errors import UserError
+from common.cli import UserError
+from data.scenes import make_scene
+from experiments.scenes_clip import vocabulary_ids
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +66,7 @@ def test_it_sees_what_the_towers_of_open_clip_compute_on_the_way(small, large):
 
 def test_folded_batch_norms_change_nothing():
     """In float64, for three sizes of images at a time, beside the ResNet as open_clip runs it, size by size."""
-    original, folded = (load_small(SMALL_PATH).double() for _ in range(2))
+    original, folded = (load_small(BUILT_IN["small"]).double() for _ in range(2))
     fold_batch_norms(folded)
     assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in folded.model.modules())
     images = [2 * torch.rand(2, 3, r, r, dtype=torch.float64) - 1 for r in (8, 16, 32)]
@@ -81,7 +74,7 @@ def test_folded_batch_norms_change_nothing():
 
 
 def test_the_small_vocabulary_is_the_captions(small):
-    captions = [shapes.scene(i).caption for i in range(300)]
+    captions = [make_scene(i).caption for i in range(300)]
     ids = small.tokenize(captions)
     assert ids.min() > 0  # no unknown word
     eot = len(small.kept_ids)
@@ -114,40 +107,6 @@ def test_a_small_clip_survives_its_file(small, tmp_path):
     ids = small.tokenize(["a large cyan star"])
     assert torch.equal(again.encode_text(ids).tokens, small.encode_text(ids).tokens)
     assert again.kept_ids == small.kept_ids
-
-
-# Of both courses a few steps, of each kind.
-BRIEF = [replace(COURSES[0], steps=6, order=(2, 4)), replace(COURSES[1], steps=4, order=(0, 2))]
-
-
-def test_training_is_reproducible():
-    first, second = (train_small(courses=BRIEF, batch=16, seed=1) for _ in range(2))
-    for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True):
-        assert torch.equal(a, b)
-
-
-def test_training_learns_colours_in_seconds():
-    clip = train_small(courses=[replace(COURSES[0], steps=60)], batch=64)
-    assert twin_accuracy(clip, "color", 32, count=200) > 0.75  # chance: 0.5
-
-
-def test_the_small_clip_tells_apart_what_the_networks_are_to_draw():
-    clip = load_clip("small")
-    least = {"background": 0.99, "color": 0.98, "size": 0.97, "number": 0.98, "shape": 0.85}
-    least |= {"relation": 0.96, "axis": 0.98}
-    for difference, share in least.items():
-        assert twin_accuracy(clip, difference, 32) >= share, difference
-
-
-def test_misled_pictures_fit_their_captions_less_and_stay_near():
-    clip = load_clip("small")
-    scenes = [shapes.scene_or_twin(i, 9) for i in range(32)]
-    text = clip.encode_text(clip.tokenize([scene.caption for scene in scenes])).embedding
-    images = [shapes.draw(scenes[:16], 16), shapes.draw(scenes[16:], 32)]
-    misled = mislead(clip, images, text, 0.3)
-    assert all((a - b).abs().max() <= 0.3 for a, b in zip(images, misled, strict=True))
-    noise = [x + 0.3 * torch.rand(len(x), 1, 1, 1) * torch.randn_like(x).sign() for x in images]
-    assert contrast(clip, misled, text) > contrast(clip, noise, text) > 0
 
 
 @pytest.mark.parametrize(

@@ -13,12 +13,13 @@ import torch
 import torch.multiprocessing as multiprocessing
 from torch.nn.parallel import DistributedDataParallel
 
-import distributed
 import losses
-import shapes
 from augment import NUM_CHANCES
-from clip import FrozenClip, new_small, vocabulary_ids
+from clip import FrozenClip, new_small
+from common import distributed
+from data.scenes import make_scene, render
 from discriminator import CLIP, Discriminator
+from experiments.scenes_clip import vocabulary_ids
 from presets import PRESETS
 
 
@@ -110,8 +111,8 @@ def test_r1_passes_gradcheck(tiny, clip):
 
 
 def batch_of(count):
-    scenes = [shapes.scene(i, seed=5) for i in range(count)]
-    return shapes.draw(scenes, 16), [scene.caption for scene in scenes]
+    scenes = [make_scene(i, seed=5) for i in range(count)]
+    return render(scenes, 16), [scene.caption for scene in scenes]
 
 
 def test_clip_loss_is_symmetric_info_nce_at_every_resolution(clip):

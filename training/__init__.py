@@ -1,1 +1,3 @@
-"""What a run needs beside its step."""
+"""What a run needs beside the networks and losses: one step, growth by a reference FID, the run's folder, a guard.
+`plan.py` computes what a run would take, and `small_clip.py` trains a CLIP where no weights are at hand.
+"""

@@ -16,15 +16,15 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-import data
-from clip import FrozenClip, contrast, mislead, new_small, save_small
-from errors import HelpFormatter, UserError, natural_number, positive_int, told_in_one_line
-from metrics import resize
+from clip import FrozenClip, new_small, save_small
+from common.cli import HelpFormatter, UserError, natural_number, positive_int, told_in_one_line
+from data import sources
+from evaluation.metrics import resize
 
 RESOLUTIONS = (4, 8, 8, 16, 16, 32, 32, 32)  # of the pictures, an eighth of a batch each: the losses ask about all
 LR = 2e-3
 UNKNOWN = 0.03  # share of words hidden in training, so that the row of the unknown word means "some word"
-MISLED_AFTER = 0.6  # share of the steps after which pictures are misled, see clip.mislead
+MISLED_AFTER = 0.6  # share of the steps after which pictures are misled, see mislead
 REACH = 0.1  # how far at the end
 POOL = 16  # batches drawn at a time; half of them are runs of captions next to each other in the alphabet
 MAX_PAIRS = 50_000  # held in memory
@@ -65,6 +65,24 @@ def train_small_clip(source, steps=4000, batch=128, seed=0, device="cpu"):
             schedule.step()
             model.logit_scale.data.clamp_(max=4.6052)  # ln 100, as CLIP
     return FrozenClip(model, "small", clip.kept_ids)
+
+
+def contrast(clip, images, text_features):
+    """open_clip's own loss between captions and images, these as a list of batches of several sizes."""
+    image_features = F.normalize(clip.encode_image(*images), dim=-1)
+    return open_clip.ClipLoss()(image_features, text_features, clip.logit_scale)
+
+
+def mislead(clip, images, text_features, reach):
+    """The images, every pixel moved so that the captions fit less, by up to `reach` of a range of 2.
+
+    One step along the sign of the gradient (Goodfellow et al. 2015). Networks trained on such images have gradients
+    that change what people see, not noise that they alone see (Santurkar et al. 2019).
+    """
+    images = [part.detach().requires_grad_() for part in images]
+    gradients = torch.autograd.grad(contrast(clip, images, text_features), images)
+    amounts = [reach * torch.rand(len(part), 1, 1, 1, device=part.device) for part in images]
+    return [(x + amount * g.sign()).detach() for x, amount, g in zip(images, amounts, gradients, strict=True)]
 
 
 def vocabulary(captions):
@@ -114,7 +132,7 @@ def main():
         if not args.out.parent.is_dir():
             raise UserError(f"--out {args.out}: there is no folder {args.out.parent}")
         started = time.monotonic()
-        source = data.open_data(args.data, 32, args.seed)
+        source = sources.open_data(args.data, 32, args.seed)
         clip = train_small_clip(source, args.steps, seed=args.seed)
         save_small(clip, args.out)
         share, count = accuracy(clip, source)

@@ -1,0 +1,1 @@
+"""Leaves that everything may use: the manners of a command (`cli.py`), and torch.distributed (`distributed.py`)."""

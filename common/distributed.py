@@ -1,0 +1,141 @@
+"""The few calls to torch.distributed, each of which does the obvious thing in a single process too."""
+
+import contextlib
+import gc
+import os
+import platform
+import warnings
+
+import torch
+import torch.distributed as dist
+from torch.distributed.nn.functional import all_gather
+from tqdm import tqdm
+
+from common.cli import UserError
+
+# Their successors are not in every PyTorch since 2.8; open_clip's loss calls the first as well.
+for name in ("all_gather", "`broadcast_buffers`"):
+    warnings.filterwarnings("ignore", message=f".*{name} is deprecated", category=FutureWarning)
+
+
+def start(device_name):
+    """Joins the process group where torchrun started us, and returns this rank's device.
+
+    device_name: "auto", "cpu", "cuda" or "cuda:N". Raises UserError for a device that is not there.
+    """
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages for large tensors: on a CPU far fewer page faults
+    if device_name == "auto":
+        device_name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(device_name)
+    except RuntimeError:
+        raise UserError(f"--device {device_name}: use auto, cpu, cuda or cuda:N") from None
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"--device {device_name}: use auto, cpu, cuda or cuda:N")
+    under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
+    if device.type == "cuda":
+        index = int(os.environ["LOCAL_RANK"]) if under_torchrun else device.index or 0
+        if index >= torch.cuda.device_count():
+            found = torch.cuda.device_count()
+            raise UserError(
+                f"--device {device_name}: number {index} was asked for, and PyTorch finds {found} CUDA devices"
+            )
+        device = torch.device("cuda", index)
+        torch.cuda.set_device(device)
+    if under_torchrun:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return device
+
+
+def describe(device):
+    """What a device is, as people name it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {torch.get_num_threads()} threads, {platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+
+
+def stop():
+    if dist.is_initialized():
+        gc.collect()  # DistributedDataParallel holds the group, in cycles, and must be gone before it
+        dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def losses_told():
+    """Where another rank died, what its silence raises here becomes a UserError."""
+    try:
+        yield
+    except (dist.DistError, RuntimeError) as error:
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise
+        raise UserError(
+            "another rank was lost; torchrun --max-restarts 3 starts all of them again, and the run goes on from its "
+            "last checkpoint"
+        ) from error
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main():
+    return rank() == 0
+
+
+def say(message):
+    """Prints a line, on the main rank alone, above a progress bar."""
+    if is_main():
+        tqdm.write(message)
+
+
+def gather(x):
+    """Concatenates x [B, …] over ranks, in their order. Gradients flow back to every rank and sum there."""
+    return torch.cat(all_gather(x.contiguous())) if dist.is_initialized() else x
+
+
+def mean(x):
+    """The mean of a tensor over ranks, without gradient."""
+    if dist.is_initialized():
+        x = x.detach().clone()
+        dist.all_reduce(x)
+        x /= world_size()
+    return x.detach()
+
+
+def broadcast(value):
+    """The main rank's value, any that can be pickled, on every rank."""
+    values = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(values)
+    return values[0]
+
+
+def collect(value):
+    """Every rank's value, any that can be pickled, in their order, on every rank."""
+    values = [value] * world_size()
+    if dist.is_initialized():
+        dist.all_gather_object(values, value)
+    return values
+
+
+@contextlib.contextmanager
+def together():
+    """A UserError that one rank meets ends all of them, and the main one tells it."""
+    message = ""
+    try:
+        yield
+    except UserError as error:
+        if not dist.is_initialized():
+            raise
+        message = str(error)
+    if not dist.is_initialized():
+        return
+    failed = torch.tensor(float(bool(message)), device="cuda" if dist.get_backend() == "nccl" else "cpu")
+    dist.all_reduce(failed, dist.ReduceOp.MAX)
+    if failed:
+        messages = collect(message)
+        raise UserError(next(filter(None, messages))) if is_main() else SystemExit(2)

@@ -1,0 +1,75 @@
+"""COCO's captions as the field evaluates on them: one caption for each of 30,000 images of the 2014 validation set."""
+
+import collections
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torchvision.transforms.functional import center_crop
+
+from common.cli import UserError, first_line
+from data.sources import Batch
+
+RESIZER = f"centre crop, then Pillow's Lanczos (Pillow {Image.__version__})"
+
+
+class Coco:
+    """Images of COCO 2014 val with a caption each, both drawn by a seed: `count` different images, in random order.
+
+    annotations: captions_val2014.json; the images lie in `folder`, by default val2014 beside the folder of the JSON.
+    Raises UserError for a file of another kind or split, for too few images, and for images that are not there.
+    """
+
+    def __init__(self, annotations, folder, resolution, count, seed):
+        self.resolution = resolution
+        images, captions = read_annotations(annotations)
+        if others := [name for name in images.values() if "val2014" not in name]:
+            raise UserError(
+                f"--data {annotations} is not of COCO 2014 val: it lists {others[0]}; take captions_val2014.json"
+            )
+        if len(captions) < count:
+            raise UserError(
+                f"--data {annotations} has {len(captions)} images with captions, and --count asks for {count}"
+            )
+        self.folder = Path(folder or Path(annotations).parent.parent / "val2014")
+        rng = np.random.default_rng(seed)
+        chosen = rng.permutation(sorted(captions))[:count]
+        self.pairs = [(self.folder / images[i], str(rng.choice(captions[i]))) for i in chosen]
+        if missing := next((path for path, _ in self.pairs if not path.is_file()), None):
+            raise UserError(f"no image {missing}; say with --images where the folder val2014 lies")
+
+    def evaluation(self, batch=64):
+        for first in range(0, len(self.pairs), batch):
+            paths, captions = zip(*self.pairs[first : first + batch], strict=True)
+            images = torch.stack([read_image(path, self.resolution) for path in paths])
+            yield Batch(images, list(captions), collections.Counter())
+
+
+def read_annotations(path):
+    """→ {image id: file name}, {image id: its captions}."""
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        images = {int(image["id"]): str(image["file_name"]) for image in content["images"]}
+        captions = collections.defaultdict(list)
+        for annotation in content["annotations"]:
+            captions[int(annotation["image_id"])].append(" ".join(annotation["caption"].split()))
+        if unknown := captions.keys() - images.keys():
+            raise ValueError(f"image {min(unknown)} is not listed")
+    except OSError as error:
+        raise UserError(f"--data {path} cannot be read: {error.strerror}") from error
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise UserError(f"--data {path} is not a captions file in COCO's format ({first_line(error)})") from error
+    return images, captions
+
+
+def read_image(path, resolution):
+    """An image file → its centre square [3, R, R] in [−1, 1]; the field upsamples the few that are smaller."""
+    try:
+        with Image.open(path) as image:
+            square = center_crop(image.convert("RGB"), min(image.size))
+            square = square.resize((resolution, resolution), Image.Resampling.LANCZOS)
+    except Exception as error:  # Pillow stumbles over broken files in every way there is
+        raise UserError(f"{path} cannot be read as an image ({first_line(error)}); get it again") from error
+    return torch.from_numpy(np.array(square)).permute(2, 0, 1).float() / 127.5 - 1

@@ -1,0 +1,214 @@
+"""Judges pictures of the built-in scenes: what a small classifier sees in them, against what their captions say.
+
+`python evaluate.py` asks it. It learns from rendered scenes alone, of all pairs of shape and color, by `python
+judge.py`; no generator is trained on what it says.
+"""
+
+import argparse
+import itertools
+import math
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import nn
+from tqdm import tqdm
+
+from common.cli import HelpFormatter, UserError, told_in_one_line
+from data.scenes import BACKGROUNDS, COLORS, HELD_OUT, RADII, RELATIONS, SEEN, SHAPES, SIZES, make_scene, render
+from evaluation.metrics import expert_counts, outputs
+from weights.checkpoint import atomically
+
+WEIGHTS = Path(__file__).parent.parent / "models" / "judge.safetensors"
+RESOLUTIONS = (16, 32)  # below, a small shape is a dot
+ARRANGEMENTS = ("one object", "side by side", "one above the other")
+OBJECT = {"shape": list(SHAPES), "color": list(COLORS), "size": list(SIZES)}
+ATTRIBUTES = {  # what it reads, and the values; of two objects the first is the left or the upper one
+    "background": list(BACKGROUNDS),
+    "arrangement": list(ARRANGEMENTS),
+    **{f"{attribute} {i}": values for i in range(2) for attribute, values in OBJECT.items()},
+}
+PAIRS = list(itertools.product(SHAPES, COLORS))  # those HELD_OUT too: they are to be judged
+TRAINING, UNSEEN = 1_000_000, 1_000_001  # collections of scenes that no run with a usual seed draws from
+
+
+class Judge(nn.Module):
+    """Images [B, 3, R, R] in [−1, 1], 16×16 or 32×32 → {attribute: logits [B, values]}, centres (x, y) [B, 2, 2]."""
+
+    def __init__(self, width=32):
+        super().__init__()
+        channels = [(width, 2 * width, 1), (2 * width, 4 * width, 2), *[(4 * width, 4 * width, 1)] * 2]
+        self.body = nn.Sequential(
+            *convolution(3, width, kernel_size=4, stride=2),
+            *itertools.chain.from_iterable(convolution(i, o, stride=stride) for i, o, stride in channels),
+            *convolution(4 * width, 4 * width, stride=2),
+            nn.Flatten(),
+            nn.Linear(64 * width, 256, bias=False),
+            nn.BatchNorm1d(256),
+            nn.ReLU(),
+        )
+        self.head = nn.Linear(256, sum(map(len, ATTRIBUTES.values())) + 4)
+
+    def forward(self, images):
+        out = self.head(self.body(F.interpolate(images, 32, mode="bilinear")))
+        logits, centres = out[:, :-4], out[:, -4:].unflatten(1, (2, 2))
+        return dict(zip(ATTRIBUTES, logits.split([len(v) for v in ATTRIBUTES.values()], 1), strict=True)), centres
+
+    @torch.no_grad()
+    def read(self, images, batch=256):
+        """Images → {attribute: index of the value seen [B]}, centres [B, 2, 2]; meaningless for absent objects."""
+        logits, centres = zip(*[self(part.clamp(-1, 1)) for part in images.split(batch)], strict=True)
+        return {name: torch.cat([part[name] for part in logits]).argmax(1) for name in ATTRIBUTES}, torch.cat(centres)
+
+
+def convolution(in_channels, out_channels, kernel_size=3, stride=1):
+    conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding=1, bias=False)
+    return conv, nn.BatchNorm2d(out_channels), nn.ReLU()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What is in a scene.
+
+
+def in_reading_order(scene):
+    """The objects of a scene, the left or the upper one first."""
+    return scene.objects[:: RELATIONS[scene.relation][2]] if scene.relation else scene.objects
+
+
+def truth(scenes):
+    """Scenes → {attribute: index of its value [B]}, −1 for what is absent; centres [B, 2, 2], NaN for those."""
+    values = {name: torch.full((len(scenes),), -1) for name in ATTRIBUTES}
+    centres = torch.full((len(scenes), 2, 2), math.nan)
+    for b, scene in enumerate(scenes):
+        values["background"][b] = ATTRIBUTES["background"].index(scene.background)
+        values["arrangement"][b] = 1 + RELATIONS[scene.relation][1] if scene.relation else 0
+        for i, o in enumerate(in_reading_order(scene)):
+            centres[b, i] = torch.tensor([o.x, o.y])
+            for attribute, names in OBJECT.items():
+                values[f"{attribute} {i}"][b] = names.index(getattr(o, attribute))
+    return values, centres
+
+
+def accuracies(seen, scenes):
+    """{what: share of the scenes in which it is right}, of one object or of two; a picture of another number is wrong.
+
+    The background counts where the caption names it. "relation": the two stand as asked, each known by its color.
+    """
+    asked, _ = truth(scenes)
+    number = (seen["arrangement"] == 0) == (asked["arrangement"] == 0)
+    right = {name: number & (seen[name] == asked[name]) for name in ATTRIBUTES}
+    result = {"number": number}
+    if scenes[0].relation:
+        right |= {f"{a}s": right[f"{a} 0"] & right[f"{a} 1"] for a in OBJECT}
+        swapped = number & (seen["color 0"] == asked["color 1"]) & (seen["color 1"] == asked["color 0"])
+        result |= {"both colors": right["colors"] | swapped, "relation": right["arrangement"] & right["colors"]}
+        result |= {"all in place": right["arrangement"] & right["colors"] & right["shapes"] & right["sizes"]}
+    else:
+        result |= {a: right[f"{a} 0"] for a in OBJECT} | {"shape and color": right["shape 0"] & right["color 0"]}
+    named = torch.tensor([scene.background in scene.caption for scene in scenes])
+    shares = {name: share.float().mean().item() for name, share in result.items()}
+    return {"background": (seen["background"] == asked["background"])[named].float().mean().item()} | shares
+
+
+def scenes_with(num_objects, count, pairs=PAIRS, seed=UNSEEN):
+    """The first `count` scenes of a collection that hold so many objects."""
+    scenes = (make_scene(i, seed, pairs) for i in itertools.count())
+    return list(itertools.islice((scene for scene in scenes if len(scene.objects) == num_objects), count))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The classifier.
+
+
+def train(steps=2500, batch=128, lr=4e-3):
+    """Trains a judge on rendered scenes, half of them 16×16, under a little noise, as samples are less clean."""
+    torch.manual_seed(0)
+    judge = Judge().train()
+    optimizer = torch.optim.AdamW(judge.parameters(), lr, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
+    for step in tqdm(range(steps), desc="training the judge", unit="step"):
+        scenes = [make_scene(i, TRAINING, PAIRS) for i in range(step * batch, (step + 1) * batch)]
+        images = torch.cat(
+            [
+                F.interpolate(render(part, r), 32, mode="bilinear")
+                for part, r in zip((scenes[::2], scenes[1::2]), RESOLUTIONS, strict=True)
+            ]
+        )
+        images += 0.03 * torch.rand(batch, 1, 1, 1) * torch.randn_like(images)
+        values, centres = truth(scenes[::2] + scenes[1::2])
+        logits, guesses = judge(images)
+        loss = sum(F.cross_entropy(logits[name], values[name], ignore_index=-1) for name in ATTRIBUTES)
+        loss += 10 * (guesses - centres)[centres.isfinite()].square().mean()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    return judge.eval()
+
+
+def load(path=WEIGHTS):
+    judge = Judge()
+    judge.load_state_dict(load_file(path))
+    return judge.eval().requires_grad_(False)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The verdict on a generator.
+
+
+@torch.no_grad()
+def sample(generator, clip, captions, seed):
+    """A picture for each caption [N, 3, R, R], and the share of the points that each expert took, {router: [E]}."""
+    z = torch.randn(len(captions), generator.config.z_dim, generator=torch.Generator().manual_seed(seed))
+    images, totals = [], {}
+    for output in outputs(generator, clip, captions, z):
+        images.append(output.image.clamp(-1, 1).cpu())
+        for name, counts in expert_counts(generator.config, output.routes).items():
+            totals[name] = totals.get(name, 0) + counts.cpu()
+    return torch.cat(images), {name: total / total.sum() for name, total in totals.items()}
+
+
+def spread(judge, generator, clip, seeds=100):
+    """How far the object of one prompt moves over seeds, as a share of how far it moves in scenes: mean over prompts.
+
+    Centres in scenes are uniform from one radius off an edge to one radius off the other.
+    """
+    ratios = []
+    for shape, size in itertools.product(SHAPES, SIZES):
+        images, _ = sample(generator, clip, [f"a {size} blue {shape} on a white background"] * seeds, seed=0)
+        _, centres = judge.read(images)
+        expected = (1 - sum(RADII[1][size])) / math.sqrt(12)
+        ratios.append(centres[:, 0].std(0).mean() / expected)
+    return torch.stack(ratios).mean().item()
+
+
+def verdict(judge, generator, clip, count):
+    """→ {kind of prompt: ({what: share right of the pictures}, {what: of scenes rendered at that resolution})}."""
+    resolution = generator.config.levels[-1].resolution
+    asked = {
+        "one object": scenes_with(1, count, SEEN),
+        "one object, shape and color never seen together": scenes_with(1, count, sorted(HELD_OUT)),
+        "two objects": scenes_with(2, count, SEEN),
+    }
+    result = {}
+    for kind, scenes in asked.items():
+        images, _ = sample(generator, clip, [scene.caption for scene in scenes], seed=1)
+        pictures = images, render(scenes, resolution)
+        result[kind] = tuple(accuracies(judge.read(those)[0], scenes) for those in pictures)
+    return result
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Trains the judge again.", formatter_class=HelpFormatter)
+    parser.add_argument("--out", type=Path, default=WEIGHTS)
+    args = parser.parse_args()
+    with told_in_one_line():
+        if not args.out.parent.is_dir():
+            raise UserError(f"--out {args.out}: there is no folder {args.out.parent}")
+        trained = train()
+        atomically(args.out, lambda temporary: save_file(trained.state_dict(), temporary))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,53 @@
+"""From a prompt and noise to latent codes, and from these to pictures: what sampling and evaluation share."""
+
+from typing import NamedTuple
+
+import torch
+
+from sampling import inference
+
+NUM_MEAN = 256  # latents behind a prompt's mean code
+BATCH = 16  # pictures drawn at a time
+
+
+class Prompt(NamedTuple):
+    """What the text head makes of B prompts."""
+
+    global_text: torch.Tensor  # [B, text_dim]
+    local_text: torch.Tensor  # [B, T−1, text_dim]
+
+
+def read(generator, clip, prompts):
+    """A list of texts → Prompt."""
+    text = clip.encode_text(clip.tokenize(prompts))
+    return Prompt(*generator.text_head(text.tokens, text.eot))
+
+
+def noise(generator, count, seed):
+    """z [count, z_dim] ~ N(0, 1), the same on any device."""
+    z = torch.randn(count, generator.config.z_dim, generator=torch.Generator().manual_seed(seed))
+    return z.to(generator.w_avg.device)
+
+
+def mean_code(generator, global_text):
+    """The mean of w over NUM_MEAN latents for each prompt, [B, w_dim]."""
+    z = noise(generator, NUM_MEAN, seed=0)
+    codes = generator.mapping(z.repeat(len(global_text), 1), global_text.repeat_interleave(NUM_MEAN, 0))
+    return codes.unflatten(0, (-1, NUM_MEAN)).mean(1)
+
+
+def truncate(w, mean, psi):
+    """w̄_c + ψ(w − w̄_c): toward the prompt's own mean, where it is most typical and varies least."""
+    return mean + psi * (w - mean)
+
+
+def pictures(generator, w, local_text):
+    """w [B, w_dim] or [B, num_layers, w_dim], and a local text for each, → images [B, 3, R, R] in [−1, 1]."""
+    return torch.cat([output.image for output in outputs(generator, w, local_text)]).clamp(-1, 1)
+
+
+def outputs(generator, w, local_text):
+    """Yields the synthesis network's Output for every BATCH codes."""
+    with inference.autocast(generator):
+        for codes, text in zip(w.split(BATCH), local_text.split(BATCH), strict=True):
+            yield generator.synthesis(codes, text)

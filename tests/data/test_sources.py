@@ -1,0 +1,253 @@
+"""Folders and shards as people have them, broken ones included."""
+
+import io
+import itertools
+import json
+import os
+import signal
+import tarfile
+import time
+from collections import Counter
+
+import pytest
+import torch
+from PIL import Image
+
+from common.cli import UserError
+from data import sources
+from data.pairs import CAPTION, DUPLICATE, IMAGE, SHARD
+
+
+def jpeg(color, size=(48, 36), mode="RGB"):
+    buffer = io.BytesIO()
+    Image.new(mode, size, color).save(buffer, "JPEG", quality=95)
+    return buffer.getvalue()
+
+
+COLORS = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0), (0, 255, 255), (255, 0, 255)]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for i, color in enumerate(COLORS):
+        (tmp_path / f"{i}.jpg").write_bytes(jpeg(color))
+        (tmp_path / f"{i}.txt").write_text(f"picture {i}\n", encoding="utf-8")
+    return tmp_path
+
+
+def write_shard(path, samples):
+    """As img2dataset does: key.jpg, key.txt and key.json beside each other, and a statistics file by the shard."""
+    with tarfile.open(path, "w") as tar:
+        for i, files in enumerate(samples):
+            for suffix, content in {**files, "json": json.dumps({"key": i, "status": "success"}).encode()}.items():
+                info = tarfile.TarInfo(f"{i:09d}.{suffix}")
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    path.with_name(path.stem + "_stats.json").write_text(json.dumps({"successes": len(samples)}))
+
+
+def good(i):
+    return {"jpg": jpeg(COLORS[i % 6]), "txt": f"picture {i}".encode()}
+
+
+def take(source, count, **kwargs):
+    return list(itertools.islice(source.batches(range(0, 2**62), **kwargs), count))
+
+
+def colour_of(image):
+    return tuple(int(v > 0) * 255 for v in image.mean((1, 2)))
+
+
+def test_a_folder_gives_pairs_that_belong_together(folder):
+    source = sources.open_data(str(folder), 16, seed=0)
+    (batch,) = take(source, 1, batch=6, rank=0, world_size=1)
+    assert batch.images.shape == (6, 3, 16, 16) and batch.images.min() >= -1 and batch.images.max() <= 1
+    assert sorted(batch.captions) == [f"picture {i}" for i in range(6)]  # an epoch holds each once
+    for image, caption in zip(batch.images, batch.captions, strict=True):
+        assert colour_of(image) == COLORS[int(caption[-1])]
+
+
+@pytest.mark.parametrize("kind", ["shapes", "folder"])
+def test_ranks_share_the_global_batch_and_any_step_can_be_the_first(kind, folder):
+    source = sources.open_data("shapes" if kind == "shapes" else str(folder), 16, seed=3)
+    whole = take(source, 3, batch=4, rank=0, world_size=1)
+    shares = [take(source, 3, batch=2, rank=rank, world_size=2) for rank in range(2)]
+    for step in range(3):
+        assert whole[step].captions == shares[0][step].captions + shares[1][step].captions
+    later = next(source.batches(range(2, 2**62), 4, 0, 1))
+    assert later.captions == whole[2].captions and torch.equal(later.images, whole[2].images)
+
+
+def test_workers_keep_the_order(folder):
+    source = sources.open_data(str(folder), 16, seed=3)
+    captions = [
+        [batch.captions for batch in itertools.islice(sources.loader(source, 5, 4, workers), 4)] for workers in (0, 2)
+    ]
+    assert captions[0] == captions[1]
+
+
+def test_broken_images_and_captions_are_skipped_and_counted(folder):
+    (folder / "0.jpg").write_bytes(b"<html>not an image</html>")
+    (folder / "1.jpg").write_bytes((folder / "1.jpg").read_bytes()[:100])
+    (folder / "2.txt").write_bytes(b"\xff\xfe\xff")
+    (folder / "3.txt").write_text("  ")
+    (batch,) = take(sources.open_data(str(folder), 16, seed=0), 1, batch=6, rank=0, world_size=1)
+    assert len(batch.captions) == 6 and set(batch.captions) == {"picture 4", "picture 5"}
+    assert batch.skipped[IMAGE] >= 2 and batch.skipped[CAPTION] >= 2
+
+
+@pytest.mark.parametrize("content", ["nothing", "no captions", "missing", "a file"])
+def test_a_folder_without_pairs_is_one_clear_line(tmp_path, content):
+    path = tmp_path / "data"
+    if content == "a file":
+        path.write_text("x")
+    elif content != "missing":
+        path.mkdir()
+    if content == "no captions":
+        (path / "1.jpg").write_bytes(jpeg((1, 2, 3)))
+    with pytest.raises(UserError, match="--data"):
+        sources.open_data(str(path), 16, seed=0)
+
+
+def test_a_folder_of_which_nothing_can_be_read_says_so(folder):
+    for path in folder.glob("*.jpg"):
+        path.write_bytes(b"broken")
+    with pytest.raises(UserError, match="none of the 6 pairs is usable: images not readable"):
+        next(sources.loader(sources.open_data(str(folder), 16, seed=0), 0, 4, workers=1))
+
+
+def test_shards_as_img2dataset_writes_them(tmp_path):
+    for shard in range(2):
+        write_shard(tmp_path / f"{shard:05d}.tar", [good(6 * shard + i) for i in range(6)])
+    for spec in (str(tmp_path), str(tmp_path / "{00000..00001}.tar"), str(tmp_path / "00000.tar")):
+        source = sources.open_data(spec, 16, seed=0)
+        first, second = take(source, 2, batch=5, rank=0, world_size=1)
+        assert first.images.shape == (5, 3, 16, 16) and first.captions != second.captions
+        for image, caption in zip(first.images, first.captions, strict=True):
+            assert colour_of(image) == COLORS[int(caption.split()[1]) % 6]
+        again = take(source, 2, batch=5, rank=0, world_size=1)
+        assert again[1].captions == second.captions  # the same start, the same stream
+    other = take(sources.open_data(str(tmp_path), 16, seed=0), 4, batch=5, rank=1, world_size=2)
+    assert [b.captions for b in other] != [b.captions for b in take(source, 4, batch=5, rank=0, world_size=2)]
+
+
+def test_a_shard_cut_short_and_broken_samples_are_skipped_and_counted(tmp_path):
+    broken = [
+        {"jpg": b"<html>", "txt": b"x"},
+        {"jpg": jpeg((1, 2, 3))},
+        {"txt": b"x"},
+        {"jpg": jpeg((1, 2, 3)), "txt": b" "},
+    ]
+    write_shard(tmp_path / "00000.tar", [good(0), *broken, good(1)])
+    write_shard(tmp_path / "00001.tar", [good(i) for i in range(2, 8)])
+    whole = (tmp_path / "00001.tar").read_bytes()
+    (tmp_path / "00001.tar").write_bytes(whole[: len(whole) // 2 + 300])
+    batches = take(sources.open_data(str(tmp_path), 16, seed=0), 6, batch=4, rank=0, world_size=1)
+    captions = {caption for batch in batches for caption in batch.captions}
+    assert {"picture 0", "picture 1", "picture 2"} <= captions
+    skipped = sum((batch.skipped for batch in batches), Counter())
+    assert skipped[SHARD] >= 1 and skipped[IMAGE] >= 2 and skipped[CAPTION] >= 2
+
+
+@pytest.mark.parametrize("content", [b"", b"not a tar" * 100])
+def test_shards_without_a_pair_are_one_clear_line(tmp_path, content):
+    (tmp_path / "00000.tar").write_bytes(content)
+    with pytest.raises(UserError, match="not one usable pair"):
+        sources.open_data(str(tmp_path), 16, seed=0)
+    with pytest.raises(UserError, match="braces do not match"):
+        sources.open_data(str(tmp_path / "{00007.tar"), 16, seed=0)
+    with pytest.raises(UserError, match="no such shard"):
+        sources.open_data(str(tmp_path / "{00007..00009}.tar"), 16, seed=0)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_stream_of_shards_goes_on_where_it_was(tmp_path, monkeypatch, workers):
+    """Within a block and across blocks, by as many workers: what the uninterrupted stream would have given."""
+    monkeypatch.setattr(sources, "BLOCK", 5)
+    for shard in range(3):
+        write_shard(tmp_path / f"{shard:05d}.tar", [good(40 * shard + i) for i in range(40)])
+    source = sources.open_data(str(tmp_path), 16, seed=0)
+
+    def captions(first, count):
+        batches = itertools.islice(sources.loader(source, first, 4, workers), count)
+        return [caption for batch in batches for caption in batch.captions]
+
+    whole = captions(0, 12)
+    assert len(set(whole)) > 24  # of 48, drawn from 120
+    for first in (1, 5, 7):
+        assert captions(first, 12 - first) == whole[4 * first :]
+
+
+def test_a_name_twice_in_a_shard_is_skipped_and_counted(tmp_path):
+    write_shard(tmp_path / "00000.tar", [good(0), {"jpg": jpeg((0, 0, 0)), "JPG": jpeg((9, 9, 9)), "txt": b"twice"}])
+    source = sources.open_data(str(tmp_path), 16, seed=0)
+    (batch,) = itertools.islice(source.evaluation(), 1)
+    assert batch.captions == ["picture 0", "twice"] and batch.skipped[DUPLICATE] == 1
+
+
+def test_shards_that_vanish_end_in_one_clear_line(tmp_path):
+    for shard in range(4):
+        write_shard(tmp_path / f"{shard:05d}.tar", [good(40 * shard + i) for i in range(40)])
+    batches = sources.loader(sources.open_data(str(tmp_path), 16, seed=0), 0, 8, workers=1)
+    next(batches)
+    (tmp_path / "00002.tar").unlink()
+    skipped = sum((next(batches).skipped for _ in range(60)), Counter())
+    assert skipped[SHARD] > 0 and skipped.total() == skipped[SHARD]
+    for path in tmp_path.glob("*.tar"):
+        path.unlink()
+    with pytest.raises(UserError, match=r"of 200 pairs in a row are usable: .* shards"):
+        for _ in range(1000):
+            next(batches)
+
+
+@pytest.mark.parametrize("kind", ["folder", "shards"])
+def test_a_source_that_is_mostly_broken_ends_in_one_clear_line(tmp_path, kind):
+    broken = {"jpg": b"<html>", "txt": b"x"}
+    pairs = [good(i) if i % 3 == 0 else broken for i in range(300)]
+    if kind == "shards":
+        write_shard(tmp_path / "00000.tar", pairs)
+    else:
+        for i, pair in enumerate(pairs):
+            for suffix, content in pair.items():
+                (tmp_path / f"{i}.{suffix}").write_bytes(content)
+    with pytest.raises(UserError, match=r"of 200 pairs in a row are usable: .* images not readable"):
+        for _ in itertools.islice(sources.loader(sources.open_data(str(tmp_path), 16, seed=0), 0, 8, workers=1), 100):
+            pass
+
+
+@pytest.mark.parametrize("fault", ["hangs", "is killed"])
+def test_a_worker_that_fails_is_replaced_and_its_batches_made_again(tmp_path, monkeypatch, fault):
+    monkeypatch.setattr(sources, "WORKER_TIMEOUT", 3)
+    source, healed = sources.Scenes(8, seed=0), tmp_path / "healed"
+    draw = source.draw
+
+    def faulty(scenes):
+        if scenes[0].caption == third and not healed.exists():
+            healed.touch()
+            time.sleep(60) if fault == "hangs" else os.kill(os.getpid(), signal.SIGKILL)
+        return draw(scenes)
+
+    expected = [batch.captions for batch in take(source, 5, batch=2, rank=0, world_size=1)]
+    third = expected[2][0]
+    monkeypatch.setattr(source, "draw", faulty)
+    assert [b.captions for b in itertools.islice(sources.loader(source, 0, 2, workers=1), 5)] == expected
+    assert healed.exists()
+
+
+def test_workers_that_always_fail_end_in_one_clear_line(monkeypatch):
+    monkeypatch.setattr(sources, "RETRIES", 1)
+    monkeypatch.setattr(sources, "WORKER_TIMEOUT", 3)
+    source = sources.Scenes(8, seed=0)
+    monkeypatch.setattr(source, "draw", lambda scenes: os.kill(os.getpid(), signal.SIGKILL))
+    with pytest.raises(UserError, match="data workers failed 2 times in a row"):
+        next(sources.loader(source, 0, 2, workers=1))
+
+
+def test_evaluation_scenes_are_not_the_training_ones():
+    source = sources.Scenes(8, seed=0)
+    training = {c for batch in take(source, 20, batch=8, rank=0, world_size=1) for c in batch.captions}
+    first = next(source.evaluation(8))
+    assert next(source.evaluation(8)).captions == first.captions
+    images = torch.cat([batch.images for batch in take(source, 20, batch=8, rank=0, world_size=1)])
+    assert training and not any((images == image).all((1, 2, 3)).any() for image in first.images)
+    assert first.images.isfinite().all()

@@ -1,0 +1,269 @@
+"""Evaluation against what others wrote: torch-fidelity, open_clip, the definitions; and COCO's format end to end."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+import torch_fidelity
+from PIL import Image
+from torch_fidelity.feature_extractor_base import FeatureExtractorBase
+from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+import evaluate
+from clip import load_clip
+from common.cli import UserError
+from data import coco
+from data.scenes import make_scene, render
+from evaluation import extractors, metrics
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+@pytest.fixture
+def run(run_main, tmp_path):
+    """evaluate.py with arguments → exit status, stdout, stderr without the progress bars."""
+
+    def run(*arguments):
+        status, said, stderr = run_main(evaluate.main, "--device", "cpu", "--out", tmp_path / "out", *arguments)
+        return status, said, stderr.split("\r")[-1].strip()
+
+    return run
+
+
+def write_coco(folder, count=6, split="val2014"):
+    """A captions file in COCO's format, two captions an image, and its images, of sizes as photographs have them."""
+    (folder / "annotations").mkdir()
+    (folder / "val2014").mkdir()
+    listed, annotations = [], []
+    for i in range(count):
+        scene = make_scene(i, seed=99)
+        name = f"COCO_{split}_{i:012d}.jpg"
+        pixels = ((render([scene], 64)[0] + 1) * 127.5).byte().permute(1, 2, 0).numpy()
+        Image.fromarray(pixels).resize((96, 64)).save(folder / "val2014" / name, quality=95)
+        listed.append({"id": i, "file_name": name, "width": 96, "height": 64})
+        captions = scene.caption, "a picture of a " + str(scene.objects[0])
+        annotations += [{"id": 2 * i + n, "image_id": i, "caption": c} for n, c in enumerate(captions)]
+    path = folder / "annotations" / f"captions_{split}.json"
+    path.write_text(json.dumps({"info": {}, "images": listed, "annotations": annotations}))
+    return path
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The numbers.
+
+
+class Colors(FeatureExtractorBase):
+    """A custom extractor for torch-fidelity: means over a 4×4 grid, so 48 features."""
+
+    def __init__(self, name, features_list, **_):
+        super().__init__(name, features_list)
+
+    @staticmethod
+    def get_provided_features_list():
+        return ("48",)
+
+    @staticmethod
+    def get_default_feature_layer_for_metric(_):
+        return "48"
+
+    @staticmethod
+    def can_be_compiled():
+        return False
+
+    @staticmethod
+    def get_dummy_input_for_compile():
+        return None
+
+    def forward(self, images):
+        return (grid_means(images),)
+
+
+def grid_means(images):
+    return torch.nn.functional.adaptive_avg_pool2d(images.float() / 255, 4).flatten(1)
+
+
+class Pictures(torch.utils.data.Dataset):
+    def __init__(self, images):
+        self.images = images
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, i):
+        return self.images[i]
+
+
+def test_fid_precision_and_recall_are_torch_fidelitys():
+    pixels = [((render([make_scene(i, s) for i in range(150)], 16) + 1) * 127.5).byte() for s in (1, 2)]
+    torch_fidelity.register_feature_extractor("colors", Colors)
+    theirs = torch_fidelity.calculate_metrics(
+        input1=Pictures(pixels[1]), input2=Pictures(pixels[0]), fid=True, prc=True, prc_neighborhood=3, cuda=False,
+        feature_extractor="colors", feature_layer_fid="48", feature_layer_prc="48", verbose=False,
+        save_cpu_ram=True,
+    )  # fmt: skip
+    real, fake = map(grid_means, pixels)
+    assert metrics.fid(real, fake) == pytest.approx(theirs["frechet_inception_distance"], abs=1e-3)
+    assert metrics.precision_recall(real, fake) == pytest.approx((theirs["precision"], theirs["recall"]))
+
+
+def naive_precision(real, fake, k):
+    """The definition: the share of fakes inside any real point's ball, whose radius is the distance to its k-th one."""
+    inside = 0
+    for sample in fake:
+        for i, point in enumerate(real):
+            radius = sorted(np.linalg.norm(point - other) for j, other in enumerate(real) if j != i)[k - 1]
+            if np.linalg.norm(sample - point) <= radius:
+                inside += 1
+                break
+    return inside / len(fake)
+
+
+def test_precision_and_recall_are_the_definition():
+    rng = np.random.default_rng(0)
+    real, fake = rng.normal(size=(40, 3)), 1.5 * rng.normal(size=(30, 3)) + 1
+    expected = naive_precision(real, fake, 3), naive_precision(fake, real, 3)
+    assert 0.1 < expected[0] < 1 and 0.1 < expected[1] < 1
+    found = metrics.precision_recall(torch.from_numpy(real), torch.from_numpy(fake), neighbours=3, block=7)
+    assert found == pytest.approx(expected)
+
+
+def test_clip_score_is_open_clips(tmp_path):
+    """The same pictures and captions through a model of open_clip by hand: its transform, its tokenizer, its towers."""
+    torch.manual_seed(0)
+    weights = tmp_path / "weights.pt"
+    torch.save(open_clip.create_model("RN50-quickgelu").state_dict(), weights)
+    pixels = ((render([make_scene(i) for i in range(3)], 40) + 1) * 127.5).byte()
+    captions = [make_scene(i).caption for i in range(3)]
+    extractor = extractors.load_extractor(f"RN50-quickgelu:{weights}", "--clip", torch.device("cpu"))
+    model, _, transform = open_clip.create_model_and_transforms("RN50-quickgelu", pretrained=str(weights))
+    model.eval()
+    with torch.no_grad():
+        found = extractors.clip_score(extractor.images(pixels), extractor.texts(captions))
+        pictures = [transform(Image.fromarray(p.permute(1, 2, 0).numpy())) for p in pixels]
+        image = model.encode_image(torch.stack(pictures), normalize=True)
+        text = model.encode_text(open_clip.get_tokenizer("RN50-quickgelu")(captions), normalize=True)
+    assert found == pytest.approx((image * text).sum(-1).mean().item(), abs=1e-6)
+
+
+def test_inception_is_read_from_torch_fidelitys_file(tmp_path, monkeypatch):
+    """Random weights in a file of the true layout: no weights of anyone's come with this repository."""
+    monkeypatch.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda *_: None)
+    monkeypatch.setattr("torch_fidelity.feature_extractor_inceptionv3.load_state_dict_from_url", lambda *_, **__: {})
+    reference = FeatureExtractorInceptionV3("x", ["2048"])
+    monkeypatch.undo()
+    torch.save(reference.state_dict(), tmp_path / "inception.pth")
+    extractor = extractors.load_extractor(f"inception:{tmp_path / 'inception.pth'}", "--features", torch.device("cpu"))
+    pixels = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8)
+    assert torch.equal(extractor.images(pixels), reference(pixels)[0]) and extractor.texts is None
+
+
+def test_the_small_clips_score_is_that_of_its_towers():
+    clip, extractor = load_clip("small"), extractors.load_extractor("small", "--clip", torch.device("cpu"))
+    images, captions = render([make_scene(i) for i in range(4)], 32), [make_scene(i).caption for i in range(4)]
+    found = extractors.clip_score(extractor.images(evaluate.to_pixels(images, 32)), extractor.texts(captions))
+    image = torch.nn.functional.normalize(clip.encode_image(images), dim=-1)
+    expected = (image * clip.encode_text(clip.tokenize(captions)).embedding).sum(-1).mean().item()
+    assert found == pytest.approx(expected, abs=1e-3)  # the pictures are rounded to 8 bits
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The command.
+
+
+def test_the_demo_on_the_built_in_scenes_with_its_protocol(run, tmp_path):
+    status, said, _ = run("--count", 8, "--truncation", 0.5)
+    assert status == 0
+    for words in ("8 real ones", "antialiased bicubic", "PyTorch", "seed", "FID", "precision", "CLIP score of the real",
+                  "8 prompts with two objects", "never seen together", "relation", "Spread", "Experts at"):  # fmt: skip
+        assert words in said
+    written = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert written["results"][0]["ψ"] == 0.5 and written["protocol"]["seed"] == 0
+
+
+def test_the_curve_is_a_point_for_each_truncation_and_a_plot(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "CURVE", (0.5, 1.0))
+    status, said, _ = run("--count", 8, "--curve")
+    assert status == 0 and "ψ 0.5" in said and "ψ 1" in said
+    assert Image.open(tmp_path / "out" / "curve.png").width > 500
+
+
+def test_coco_end_to_end_on_one_rank_and_on_two(run, tmp_path):
+    annotations = write_coco(tmp_path)
+    status, said, stderr = run("--data", annotations, "--count", 6, "--resolution", 64)
+    assert status == 0, stderr
+    assert "Pillow's Lanczos" in said and "resized to 64×64" in said and "captions_val2014.json" in said
+    one = json.loads((tmp_path / "out" / "evaluation.json").read_text())["results"]
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "evaluate.py",
+        "--data", annotations, "--count", "6", "--resolution", "64", "--device", "cpu", "--out", tmp_path / "two",
+    ]  # fmt: skip
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    two = json.loads((tmp_path / "two" / "evaluation.json").read_text())["results"]
+    assert two[0] == pytest.approx(one[0], rel=1e-3)
+
+
+def test_coco_draws_different_images_and_one_caption_of_each(tmp_path):
+    source = coco.Coco(write_coco(tmp_path), None, 32, count=5, seed=3)
+    batch = next(source.evaluation())
+    assert batch.images.shape == (5, 3, 32, 32) and len({path for path, _ in source.pairs}) == 5
+    for path, caption in source.pairs:
+        assert str(make_scene(int(path.stem[-12:]), seed=99).objects[0]) in caption
+        middle = Image.open(path).crop((16, 0, 80, 64)).resize((32, 32), Image.Resampling.LANCZOS)
+        expected = torch.from_numpy(np.array(middle)).permute(2, 0, 1) / 127.5 - 1
+        torch.testing.assert_close(coco.read_image(path, 32), expected, atol=1e-6, rtol=0)
+    assert coco.Coco(tmp_path / "annotations" / "captions_val2014.json", None, 32, 5, seed=3).pairs == source.pairs
+
+
+def test_mistakes_are_told_in_one_line(run, tmp_path):
+    val = write_coco(tmp_path)
+    (tmp_path / "train").mkdir()
+    train = write_coco(tmp_path / "train", split="train2014")
+    (tmp_path / "other.json").write_text('{"images": [], "annotations": [{"id": 1}]}')
+    images = [{"id": "a", "file_name": "x_val2014.jpg"}], [{"id": 1, "file_name": 2}]
+    for name, listed in zip(("ids.json", "names.json"), images, strict=True):
+        content = {"images": listed, "annotations": [{"image_id": 1, "caption": "a dog"}]}
+        (tmp_path / name).write_text(json.dumps(content))
+    (tmp_path / "file").touch()
+    for arguments, says in (
+        (("--data", train), "is not of COCO 2014 val"),
+        (("--data", val, "--count", 7), "has 6 images"),
+        (("--data", val, "--count", 1), "need 4 images"),
+        (("--data", val, "--count", 5, "--images", tmp_path / "nowhere"), "say with --images"),
+        (("--data", tmp_path / "other.json"), "not a captions file in COCO's format"),
+        (("--data", tmp_path / "ids.json"), "not a captions file in COCO's format"),
+        (("--data", tmp_path / "names.json"), "is not of COCO 2014 val"),
+        (("--data", tmp_path / "none.json"), "cannot be read"),
+        (("--data", tmp_path / "nothing"), "no such file or folder"),
+        (("--count", 4, "--features", "inception:/missing.pth"), "there is no such file"),
+        (("--count", 4, "--features", f"inception:{val}"), "weights cannot be had"),
+        (("--count", 4, "--clip", "inception"), "reads no text"),
+        (("--count", 4, "--features", "nonsense"), "--features nonsense: neither a file nor MODEL:WEIGHTS"),
+        (("--count", 4, "--checkpoint", "/missing.safetensors"), "no checkpoint at"),
+        (("--count", 4, "--out", tmp_path / "file" / "below"), "cannot be written"),
+    ):
+        status, _, stderr = run(*arguments)
+        assert status == 2 and says in stderr and len(stderr.splitlines()) == 1, (arguments, stderr)
+
+
+def test_fewer_images_than_asked_and_identical_sets(run, tmp_path):
+    for i in range(5):
+        Image.new("RGB", (32, 32), (40 * i, 0, 0)).save(tmp_path / f"{i}.png")
+        (tmp_path / f"{i}.txt").write_text("a red square")
+    status, _, stderr = run("--data", tmp_path, "--count", 9)
+    assert status == 2 and "holds 5 usable images" in stderr
+    (tmp_path / "0.png").write_bytes(b"broken")
+    status, _, stderr = run("--data", tmp_path, "--count", 5)  # no other stands in for it
+    assert status == 2 and "holds 4 usable images" in stderr
+    status, said, _ = run("--data", tmp_path, "--count", 4)
+    assert status == 0 and "1 images not readable" in said
+    same = torch.randn(8, 3)
+    with pytest.raises(UserError, match="the same images"):
+        evaluate.compare(same, same)

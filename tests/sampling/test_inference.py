@@ -1,0 +1,81 @@
+"""A generator made ready to sample against the one it was, in float32 and in bfloat16."""
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+
+from aurora import Generator
+from layers import Float32
+from router import Routing
+from sampling import inference
+
+
+@pytest.fixture
+def generator(generator_config):
+    """With every zero-initialized weight moved, so that no branch is silent, and many channels at the lowest level."""
+    torch.manual_seed(0)
+    lowest, *higher = generator_config.levels
+    lowest = dataclasses.replace(lowest, channels=64)
+    generator_config = dataclasses.replace(generator_config, levels=(lowest, *higher))
+    generator = Generator(generator_config)
+    for parameter in generator.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    return generator
+
+
+def inputs(config, batch):
+    torch.manual_seed(1)
+    return torch.randn(batch, config.z_dim), torch.randn(batch, 7, config.clip_width), torch.full((batch,), 6)
+
+
+@pytest.mark.parametrize("batch", [1, 8], ids=["matrix products", "convolutions"])
+def test_freezing_changes_no_picture(generator, batch):
+    """At batch 1 the lowest maps are small beside the kernels; float64, so that nothing hides in rounding."""
+    generator.double()
+    arguments = [x.double() if x.is_floating_point() else x for x in inputs(generator.config, batch)]
+    before = generator(*arguments)
+    after = inference.prepare(generator, torch.float64)(*arguments)
+    torch.testing.assert_close(after.image, before.image)
+    assert all(torch.equal(after.routes[name], before.routes[name]) for name in before.routes)
+
+
+def test_bfloat16_keeps_routing_and_latent_codes_in_float32(generator):
+    half = inference.prepare(generator, torch.bfloat16)
+    kept = {id(p) for module in half.modules() if isinstance(module, Float32) for p in module.parameters()}
+    kept |= {id(p) for p in half.text_head.parameters()}
+    for name, parameter in half.named_parameters():
+        narrow = parameter.ndim > 1 and id(parameter) not in kept
+        assert parameter.dtype == (torch.bfloat16 if narrow else torch.float32), name
+    router = half.synthesis.levels[2].attentions[0].blocks[0].router
+    assert router.to_logits.weight.dtype == torch.float32 and half.mapping.layers[0].weight.dtype == torch.float32
+
+
+def replay(monkeypatch, generator, routes):
+    """Makes the routers of a generator send every point where `routes` says, with their own gates."""
+    for name, route in routes.items():
+        level, block, depth = (int(part) for part in name.split("."))
+        level = next(x for x in generator.synthesis.levels if x.resolution == level)
+        router = level.attentions[block].blocks[depth].router
+
+        def routed(u, w, decide=router.forward, route=route):
+            logits = decide(u, w).logits
+            gate = logits.softmax(-1).gather(-1, route[..., None])[..., 0]
+            return Routing(logits, route, gate)
+
+        monkeypatch.setattr(router, "forward", routed)
+
+
+def test_bfloat16_draws_the_same_pictures_by_the_same_routes(generator, monkeypatch):
+    arguments = inputs(generator.config, 4)
+    half = inference.prepare(copy.deepcopy(generator), torch.bfloat16)
+    with torch.no_grad():
+        exact = generator(*arguments)
+        replay(monkeypatch, half, exact.routes)
+        local_text = half.text_head(*arguments[1:])[1]
+        with inference.autocast(half):
+            rounded = half.synthesis(exact.w, local_text)
+    assert rounded.image.dtype == torch.float32
+    scale = exact.image.abs().max()
+    assert 0 < (rounded.image - exact.image).abs().max() < 0.03 * scale

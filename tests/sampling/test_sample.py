@@ -1,0 +1,220 @@
+"""Sampling as people use it, and the mistakes they make."""
+
+import functools
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image, ImageColor
+from safetensors.torch import save_file
+
+import sample
+from sampling import pictures, views
+from weights.checkpoint import load_generator
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+@pytest.fixture
+def run(run_main):
+    """sample.py with arguments → exit status, stdout, stderr."""
+    return functools.partial(run_main, sample.main)
+
+
+@pytest.fixture(scope="module")
+def demo():
+    return load_generator(sample.DEMO)
+
+
+@torch.no_grad()
+def draw(generator, clip, prompt, num, seed, truncation=1.0):
+    """`num` pictures of a prompt, [num, 3, R, R]."""
+    return sample.draw(generator, views.samples(generator, clip, [prompt], num, seed, truncation))[0]
+
+
+def test_the_first_picture(tmp_path):
+    """The README's command, on the demo model, in a fresh process."""
+    command = [sys.executable, "sample.py", "a small red circle on a gray background", "--out", tmp_path / "a.png"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert str(tmp_path / "a.png") in done.stdout
+    picture = Image.open(tmp_path / "a.png")
+    assert picture.width > 4 * 128 and picture.height > 128
+
+
+def test_the_demo_model_is_small_enough_and_says_where_it_comes_from(demo):
+    assert sample.DEMO.stat().st_size <= 24 * 2**20
+    generator, _, notes = demo
+    assert notes["preset"] == "shapes" and notes["images"] > 0
+    assert generator.config.levels[-1].resolution == notes["resolution"]
+
+
+def test_the_same_seed_is_the_same_picture(run, demo, tmp_path):
+    generator, clip, _ = demo
+    prompt = "a large blue ring left of a small yellow star"
+    first = draw(generator, clip, prompt, 3, seed=5)
+    assert torch.equal(first, draw(generator, clip, prompt, 3, seed=5))
+    assert not torch.equal(first, draw(generator, clip, prompt, 3, seed=6))
+    torch.testing.assert_close(first[:2], draw(generator, clip, prompt, 2, seed=5), rtol=1e-3, atol=1e-3)
+    for name in ("a.png", "b.png"):
+        assert run(prompt, "--seed", 7, "--out", tmp_path / name)[0] == 0
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+
+
+def test_truncation_goes_toward_the_prompts_own_mean(demo):
+    """ψ = 0 leaves no variety, and another prompt has another mean; ψ = 1 is the code itself."""
+    generator, clip, _ = demo
+    prompt = "a large red square on a white background"
+    means = draw(generator, clip, prompt, 3, seed=1, truncation=0.0)
+    torch.testing.assert_close(means[0], means[1])
+    other = draw(generator, clip, "a large blue cross on a black background", 1, seed=1, truncation=0.0)
+    assert not torch.allclose(means[:1], other, atol=0.1)
+    spread = [draw(generator, clip, prompt, 8, 1, psi).std(0).mean() for psi in (0.0, 0.5, 1.0)]
+    assert spread[0] < spread[1] < spread[2]
+    text = clip.encode_text(clip.tokenize([prompt]))
+    z = torch.randn(1, generator.config.z_dim, generator=torch.Generator().manual_seed(1))
+    image = generator(z, text.tokens, text.eot).image.clamp(-1, 1)
+    torch.testing.assert_close(draw(generator, clip, prompt, 1, seed=1), image, rtol=1e-3, atol=1e-3)
+
+
+def test_prompts_from_a_file_and_several_at_once(run, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a red circle\n\na blue star 🐉\n", encoding="utf-8")
+    out = tmp_path / "new folder" / "a.png"
+    status, stdout, _ = run("a cyan ring", "--prompts", tmp_path / "prompts.txt", "--num", 2, "--out", out)
+    assert status == 0 and "6 pictures" in stdout and "🐉" in stdout  # said to be unknown
+    assert out.is_file()
+
+
+def test_unusual_prompts_are_answered_and_explained(run, tmp_path):
+    status, stdout, stderr = run("word " * 10_000, "a mauve 🐉", "--num", 1, "--out", tmp_path / "a.png")
+    assert status == 0, stderr
+    assert "too long" in stdout and "mauve" in stdout
+
+
+def write_checkpoint(path, kind):
+    if kind == "truncated":
+        path.write_bytes(sample.DEMO.read_bytes()[:50_000])
+    elif kind == "foreign":
+        save_file({"x": torch.ones(2)}, path)
+    elif kind == "hostile":
+
+        class Hostile:
+            def __reduce__(self):
+                return (os.mkdir, (str(path.parent / "executed"),))
+
+        torch.save({"generator": Hostile()}, path)
+    elif kind == "foreign pickle":
+        torch.save({"x": torch.ones(2)}, path)
+    else:
+        path.write_bytes(b"text")
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("a.safetensors", "truncated"), ("a.safetensors", "foreign"), ("a.safetensors", "text"), ("a.pth", "text"),
+     ("a.pth", "truncated"), ("a.pth", "hostile"), ("a.pth", "foreign pickle")],
+)  # fmt: skip
+def test_a_bad_checkpoint_is_told_in_one_line(run, tmp_path, name, kind):
+    write_checkpoint(tmp_path / name, kind)
+    status, _, stderr = run("a red circle", "--checkpoint", tmp_path / name, "--out", tmp_path / "a.png")
+    assert status == 2 and stderr.startswith("error: ") and len(stderr.splitlines()) == 1
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ((), "nothing to draw"),
+        (("",), "a prompt is empty"),
+        (("a circle", "  "), "a prompt is empty"),
+        (("x", "--checkpoint", "/missing.safetensors"), "no checkpoint at"),
+        (("--latent-walk", "--out", "/proc/a.gif", "x"), "cannot be written"),
+        (("--latent-walk", "x", "y"), "shows one prompt"),
+        (("--interpolate", "x", "y", "--steps", "1"), "a way has two ends"),
+        (("z", "--mix", "x", "y"), "their two prompts and no others"),
+        (("--interpolate", "x", ""), "a prompt is empty"),
+        (("x", "--latent-walk", "--truncation-sweep"), "not allowed with"),
+        (("x", "--prompts", "/missing.txt"), "cannot be read"),
+        (("x", "--prompts", "LATIN1"), "not UTF-8"),
+        (("x", "--out", "/proc/a.png"), "cannot be written"),
+        (("x", "--out", "picture.xyz"), "no picture format"),
+        (("x", "--num", "0"), "not a positive number"),
+        (("x", "--device", "abacus"), "use auto, cpu, cuda"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(run, tmp_path, arguments, says):
+    (tmp_path / "latin1.txt").write_bytes("ein grüner Kreis".encode("latin-1"))
+    status, _, stderr = run(*(tmp_path / "latin1.txt" if a == "LATIN1" else a for a in arguments))
+    assert status == 2 and says in stderr.splitlines()[-1] and "Traceback" not in stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "columns", "rows"),
+    [
+        (("a red circle", "a blue star", "--seeds", 1, 7, 1), 3, 2),
+        (("a red circle", "--truncation-sweep"), 6, 1),
+        (("--interpolate", "a red circle", "a large blue star", "--steps", 5), 5, 1),
+        (("--interpolate", "a red circle", "a star", "--part", "local", "--path", "linear"), 8, 1),
+        (("--mix", "a red circle on a white background", "a blue star on a black background"), 6, 1),
+        (("a red circle", "--latent-walk", "--steps", 10, "--out", "walk.png"), 8, 2),
+    ],
+)
+def test_every_view_is_a_grid_of_the_frames_it_says(run, tmp_path, arguments, columns, rows):
+    out = tmp_path / "a.png"
+    arguments = [out if a == "walk.png" else a for a in arguments]
+    status, _, stderr = run(*arguments, *(() if out in arguments else ("--out", out)))
+    assert status == 0, stderr
+    picture = Image.open(out)
+    assert picture.width == columns * (pictures.CELL + pictures.MARGIN) + pictures.MARGIN
+    assert picture.height // pictures.CELL == rows
+
+
+def test_a_gif_has_a_frame_for_each_step_and_maps_beside_the_picture(run, tmp_path):
+    out = tmp_path / "walk.gif"
+    assert run("a red circle", "--latent-walk", "--steps", 6, "--experts", "--out", out)[0] == 0
+    picture = Image.open(out)
+    assert picture.n_frames == 6 and picture.width > 2 * pictures.CELL
+
+
+def test_the_ends_of_an_interpolation_are_its_prompts_and_half_of_it_moves_half(demo):
+    """At 0 and 1 every path gives the prompts' own pictures; with one part alone the other stays the first prompt's."""
+    generator, clip, _ = demo
+    prompts = ["a large red circle on a white background", "a small blue star on a black background"]
+    with torch.no_grad():
+        a, b = (views.samples(generator, clip, [p], 1, 3, psi=0.7)[0] for p in prompts)
+        for path in ("linear", "spherical"):
+            both = views.interpolation(generator, clip, prompts, 3, 0.7, 3, "both", path)
+            for end, own in ((both[0], a), (both[2], b)):
+                torch.testing.assert_close(end.w, own.w, rtol=1e-3, atol=1e-4)
+                torch.testing.assert_close(end.local_text, own.local_text, rtol=1e-3, atol=1e-4)
+        moved = views.interpolation(generator, clip, prompts, 3, 0.7, 3, "global", "linear")[2]
+        torch.testing.assert_close(moved.w, b.w)
+        torch.testing.assert_close(moved.local_text, a.local_text)
+
+
+def test_the_arc_between_two_directions():
+    """Halfway between (2, 0) and (0, 4) lies 45°, at the mean length 3."""
+    a, b = torch.tensor([[2.0, 0.0]]), torch.tensor([[0.0, 4.0]])
+    torch.testing.assert_close(views.between(a, b, 0.5, "spherical"), torch.tensor([[3.0, 3.0]]) / 2**0.5)
+    torch.testing.assert_close(views.between(a, b, 0.25, "linear"), torch.tensor([[1.5, 1.0]]))
+
+
+def test_mixing_takes_each_layer_from_one_prompt(demo):
+    generator, clip, _ = demo
+    with torch.no_grad():
+        mixed = views.layer_mixing(generator, clip, "a red circle", "a blue star", 0, psi=1.0)
+    layers = generator.synthesis.num_layers
+    assert len(mixed) == layers + 1 == len(views.layer_names(generator)) + 1
+    whole, none = mixed[0].w, mixed[-1].w
+    for k, frame in enumerate(reversed(mixed)):
+        assert torch.equal(frame.w[:k], whole[:k]) and torch.equal(frame.w[k:], none[k:])
+
+
+def test_an_expert_map_has_the_routes_colors_in_place():
+    routes = torch.tensor([0, 1, 2, 3])
+    seen = pictures.expert_map(routes)
+    corners = [seen.getpixel((x, y)) for y in (0, -1 + seen.height) for x in (0, -1 + seen.width)]
+    assert corners == [ImageColor.getrgb(color) for color in pictures.COLORS[:4]]

@@ -1,0 +1,48 @@
+"""The gradients of one training step, for test_distributed.py: torchrun gradients_of_a_step.py FILE DTYPE [OPTION …].
+
+A whole step of train.py at the highest resolution, R1 included, with random weights everywhere, zeros included.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent.parent))
+
+import torch
+
+import train
+from common import distributed
+from data import sources
+
+
+def main(path, dtype, *options):
+    torch.set_default_dtype(getattr(torch, dtype))
+    device = distributed.start("cpu")
+    arguments = ["--preset", "shapes", "--dtype", "fp32", "--workers", "0", "--batch", "16", "--out", f"{path}.run"]
+    run = train.Run(train.parse_args([*arguments, *options]), device)
+    torch.manual_seed(1)
+    for network in (run.generator, run.discriminator):
+        for parameter in network.parameters():
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    run.growth.stage.number = len(run.growth.resolutions) - 1
+    run.set_stage()
+    for group in run.optimizer_d.param_groups:
+        group["lr"] = 0.0  # else Adam's first step would make of each gradient its sign
+    parts = run.args.accumulate
+    batches = sources.loader(run.source, 0, run.batch // parts, 0)
+    made = [next(batches) for _ in range(parts)]
+    report = run.step([batch._replace(images=batch.images.to(torch.get_default_dtype())) for batch in made])
+    assert report["r1"] > 0 and report["g_clip"] > 0 and report["d_matching"] > 0
+    gradients = {
+        f"{kind}.{name}": parameter.grad
+        for kind, network in (("g", run.generator), ("d", run.discriminator))
+        for name, parameter in network.named_parameters()
+        if parameter.grad is not None
+    }
+    if distributed.is_main():
+        torch.save(gradients, path)
+    distributed.stop()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

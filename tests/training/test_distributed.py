@@ -1,0 +1,61 @@
+"""The number of ranks changes nothing: gradients of a whole step, and errors told once."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+def torchrun(ranks, *command, **options):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [*launcher, *map(str, command)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, env=environment, **options)
+
+
+def gradients(folder, ranks, dtype, *options):
+    path = folder / f"{ranks}.pt"
+    done = torchrun(ranks, "tests/training/gradients_of_a_step.py", path, dtype, *options)
+    assert done.returncode == 0, done.stderr
+    return torch.load(path)
+
+
+def test_gradients_do_not_depend_on_the_number_of_ranks(tmp_path):
+    """4 ranks × 4 = 2 × 8 = 1 × 16, adversarial, matching, CLIP, R1 and expert losses together, tensor by tensor."""
+    one, two, four = (gradients(tmp_path, ranks, "float64") for ranks in (1, 2, 4))
+    assert len(one) > 100
+    for other in (two, four):
+        for name, error in differences(one, other).items():
+            assert error.max() < 1e-10 * one[name].abs().max(), name
+
+
+def test_nor_do_they_in_float32(tmp_path):
+    """Relative to the largest gradient of either network."""
+    one, two, four = (gradients(tmp_path, ranks, "float32") for ranks in (1, 2, 4))
+    largest = {network: max(x.abs().max() for name, x in one.items() if name[0] == network) for network in "gd"}
+    for other in (two, four):
+        for name, error in differences(one, other).items():
+            assert error.max() < 1e-5 * largest[name[0]], name
+
+
+def test_nor_where_the_batch_is_made_in_parts(tmp_path):
+    """Of two parts each loss is the mean; the wrong captions and the CLIP loss see the ranks' share of a part."""
+    one, two = (gradients(tmp_path, ranks, "float64", "--accumulate", "2") for ranks in (1, 2))
+    for name, error in differences(one, two).items():
+        assert error.max() < 1e-10 * one[name].abs().max(), name
+
+
+def differences(a, b):
+    assert a.keys() == b.keys()
+    return {name: (b[name] - a[name]).abs() for name in a}
+
+
+def test_a_mistake_is_told_once_by_all_ranks_together(tmp_path):
+    """Also where one rank alone sees it."""
+    (tmp_path / "data").mkdir()
+    done = torchrun(2, "train.py", "--device", "cpu", "--data", tmp_path / "data", "--out", tmp_path / "run")
+    assert done.returncode != 0 and done.stderr.count("error: --data") == 1

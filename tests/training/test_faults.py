@@ -1,0 +1,178 @@
+"""What goes wrong in weeks of training, done on purpose: no run is lost, no traceback shown, no foreign code run.
+
+Each line of this table breaks one thing in a run and lets it go on, or be started again; it must then end with the very
+weights of a run that nothing happened to, or stop with one line that says what to do. What else can break is tested
+where it belongs: hung and killed data workers, vanished shards, hostile images and captions in test_data.py and
+test_pairs.py, kill −9 and two machines by torture.py and two_machines.py.
+"""
+
+import os
+import resource
+
+import pytest
+import torch
+
+import train
+from common.cli import UserError
+from tests.training.test_train import assert_identical, quick_preset, run, small_clip  # noqa: F401 - fixtures
+from tests.training.torture import torture
+from training import guard
+from weights import checkpoint
+
+
+@pytest.fixture
+def common(small_clip, tmp_path):  # noqa: F811
+    """The arguments of every run here."""
+    return ("--preset", "quick", "--clip", small_clip, "--sample-every", 100, "--save-every", 1)
+
+
+@pytest.fixture
+def expected(common, tmp_path):
+    run(*common, "--out", tmp_path / "undisturbed", "--steps", 5)
+    return state_of(tmp_path / "undisturbed")
+
+
+def state_of(out):
+    state = checkpoint.newest_run(out / "checkpoints", print)[1]
+    state["progress"].pop("seconds")
+    return state
+
+
+def full_disk():
+    """From here on no file can grow beyond 100 kB, so that a checkpoint fails in the middle, as on a full disk."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+
+
+def room_again():
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+
+@pytest.fixture
+def at_step(monkeypatch):
+    """at_step({2: f}) calls f(run) as step 2 begins."""
+
+    def plan(actions):
+        step = train.Run.step
+
+        def disturbed(self, batches):
+            actions.get(self.progress.step, lambda _: None)(self)
+            return step(self, batches)
+
+        monkeypatch.setattr(train.Run, "step", disturbed)
+
+    yield plan
+    room_again()
+
+
+def test_a_disk_that_is_full_for_a_while(tmp_path, common, expected, at_step, capsys):
+    at_step({2: lambda _: full_disk(), 4: lambda _: room_again()})
+    run(*common, "--out", tmp_path / "run", "--steps", 5)
+    assert "a checkpoint could not be written" in capsys.readouterr().out
+    assert_identical(state_of(tmp_path / "run"), expected)
+    assert not list((tmp_path / "run").glob("**/*.tmp"))
+
+
+def test_a_disk_that_stays_full(tmp_path, common, expected, at_step):
+    actions = {2: lambda _: full_disk()}
+    at_step(actions)
+    with pytest.raises(UserError, match=r"step 5 is not saved; the last good checkpoint: .*00000002-\w+\.pt"):
+        run(*common, "--out", tmp_path / "run", "--steps", 5)
+    room_again()
+    actions.clear()
+    run(*common, "--out", tmp_path / "run", "--steps", 5)
+    assert_identical(state_of(tmp_path / "run"), expected)
+
+
+@pytest.mark.parametrize("tenths", range(10))
+def test_a_checkpoint_cut_short(tmp_path, common, expected, tenths):
+    run(*common, "--out", tmp_path / "run", "--steps", 3)
+    path = checkpoint.checkpoints(tmp_path / "run" / "checkpoints")[0]
+    path.write_bytes(path.read_bytes()[: path.stat().st_size * tenths // 10])
+    run(*common, "--out", tmp_path / "run", "--steps", 5)
+    assert path.with_name(f"{path.name}.damaged").exists()
+    assert_identical(state_of(tmp_path / "run"), expected)
+
+
+def test_a_bit_of_a_checkpoint_flipped(tmp_path):
+    """Any bit of a file; torch.load would pass most of them, and so would the checksums that torch.save writes."""
+    state = {"identity": {"seed": 5}, "progress": {"step": 3}, "discriminator": {"weight": torch.randn(9)}}
+    path = checkpoint.save_run(tmp_path, 3, state, keep=1)
+    content = path.read_bytes()
+    assert_identical(checkpoint.load_run(path), state)
+    for bit in range(0, 8 * len(content), 7):
+        flipped = bytearray(content)
+        flipped[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(flipped)
+        with pytest.raises(UserError, match="is damaged"):
+            checkpoint.load_run(path)
+
+
+@pytest.mark.parametrize("network", ["generator", "discriminator"])
+def test_weights_that_become_nan(tmp_path, common, expected, at_step, monkeypatch, network):
+    """The run stops, names its last good checkpoint, and goes on from there."""
+    monkeypatch.setattr(guard, "LIMIT", 4)
+
+    def poison(training):
+        next(getattr(training, network).parameters()).data.fill_(float("nan"))
+
+    actions = {2: poison}
+    at_step(actions)
+    with pytest.raises(UserError, match=r"updates in a row .* last good checkpoint: .*00000002-\w+\.pt"):
+        run(*common, "--out", tmp_path / "run", "--steps", 100)
+    actions.clear()
+    run(*common, "--out", tmp_path / "run", "--steps", 5)
+    assert_identical(state_of(tmp_path / "run"), expected)
+
+
+def test_data_that_is_nan_costs_one_update(tmp_path, common, monkeypatch, capsys):
+    prepare = train.Run.prepare
+
+    def poisoned(self, number, batch):
+        part = prepare(self, number, batch)
+        if self.progress.step == 2:
+            part.real[4][0, 0, 0, 0] = float("nan")
+        return part
+
+    monkeypatch.setattr(train.Run, "prepare", poisoned)
+    training = run(*common, "--out", tmp_path, "--steps", 5)
+    assert training.progress.rejected == 1 and "1 updates were left out as not finite" in capsys.readouterr().out
+    assert all(p.isfinite().all() for p in [*training.generator.parameters(), *training.discriminator.parameters()])
+
+
+def test_a_checkpoint_that_holds_code(tmp_path, common, expected):
+    run(*common, "--out", tmp_path / "run", "--steps", 3)
+
+    class Hostile:
+        def __reduce__(self):
+            return (os.mkdir, (str(tmp_path / "executed"),))
+
+    folder = tmp_path / "run" / "checkpoints"
+    torch.save({name: Hostile() for name in ("identity", "progress", "discriminator")}, folder / "hostile")
+    path = (folder / "hostile").rename(folder / f"00000004-{checkpoint.digest(folder / 'hostile')}.pt")
+    with pytest.raises(UserError, match="holds code, which is not run"):
+        checkpoint.load_run(path)
+    run(*common, "--out", tmp_path / "run", "--steps", 5)
+    assert_identical(state_of(tmp_path / "run"), expected)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_kills_at_random_moments(tmp_path):
+    """The short form of torture.py."""
+    torture(ranks=1, kills=2, steps=30, folder=tmp_path)
+
+
+def test_symptoms_are_told_once_when_they_last():
+    said = []
+    watch = guard.Guard(said.append)
+    healthy = {"expert_min_share": 0.5, "logits_real": 1.0, "logits_fake": -1.0}
+    sick = {"expert_min_share": 0.0, "logits_real": 9.0, "logits_fake": -9.0}
+    for report, steps in ((sick, guard.LASTING - 1), (healthy, 1), (sick, guard.LASTING - 1)):
+        for _ in range(steps):
+            watch.watch(report, 0, None)
+    assert not said
+    for _ in range(guard.LASTING):
+        watch.watch(sick, 0, None)
+    assert len(said) == 2 and "an expert gets next to no points" in said[0] and "certain of every image" in said[1]
+    for _ in range(guard.LASTING):
+        watch.watch({**healthy, "logits_real": 0.0, "logits_fake": 0.0}, 0, None)
+    assert len(said) == 3 and "tells nothing apart" in said[2]

@@ -1,0 +1,311 @@
+"""Training end to end: resuming exactly, growing, two ranks, folders and shards, learning, mistakes."""
+
+import dataclasses
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import sample
+import train
+from clip import new_small, save_small
+from common.cli import UserError
+from data.scenes import BACKGROUNDS, COLORS
+from experiments.scenes_clip import vocabulary_ids
+from presets import PRESETS
+from sampling import views
+from tests.data.test_sources import good, jpeg, write_shard
+from training.growth import PATIENCE
+from weights import checkpoint
+from weights.checkpoint import load_generator
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+@pytest.fixture(scope="session")
+def small_clip(tmp_path_factory):
+    """The file of a small CLIP with random weights, which tells words apart as well."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("clip") / "clip.safetensors"
+    save_small(new_small(vocabulary_ids()), path)
+    return path
+
+
+@pytest.fixture(autouse=True)
+def quick_preset(monkeypatch):
+    """`quick`: the networks of `shapes`, growing every two steps of four images."""
+    shapes_preset = PRESETS["shapes"]
+    recipe = dataclasses.replace(
+        shapes_preset.recipe,
+        images_per_stage={4: 8, 8: 8, 16: 10**9},
+        batch=4,
+        fid_samples=8,
+        fid_every=8,
+        fid_factor=0.0,  # grows by the number of images alone
+    )
+    monkeypatch.setitem(PRESETS, "quick", dataclasses.replace(shapes_preset, recipe=recipe))
+
+
+def run(*arguments):
+    args = train.parse_args([str(a) for a in ("--workers", 0, "--device", "cpu", *arguments)])
+    training = train.Run(args, torch.device("cpu"))
+    training.train()
+    return training
+
+
+def test_a_run_stopped_and_resumed_is_the_run_uninterrupted(tmp_path, small_clip):
+    """Bit by bit, across two changes of resolution and an R1 step: networks, averages, optimizers and the log."""
+    common = ("--preset", "quick", "--clip", small_clip, "--sample-every", 100)
+    run(*common, "--out", tmp_path / "whole", "--steps", 6)
+    for steps in (2, 3, 6):  # the first stop is where the resolution changes
+        run(*common, "--out", tmp_path / "parts", "--steps", steps)
+    whole, parts = (checkpoint.newest_run(tmp_path / name / "checkpoints", print)[1] for name in ("whole", "parts"))
+    assert all(state["progress"].pop("seconds") > 0 for state in (whole, parts))  # all else is the same
+    assert whole["stage"] == parts["stage"] and whole["stage"]["number"] == 2
+    assert_identical(parts, whole)
+    logs = [
+        [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in path.read_text().splitlines()]
+        for path in (tmp_path / "whole" / "metrics.jsonl", tmp_path / "parts" / "metrics.jsonl")
+    ]
+    assert logs[0] == logs[1] and [row["step"] for row in logs[0]] == [1, 2, 3, 4, 5, 6]
+    assert [row["resolution"] for row in logs[0]] == [4, 4, 8, 8, 16, 16]
+
+
+def assert_identical(a, b):
+    """Bitwise, through dicts and lists."""
+    assert type(a) is type(b)
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b)
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_identical(a[key], b[key])
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b)
+        for x, y in zip(a, b, strict=True):
+            assert_identical(x, y)
+    else:
+        assert a == b
+
+
+def test_a_run_leaves_what_it_promises(tmp_path, small_clip):
+    training = run("--preset", "quick", "--clip", small_clip, "--out", tmp_path, "--steps", 3, "--sample-every", 2)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"checkpoints", "generator_ema.safetensors", "metrics.jsonl", "config.json", "samples"}
+    assert {path.name for path in (tmp_path / "samples").iterdir()} == {"step_0000002.png", "step_0000003.png"}
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["preset"] == "quick" and config["recipe"]["batch"] == 4
+    generator, clip, notes = load_generator(tmp_path / "generator_ema.safetensors")
+    assert generator.config.levels[-1].resolution == 8 == notes["resolution"] and notes["images"] == 12
+    text = clip.encode_text(clip.tokenize(["a small red circle"]))
+    z = torch.randn(1, generator.config.z_dim)
+    expected = training.ema(z, text.tokens, text.eot, 8).image
+    torch.testing.assert_close(generator(z, text.tokens, text.eot).image, expected)
+
+
+def test_the_moving_average_is_its_formula(tmp_path, small_clip):
+    training = run("--preset", "quick", "--clip", small_clip, "--out", tmp_path, "--steps", 1)
+    name, before = "mapping.layers.0.weight", training.ema.mapping.layers[0].weight.clone()
+    training.progress.step = 10**6  # past the short half-life of the beginning
+    training.update_ema(torch.ones(training.ema.config.w_dim))
+    decay = 0.5 ** (4 / training.recipe.ema_half_life)
+    expected = decay * before.double() + (1 - decay) * training.generator.get_parameter(name).double()
+    torch.testing.assert_close(training.ema.get_parameter(name).double(), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_a_step_that_is_not_finite_is_left_out_and_counted(tmp_path, small_clip, capsys):
+    training = run("--preset", "quick", "--clip", small_clip, "--out", tmp_path, "--steps", 1)
+    before = {name: value.clone() for name, value in training.generator.state_dict().items()}
+    loss = sum(p.sum() for p in training.generator.parameters() if p.requires_grad) * float("nan")
+    training.update(training.optimizer_g, training.generator, lambda _: {"loss": loss}, [None])
+    assert training.progress.rejected == 1 and "not finite" in capsys.readouterr().out
+    torch.testing.assert_close(training.generator.state_dict(), before, rtol=0, atol=0)
+
+
+def test_a_stage_ends_at_the_reference_fid_or_when_it_stops_falling(tmp_path, small_clip):
+    training = run("--preset", "quick", "--clip", small_clip, "--out", tmp_path, "--steps", 1)
+    growth, factor = training.growth, 1.5
+    growth.recipe = dataclasses.replace(training.recipe, fid_factor=factor)
+    growth.stage.images, growth.stage.reference_fid[4], growth.stage.best_fid = 0, 1.0, factor * 1.01
+    training.grow_if_learned()
+    assert growth.active == [4]
+    growth.stage.best_fid = factor * 0.99
+    training.grow_if_learned()
+    assert growth.active == [4, 8] and growth.stage.best_fid == float("inf")
+    growth.stage.evaluations_since_best = PATIENCE
+    training.grow_if_learned()
+    assert growth.active == [4, 8, 16]
+
+
+@pytest.mark.parametrize("kind", ["folder", "shards"])
+def test_it_trains_on_a_folder_and_on_shards(tmp_path, small_clip, kind):
+    source = tmp_path / "data"
+    source.mkdir()
+    for i in range(12):
+        if kind == "folder":
+            (source / f"{i}.jpg").write_bytes(jpeg((20 * i, 0, 0)))
+            (source / f"{i}.txt").write_text(f"a red picture number {i}")
+    (source / "broken.jpg").write_bytes(b"broken")
+    (source / "broken.txt").write_text("broken")
+    if kind == "shards":
+        write_shard(source / "00000.tar", [good(i) for i in range(12)] + [{"jpg": b"broken", "txt": b"broken"}])
+    out = tmp_path / "run"
+    run("--preset", "quick", "--clip", small_clip, "--out", out, "--data", source, "--steps", 6)
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert len(rows) == 6 and rows[-1]["skipped"] >= 1 and rows[-1]["rejected"] == 0
+
+
+def test_shards_with_too_few_pairs_are_one_clear_line(tmp_path, small_clip):
+    write_shard(tmp_path / "00000.tar", [good(i) for i in range(3)])
+    with pytest.raises(UserError, match="3 usable pairs"):
+        run("--preset", "quick", "--clip", small_clip, "--out", tmp_path / "run", "--data", tmp_path, "--steps", 1)
+
+
+def test_a_tiny_model_learns_colours(tmp_path, monkeypatch):
+    """At 4×4, where only colours can be seen: the background that the prompt names."""
+    preset = PRESETS["shapes"]
+    tiny = dataclasses.replace(
+        preset,
+        generator=dataclasses.replace(preset.generator, levels=preset.generator.levels[:1]),
+        discriminator=dataclasses.replace(preset.discriminator, levels=preset.discriminator.levels[:1]),
+        recipe=dataclasses.replace(
+            preset.recipe, images_per_stage={}, clip_weight=0.0, fid_samples=8, ema_half_life=500
+        ),
+    )
+    monkeypatch.setitem(PRESETS, "tiny", tiny)
+    run("--preset", "tiny", "--out", tmp_path, "--steps", 200, "--sample-every", 1000)
+    generator, clip, _ = load_generator(tmp_path / "generator_ema.safetensors")
+    colours = torch.tensor(list(BACKGROUNDS.values()))
+    right = []
+    for i, background in enumerate(BACKGROUNDS):
+        for color in COLORS:
+            prompt = f"a small {color} circle on a {background} background"
+            images, _ = sample.draw(generator, views.samples(generator, clip, [prompt], num=2, seed=3, psi=1.0))
+            image = (images + 1) / 2
+            seen = image.flatten(2).median(2).values  # most of the picture is background
+            right += [(torch.cdist(seen, colours).argmin(1) == i).float().mean()]
+    assert torch.stack(right).mean() > 0.9  # chance: 0.25
+
+
+def test_torchrun_with_two_ranks_which_go_on_where_one_was(tmp_path, small_clip):
+    out = tmp_path / "run"
+    options = f"--preset shapes --batch 4 --workers 0 --device cpu --clip {small_clip} --out {out}".split()
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    for ranks, steps in ((1, 2), (2, 5)):
+        command = [sys.executable, *(launcher if ranks > 1 else []), "train.py", *options, "--steps", str(steps)]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+    assert "2 rank(s)" in done.stdout and done.stdout.count("Done. 5 steps") == 1
+    assert done.stdout.count("Going on from step 2.") == 1 and "so far on 1 rank(s), now on 2" in done.stdout
+    with safe_open(out / "generator_ema.safetensors", "pt") as file:
+        assert json.loads(file.metadata()["notes"])["step"] == 5
+    log = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in log] == [1, 2, 3, 4, 5]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Mistakes.
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("--preset", "huge"), "invalid choice: 'huge'"),
+        (("--steps", "0"), "not a positive number"),
+        (("--batch", "1"), "take 2 or more each"),
+        (("--seed", "-1"), "is negative or too large"),
+        (("--seed", "-1"), "is negative or too large"),
+        (("--device", "tpu9"), "use auto, cpu, cuda"),
+        (("--data", "/nowhere"), "no such file or folder"),
+        (("--resume", "/nowhere.pt"), "no such checkpoint"),
+        (("--clip", "nonsense"), "neither a file nor"),
+        (("--out", "/proc/run"), "cannot be written"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(tmp_path, small_clip, monkeypatch, capsys, arguments, says):
+    command = ["train.py", "--preset", "shapes", "--clip", str(small_clip), "--out", str(tmp_path / "run"), *arguments]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit) as caught:
+        train.main()
+    stderr = capsys.readouterr().err.strip()
+    assert caught.value.code == 2 and says in stderr.splitlines()[-1] and "Traceback" not in stderr
+
+
+@pytest.mark.parametrize("content", ["nothing", "the authors' generator"])
+def test_what_is_no_checkpoint_of_a_run_is_set_aside(tmp_path, small_clip, content):
+    common = ("--preset", "quick", "--clip", small_clip, "--out", tmp_path)
+    run(*common, "--steps", 1)
+    for path in (tmp_path / "checkpoints").glob("*.pt"):
+        path.write_bytes(b"")
+        if content != "nothing":
+            torch.save({"generator_smooth": {}, "generator": {}}, path)
+    with pytest.raises(UserError, match="none of the 2 checkpoints"):
+        run(*common, "--steps", 2)
+    assert len(list((tmp_path / "checkpoints").glob("*.damaged"))) == 2
+
+
+def test_the_last_checkpoints_are_kept(tmp_path, small_clip):
+    common = ("--preset", "quick", "--clip", small_clip, "--out", tmp_path, "--save-every", 1, "--keep", 2)
+    run(*common, "--steps", 4)
+    assert [path.name[:9] for path in checkpoint.checkpoints(tmp_path / "checkpoints")] == ["00000004-", "00000003-"]
+
+
+def test_a_checkpoint_is_due_after_some_minutes(tmp_path, small_clip, monkeypatch):
+    monkeypatch.setattr(train.time, "monotonic", itertools.count(step=40).__next__)  # seconds
+    common = ("--preset", "quick", "--clip", small_clip, "--out", tmp_path, "--save-minutes", 1, "--keep", 9)
+    run(*common, "--steps", 5)
+    steps = [int(path.name[:8]) for path in checkpoint.checkpoints(tmp_path / "checkpoints")]
+    assert steps[0] == 5 and steps[-1] == 0 and 2 < len(steps) < 6
+
+
+def test_a_run_is_not_overwritten_nor_resumed_as_another(tmp_path, small_clip):
+    common = ("--preset", "quick", "--clip", small_clip, "--out", tmp_path)
+    run(*common, "--steps", 1)
+    with pytest.raises(UserError, match="holds a run"):
+        run(*common, "--steps", 2, "--resume", "no")
+    with pytest.raises(UserError, match="started with --seed 0"):
+        run(*common, "--steps", 2, "--seed", 1)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_an_interrupt_loses_nothing(tmp_path, small_clip, monkeypatch, capsys, number):
+    arguments = ("--preset", "quick", "--clip", small_clip, "--out", tmp_path, "--workers", 0, "--device", "cpu")
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, arguments), "--steps", "5"])
+    update = train.Run.update
+
+    def interrupted(self, *arguments):
+        if self.progress.step == 1 and not self.asked_to_stop:
+            os.kill(os.getpid(), number)  # in the middle of the second step
+        return update(self, *arguments)
+
+    monkeypatch.setattr(train.Run, "update", interrupted)
+    with pytest.raises(SystemExit) as ended:
+        train.main()
+    assert ended.value.code == train.COME_AGAIN
+    assert "Stopped and saved" in capsys.readouterr().out
+    assert checkpoint.checkpoints(tmp_path / "checkpoints")[0].name.startswith("00000002-")
+    monkeypatch.setattr(train.Run, "update", update)
+    train.main()
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 5
+
+
+def test_tensorboard_has_the_scalars_the_experts_and_the_pictures(tmp_path, small_clip):
+    run(
+        "--preset", "quick", "--clip", small_clip, "--out", tmp_path, "--steps", 5, "--sample-every", 5, "--tensorboard"
+    )
+    board = EventAccumulator(str(tmp_path / "tensorboard"))
+    board.Reload()
+    tags = board.Tags()
+    assert tags["images"] == ["samples"]
+    assert {"discriminator/d_loss", "generator/g_loss", "run/resolution", "FID/fid"} <= set(tags["scalars"])
+    shares = [board.Scalars(f"experts/8.0.0, share of expert {expert}")[0].value for expert in range(4)]
+    assert sum(shares) == pytest.approx(1)
+    assert [event.step for event in board.Scalars("generator/g_loss")] == [1, 2, 3, 4, 5]

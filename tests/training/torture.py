@@ -1,0 +1,114 @@
+"""Kills a run with −9 at random moments, starts it again each time, and compares with a run that nothing happened to.
+
+    python -m tests.training.torture --kills 30 --ranks 2
+
+Each life makes steps before it dies, and checkpoints are so frequent that many die while saving. The weights at the end
+must be the same to the last bit, and all of the state with them.
+"""
+
+import argparse
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from tqdm import tqdm
+
+from weights import checkpoint
+
+ROOT = Path(__file__).parent.parent.parent
+START = 120  # seconds that a life may take to make its first step
+
+
+def command(ranks, out, steps):
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+    options = f"--preset shapes --device cpu --batch 8 --save-every 2 --sample-every 1000 --steps {steps} --out {out}"
+    return [sys.executable, *launcher, "train.py", *options.split()]
+
+
+def last_step(out):
+    """Of the log, by its last whole line."""
+    try:
+        return max((json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()), default=0)
+    except (OSError, ValueError, KeyError):
+        return 0
+
+
+def kill(out):
+    """−9 to everything whose command line names the run's folder: launcher, ranks and data workers."""
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if str(out) in (process / "cmdline").read_text() and int(process.name) != os.getpid():
+                os.kill(int(process.name), signal.SIGKILL)
+        except OSError:
+            continue
+
+
+def finish(ranks, out, steps):
+    done = subprocess.run(command(ranks, out, steps), cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"the run in {out} failed:\n{done.stdout}\n{done.stderr}")
+
+
+def torture(ranks, kills, steps, folder, seed=0):
+    """→ how many of the kills came while a checkpoint was being written."""
+    moments, while_saving = random.Random(seed), 0
+    whole, out = folder / "whole", folder / "tortured"
+    finish(ranks, whole, steps)
+    with (folder / "output.txt").open("w") as output:
+        for _ in tqdm(range(kills), desc=f"{ranks} rank(s)", unit="kill"):
+            newest, log = checkpoint.checkpoints(out / "checkpoints"), out / "metrics.jsonl"
+            begun, former = int(newest[0].name[:8]) if newest else 0, log.stat().st_ino if log.exists() else None
+            life = subprocess.Popen(command(ranks, out, steps), cwd=ROOT, stdout=output, stderr=output)
+            deadline = time.monotonic() + START
+            # A life writes the log anew, without what the one before did after its last checkpoint.
+            while not log.exists() or log.stat().st_ino == former or last_step(out) <= begun:
+                if life.poll() is not None or time.monotonic() > deadline:
+                    sys.exit(f"a life ended by itself, at step {last_step(out)}; see {output.name}")
+                time.sleep(0.01)
+            time.sleep(moments.uniform(0, 1))
+            while_saving += bool(list(out.glob("**/*.tmp")))
+            kill(out)
+            life.wait()
+    if last_step(out) >= steps:
+        sys.exit("it was done before all kills were made; take more --steps")
+    finish(ranks, out, steps)
+    states = [checkpoint.newest_run(path / "checkpoints", print)[1] for path in (whole, out)]
+    for state in states:
+        state["progress"].pop("seconds")
+    if not identical(*states):
+        sys.exit(f"the states differ: {whole} and {out}")
+    if last_step(out) != steps or (out / "metrics.jsonl").read_text().count("\n") != steps:
+        sys.exit("the log has lost or doubled steps")
+    return while_saving
+
+
+def identical(a, b):
+    """Bitwise, through dicts and lists."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(identical(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(identical, a, b))
+    return a.equal(b) if hasattr(a, "equal") else a == b
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kills", type=int, default=30)
+    parser.add_argument("--ranks", type=int, default=1)
+    parser.add_argument("--steps", type=int, default=400)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        saving = torture(args.ranks, args.kills, args.steps, Path(folder))
+    print(
+        f"{args.kills} kills, {saving} of them while saving, {args.ranks} rank(s): {args.steps} steps, all bits equal"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+"""A run on two machines, of which one dies and comes back: two network namespaces, joined by a cable.
+
+    sudo python -m tests.training.two_machines
+
+Each machine runs torchrun's agent as README has it for several nodes. Everything on the second is killed with −9 in
+the middle of training, and its command given again. The run must end as on one machine that nothing happened to, bit by
+bit.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from tests.training.torture import ROOT, command, finish, identical, last_step
+from weights import checkpoint
+
+STEPS = 120
+ADDRESSES = {"aurora-a": "10.77.0.1", "aurora-b": "10.77.0.2"}
+
+
+def ip(*arguments):
+    return subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True).stdout
+
+
+def connect():
+    for name in ADDRESSES:
+        ip("netns", "add", name)
+    first, second = ADDRESSES
+    ip("link", "add", "cable", "netns", first, "type", "veth", "peer", "name", "cable", "netns", second)
+    for name, address in ADDRESSES.items():
+        ip("-n", name, "address", "add", f"{address}/24", "dev", "cable")
+        for device in ("cable", "lo"):
+            ip("-n", name, "link", "set", device, "up")
+
+
+def kill(name):
+    for process in ip("netns", "pids", name).split():
+        os.kill(int(process), signal.SIGKILL)
+
+
+def start(name, out, output):
+    agent = ["--nnodes", "2", "--nproc-per-node", "1", "--max-restarts", "5", "--local-addr", ADDRESSES[name]]
+    agent += ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"{ADDRESSES['aurora-a']}:29500", "--rdzv-id", "aurora"]
+    agent += ["--rdzv-conf", f"is_host={int(name == 'aurora-a')}"]
+    launcher = ["ip", "netns", "exec", name, sys.executable, "-m", "torch.distributed.run", *agent]
+    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "cable", "OMP_NUM_THREADS": "1"}
+    # Else a machine that comes back is never told the address of the first one (seen with PyTorch 2.14).
+    environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+    training = command(1, out, STEPS)[1:]
+    return subprocess.Popen([*launcher, *training], cwd=ROOT, env=environment, stdout=output, stderr=output)
+
+
+def wait_for_step(step, out, agents):
+    while last_step(out) < step:
+        if any(agent.poll() is not None for agent in agents):
+            sys.exit(f"an agent ended by itself, at step {last_step(out)}")
+        time.sleep(0.05)
+
+
+def main():
+    with tempfile.TemporaryDirectory() as folder:
+        whole, out = Path(folder) / "whole", Path(folder) / "two"
+        finish(2, whole, STEPS)
+        connect()
+        try:
+            with open("/tmp/two_machines.log", "w") as output:
+                first, second = (start(name, out, output) for name in ADDRESSES)
+                wait_for_step(30, out, (first, second))
+                kill("aurora-b")
+                second.wait()
+                print(f"the second machine died at step {last_step(out)}")
+                time.sleep(5)
+                second = start("aurora-b", out, output)
+                codes = first.wait(), second.wait()
+        finally:
+            for name in ADDRESSES:
+                kill(name)
+                ip("netns", "delete", name)
+        states = [checkpoint.newest_run(path / "checkpoints", print)[1] for path in (whole, out)]
+        for state in states:
+            state["progress"].pop("seconds")
+        print(f"both agents ended, with {codes}, at step {last_step(out)}; equal bit by bit: {identical(*states)}")
+        sys.exit(codes != (0, 0) or not identical(*states))
+
+
+if __name__ == "__main__":
+    main()

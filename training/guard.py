@@ -1,0 +1,53 @@
+"""A guard on a run that nobody watches: it says in plain words what goes wrong, and ends what cannot get better."""
+
+import collections
+
+from common.cli import UserError
+
+LIMIT = 20  # updates in a row whose gradients were not finite, after which a run is stopped
+LASTING = 500  # steps that a symptom must last before it is told
+
+SYMPTOMS = {
+    # What is told: whether a step's report shows it.
+    "an expert gets next to no points (expert_min_share is below 1 %); the network does without its parameters": (
+        lambda report: report["expert_min_share"] < 0.01
+    ),
+    "the discriminator is certain of every image (logits_real and logits_fake are more than 10 apart), so the "
+    "generator has little to learn from; a higher r1_gamma or a lower lr_discriminator may help": (
+        lambda report: report["logits_real"] - report["logits_fake"] > 10
+    ),
+    "the discriminator tells nothing apart any more (logits_real and logits_fake are the same)": (
+        lambda report: abs(report["logits_real"] - report["logits_fake"]) < 1e-4
+    ),
+}
+
+
+class Guard:
+    """Looks at the report of every step. say: where to tell it."""
+
+    def __init__(self, say):
+        self.say = say
+        self.lasting = collections.Counter()
+        self.rejected_in_a_row = 0
+
+    @property
+    def trusts_the_weights(self):
+        """Whether they are worth saving: once gradients are not finite, the weights may be about not to be either."""
+        return self.rejected_in_a_row == 0
+
+    def watch(self, report, rejected, checkpoint):
+        """report: what a step returned; rejected: how many of its updates were left out; checkpoint: the last good one.
+
+        Raises UserError after LIMIT updates in a row that were not finite; all ranks see the same ones.
+        """
+        self.rejected_in_a_row = self.rejected_in_a_row + rejected if rejected else 0
+        if self.rejected_in_a_row >= LIMIT:
+            raise UserError(
+                f"{self.rejected_in_a_row} updates in a row had gradients that are not finite, so the run is stopped. "
+                f"The last good checkpoint: {checkpoint or 'none'}; the same command goes on from there. Should this "
+                "come again, lower the learning rates in presets.py"
+            )
+        for symptom, shows in SYMPTOMS.items():
+            self.lasting[symptom] = self.lasting[symptom] + 1 if shows(report) else 0
+            if self.lasting[symptom] == LASTING:
+                self.say(f"warning: for {LASTING} steps now {symptom}")

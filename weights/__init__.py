@@ -1,0 +1,3 @@
+"""From a file to a network and back: our own files and the states of runs (`checkpoint.py`), the authors' weights
+(`official.py`).
+"""
