@@ -99,6 +99,16 @@ def upsample(x):
     return x[..., 2:-2, 2:-2]
 
 
+def resize(images, resolution):
+    """Averages images [B, 3, R, R] down to a resolution that divides R."""
+    return F.interpolate(images, resolution, mode="area")
+
+
+def pyramid(images, resolutions):
+    """Images [B, 3, R, R] → {resolution: image}, averaged down."""
+    return {r: resize(images, r) for r in resolutions}
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Modulation: a convolution whose input channels are scaled by a style computed from w, and whose output channels are
 # divided by the norm of the kernel so scaled ("demodulation", StyleGAN2). Scaling activations is the same as scaling

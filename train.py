@@ -30,8 +30,8 @@ from common.distributed import say
 from data import sources
 from data.pairs import CAUSES
 from discriminator import Discriminator
-from evaluation.metrics import expert_counts, pyramid
-from layers import full_precision, parameter_groups
+from evaluation.metrics import expert_counts
+from layers import full_precision, parameter_groups, pyramid
 from losses import R1_INTERVAL, DiscriminatorLoss, generator_loss, wrong_captions
 from presets import PRESETS, fitted_to
 from sampling.inference import DTYPES, dtype_of

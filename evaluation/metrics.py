@@ -1,9 +1,9 @@
 """Distances between sets of images, in the space of some network's features: FID, precision and recall."""
 
 import torch
-import torch.nn.functional as F
 
 from common import distributed
+from layers import resize
 
 
 def statistics(features):
@@ -46,16 +46,6 @@ def share_among(points, others, neighbours, block):
     radii = torch.cat(near)[:, -1]
     inside = [(torch.cdist(part, others) <= radii).any(1) for part in points.split(block)]
     return torch.cat(inside).float().mean().item()
-
-
-def resize(images, resolution):
-    """Averages images [B, 3, R, R] down to a resolution that divides R."""
-    return F.interpolate(images, resolution, mode="area")
-
-
-def pyramid(images, resolutions):
-    """Images [B, 3, R, R] → {resolution: image}, averaged down."""
-    return {r: resize(images, r) for r in resolutions}
 
 
 @torch.no_grad()

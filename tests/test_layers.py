@@ -140,3 +140,10 @@ def test_every_parameter_is_in_one_group():
     assert sorted(grouped) == sorted(id(p) for p in generator.parameters())
     (experts,) = (group for group in groups if any(p.ndim == 3 and p.shape[1] == 64 for p in group["params"]))
     assert experts["lr"] == 2.0 / math.sqrt(256)
+
+
+def test_pyramid_averages():
+    image = torch.arange(64.0).view(1, 1, 8, 8).expand(1, 3, 8, 8)
+    small = layers.pyramid(image, [4, 8])
+    assert torch.equal(small[8], image)
+    assert small[4][0, 0, 0, 0] == (0 + 1 + 8 + 9) / 4

@@ -24,9 +24,8 @@ from aurora import Generator
 from clip import BUILT_IN, FrozenClip, new_small, vocabulary_of
 from common.cli import UserError
 from discriminator import Discriminator
-from evaluation.metrics import pyramid
 from experts import Experts, expert
-from layers import parameter_groups
+from layers import parameter_groups, pyramid
 from losses import R1_INTERVAL, DiscriminatorLoss, generator_loss
 from presets import PRESETS, fitted_to
 

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from clip import FrozenClip, new_small, save_small
 from common.cli import HelpFormatter, UserError, natural_number, positive_int, told_in_one_line
 from data import sources
-from evaluation.metrics import resize
+from layers import resize
 
 RESOLUTIONS = (4, 8, 8, 16, 16, 32, 32, 32)  # of the pictures, an eighth of a batch each: the losses ask about all
 LR = 2e-3

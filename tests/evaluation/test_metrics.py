@@ -31,10 +31,3 @@ def test_fid_of_gaussians_is_the_closed_form():
 def test_identical_sets_are_at_distance_zero_and_few_samples_do_not_break_it():
     x = torch.randn(5, 20)
     assert metrics.fid(x, x) == pytest.approx(0, abs=1e-4)
-
-
-def test_pyramid_averages():
-    image = torch.arange(64.0).view(1, 1, 8, 8).expand(1, 3, 8, 8)
-    small = metrics.pyramid(image, [4, 8])
-    assert torch.equal(small[8], image)
-    assert small[4][0, 0, 0, 0] == (0 + 1 + 8 + 9) / 4
