@@ -52,3 +52,8 @@ def load_balancing_loss(logits, expert_index):
     share = F.one_hot(expert_index, num_experts).to(logits.dtype).mean(1)
     probability = logits.softmax(-1).mean(1)
     return num_experts * (share * probability).sum(-1).mean()
+
+
+def count_points(expert_index, num_experts):
+    """How many feature points each expert takes: indices of any shape → [E]. No host sync, which bincount needs."""
+    return (expert_index.flatten()[:, None] == torch.arange(num_experts, device=expert_index.device)).sum(0)

@@ -143,7 +143,10 @@ def run(name, seed, images, folder):
         trained = train.Run(args, torch.device("cpu"))
         if trained.train():
             return  # it was asked to stop, and has saved
-    result = measure(trained.ema, trained.clip, COUNT) | {"seconds": trained.progress.seconds, "images": images}
+    result = measure(trained.learner.ema, trained.clip, COUNT) | {
+        "seconds": trained.loop.progress.seconds,
+        "images": images,
+    }
     atomically(folder / "result.json", lambda temporary: temporary.write_text(json.dumps(result)))
 
 

@@ -253,13 +253,11 @@ def training_step(preset, batch, number, device):
         args = ["--preset", preset, "--dtype", "fp32", "--batch", str(batch), "--clip", "small"]
         args += ["--out", folder, "--workers", "0"]
         run = Run(training_args(args), device)
-    run.growth.stage.number = len(run.growth.resolutions) - 1
-    run.set_stage()
+    run.learner.learn_at(run.learner.resolutions)
     images = next(sources.loader(run.source, 0, batch, 0))
 
     def step(images=images):
-        run.progress.step = number
-        run.step([images])
+        run.step(number, [images])
 
     return step
 

@@ -13,7 +13,7 @@ PATIENCE = 10  # evaluations without a better FID after which a stage ends
 
 
 @dataclass
-class Stage:
+class Phase:
     """Where the growth stands; part of a run's checkpoint."""
 
     number: int = 0  # index of the active resolution
@@ -28,12 +28,12 @@ class Growth:
 
     def __init__(self, recipe, resolutions, clip, seed):
         self.recipe, self.resolutions, self.clip, self.seed = recipe, resolutions, clip, seed
-        self.stage = Stage()
+        self.phase = Phase()
 
     @property
     def active(self):
         """The resolutions that learn, from low to high."""
-        return self.resolutions[: self.stage.number + 1]
+        return self.resolutions[: self.phase.number + 1]
 
     def measure_reference(self, source):
         """Two disjoint sets of real images: one lends its captions and one its features. Raises UserError."""
@@ -46,28 +46,33 @@ class Growth:
         self.fid_captions = self.captions[:half]
         self.fid_features = {r: f[half : 2 * half] for r, f in features.items()}
         reference = {r: fid(f[:half], f[half : 2 * half]) for r, f in features.items()}
-        self.stage.reference_fid = distributed.broadcast(reference)
+        self.phase.reference_fid = distributed.broadcast(reference)
 
     def evaluate(self, generator):
         """A generator's FID at the active resolution, beside its reference."""
-        stage, resolution = self.stage, self.active[-1]
+        phase, resolution = self.phase, self.active[-1]
         features = fake_features(generator, self.clip, self.fid_captions, resolution, self.seed)
         value = distributed.broadcast(fid(features, self.fid_features[resolution]))  # the same, to the last bit
-        stage.evaluations_since_best = 0 if value < stage.best_fid else stage.evaluations_since_best + 1
-        stage.best_fid = min(stage.best_fid, value)
-        return {"fid": value, "reference_fid": stage.reference_fid[resolution]}
+        phase.evaluations_since_best = 0 if value < phase.best_fid else phase.evaluations_since_best + 1
+        phase.best_fid = min(phase.best_fid, value)
+        return {"fid": value, "reference_fid": phase.reference_fid[resolution]}
 
     def reason_to_grow(self):
         """Why this resolution is done with, in words, or None."""
-        stage, resolution = self.stage, self.active[-1]
+        phase, resolution = self.phase, self.active[-1]
         if resolution == self.resolutions[-1]:
             return None
         reasons = {
-            "it is near the reference": stage.best_fid <= self.recipe.fid_factor * stage.reference_fid[resolution],
-            "it stopped falling": stage.evaluations_since_best >= PATIENCE,
-            "that took its images": stage.images >= self.recipe.images_per_stage[resolution],
+            "it is near the reference": phase.best_fid <= self.recipe.fid_factor * phase.reference_fid[resolution],
+            "it stopped falling": phase.evaluations_since_best >= PATIENCE,
+            "that took its images": phase.images >= self.recipe.images_per_stage[resolution],
         }
         return next((reason for reason, holds in reasons.items() if holds), None)
 
+    def describe(self):
+        """The best FID of the active resolution beside its reference, in words."""
+        phase = self.phase
+        return f"FID {phase.best_fid:.3g}, reference {phase.reference_fid[self.active[-1]]:.3g}"
+
     def grow(self):
-        self.stage = Stage(self.stage.number + 1, reference_fid=self.stage.reference_fid)
+        self.phase = Phase(self.phase.number + 1, reference_fid=self.phase.reference_fid)

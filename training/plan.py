@@ -20,14 +20,13 @@ from torch.utils.flop_counter import flop_registry
 
 import attention
 from augment import NUM_CHANCES
-from aurora import Generator
 from clip import BUILT_IN, FrozenClip, new_small, vocabulary_of
 from common.cli import UserError
-from discriminator import Discriminator
 from experts import Experts, expert
-from layers import parameter_groups, pyramid
-from losses import R1_INTERVAL, DiscriminatorLoss, generator_loss
+from layers import pyramid
+from losses import R1_INTERVAL
 from presets import PRESETS, fitted_to
+from training.step import Learner, Part
 
 UTILIZATION = 0.25  # of the peak rate, the guess: what convolutions and small matrices leave of it in such networks
 WIDTHS = (5, 14, 12, 12, 10, 10, 10, 10, 10)  # of the table's columns
@@ -102,73 +101,51 @@ class Rehearsal:
     flop_of_drawing: int  # the generator's forward pass alone
 
 
-def rehearse(preset, clip_model, batch, resolution, narrow):
-    """A step of train.py for `batch` images at a resolution → Rehearsal. narrow: in bfloat16, as on a GPU.
+def rehearse(preset, clip_model, batch, dtype, parts=1):
+    """A step of training at the highest resolution, for `batch` images in so many parts on one rank → Rehearsal.
 
     preset: a presets.Preset. The points are spread evenly over the experts, which is what the balance loss is for.
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(Experts, "forward", evenly))
-        if narrow:
+        if dtype == torch.bfloat16:
             stack.enter_context(mock.patch.dict(attention.BLOCK, cpu=attention.BLOCK["cuda"]))
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         meter = stack.enter_context(MemoryMeter())
         clip = clip_without_weights(clip_model)
         preset = fitted_to(preset, clip.width, clip.map_shapes)
-        generator, discriminator = Generator(preset.generator), Discriminator(preset.discriminator)
-        ema = Generator(preset.generator).requires_grad_(False)
-        generator.synthesis.recompute = preset.recipe.recompute
-        for level in generator.synthesis.levels:
-            level.requires_grad_(level.resolution <= resolution)
-        for modules in (discriminator.stages, discriminator.heads):
-            for name, module in modules.items():
-                module.requires_grad_(int(name) <= resolution)
-        active = [level.resolution for level in preset.generator.levels if level.resolution <= resolution]
-        networks = (generator, discriminator)
-        optimizers = [torch.optim.Adam(parameter_groups(network, 1e-3), betas=(0.0, 0.99)) for network in networks]
-        objective = DiscriminatorLoss(discriminator, clip, preset.recipe)
-        trained = [p for network in networks for p in network.parameters() if p.requires_grad]
-        resting = [p for p in discriminator.parameters() if not p.requires_grad]
-        for parameter in trained:
-            parameter.grad = torch.zeros_like(parameter)
-        for optimizer in optimizers:
-            optimizer.step()  # makes Adam's averages
-
-        def step(r1_interval):
-            images, z = torch.randn(batch, 3, active[-1], active[-1]), torch.randn(batch, preset.generator.z_dim)
-            real, wrong = pyramid(images, active), torch.zeros(batch, dtype=torch.long)
-            chances = torch.rand(batch, 2, NUM_CHANCES)
-            text = clip.encode_text(torch.zeros(batch, clip.context_length, dtype=torch.long))
-            with torch.autocast("cpu", torch.bfloat16, enabled=narrow):
-                with FlopCounter() as drawing:
-                    output = generator(z, text.tokens, text.eot, active[-1])
-                fake = {r: image.detach() for r, image in output.pyramid.items()}
-                report = objective(real, fake, text, wrong, chances, r1_interval)
-            optimizers[1].zero_grad()
-            report["loss"].backward()
-            optimizers[1].step()
-            discriminator.requires_grad_(False)
-            with torch.autocast("cpu", torch.bfloat16, enabled=narrow):
-                report = generator_loss(output, text, wrong, chances[:, 1], discriminator, clip, preset.recipe)
-            optimizers[0].zero_grad()
-            report["loss"].backward()
-            optimizers[0].step()
-            discriminator.requires_grad_(True)
-            for parameter in resting:
-                parameter.requires_grad_(False)
-            torch._foreach_lerp_(list(ema.parameters()), list(generator.parameters()), 0.1)
-            return drawing.total
-
+        learner = Learner(preset, clip, torch.device("cpu"), dtype, batch)
+        kept = parameters_and_state(learner, clip)
+        rehearsed = [empty_part(learner, batch // parts) for _ in range(parts)]
+        with FlopCounter() as drawing, torch.no_grad():
+            learner.draw(rehearsed[0])
         figures = []
-        for r1_interval in (0, R1_INTERVAL):
+        learner.step(1, rehearsed)  # makes Adam's averages
+        for number in (1, R1_INTERVAL):  # without R1, and with it
             meter.peak = meter.alive
             with FlopCounter() as counter:
-                flop_of_drawing = step(r1_interval)
+                learner.step(number, rehearsed)
             figures.append((meter.peak, counter.total))
     (peak, flop), (peak_with_r1, flop_with_r1) = figures
+    return Rehearsal(*kept, peak, peak_with_r1, flop, flop_with_r1, parts * drawing.total)
+
+
+def empty_part(learner, size):
+    """What a step learns from, of `size` images."""
+    side, clip = learner.active[-1], learner.clip
+    text = clip.encode_text(torch.zeros(size, clip.context_length, dtype=torch.long))
+    real = pyramid(torch.empty(size, 3, side, side), learner.active)
+    wrong = torch.zeros(size, dtype=torch.long)
+    return Part(real, text, wrong, torch.empty(size, learner.generator.config.z_dim), torch.empty(size, 2, NUM_CHANCES))
+
+
+def parameters_and_state(learner, clip):
+    """→ parameters by part, how many of them learn, and the bytes kept from step to step by part."""
+    generator, discriminator = learner.generator, learner.discriminator
     experts = sum(count(module) for module in generator.modules() if isinstance(module, Experts))
     parameters = {"generator": count(generator), "of it experts": experts, "discriminator": count(discriminator)}
-    learned = sum(p.numel() for p in trained)
+    parameters["frozen CLIP"] = count(clip)
+    learned = sum(p.numel() for network in (generator, discriminator) for p in network.parameters() if p.requires_grad)
     state = {
         "networks": 4 * (count(generator) + count(discriminator)),
         "gradients": 4 * learned,
@@ -176,8 +153,7 @@ def rehearse(preset, clip_model, batch, resolution, narrow):
         "moving average": 4 * count(generator),
         "CLIP": sum(t.numel() * t.element_size() for t in clip.state_dict().values()),
     }
-    parameters["frozen CLIP"] = count(clip)
-    return Rehearsal(parameters, learned, state, peak, peak_with_r1, flop, flop_with_r1, flop_of_drawing)
+    return parameters, learned, state
 
 
 def count(module):
@@ -213,7 +189,7 @@ def plan(name, clip_model, batch, gpus, hardware, workers):
     """
     preset = PRESETS[name]
     resolution = preset.generator.levels[-1].resolution
-    few, more = (rehearse(preset, clip_model, images, resolution, narrow=True) for images in (2, 4))
+    few, more = (rehearse(preset, clip_model, images, torch.bfloat16) for images in (2, 4))
     an_image = (more.peak_with_r1 - few.peak_with_r1) / 2
     fixed = few.peak_with_r1 - 2 * an_image
     flop = (more.flop + (more.flop_with_r1 - more.flop) / R1_INTERVAL) / 4

@@ -20,22 +20,21 @@ def main(path, dtype, *options):
     device = distributed.start("cpu")
     arguments = ["--preset", "shapes", "--dtype", "fp32", "--workers", "0", "--batch", "16", "--out", f"{path}.run"]
     run = train.Run(train.parse_args([*arguments, *options]), device)
+    learner = run.learner
     torch.manual_seed(1)
-    for network in (run.generator, run.discriminator):
+    for network in (learner.generator, learner.discriminator):
         for parameter in network.parameters():
             parameter.data += 0.1 * torch.randn_like(parameter)
-    run.growth.stage.number = len(run.growth.resolutions) - 1
-    run.set_stage()
-    for group in run.optimizer_d.param_groups:
+    learner.learn_at(learner.resolutions)
+    for group in learner.optimizer_d.param_groups:
         group["lr"] = 0.0  # else Adam's first step would make of each gradient its sign
-    parts = run.args.accumulate
-    batches = sources.loader(run.source, 0, run.batch // parts, 0)
-    made = [next(batches) for _ in range(parts)]
-    report = run.step([batch._replace(images=batch.images.to(torch.get_default_dtype())) for batch in made])
+    batches = sources.loader(run.source, 0, run.batch // run.parts, 0)
+    made = [next(batches) for _ in range(run.parts)]
+    report = run.step(0, [batch._replace(images=batch.images.to(torch.get_default_dtype())) for batch in made])
     assert report["r1"] > 0 and report["g_clip"] > 0 and report["d_matching"] > 0
     gradients = {
         f"{kind}.{name}": parameter.grad
-        for kind, network in (("g", run.generator), ("d", run.discriminator))
+        for kind, network in (("g", learner.generator), ("d", learner.discriminator))
         for name, parameter in network.named_parameters()
         if parameter.grad is not None
     }

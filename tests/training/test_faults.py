@@ -17,6 +17,7 @@ from common.cli import UserError
 from tests.training.test_train import assert_identical, quick_preset, run, small_clip  # noqa: F401 - fixtures
 from tests.training.torture import torture
 from training import guard
+from training.step import Learner
 from weights import checkpoint
 
 
@@ -54,9 +55,9 @@ def at_step(monkeypatch):
     def plan(actions):
         step = train.Run.step
 
-        def disturbed(self, batches):
-            actions.get(self.progress.step, lambda _: None)(self)
-            return step(self, batches)
+        def disturbed(self, number, batches):
+            actions.get(number, lambda _: None)(self)
+            return step(self, number, batches)
 
         monkeypatch.setattr(train.Run, "step", disturbed)
 
@@ -113,7 +114,7 @@ def test_weights_that_become_nan(tmp_path, common, expected, at_step, monkeypatc
     monkeypatch.setattr(guard, "LIMIT", 4)
 
     def poison(training):
-        next(getattr(training, network).parameters()).data.fill_(float("nan"))
+        next(getattr(training.learner, network).parameters()).data.fill_(float("nan"))
 
     actions = {2: poison}
     at_step(actions)
@@ -124,19 +125,21 @@ def test_weights_that_become_nan(tmp_path, common, expected, at_step, monkeypatc
     assert_identical(state_of(tmp_path / "run"), expected)
 
 
-def test_data_that_is_nan_costs_one_update(tmp_path, common, monkeypatch, capsys):
-    prepare = train.Run.prepare
+@pytest.mark.parametrize("poisoned_step", [2, 4], ids=["in the middle", "in the last step"])
+def test_data_that_is_nan_costs_one_update(tmp_path, common, monkeypatch, capsys, poisoned_step):
+    """And no other: all of the run is saved, as its weights are finite."""
+    prepare = Learner.prepare
 
-    def poisoned(self, number, batch):
-        part = prepare(self, number, batch)
-        if self.progress.step == 2:
-            part.real[4][0, 0, 0, 0] = float("nan")
-        return part
+    def poisoned(self, seed, number, batches):
+        parts = prepare(self, seed, number, batches)
+        if number == poisoned_step:
+            parts[0].real[4][0, 0, 0, 0] = float("nan")
+        return parts
 
-    monkeypatch.setattr(train.Run, "prepare", poisoned)
-    training = run(*common, "--out", tmp_path, "--steps", 5)
-    assert training.progress.rejected == 1 and "1 updates were left out as not finite" in capsys.readouterr().out
-    assert all(p.isfinite().all() for p in [*training.generator.parameters(), *training.discriminator.parameters()])
+    monkeypatch.setattr(Learner, "prepare", poisoned)
+    training = run(*common, "--out", tmp_path, "--steps", 5, "--save-every", 100)
+    assert training.loop.progress.rejected == 1 and "1 updates were left out as not finite" in capsys.readouterr().out
+    assert training.weights_are_finite() and state_of(tmp_path)["progress"]["step"] == 5
 
 
 def test_a_checkpoint_that_holds_code(tmp_path, common, expected):

@@ -17,57 +17,45 @@ BATCH = 8
 @pytest.fixture(scope="module")
 def real(tmp_path_factory):
     """A run at its highest resolution, and what of its state is there before a step."""
-    arguments = [
-        "--preset",
-        "shapes",
-        "--dtype",
-        "fp32",
-        "--batch",
-        str(BATCH),
-        "--workers",
-        "0",
-        "--out",
-        str(tmp_path_factory.mktemp("run")),
-    ]
+    out = tmp_path_factory.mktemp("run")
+    arguments = f"--preset shapes --dtype fp32 --batch {BATCH} --workers 0 --out {out}".split()
     run = train.Run(train.parse_args(arguments), torch.device("cpu"))
-    run.growth.stage.number = len(run.growth.resolutions) - 1
-    run.set_stage()
+    run.learner.learn_at(run.learner.resolutions)
     batch = next(sources.loader(run.source, 0, BATCH, 0))
 
     def step(number):
-        run.progress.step = number
-        run.step([batch])
+        run.step(number, [batch])
 
     step(1)  # makes Adam's averages, and gradients
-    return run, step
+    return run.learner, step
 
 
 @pytest.fixture(scope="module")
 def planned():
-    return plan.rehearse(PRESETS["shapes"], "small", BATCH, 32, narrow=False)
+    return plan.rehearse(PRESETS["shapes"], "small", BATCH, torch.float32)
 
 
 def test_parameters_are_those_of_the_networks(real, planned):
-    run, _ = real
-    sizes = {"generator": run.generator, "discriminator": run.discriminator}
+    learner, _ = real
+    sizes = {"generator": learner.generator, "discriminator": learner.discriminator}
     assert all(planned.parameters[name] == sum(p.numel() for p in x.parameters()) for name, x in sizes.items())
     gradients = [p.grad for x in sizes.values() for p in x.parameters() if p.grad is not None]
     assert planned.trained == sum(g.numel() for g in gradients)
 
 
 def test_state_is_what_a_run_holds(real, planned):
-    run, _ = real
-    networks = [*run.generator.parameters(), *run.discriminator.parameters()]
+    learner, _ = real
+    networks = [*learner.generator.parameters(), *learner.discriminator.parameters()]
     averages = [
-        state[name] for o in (run.optimizer_g, run.optimizer_d) for state in o.state.values()
+        state[name] for o in (learner.optimizer_g, learner.optimizer_d) for state in o.state.values()
         for name in ("exp_avg", "exp_avg_sq")
     ]  # fmt: skip
     held = {
         "networks": networks,
         "gradients": [p.grad for p in networks if p.grad is not None],
         "Adam": averages,
-        "moving average": [*run.ema.parameters()],
-        "CLIP": [*run.clip.state_dict().values()],
+        "moving average": [*learner.ema.parameters()],
+        "CLIP": [*learner.clip.state_dict().values()],
     }
     for name, tensors in held.items():
         # The CLIP of a run has its batch norms folded.

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import math
 import os
 import signal
 import subprocess
@@ -24,6 +25,7 @@ from presets import PRESETS
 from sampling import views
 from tests.data.test_sources import good, jpeg, write_shard
 from training.growth import PATIENCE
+from training.step import update
 from weights import checkpoint
 from weights.checkpoint import load_generator
 
@@ -107,42 +109,45 @@ def test_a_run_leaves_what_it_promises(tmp_path, small_clip):
     assert generator.config.levels[-1].resolution == 8 == notes["resolution"] and notes["images"] == 12
     text = clip.encode_text(clip.tokenize(["a small red circle"]))
     z = torch.randn(1, generator.config.z_dim)
-    expected = training.ema(z, text.tokens, text.eot, 8).image
+    expected = training.learner.ema(z, text.tokens, text.eot, 8).image
     torch.testing.assert_close(generator(z, text.tokens, text.eot).image, expected)
 
 
 def test_the_moving_average_is_its_formula(tmp_path, small_clip):
     training = run("--preset", "quick", "--clip", small_clip, "--out", tmp_path, "--steps", 1)
-    name, before = "mapping.layers.0.weight", training.ema.mapping.layers[0].weight.clone()
-    training.progress.step = 10**6  # past the short half-life of the beginning
-    training.update_ema(torch.ones(training.ema.config.w_dim))
+    learner, name = training.learner, "mapping.layers.0.weight"
+    before = learner.ema.get_parameter(name).clone()
+    learner.update_ema(10**6, torch.ones(learner.ema.config.w_dim))  # past the short half-life of the beginning
     decay = 0.5 ** (4 / training.recipe.ema_half_life)
-    expected = decay * before.double() + (1 - decay) * training.generator.get_parameter(name).double()
-    torch.testing.assert_close(training.ema.get_parameter(name).double(), expected, rtol=1e-6, atol=1e-6)
+    expected = decay * before.double() + (1 - decay) * learner.generator.get_parameter(name).double()
+    torch.testing.assert_close(learner.ema.get_parameter(name).double(), expected, rtol=1e-6, atol=1e-6)
 
 
-def test_a_step_that_is_not_finite_is_left_out_and_counted(tmp_path, small_clip, capsys):
-    training = run("--preset", "quick", "--clip", small_clip, "--out", tmp_path, "--steps", 1)
-    before = {name: value.clone() for name, value in training.generator.state_dict().items()}
-    loss = sum(p.sum() for p in training.generator.parameters() if p.requires_grad) * float("nan")
-    training.update(training.optimizer_g, training.generator, lambda _: {"loss": loss}, [None])
-    assert training.progress.rejected == 1 and "not finite" in capsys.readouterr().out
-    torch.testing.assert_close(training.generator.state_dict(), before, rtol=0, atol=0)
+def test_an_update_that_is_not_finite_changes_nothing():
+    """Neither a weight, nor an average of Adam's, nor its count of steps; the next one is as if it had never been."""
+    weights = [torch.nn.Parameter(torch.ones(3)) for _ in range(2)]
+    optimizer = torch.optim.Adam(weights, lr=0.1, betas=(0.0, 0.99), fused=True)
+    for gradient in (1.0, float("nan"), 1.0):
+        before = [weight.detach().clone() for weight in weights]
+        weights[0].grad, weights[1].grad = torch.full((3,), gradient), torch.ones(3)
+        report = update(optimizer, [{"loss": torch.ones(())}], "g")
+        assert report["rejected"] == math.isnan(gradient)
+        assert torch.equal(torch.stack(before), torch.stack(weights)) == math.isnan(gradient)
+    assert all(state["step"] == 2 and state["exp_avg_sq"].isfinite().all() for state in optimizer.state.values())
 
 
 def test_a_stage_ends_at_the_reference_fid_or_when_it_stops_falling(tmp_path, small_clip):
     training = run("--preset", "quick", "--clip", small_clip, "--out", tmp_path, "--steps", 1)
     growth, factor = training.growth, 1.5
     growth.recipe = dataclasses.replace(training.recipe, fid_factor=factor)
-    growth.stage.images, growth.stage.reference_fid[4], growth.stage.best_fid = 0, 1.0, factor * 1.01
-    training.grow_if_learned()
-    assert growth.active == [4]
-    growth.stage.best_fid = factor * 0.99
-    training.grow_if_learned()
-    assert growth.active == [4, 8] and growth.stage.best_fid == float("inf")
-    growth.stage.evaluations_since_best = PATIENCE
-    training.grow_if_learned()
-    assert growth.active == [4, 8, 16]
+    growth.phase.images, growth.phase.reference_fid[4], growth.phase.best_fid = 0, 1.0, factor * 1.01
+    assert growth.reason_to_grow() is None
+    growth.phase.best_fid = factor * 0.99
+    assert "reference" in growth.reason_to_grow()
+    growth.grow()
+    assert growth.active == [4, 8] and growth.phase.best_fid == float("inf") and growth.reason_to_grow() is None
+    growth.phase.evaluations_since_best = PATIENCE
+    assert "stopped falling" in growth.reason_to_grow()
 
 
 @pytest.mark.parametrize("kind", ["folder", "shards"])
@@ -204,7 +209,7 @@ def test_torchrun_with_two_ranks_which_go_on_where_one_was(tmp_path, small_clip)
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
     assert "2 rank(s)" in done.stdout and done.stdout.count("Done. 5 steps") == 1
-    assert done.stdout.count("Going on from step 2.") == 1 and "so far on 1 rank(s), now on 2" in done.stdout
+    assert done.stdout.count("Resuming from step 2.") == 1 and "so far on 1 rank(s), now on 2" in done.stdout
     with safe_open(out / "generator_ema.safetensors", "pt") as file:
         assert json.loads(file.metadata()["notes"])["step"] == 5
     log = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
@@ -279,20 +284,20 @@ def test_a_run_is_not_overwritten_nor_resumed_as_another(tmp_path, small_clip):
 def test_an_interrupt_loses_nothing(tmp_path, small_clip, monkeypatch, capsys, number):
     arguments = ("--preset", "quick", "--clip", small_clip, "--out", tmp_path, "--workers", 0, "--device", "cpu")
     monkeypatch.setattr(sys, "argv", ["train.py", *map(str, arguments), "--steps", "5"])
-    update = train.Run.update
+    step = train.Run.step
 
-    def interrupted(self, *arguments):
-        if self.progress.step == 1 and not self.asked_to_stop:
+    def interrupted(self, index, batches):
+        if index == 1:
             os.kill(os.getpid(), number)  # in the middle of the second step
-        return update(self, *arguments)
+        return step(self, index, batches)
 
-    monkeypatch.setattr(train.Run, "update", interrupted)
+    monkeypatch.setattr(train.Run, "step", interrupted)
     with pytest.raises(SystemExit) as ended:
         train.main()
     assert ended.value.code == train.COME_AGAIN
     assert "Stopped and saved" in capsys.readouterr().out
     assert checkpoint.checkpoints(tmp_path / "checkpoints")[0].name.startswith("00000002-")
-    monkeypatch.setattr(train.Run, "update", update)
+    monkeypatch.setattr(train.Run, "step", step)
     train.main()
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 5
 

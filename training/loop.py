@@ -1,0 +1,210 @@
+"""The loop of a run: batches go in and reports come out; between them the log, pictures, checkpoints, and stops.
+
+It serves any system that learns from captioned images, see System.
+"""
+
+import contextlib
+import signal
+import sys
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from tqdm import tqdm
+
+from common import distributed
+from common.cli import UserError, first_line
+from common.distributed import say
+from data import sources
+from data.pairs import CAUSES
+from training.guard import Guard
+
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+
+
+class System(Protocol):
+    """What the loop asks of the networks that learn."""
+
+    batch: int  # images of a step, over all ranks
+    parts: int  # that a batch is made in, where gradients are accumulated
+
+    def step(self, number, batches):
+        """One step from this rank's batches, one for each part → {name: scalar tensor}, with `d_loss` and `g_loss`."""
+
+    def after_step(self, number):
+        """What happens between steps, as evaluations → {name: number}."""
+
+    def weights_are_finite(self):
+        """Whether the networks may be saved."""
+
+    def state_dict(self):
+        """Everything the run needs to resume, as nested dicts of tensors and plain values."""
+
+    def load_state_dict(self, state):
+        """The inverse. Raises KeyError, RuntimeError and the like where it does not fit."""
+
+    def draw_samples(self):
+        """A PIL image to look at, and what is worth logging beside it, {name: [numbers]}."""
+
+    def save_generator(self, path, notes):
+        """Writes what sampling needs."""
+
+    @property
+    def stage(self):
+        """Where the system stands, in a word, for the progress bar."""
+
+
+@dataclass
+class Progress:
+    """Where a run stands; part of its checkpoint. Noise, data and captions of a step depend on its number alone, so
+    there is no state of a random number generator to keep."""
+
+    step: int = 0
+    skipped: Counter = field(default_factory=Counter)  # pairs of the data that were passed over, by cause
+    rejected: int = 0  # updates that were left out because a gradient was not finite
+    seconds: float = 0.0  # spent on steps and evaluations
+
+
+class Loop:
+    """Takes a system through its steps. options: the arguments of train.py that say how often to save and draw."""
+
+    def __init__(self, system, folder, source, steps, options):
+        self.system, self.folder, self.source, self.steps, self.options = system, folder, source, steps, options
+        self.progress, self.guard = Progress(), Guard(say)
+        self.asked_to_stop = self.stopping = False
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # Steps.
+
+    def run(self):
+        """Goes on up to the last step, or until the run is asked to stop."""
+        p, system, options = self.progress, self.system, self.options
+        batches = sources.loader(self.source, p.step * system.parts, system.batch // system.parts, options.workers)
+        bar = tqdm(total=self.steps, initial=p.step, unit="step", disable=not distributed.is_main(), dynamic_ncols=True)
+        self.folder.open_log(p.step)
+        saved_at = time.monotonic()
+        while p.step < self.steps and not self.stopping:
+            started, stage = time.perf_counter(), system.stage
+            report = self.make_step(batches)
+            p.seconds += (seconds := time.perf_counter() - started)
+            row = {"step": p.step, "images": p.step * system.batch, **report}
+            self.folder.log(row | {"skipped": p.skipped.total(), "rejected": p.rejected, "seconds": round(seconds, 4)})
+            last = p.step == self.steps or self.stopping
+            if p.step % options.sample_every == 0 or last:
+                self.draw_samples()
+            if p.step % options.save_every == 0 or last or time.monotonic() - saved_at > 60 * options.save_minutes:
+                self.save()
+                saved_at = time.monotonic()
+            losses = f"D {report['d_loss']:.2f}, G {report['g_loss']:.2f}"
+            bar.set_postfix_str(f"{stage}, {system.batch / seconds:.0f} images/s, {losses}", refresh=False)
+            bar.update()
+        bar.close()
+
+    def make_step(self, batches):
+        """→ the step's report, as plain numbers, the same on every rank."""
+        p = self.progress
+        with distributed.together():
+            step_batches = [next(batches) for _ in range(self.system.parts)]
+        skipped = sum((batch.skipped for batch in step_batches), Counter())
+        report = self.reduce(self.system.step(p.step, step_batches), skipped)
+        rejected = round(report.pop("rejected"))
+        p.step, p.rejected = p.step + 1, p.rejected + rejected
+        if rejected:
+            say(f"step {p.step}: a gradient was not finite, so this update was left out")
+        self.guard.watch(report, rejected, self.folder.last_good)
+        return report | self.system.after_step(p.step)
+
+    def reduce(self, scalars, skipped):
+        """Scalars of this rank → their means over ranks. Skipped pairs are summed; where one rank stops, all do."""
+        names = [*scalars, *CAUSES, "stop"]
+        device = next(iter(scalars.values())).device
+        mine = torch.tensor([*(skipped[cause] for cause in CAUSES), self.asked_to_stop], dtype=torch.float32)
+        values = torch.cat([torch.stack([value.detach().float() for value in scalars.values()]), mine.to(device)])
+        report = dict(zip(names, distributed.mean(values).tolist(), strict=True))
+        self.stopping = report.pop("stop") > 0
+        for cause in CAUSES:
+            self.progress.skipped[cause] += round(distributed.world_size() * report.pop(cause))
+        return report
+
+    @contextlib.contextmanager
+    def stopping_when_asked(self):
+        """Ctrl-C, SIGTERM and SIGUSR1 let the step end, so that all is saved whole; a second Ctrl-C ends at once."""
+
+        def ask(number, _):
+            if not self.asked_to_stop:
+                say("Stopping after this step …")
+            self.asked_to_stop = True
+            if number == signal.SIGINT:
+                signal.signal(number, signal.default_int_handler)
+
+        former = {number: signal.signal(number, ask) for number in SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in former.items():
+                signal.signal(number, handler)
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # Saving and resuming.
+
+    def draw_samples(self):
+        if distributed.is_main():
+            picture, loads = self.system.draw_samples()
+            self.folder.write_picture(picture, loads, self.progress.step)
+
+    def save(self):
+        """Writes all that the run needs to resume, unless a weight is not finite."""
+        if not self.system.weights_are_finite():
+            return
+        state = {
+            "world_size": distributed.world_size(),
+            "progress": vars(self.progress) | {"skipped": dict(self.progress.skipped)},
+            **self.system.state_dict(),
+        }
+        self.folder.save(self.progress.step, state, self.options.keep, self.save_generator)
+
+    def save_generator(self, path):
+        notes = {
+            "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+            **self.folder.identity,
+            "step": self.progress.step,
+            "images": self.progress.step * self.system.batch,
+            "seconds": round(self.progress.seconds),
+            "machine": f"{distributed.world_size()} × {distributed.describe(self.system.device)}",
+            "torch": torch.__version__,
+        }
+        self.system.save_generator(path, notes)
+
+    def load(self, state):
+        """Resumes from what save wrote. Raises UserError where it does not fit."""
+        try:
+            self.system.load_state_dict(state)
+            self.progress = Progress(**state["progress"] | {"skipped": Counter(state["progress"]["skipped"])})
+            then, now = state["world_size"], distributed.world_size()
+        except (AttributeError, KeyError, TypeError, RuntimeError, ValueError) as error:
+            raise UserError(f"the checkpoint does not fit this run: {first_line(error)}") from error
+        self.folder.saved_step = self.progress.step
+        say(f"Resuming from step {self.progress.step}.")
+        if then != now:
+            say(f"note: so far on {then} rank(s), now on {now}: the same but for rounding, and for the order of shards")
+
+    def introduce(self, config):
+        """Writes the configuration, and a checkpoint of the start, so that a folder that cannot be written is told."""
+        config |= self.folder.identity | {"steps": self.steps, "world_size": distributed.world_size()}
+        self.folder.write_config(config | {"torch": torch.__version__})
+        if not self.folder.last_good:
+            self.save()
+
+    def conclude(self):
+        p, folder = self.progress, self.folder
+        if p.skipped.total() or p.rejected:
+            causes = ", ".join(f"{count} {cause}" for cause, count in p.skipped.most_common() if count)
+            say(f"Of the data was skipped: {causes or 'nothing'}. {p.rejected} updates were left out as not finite.")
+        with distributed.together():
+            if distributed.is_main() and folder.saved_step != p.step:
+                raise UserError(f"step {p.step} is not saved; the last good checkpoint: {folder.last_good or 'none'}")
+        ended = "Stopped and saved; the same command resumes the run." if p.step < self.steps else "Done."
+        say(f"{ended} {p.step} steps. The generator: {folder.generator}")

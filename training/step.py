@@ -1,0 +1,235 @@
+"""One step of Aurora's training: the discriminator learns, then the generator, then the moving average follows.
+
+Nothing here knows of files, progress or signals; loop.py goes through the steps, and plan.py rehearses one.
+"""
+
+import contextlib
+import gc
+from typing import NamedTuple
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from augment import NUM_CHANCES
+from aurora import Generator
+from clip import Text
+from common import distributed
+from discriminator import Discriminator
+from layers import full_precision, parameter_groups, pyramid
+from losses import R1_INTERVAL, DiscriminatorLoss, generator_loss, wrong_captions
+from router import count_points
+
+NETWORKS = ("generator", "discriminator", "ema")
+OPTIMIZERS = ("optimizer_g", "optimizer_d")
+
+
+class Part(NamedTuple):
+    """This rank's share of the global batch, or of one of the parts that gradients are accumulated over."""
+
+    real: dict[int, torch.Tensor]  # the pyramid of the images
+    text: Text  # of their captions
+    wrong: torch.Tensor  # [b], for each caption the index of another one in the part, over all ranks
+    z: torch.Tensor  # [b, z_dim]
+    chances: torch.Tensor  # [b, 2, NUM_CHANCES], of the augmentation of real images and of fake ones
+
+
+class Learner:
+    """All that a step changes: both networks, their optimizers, and the moving average of the generator.
+
+    preset: a presets.Preset. clip: the frozen CLIP. dtype: of products, under autocast. batch: images of a step, over
+    all ranks.
+    """
+
+    def __init__(self, preset, clip, device, dtype, batch):
+        self.recipe, self.clip, self.device, self.dtype, self.batch = preset.recipe, clip, device, dtype, batch
+        self.resolutions = [level.resolution for level in preset.generator.levels]
+        with device:
+            self.generator, self.discriminator = Generator(preset.generator), Discriminator(preset.discriminator)
+            self.ema = Generator(preset.generator).eval().requires_grad_(False)
+        self.ema.load_state_dict(self.generator.state_dict())
+        self.generator.synthesis.recompute = self.recipe.recompute
+        self.optimizer_g = adam(self.generator, self.recipe.lr_generator)
+        self.optimizer_d = adam(self.discriminator, self.recipe.lr_discriminator)
+        self.learn_at(self.resolutions)
+
+    def learn_at(self, active):
+        """Lets the parameters of the active resolutions learn, and no others: DDP must not wait for the rest."""
+        self.active = active
+        for level in self.generator.synthesis.levels:
+            level.requires_grad_(level.resolution in active)
+        for modules in (self.discriminator.stages, self.discriminator.heads):
+            for resolution in self.resolutions:
+                modules[str(resolution)].requires_grad_(resolution in active)
+        self.parallel_generator = self.discriminator_loss = None
+        gc.collect()  # DDP's buckets for the former resolutions go before the new ones come
+        self.parallel_generator = self.parallel(self.generator)
+        self.discriminator_loss = self.parallel(DiscriminatorLoss(self.discriminator, self.clip, self.recipe))
+
+    def parallel(self, module):
+        if distributed.world_size() == 1:
+            return module
+        device_ids = [self.device.index] if self.device.type == "cuda" else None
+        return DistributedDataParallel(
+            module, device_ids=device_ids, broadcast_buffers=False, gradient_as_bucket_view=True
+        )
+
+    # ------------------------------------------------------------------------------------------------------------------
+
+    def prepare(self, seed, number, batches):
+        """This rank's batches of step `number` → a list of Part. Noise depends on the seed and the step's number."""
+        generator = torch.Generator().manual_seed(((seed << 40) + number) % 2**63)
+        z = torch.randn(self.batch, self.generator.config.z_dim, generator=generator)  # of all ranks and parts
+        chances = torch.rand(self.batch, 2, NUM_CHANCES, generator=generator)
+        parts, ranks = [], distributed.world_size()
+        for i, batch in enumerate(batches):
+            ids = self.clip.tokenize(batch.captions)
+            first = distributed.rank() * len(ids)
+            mine = slice(first, first + len(ids))
+            own = slice(i * ranks * len(ids) + mine.start, i * ranks * len(ids) + mine.stop)
+            real = pyramid(batch.images.to(self.device), self.active)
+            wrong = wrong_captions(distributed.gather(ids))[mine]
+            text = self.clip.encode_text(ids)
+            parts.append(Part(real, text, wrong, z[own].to(self.device), chances[own].to(self.device)))
+        return parts
+
+    def step(self, number, parts):
+        """One step of both networks → {name: scalar}; `rejected` of its two updates had a gradient not finite.
+
+        Both networks learn from the same pictures, so these are drawn once. Where gradients are accumulated they are
+        drawn twice: the graphs of all parts together would take the memory that is to be saved.
+        """
+        r1_interval = R1_INTERVAL if number % R1_INTERVAL == 0 else 0
+        with torch.set_grad_enabled(len(parts) == 1):
+            outputs = [self.draw(part) for part in parts]
+        d_report = self.discriminator_step(parts, outputs, r1_interval)
+        with frozen(self.discriminator):
+            g_report = self.generator_step(parts, outputs)
+        self.update_ema(number, torch.stack([full_precision(output.w.detach()).mean(0) for output in outputs]).mean(0))
+        rejected = d_report.pop("rejected") + g_report.pop("rejected")
+        share = torch.stack([self.least_used_expert(output) for output in outputs]).min()
+        return {**d_report, **g_report, "expert_min_share": share, "rejected": rejected}
+
+    def draw(self, part):
+        with self.autocast():
+            return self.parallel_generator(part.z, part.text.tokens, part.text.eot, self.active[-1])
+
+    def discriminator_step(self, parts, outputs, r1_interval):
+        self.optimizer_d.zero_grad(set_to_none=True)
+        reports = []
+        for part, output in zip(parts, outputs, strict=True):
+            fake = {r: image.detach() for r, image in output.pyramid.items()}
+            with averaging(self.discriminator_loss, part is parts[-1]):
+                with self.autocast():
+                    report = self.discriminator_loss(part.real, fake, part.text, part.wrong, part.chances, r1_interval)
+                (report["loss"] / len(parts)).backward()
+            reports.append(report)
+        return {"d_loss": mean_of(reports, "loss"), **update(self.optimizer_d, reports, "d")}
+
+    def generator_step(self, parts, outputs):
+        self.optimizer_g.zero_grad(set_to_none=True)
+        reports = []
+        for part, output in zip(parts, outputs, strict=True):
+            with averaging(self.parallel_generator, part is parts[-1]):
+                if len(parts) > 1:
+                    output = self.draw(part)
+                with self.autocast():
+                    report = generator_loss(
+                        output, part.text, part.wrong, part.chances[:, 1], self.discriminator, self.clip, self.recipe
+                    )
+                (report["loss"] / len(parts)).backward()
+            reports.append(report)
+        return {"g_loss": mean_of(reports, "loss"), **update(self.optimizer_g, reports, "g")}
+
+    def autocast(self):
+        """The modules keep routing, demodulation, distances and R1 in float32."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
+
+    @torch.no_grad()
+    def update_ema(self, number, w):
+        """The moving average. Its half-life is short at first, so that it does not remember the initial weights.
+
+        w: the mean of this step's latent codes, [w_dim].
+        """
+        half_life = min(self.recipe.ema_half_life, 0.05 * (number + 1) * self.batch)
+        decay = 0.5 ** (self.batch / max(half_life, 1e-8))
+        self.generator.update_w_avg(distributed.mean(w))
+        torch._foreach_lerp_(list(self.ema.parameters()), list(self.generator.parameters()), 1 - decay)
+        self.ema.w_avg.copy_(self.generator.w_avg)
+
+    def least_used_expert(self, output):
+        """The smallest share of points that any expert got at any layer in this batch; 1 if all got the same."""
+        experts = {level.resolution: level.num_experts for level in self.generator.config.levels}
+        shares = [output.w.new_ones(())]
+        for name, index in output.routes.items():
+            counts = count_points(index, experts[int(name.split(".")[0])])
+            shares.append(counts.min() / counts.float().mean())
+        return torch.stack(shares).min()
+
+    # ------------------------------------------------------------------------------------------------------------------
+
+    def state_dict(self):
+        return {name: getattr(self, name).state_dict() for name in (*NETWORKS, *OPTIMIZERS)}
+
+    def load_state_dict(self, state):
+        """Loads what state_dict gave → the learning rates that differ from the recipe's, {optimizer: (then, now)}.
+
+        The recipe wins: a run whose losses are not finite is resumed with lower rates.
+        """
+        changed = {}
+        for name in NETWORKS:
+            getattr(self, name).load_state_dict(state[name])
+        for name in OPTIMIZERS:
+            optimizer = getattr(self, name)
+            now = [group["lr"] for group in optimizer.param_groups]
+            optimizer.load_state_dict(state[name])
+            then = [group["lr"] for group in optimizer.param_groups]
+            if then != now:
+                changed[name] = max(then), max(now)
+            for group, lr in zip(optimizer.param_groups, now, strict=True):
+                group["lr"] = lr
+        return changed
+
+    def weights_are_finite(self):
+        return all(p.isfinite().all() for name in NETWORKS for p in getattr(self, name).parameters())
+
+
+def adam(network, lr):
+    return torch.optim.Adam(parameter_groups(network, lr), betas=(0.0, 0.99), fused=True)
+
+
+def update(optimizer, reports, prefix):
+    """One step of an optimizer whose gradients are there → the means of the reports, the gradients' norm, `rejected`.
+
+    Where a gradient is not finite, which it is on all ranks alike, the weights stay as they are. That is decided on the
+    device, by the mechanism that torch.amp's GradScaler uses, so that nobody waits for it.
+    """
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients)
+    optimizer.grad_scale, optimizer.found_inf = None, (~norm.isfinite()).float()
+    optimizer.step()
+    means = {name: mean_of(reports, name) for name in reports[0] if name != "loss"}
+    return {**means, f"{prefix}_grad_norm": norm, "rejected": optimizer.found_inf}
+
+
+def mean_of(reports, name):
+    return torch.stack([report[name].detach().float() for report in reports]).mean()
+
+
+def averaging(module, is_last):
+    """A context in which DDP averages gradients over the ranks only in the backward pass of the last part."""
+    if is_last or not isinstance(module, DistributedDataParallel):
+        return contextlib.nullcontext()
+    return module.no_sync()
+
+
+@contextlib.contextmanager
+def frozen(module):
+    """A context in which a module's parameters get no gradients, while gradients pass through it."""
+    learning = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    for parameter in learning:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in learning:
+            parameter.requires_grad_(True)
