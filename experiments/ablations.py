@@ -1,7 +1,7 @@
 """Takes one part of Aurora out at a time, and measures at equal numbers of images what that costs.
 
-    python ablations.py                                      # everything, three seeds each
-    python ablations.py --only full "one expert" --seeds 1   # a look
+    python -m experiments.ablations                                    # everything, three seeds each
+    python -m experiments.ablations --only full "one expert" --seeds 1   # a look
 
 The model has no switches for this: a variant is another preset, or another class put in the place of Aurora's. Each run
 has a process and one thread of its own, and what is done is not done again.

@@ -23,16 +23,12 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch.utils.benchmark import Timer
 from tqdm import tqdm
-
-os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler that measures memory is chatty
 
 from attention import l2_attention
 from aurora import Generator
@@ -40,6 +36,7 @@ from common import distributed
 from common.cli import HelpFormatter, UserError, positive_int, told_in_one_line
 from data import sources
 from data.scenes import make_scene, render
+from experiments.stopwatch import HEAD, Machine, Note
 from experts import Experts, expert, routed_experts, sliced_experts
 from presets import PRESETS, Level
 from router import Router, Routing
@@ -47,85 +44,7 @@ from sampling import inference
 from sampling.inference import DTYPES
 from train import Run
 from train import parse_args as training_args
-from training.plan import FlopCounter
 from weights.checkpoint import DEMO, load_generator
-
-
-@dataclass
-class Row:
-    """One line of the result. Times are medians in milliseconds."""
-
-    case: str
-    gflop: float  # of products alone; convolutions and attention are products too
-    floor_ms: float
-    ours_ms: float
-    peak_mb: float  # allocated at most beyond what was there before
-
-    def __str__(self):
-        ratio = self.ours_ms / self.floor_ms
-        times = f"{self.gflop:10.2f} {self.floor_ms:11.2f} {self.ours_ms:11.2f} {ratio:7.2f}"
-        return f"{self.case:60s} {times} {self.peak_mb:9.0f}"
-
-
-HEAD = f"{'case':60s} {'GFLOP':>10s} {'floor, ms':>11s} {'ours, ms':>11s} {'ratio':>7s} {'peak, MB':>9s}"
-
-
-def peak_memory(function):
-    """The bytes that PyTorch's CPU allocator held at most during a call, beyond what it held before."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
-        function()
-    events = (event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]")
-    changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
-    return max(itertools.accumulate(changes))
-
-
-def peak_memory_of_gpu(function):
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    function()
-    return torch.cuda.max_memory_allocated() - before
-
-
-class Machine:
-    """A device, and the time it takes for a large matrix product of either dtype."""
-
-    def __init__(self, device, seconds):
-        self.device, self.seconds = device, seconds
-        side = 8192 if device.type == "cuda" else 2048
-        self.product_flop = 2 * side**3
-        operands = {name: torch.randn(side, side, device=device).to(dtype) for name, dtype in DTYPES.items()}
-        self.products = {name: lambda a=a: a @ a for name, a in operands.items()}
-        self.ceilings = self.measure_ceilings()
-
-    def time(self, function, number=1):
-        """The seconds of a call, the mean of so many; a GPU is waited for."""
-        timer = Timer("function()", globals={"function": function}, num_threads=torch.get_num_threads())
-        return timer.timeit(number).mean
-
-    def measure_ceilings(self):
-        """FLOP a second of either product, and bytes a second of a copy, read and written."""
-        source = torch.zeros(2**28, dtype=torch.uint8, device=self.device)
-        target = torch.zeros_like(source)
-        calls = {**self.products, "copy": lambda: target.copy_(source)}
-        seconds = {name: min(self.time(call) for _ in range(10)) for name, call in calls.items()}
-        return {
-            **{f"{name}, GFLOP/s": self.product_flop / seconds[name] / 1e9 for name in self.products},
-            "copy, GB/s": 2 * source.numel() / seconds["copy"] / 1e9,
-        }
-
-    def measure(self, case, function, dtype, counted=None):
-        """A Row. `counted` is called in the function's place to count its FLOP, where that is a way of its own."""
-        with FlopCounter() as counter:
-            (counted or function)()
-        peak = (peak_memory if self.device.type == "cpu" else peak_memory_of_gpu)(function)
-        product, number = self.products[dtype], max(1, int(0.1 / self.time(function)))
-        products, ours = [], []
-        while len(ours) < 3 or sum(ours) * number < self.seconds:
-            products.append(self.time(product))
-            ours.append(self.time(function, number))
-        floor = counter.total / self.product_flop * statistics.median(products)
-        return Row(case, counter.total / 1e9, 1e3 * floor, 1e3 * statistics.median(ours), peak / 2**20)
-
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The cases. Each yields its rows.
@@ -151,16 +70,6 @@ def graph(call):
     with torch.cuda.graph(recorded):
         call()
     return recorded.replay
-
-
-@dataclass
-class Note:
-    """A line of the result without times."""
-
-    text: str
-
-    def __str__(self):
-        return self.text
 
 
 @torch.no_grad()

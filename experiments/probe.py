@@ -1,6 +1,6 @@
 """Two questions to a generator of the built-in scenes: what do its experts tell apart, and how smooth are its paths?
 
-    python probe.py
+    python -m experiments.probe
 
 Experts: the mutual information, in bits, between the expert that took a point and whether the picture shows the object
 or the background there; beside it the same with the points of each picture shuffled. Paths: how evenly the picture

@@ -24,6 +24,7 @@ from experiments.scenes_clip import vocabulary_ids
 from presets import PRESETS
 from sampling import views
 from tests.data.test_sources import good, jpeg, write_shard
+from training import loop
 from training.growth import PATIENCE
 from training.step import update
 from weights import checkpoint
@@ -264,7 +265,7 @@ def test_the_last_checkpoints_are_kept(tmp_path, small_clip):
 
 
 def test_a_checkpoint_is_due_after_some_minutes(tmp_path, small_clip, monkeypatch):
-    monkeypatch.setattr(train.time, "monotonic", itertools.count(step=40).__next__)  # seconds
+    monkeypatch.setattr(loop.time, "monotonic", itertools.count(step=40).__next__)  # seconds
     common = ("--preset", "quick", "--clip", small_clip, "--out", tmp_path, "--save-minutes", 1, "--keep", 9)
     run(*common, "--steps", 5)
     steps = [int(path.name[:8]) for path in checkpoint.checkpoints(tmp_path / "checkpoints")]

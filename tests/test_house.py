@@ -1,0 +1,59 @@
+"""The layout of the repository: who may import whom, and how long files and functions may be."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+COMMANDS = {"train", "sample", "evaluate", "explore"}
+LAYERS = [  # from the leaves up; a file imports from its own layer and from those before it
+    {"common", "kernels"},
+    {"data"},
+    {path.stem for path in ROOT.glob("*.py")} - COMMANDS,  # Aurora's own pieces
+    {"weights", "neighbours"},
+    {"training", "sampling", "evaluation"},
+    COMMANDS,
+    {"experiments"},
+]
+FILES = sorted(path for path in ROOT.rglob("*.py") if not {".venv", "tests"} & set(path.relative_to(ROOT).parts))
+PLAIN_TABLES = {"presets.py"}
+
+
+def layer_of(name):
+    return next((number for number, names in enumerate(LAYERS) if name in names), None)
+
+
+def imported(path):
+    """The modules that a file imports, wherever in it."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_point_down(path):
+    own = path.relative_to(ROOT).parts[0].removesuffix(".py")
+    for module in imported(path):
+        other = module.split(".")[0]
+        if other == own or other in sys.stdlib_module_names or (theirs := layer_of(other)) is None:
+            continue
+        assert theirs <= layer_of(own), f"{path.name} imports {module}, which stands above it"
+        assert not {own, other} <= COMMANDS, "a command imports no other command"
+
+
+def test_the_root_is_small_and_files_are_short():
+    assert len(list(ROOT.glob("*.py"))) <= 16
+    lines = {str(path.relative_to(ROOT)): len(path.read_text(encoding="utf-8").splitlines()) for path in FILES}
+    assert not {name: count for name, count in lines.items() if count > 400}
+    functions = {
+        f"{path.name}:{node.name}": node.end_lineno - node.lineno + 1
+        for path in FILES
+        if path.parent.name != "kernels" and path.name not in PLAIN_TABLES
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.FunctionDef)
+    }
+    assert not {name: count for name, count in functions.items() if count > 50}
