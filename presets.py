@@ -1,5 +1,6 @@
 """The network described by a list of per-resolution specs, and the presets with their training recipes."""
 
+import ast
 import dataclasses
 from dataclasses import dataclass
 
@@ -91,6 +92,22 @@ class Recipe:
     data: str = "emoji"  # the default of --data
     augment: tuple[str, ...] = ()  # what the discriminator sees pictures through, see augment.py
     recompute: bool = False  # the generator's levels again in the backward pass: a third more work, for memory
+
+    def with_changes(self, assignments):
+        """The recipe with fields set by texts as "lr_generator=1e-3". Raises ValueError with a line that says why."""
+        changes = {}
+        for assignment in assignments:
+            name, _, text = assignment.partition("=")
+            if name not in vars(self):
+                raise ValueError(f"{name!r} is no field of a recipe; choose one of {', '.join(vars(self))}")
+            try:
+                value = text if isinstance(former := getattr(self, name), str) else ast.literal_eval(text)
+                changes[name] = float(value) if isinstance(former, float) else value
+            except (ValueError, SyntaxError, TypeError) as error:
+                raise ValueError(f"{assignment!r}: write {name}=VALUE with a value like {former!r}") from error
+            if type(changes[name]) is not type(former):
+                raise ValueError(f"{assignment!r}: write {name}=VALUE with a value like {former!r}")
+        return dataclasses.replace(self, **changes)
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from sampling.inference import DTYPES, dtype_of
 from sampling.pictures import grid, to_pil
 from training.growth import Growth, Phase
 from training.loop import Loop
-from training.plan import HARDWARE, plan
+from training.plan import HARDWARE, estimate, plan
 from training.run_folder import RunFolder
 from training.step import Learner
 from weights import checkpoint
@@ -40,17 +40,18 @@ def parse_args(argv=None):
     add("--out", type=Path, help="the run's folder (default: runs/PRESET)")
     add("--steps", type=positive_int, help="total steps of the run (default: the preset's)")
     add("--batch", type=positive_int, help="global batch, over all ranks (default: the preset's)")
-    add("--accumulate", type=positive_int, default=1, help="parts to make each batch in, where memory is short")
+    add("--accumulate", type=auto_or_positive, default="auto", help="parts to make each batch in; auto: as a GPU needs")
     add("--seed", type=natural_number, default=0, help="of weights, data and noise")
     add(
         "--resume",
         default="auto",
-        help="auto: go on with the run in --out, if there is one; no; or a file in its checkpoints",
+        help="auto: resume the run in --out, if there is one; no; or a file in its checkpoints",
     )
     add(
         "--clip",
         help="small, emoji, a file of training/small_clip.py, or MODEL:WEIGHTS of open_clip (default: the preset's)",
     )
+    add("--set", nargs="+", default=[], metavar="FIELD=VALUE", help="other values of the recipe: lr_generator=1e-3 …")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add(
         "--dtype",
@@ -83,10 +84,11 @@ class Run:
 
     def __init__(self, args, device):
         self.args, self.device = args, device
-        self.recipe = PRESETS[args.preset].recipe
-        self.batch, self.parts = args.batch or self.recipe.batch, args.accumulate
+        self.preset = preset_of(args)
+        self.recipe = self.preset.recipe
+        self.batch, clip = args.batch or self.recipe.batch, args.clip or self.recipe.clip_model
+        self.parts = choose_parts(args, self.preset, self.batch, clip, device)
         check_batch(self.batch, self.parts)
-        clip = args.clip or self.recipe.clip_model
         identity = {"preset": args.preset, "data": args.data, "batch": self.batch, "seed": args.seed, "clip": clip}
         folder = RunFolder(args.out, identity, args.tensorboard)
         state = folder.state(args.resume)
@@ -100,7 +102,7 @@ class Run:
     def build(self, clip):
         """The networks and the data."""
         self.clip = load_clip(clip, self.device)
-        preset = fitted_to(PRESETS[self.args.preset], self.clip.width, self.clip.map_shapes)
+        preset = fitted_to(self.preset, self.clip.width, self.clip.map_shapes)
         torch.manual_seed(self.args.seed)
         dtype = dtype_of(self.args.dtype, self.device)
         self.learner = Learner(preset, self.clip, self.device, dtype, self.batch)
@@ -178,6 +180,37 @@ class Run:
             say(f"note: the learning rate of {name} was {then:g}, and the recipe now says {now:g}, which is taken")
 
 
+def preset_of(args):
+    """The preset, its recipe changed by --set. Raises UserError."""
+    preset = PRESETS[args.preset]
+    try:
+        return dataclasses.replace(preset, recipe=preset.recipe.with_changes(args.set))
+    except ValueError as error:
+        raise UserError(f"--set: {error}") from error
+
+
+def auto_or_positive(text):
+    return text if text == "auto" else positive_int(text)
+
+
+def choose_parts(args, preset, batch, clip, device):
+    """Into how many parts a batch goes → their number, the same on all ranks. Raises UserError where it cannot fit."""
+    if device.type != "cuda":
+        return 1 if args.accumulate == "auto" else args.accumulate
+    share, memory = batch // distributed.world_size(), torch.cuda.get_device_properties(device).total_memory
+    fewest = None
+    with distributed.together():
+        if distributed.is_main():
+            fewest = estimate(preset, clip, dtype_of(args.dtype, device)).parts(share, memory)
+    fewest = distributed.broadcast(fewest)
+    if args.accumulate == "auto":
+        say(f"--accumulate {fewest}: parts of {share // fewest} images a GPU, by the plan at the highest resolution")
+        return fewest
+    if args.accumulate < fewest:
+        raise UserError(f"--accumulate {args.accumulate} does not fit into this GPU; take {fewest}, or auto")
+    return args.accumulate
+
+
 def check_batch(batch, parts):
     """Raises UserError where a global batch cannot be shared by the ranks, or leaves no wrong caption."""
     ranks = distributed.world_size()
@@ -193,10 +226,11 @@ def main():
     args = parse_args()
     with told_in_one_line():
         if args.plan:
-            print("Going through two steps with empty tensors; about a minute for a large preset …", flush=True)
-            recipe = PRESETS[args.preset].recipe
-            numbers = args.batch or recipe.batch, args.gpus, HARDWARE[args.hardware], args.workers
-            print(*plan(args.preset, args.clip or recipe.clip_model, *numbers), sep="\n")
+            print("Going through steps with empty tensors; about two minutes for a large preset …", flush=True)
+            preset = preset_of(args)
+            clip, batch = args.clip or preset.recipe.clip_model, args.batch or preset.recipe.batch
+            for line in plan(args.preset, preset, clip, batch, args.gpus, HARDWARE[args.hardware], args.workers):
+                print(line, flush=True)
             return
         device = distributed.start(args.device)
         try:

@@ -8,6 +8,7 @@ tests hold that against real steps. Seconds are those counts divided by the figu
 
 import contextlib
 import weakref
+from collections import Counter
 from dataclasses import dataclass
 from unittest import mock
 
@@ -25,12 +26,15 @@ from common.cli import UserError
 from experts import Experts, expert
 from layers import pyramid
 from losses import R1_INTERVAL
-from presets import PRESETS, fitted_to
+from presets import fitted_to
 from training.step import Learner, Part
 
-UTILIZATION = 0.25  # of the peak rate, the guess: what convolutions and small matrices leave of it in such networks
+# Guesses: of the peak rate (small matrices leave tensor cores idle), of the bytes of a GPU to leave for CUDA's context,
+# NCCL's buffers and fragmentation, and of the pictures of 256×256 that a data worker reads in a second.
+UTILIZATION = {torch.bfloat16: 0.25, torch.float32: 0.5}
+RESERVED = 10e9
+DECODED = 300
 WIDTHS = (5, 14, 12, 12, 10, 10, 10, 10, 10)  # of the table's columns
-DECODED = 300  # pictures of 256×256 that a data worker reads in a second, another guess
 
 
 @dataclass(frozen=True)
@@ -38,27 +42,41 @@ class Hardware:
     """A GPU by its maker's data sheet. Bytes a second are those of an all-reduce, for each GPU."""
 
     name: str
-    flop_rate: float  # bfloat16, dense
+    flop_rate: dict[torch.dtype, float]  # dense; float32 without TF32, as train.py asks for
     memory: float
     within_node: float  # over NVLink, 8 GPUs
     between_nodes: float  # one 200 Gb/s adapter a GPU
 
+    def seconds(self, flop):
+        """The time that {dtype: FLOP} take."""
+        return sum(count / (self.flop_rate[dtype] * UTILIZATION[dtype]) for dtype, count in flop.items())
+
 
 HARDWARE = {
-    "a100": Hardware("A100 80 GB", 312e12, 80e9, 300e9, 25e9),
-    "h100": Hardware("H100 80 GB", 989e12, 80e9, 450e9, 50e9),
+    "a100": Hardware("A100 80 GB", {torch.bfloat16: 312e12, torch.float32: 19.5e12}, 80e9, 300e9, 25e9),
+    "h100": Hardware("H100 80 GB", {torch.bfloat16: 989e12, torch.float32: 67e12}, 80e9, 450e9, 50e9),
 }
 
 
 class FlopCounter(TorchDispatchMode):
-    """Adds up PyTorch's own formulas. Its FlopCounterMode also says which module, and cannot follow R1 for that."""
+    """Adds up PyTorch's own formulas, by the dtype of what is multiplied.
 
-    total = 0
+    PyTorch's FlopCounterMode also says which module, and cannot follow R1 for that.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.by_dtype = Counter()
+
+    @property
+    def total(self):
+        return self.by_dtype.total()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         if formula := flop_registry.get(func._overloadpacket):
-            self.total += formula(*args, **(kwargs or {}), out_val=out)
+            dtype = next(leaf.dtype for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor))
+            self.by_dtype[dtype] += formula(*args, **(kwargs or {}), out_val=out)
         return out
 
 
@@ -96,15 +114,15 @@ class Rehearsal:
     state: dict[str, int]  # bytes kept from step to step, by part
     peak: int  # bytes at most
     peak_with_r1: int  # of a step with R1, one in so many
-    flop: int
-    flop_with_r1: int
-    flop_of_drawing: int  # the generator's forward pass alone
+    flop: dict[torch.dtype, int]
+    flop_with_r1: dict[torch.dtype, int]
 
 
-def rehearse(preset, clip_model, batch, dtype, parts=1):
-    """A step of training at the highest resolution, for `batch` images in so many parts on one rank → Rehearsal.
+def rehearse(preset, clip_model, batch, dtype, parts=1, resolution=None):
+    """A step of training for `batch` images in so many parts on one rank → Rehearsal.
 
-    preset: a presets.Preset. The points are spread evenly over the experts, which is what the balance loss is for.
+    preset: a presets.Preset. resolution: the highest active one, by default of all. The points are spread evenly over
+    the experts, which is what the balance loss is for.
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(Experts, "forward", evenly))
@@ -115,19 +133,18 @@ def rehearse(preset, clip_model, batch, dtype, parts=1):
         clip = clip_without_weights(clip_model)
         preset = fitted_to(preset, clip.width, clip.map_shapes)
         learner = Learner(preset, clip, torch.device("cpu"), dtype, batch)
+        learner.learn_at([r for r in learner.resolutions if r <= (resolution or learner.resolutions[-1])])
         kept = parameters_and_state(learner, clip)
         rehearsed = [empty_part(learner, batch // parts) for _ in range(parts)]
-        with FlopCounter() as drawing, torch.no_grad():
-            learner.draw(rehearsed[0])
-        figures = []
         learner.step(1, rehearsed)  # makes Adam's averages
+        peaks, flop = [], []
         for number in (1, R1_INTERVAL):  # without R1, and with it
             meter.peak = meter.alive
             with FlopCounter() as counter:
                 learner.step(number, rehearsed)
-            figures.append((meter.peak, counter.total))
-    (peak, flop), (peak_with_r1, flop_with_r1) = figures
-    return Rehearsal(*kept, peak, peak_with_r1, flop, flop_with_r1, parts * drawing.total)
+            peaks.append(meter.peak)
+            flop.append(dict(counter.by_dtype))
+    return Rehearsal(*kept, *peaks, *flop)
 
 
 def empty_part(learner, size):
@@ -179,52 +196,92 @@ def clip_without_weights(spec):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What is printed.
+# From two rehearsals to a run.
 
 
-def plan(name, clip_model, batch, gpus, hardware, workers):
-    """The lines of `train.py --plan`: one table for 1, 8, 64 and the given number of GPUs.
+@dataclass
+class Estimate:
+    """What a step at a resolution takes, for any number of images: a part that is fixed, and one for each image."""
 
-    Two rehearsals, of 2 and of 4 images, tell what does not depend on the batch from what each image takes.
-    """
-    preset = PRESETS[name]
-    resolution = preset.generator.levels[-1].resolution
-    few, more = (rehearse(preset, clip_model, images, torch.bfloat16) for images in (2, 4))
+    rehearsal: Rehearsal
+    fixed: float  # bytes at the peak
+    an_image: float  # bytes at the peak for each image of a part
+    flop: dict[torch.dtype, float]  # of an image, R1 in one step of R1_INTERVAL included
+    flop_accumulated: dict[torch.dtype, float]  # the same where gradients are accumulated and images drawn twice
+
+    def memory(self, images):
+        return self.fixed + images * self.an_image
+
+    def parts(self, share, memory):
+        """The fewest parts in which a rank's share of the batch fits into the memory. Raises UserError."""
+        fits = (memory - RESERVED - self.fixed) / self.an_image
+        choices = (parts for parts in range(1, share + 1) if share % parts == 0 and share // parts <= fits)
+        if (parts := next(choices, None)) is None:
+            raise UserError(
+                f"it does not fit: two images take {self.memory(2) / 1e9:.0f} GB, and of {memory / 1e9:.0f} GB "
+                f"{RESERVED / 1e9:.0f} are left free; take a smaller preset or larger GPUs"
+            )
+        return parts
+
+
+def estimate(preset, clip_model, dtype=torch.bfloat16, resolution=None):
+    """Rehearsals of 2 and of 4 images tell what does not depend on the batch from what each image takes."""
+    few, more = (rehearse(preset, clip_model, images, dtype, resolution=resolution) for images in (2, 4))
+    accumulated = rehearse(preset, clip_model, 4, dtype, parts=2, resolution=resolution)
     an_image = (more.peak_with_r1 - few.peak_with_r1) / 2
-    fixed = few.peak_with_r1 - 2 * an_image
-    flop = (more.flop + (more.flop_with_r1 - more.flop) / R1_INTERVAL) / 4
-    yield f"{name} at {resolution}×{resolution} on {hardware.name}, global batch {batch}, CLIP {clip_model}"
-    yield "  parameters, M:       " + figures(few.parameters, 1e6)
-    yield "  memory kept, GB:     " + figures(few.state, 1e9)
-    yield f"  memory at the peak:  {fixed / 1e9:.3g} GB, and {an_image / 1e9:.3g} GB for each image of a part"
-    yield f"  work of an image:    {flop / 1e12:.3g} TFLOP, R1 in one step of {R1_INTERVAL} included"
-    if (fits := int((0.95 * hardware.memory - fixed) / an_image)) < 2:
-        yield f"  It does not fit: two images take {(fixed + 2 * an_image) / 1e9:.0f} GB."
-        return
+    return Estimate(more, few.peak_with_r1 - 2 * an_image, an_image, of_an_image(more), of_an_image(accumulated))
+
+
+def of_an_image(rehearsal, images=4):
+    """{dtype: FLOP} of an image, a step with R1 counted as one in R1_INTERVAL."""
+    plain, with_r1 = rehearsal.flop, rehearsal.flop_with_r1
+    return {t: (plain.get(t, 0) + (n - plain.get(t, 0)) / R1_INTERVAL) / images for t, n in with_r1.items()}
+
+
+def plan(name, preset, clip_model, batch, gpus, hardware, workers):
+    """The lines of `train.py --plan`: what a step takes, and a table for 1, 8, 64 and the given number of GPUs."""
+    resolutions = [level.resolution for level in preset.generator.levels]
+    of_stage = {r: estimate(preset, clip_model, resolution=r) for r in resolutions}
+    largest = of_stage[resolutions[-1]]
+    yield f"{name} at {resolutions[-1]}×{resolutions[-1]} on {hardware.name}, global batch {batch}, CLIP {clip_model}"
+    yield "  parameters, M:       " + figures(largest.rehearsal.parameters, 1e6)
+    yield "  memory kept, GB:     " + figures(largest.rehearsal.state, 1e9)
+    peak, an_image = largest.fixed / 1e9, largest.an_image / 1e9
+    yield f"  memory at the peak:  {peak:.3g} GB, and {an_image:.3g} GB for each image of a part"
+    flop = {str(dtype).removeprefix("torch."): count for dtype, count in largest.flop.items()}
+    yield f"  work of an image:    {figures(flop, 1e12)} TFLOP, R1 in one step of {R1_INTERVAL} included"
     heads = ("GPUs", "--accumulate", "memory, GB", "compute, s", "wire, GB", "wire, s", "data, s", "step, s", "days")
     yield "".join(f"{head:>{width}s}" for head, width in zip(heads, WIDTHS, strict=True)) + "   bound by"
     for number in sorted({1, 8, 64, gpus}):
-        if batch % number:
-            continue
-        share = batch // number
-        parts = next(parts for parts in range(1, share + 1) if share % parts == 0 and share // parts <= fits)
-        again = more.flop_of_drawing / 4 if parts > 1 else 0
-        wire = 2 * (number - 1) / number * 4 * few.trained
-        seconds = {
-            "compute": share * (flop + again) / (hardware.flop_rate * UTILIZATION),
-            "the wire": wire / (hardware.within_node if number <= 8 else hardware.between_nodes),
-            "data": share / (DECODED * max(1, workers)),
-        }
-        step = max(seconds.values())
-        memory = fixed + share / parts * an_image
-        row = number, parts, memory / 1e9, seconds["compute"], wire / 1e9, seconds["the wire"], seconds["data"], step
-        days = preset.recipe.steps * step / 86400
-        cells = zip((*row, days), WIDTHS, strict=True)
-        yield "".join(f"{value:{width}.3g}" for value, width in cells) + f"   {max(seconds, key=seconds.get)}"
+        if batch % number == 0:
+            yield row_of_table(largest, number, batch // number, preset.recipe.steps, hardware, workers)
+            parts = largest.parts(batch // number, hardware.memory)
+            stages = {f"{r}×{r}": e.memory(batch // number // parts) for r, e in of_stage.items()}
+            if number == gpus:
+                at_stages = f"  memory at each stage on {number} GPUs, GB: {figures(stages, 1e9)}"
+    yield at_stages if batch % gpus == 0 else f"  a batch of {batch} cannot be shared by {gpus} GPUs"
     yield f"{preset.recipe.steps:,} steps; compute, wire and data go on at the same time. Parameters, memory and FLOP"
-    yield "are held against real steps on a CPU by tests/test_plan.py. Nothing was ever measured on a GPU. Guesses:"
-    rate = f"{hardware.flop_rate / 1e12:.0f} TFLOP/s"
-    yield f"compute at {UTILIZATION:.0%} of {rate}, a worker reads {DECODED} pictures a second."
+    yield "are held against real steps on a CPU by tests/training/test_plan.py. Nothing was ever measured on a GPU."
+    rates = ", ".join(
+        f"{UTILIZATION[t]:.0%} of {rate / 1e12:g} TFLOP/s in {t}" for t, rate in hardware.flop_rate.items()
+    )
+    yield f"Guesses: compute at {rates.replace('torch.', '')}; {RESERVED / 1e9:.0f} GB of a GPU are left free;"
+    yield f"a worker reads {DECODED} pictures a second."
+
+
+def row_of_table(step, number, share, steps, hardware, workers):
+    parts = step.parts(share, hardware.memory)
+    wire = 2 * (number - 1) / number * 4 * step.rehearsal.trained
+    seconds = {
+        "compute": share * hardware.seconds(step.flop if parts == 1 else step.flop_accumulated),
+        "the wire": wire / (hardware.within_node if number <= 8 else hardware.between_nodes),
+        "data": share / (DECODED * max(1, workers)),
+    }
+    slowest = max(seconds, key=seconds.get)
+    compute, on_the_wire, data = seconds.values()
+    memory, days = step.memory(share / parts) / 1e9, steps * seconds[slowest] / 86400
+    row = number, parts, memory, compute, wire / 1e9, on_the_wire, data, seconds[slowest], days
+    return "".join(f"{value:{width}.3g}" for value, width in zip(row, WIDTHS, strict=True)) + f"   {slowest}"
 
 
 def figures(numbers, unit):

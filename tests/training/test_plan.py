@@ -5,34 +5,52 @@ import dataclasses
 import pytest
 import torch
 
-import train
+import attention
+from clip import load_clip
+from common.cli import UserError
 from data import sources
 from presets import PRESETS
 from tests.test_attention import peak_memory
 from training import plan
+from training.step import Learner
 
 BATCH = 8
 
 
+VARIANTS = {  # dtype, parts, gradient checkpointing
+    "plain": (torch.float32, 1, False),
+    "accumulated": (torch.float32, 2, False),
+    "bfloat16": (torch.bfloat16, 1, False),
+    "recomputed": (torch.float32, 1, True),
+}
+
+
+@pytest.fixture(scope="module", params=VARIANTS)
+def variant(request):
+    """A preset, the dtype of its products, and the number of parts."""
+    dtype, parts, recompute = VARIANTS[request.param]
+    shapes = PRESETS["shapes"]
+    recipe = dataclasses.replace(shapes.recipe, recompute=recompute)
+    return dataclasses.replace(shapes, recipe=recipe), dtype, parts
+
+
 @pytest.fixture(scope="module")
-def real(tmp_path_factory):
-    """A run at its highest resolution, and what of its state is there before a step."""
-    out = tmp_path_factory.mktemp("run")
-    arguments = f"--preset shapes --dtype fp32 --batch {BATCH} --workers 0 --out {out}".split()
-    run = train.Run(train.parse_args(arguments), torch.device("cpu"))
-    run.learner.learn_at(run.learner.resolutions)
-    batch = next(sources.loader(run.source, 0, BATCH, 0))
-
-    def step(number):
-        run.step(number, [batch])
-
-    step(1)  # makes Adam's averages, and gradients
-    return run.learner, step
+def real(variant):
+    """A learner at its highest resolution, and its step."""
+    preset, dtype, parts = variant
+    learner = Learner(preset, load_clip("small"), torch.device("cpu"), dtype, BATCH)
+    batches = sources.loader(sources.open_data("shapes", 32, seed=0), 0, BATCH // parts, 0)
+    made = learner.prepare(0, 0, [next(batches) for _ in range(parts)])
+    learner.step(1, made)  # makes Adam's averages, and gradients
+    return learner, lambda number: learner.step(number, made)
 
 
 @pytest.fixture(scope="module")
-def planned():
-    return plan.rehearse(PRESETS["shapes"], "small", BATCH, torch.float32)
+def planned(variant):
+    preset, dtype, parts = variant
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(attention.BLOCK, "cuda", attention.BLOCK["cpu"])  # the step to compare with runs on a CPU
+        return plan.rehearse(preset, "small", BATCH, dtype, parts)
 
 
 def test_parameters_are_those_of_the_networks(real, planned):
@@ -69,7 +87,7 @@ def test_flop_are_those_of_a_step(real, planned, number, kind):
     _, step = real
     with plan.FlopCounter() as counter:
         step(number)
-    assert getattr(planned, kind) == counter.total
+    assert getattr(planned, kind) == counter.by_dtype
 
 
 @pytest.mark.parametrize(("number", "kind"), [(1, "peak"), (0, "peak_with_r1")], ids=["plain", "with R1"])
@@ -80,14 +98,22 @@ def test_memory_is_that_of_a_step(real, planned, number, kind):
     assert getattr(planned, kind) == pytest.approx(kept + peak_memory(lambda: step(number)), rel=0.1)
 
 
-def test_lines_for_people(monkeypatch):
-    quick = dataclasses.replace(PRESETS["shapes"].recipe, steps=1000)
-    monkeypatch.setitem(PRESETS, "quick", dataclasses.replace(PRESETS["shapes"], recipe=quick))
-    lines = list(plan.plan("quick", "small", 256, 16, plan.HARDWARE["a100"], workers=1))
+def test_parts_are_the_fewest_that_fit():
+    step = plan.Estimate(None, fixed=20e9, an_image=2e9, flop={}, flop_accumulated={})
+    assert step.parts(20, 80e9) == 1  # 20 + 20 · 2 and 10 to spare are 70
+    assert step.parts(32, 80e9) == 2 and step.parts(32, 38e9) == 8
+    with pytest.raises(UserError, match="does not fit"):
+        step.parts(32, 30e9)
+
+
+def test_lines_for_people():
+    quick = dataclasses.replace(PRESETS["shapes"], recipe=dataclasses.replace(PRESETS["shapes"].recipe, steps=1000))
+    lines = list(plan.plan("quick", quick, "small", 256, 16, plan.HARDWARE["a100"], workers=1))
     rows = [line.split() for line in lines if line.startswith("   ") and line.split()[0].isdigit()]
     assert [row[0] for row in rows] == ["1", "8", "16", "64"]
     wire, memory = plan.HARDWARE["a100"], [float(row[2]) for row in rows]
     assert memory == sorted(memory, reverse=True) and float(rows[0][4]) == 0 < float(rows[1][4])
     assert float(rows[3][5]) > float(rows[1][5]) * wire.within_node / wire.between_nodes
     small = dataclasses.replace(plan.HARDWARE["a100"], memory=1e6)
-    assert "does not fit" in list(plan.plan("quick", "small", 256, 16, small, workers=1))[-1]
+    with pytest.raises(UserError, match="does not fit"):
+        list(plan.plan("quick", quick, "small", 256, 16, small, workers=1))
