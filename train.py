@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from clip import load_clip
+from clip import BUILT_IN, load_clip, save_small
 from common import distributed
 from common.cli import HelpFormatter, UserError, natural_number, positive_int, told_in_one_line
 from common.distributed import say
@@ -25,6 +25,7 @@ from training.growth import Growth, Phase
 from training.loop import Loop
 from training.plan import HARDWARE, estimate, plan
 from training.run_folder import RunFolder
+from training.small_clip import train_small_clip
 from training.step import Learner
 from weights import checkpoint
 
@@ -49,7 +50,8 @@ def parse_args(argv=None):
     )
     add(
         "--clip",
-        help="small, emoji, a file of training/small_clip.py, or MODEL:WEIGHTS of open_clip (default: the preset's)",
+        help="train (a small one learns these captions first), small, emoji, a small one's file, or MODEL:WEIGHTS of "
+        "open_clip (default: the preset's; a small preset on other data: train)",
     )
     add("--set", nargs="+", default=[], metavar="FIELD=VALUE", help="other values of the recipe: lr_generator=1e-3 …")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
@@ -86,18 +88,30 @@ class Run:
         self.args, self.device = args, device
         self.preset = preset_of(args)
         self.recipe = self.preset.recipe
-        self.batch, clip = args.batch or self.recipe.batch, args.clip or self.recipe.clip_model
+        self.batch, clip = args.batch or self.recipe.batch, args.clip or default_clip(args.data, self.recipe)
         self.parts = choose_parts(args, self.preset, self.batch, clip, device)
         check_batch(self.batch, self.parts)
         identity = {"preset": args.preset, "data": args.data, "batch": self.batch, "seed": args.seed, "clip": clip}
         folder = RunFolder(args.out, identity, args.tensorboard)
         state = folder.state(args.resume)
+        if clip == "train":
+            clip = self.train_clip(folder.path / "clip.safetensors")
         with distributed.together():
             self.build(clip)
             self.loop = Loop(self, folder, self.source, args.steps or self.recipe.steps, args)
             if state:
                 self.loop.load(state)
         self.learner.learn_at(self.growth.active)
+
+    def train_clip(self, path):
+        """Trains a small CLIP on the run's own captions, unless the run's folder holds it already → its path."""
+        with distributed.together():
+            if distributed.is_main() and not path.is_file():
+                say("First a small CLIP learns to read these captions: about ten minutes on one CPU core.")
+                source = sources.open_data(self.args.data, 32, self.args.seed)
+                trained = train_small_clip(source, seed=self.args.seed, device=self.device)
+                checkpoint.atomically(path, lambda temporary: save_small(trained, temporary))
+        return str(path)
 
     def build(self, clip):
         """The networks and the data."""
@@ -125,8 +139,8 @@ class Run:
         self.loop.introduce(arguments | {"recipe": dataclasses.asdict(self.recipe)})
         if unknown := {word for caption in self.growth.fid_captions for word in self.clip.unknown_words(caption)}:
             say(
-                f"note: the small CLIP does not know {len(unknown)} words of these captions, as {min(unknown)}; for "
-                "such data take another, as --clip ViT-B-32-quickgelu:openai"
+                f"note: this CLIP does not know {len(unknown)} words of these captions, as {min(unknown)}; for such "
+                "data take another: --clip train, or --clip ViT-B-32-quickgelu:openai"
             )
         ranks = distributed.world_size()
         say(f"Training {self.args.preset} on {self.device}, {ranks} rank(s); all in {self.args.out}")
@@ -187,6 +201,11 @@ def preset_of(args):
         return dataclasses.replace(preset, recipe=preset.recipe.with_changes(args.set))
     except ValueError as error:
         raise UserError(f"--set: {error}") from error
+
+
+def default_clip(data, recipe):
+    """The recipe's CLIP, or "train" where that is a small one which knows the words of other data."""
+    return "train" if recipe.clip_model in BUILT_IN and data != recipe.data else recipe.clip_model
 
 
 def auto_or_positive(text):

@@ -10,6 +10,7 @@ import contextlib
 import weakref
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 from unittest import mock
 
 import open_clip
@@ -187,7 +188,8 @@ def evenly(self, points, expert_index, gate):
 
 def clip_without_weights(spec):
     """The CLIP of a preset or of --clip, by its sizes alone."""
-    if path := BUILT_IN.get(spec):
+    path = BUILT_IN["small"] if spec == "train" else BUILT_IN.get(spec, Path(spec))
+    if path.is_file():
         return new_small(vocabulary_of(path))
     name = spec.partition(":")[0]
     if name not in open_clip.list_models():

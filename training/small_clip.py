@@ -27,11 +27,14 @@ UNKNOWN = 0.03  # share of words hidden in training, so that the row of the unkn
 MISLED_AFTER = 0.6  # share of the steps after which pictures are misled, see mislead
 REACH = 0.1  # how far at the end
 POOL = 16  # batches drawn at a time; half of them are runs of captions next to each other in the alphabet
+STEPS = 1000, 4000  # at least and at most
 MAX_PAIRS = 50_000  # held in memory
 
 
-def train_small_clip(source, steps=4000, batch=128, seed=0, device="cpu"):
+def train_small_clip(source, steps=None, batch=128, seed=0, device="cpu"):
     """Trains a small CLIP on the pairs of a source of 32×32 images → FrozenClip. The same seed gives the same weights.
+
+    steps: by default as many as there are pairs, within STEPS. Raises UserError where all captions are the same.
 
     Half of the batches hold captions that differ in a word or two, as neighbours in the alphabet do: among captions
     drawn at random, telling a face from a flag would do, and skin tones and styles would not be read.
@@ -39,6 +42,7 @@ def train_small_clip(source, steps=4000, batch=128, seed=0, device="cpu"):
     pairs = list(itertools.islice(source.examples(), MAX_PAIRS))
     if len({line for _, captions in pairs for line in captions}) < 2:
         raise UserError("a small CLIP cannot be trained: all captions are the same")
+    steps = steps or min(max(len(pairs), STEPS[0]), STEPS[1])
     pixels = torch.stack([((image + 1) * 127.5).round().byte() for image, _ in pairs])
     captions = [lines for _, lines in pairs]
     with torch.random.fork_rng():
@@ -106,9 +110,9 @@ def draw_batches(captions, batch):
 
 
 def at_all_resolutions(images):
-    """Images [B, 3, 32, 32] → a share of them at each of RESOLUTIONS."""
-    parts = images.tensor_split(len(RESOLUTIONS))
-    return [resize(part, r) for part, r in zip(parts, RESOLUTIONS, strict=True)]
+    """Images [B, 3, 32, 32] → a share of them at each of RESOLUTIONS, high ones first, in the images' order."""
+    parts = zip(images.tensor_split(len(RESOLUTIONS)), RESOLUTIONS[::-1], strict=True)
+    return [resize(part, r) for part, r in parts if len(part)]
 
 
 @torch.no_grad()
