@@ -23,6 +23,7 @@ from sampling.inference import DTYPES, dtype_of
 from sampling.pictures import grid, to_pil
 from training.growth import Growth, Phase
 from training.loop import Loop
+from training.overfitting import OverfittingWatch
 from training.plan import HARDWARE, estimate, plan
 from training.run_folder import RunFolder
 from training.small_clip import train_small_clip
@@ -128,6 +129,7 @@ class Run:
         loop = self.loop
         with loop.stopping_when_asked():
             self.growth.measure_reference(self.source)
+            self.overfitting = OverfittingWatch(self.source, self.clip)
             self.introduce()
             loop.run()
             loop.conclude()
@@ -161,6 +163,7 @@ class Run:
         report = {"resolution": self.growth.active[-1]}
         if number % max(1, self.recipe.fid_every // self.batch) == 0:
             report |= self.growth.evaluate(self.learner.ema)
+            report |= self.overfitting.measure(self.learner, self.args.seed)
         if reason := self.growth.reason_to_grow():
             say(f"{self.stage} done: {self.growth.describe()}; {reason}.")
             self.growth.grow()

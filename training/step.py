@@ -140,6 +140,13 @@ class Learner:
             reports.append(report)
         return {"g_loss": mean_of(reports, "loss"), **update(self.optimizer_g, reports, "g")}
 
+    def score(self, images, text):
+        """The mean of the last prediction for the highest image of a pyramid, with its captions: a scalar."""
+        with self.autocast():
+            maps = self.clip.see(images[max(images)])[1]
+            logits = self.discriminator(images, maps, text.tokens, text.eot)
+        return logits[max(images), min(images)].mean()
+
     def autocast(self):
         """The modules keep routing, demodulation, distances and R1 in float32."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)

@@ -1,0 +1,45 @@
+"""The watch on a discriminator that learns its images by heart."""
+
+import torch
+from data.batches import Batch
+
+from clip import load_clip
+from training.overfitting import OverfittingWatch
+
+
+class Source:
+    """Black images to learn from, and white ones that are held out."""
+
+    def evaluation(self, batch=64, held_out=False):
+        yield Batch(torch.full((batch, 3, 32, 32), 1.0 if held_out else -1.0), ["a red circle"] * batch, {})
+
+
+class Learner:
+    """Scores an image by how dark it is; its generated images are grey."""
+
+    active = [32]
+
+    def __init__(self):
+        self.generator = self.ema = self
+        self.config = type("Config", (), {"z_dim": 4})
+
+    def __call__(self, z, *_):
+        return type("Output", (), {"pyramid": {32: torch.zeros(len(z), 3, 32, 32)}})
+
+    def score(self, images, text):
+        return -images[32].mean()
+
+
+def test_the_ratio_is_that_of_ada_and_is_told_once(capsys):
+    """(D(seen) − D(held out)) / (D(seen) − D(generated)) = (1 − −1) / (1 − 0)."""
+    watch = OverfittingWatch(Source(), load_clip("small"))
+    for _ in range(2):
+        report = watch.measure(Learner(), seed=0)
+    assert report == {"logits_seen": 1, "logits_held_out": -1, "logits_generated": 0, "overfitting": 2}
+    assert capsys.readouterr().out.count("by heart") == 1
+
+
+def test_without_held_out_pairs_there_is_nothing_to_tell():
+    source = Source()
+    source.evaluation = lambda batch, held_out=False: iter([]) if held_out else Source().evaluation(batch)
+    assert OverfittingWatch(source, load_clip("small")).measure(Learner(), seed=0) == {}

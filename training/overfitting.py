@@ -1,0 +1,55 @@
+"""Whether the discriminator learns training images by heart, where these are few.
+
+It is asked about real images that it learns from, about held-out ones, and about generated ones. Once it takes held-out
+images for generated ones, it knows the others by heart, and has nothing left to teach (StyleGAN2-ADA, section 3).
+"""
+
+import torch
+
+from common.distributed import say
+from layers import pyramid
+
+COUNT = 128  # images of each kind
+LIMIT = 0.5  # of `overfitting`, from where on it is told
+
+
+class OverfittingWatch:
+    """Holds the images to ask about. source: see data.sources; without held-out pairs there is nothing to measure."""
+
+    def __init__(self, source, clip):
+        self.told = False
+        self.seen = first_pairs(source.evaluation(COUNT), clip)
+        self.held_out = first_pairs(source.evaluation(COUNT, held_out=True), clip)
+
+    @torch.no_grad()
+    def measure(self, learner, seed):
+        """→ {"logits_seen", "logits_held_out", "logits_generated", "overfitting"}, or nothing without held-out pairs.
+
+        overfitting: r_v = (D(seen) − D(held out)) / (D(seen) − D(generated)), by the last prediction for the highest
+        image: 0 if it cannot tell held-out images from those it learns from, 1 if it takes them for generated ones.
+        """
+        if self.seen is None or self.held_out is None:
+            return {}
+        (images, text), noise = self.held_out, torch.Generator().manual_seed(seed)
+        z = torch.randn(len(images), learner.generator.config.z_dim, generator=noise).to(images.device)
+        generated = learner.ema(z, text.tokens, text.eot, learner.active[-1]).pyramid
+        seen, held_out = (
+            learner.score(pyramid(images, learner.active), text) for images, text in (self.seen, self.held_out)
+        )
+        fake = learner.score(generated, text)
+        ratio = (seen - held_out) / (seen - fake).clamp(min=1e-6)
+        values = {"logits_seen": seen, "logits_held_out": held_out, "logits_generated": fake, "overfitting": ratio}
+        if ratio > LIMIT and not self.told:
+            say(
+                f"warning: the discriminator knows its training images by heart: it is {100 * ratio:.0f} % of the way to "
+                "taking held-out ones for generated; more images help, or augmentation, see the recipe's `augment`"
+            )
+            self.told = True
+        return {name: value.item() for name, value in values.items()}
+
+
+def first_pairs(batches, clip):
+    """The first batch of a source's pairs → images [B, 3, R, R] and clip.Text, on the CLIP's device; None of none."""
+    if (batch := next(batches, None)) is None:
+        return None
+    return batch.images.to(clip.device), clip.encode_text(clip.tokenize(batch.captions))
