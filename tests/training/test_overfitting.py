@@ -17,9 +17,8 @@ class Source:
 class Learner:
     """Scores an image by how dark it is; its generated images are grey."""
 
-    active = [32]
-
     def __init__(self):
+        self.active = [32]
         self.generator = self.ema = self
         self.config = type("Config", (), {"z_dim": 4})
 
