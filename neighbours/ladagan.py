@@ -7,7 +7,7 @@ The authors' weights load, and give the authors' outputs.
 Differences from the paper:
 - The paper is unconditional. Our extension: the generator's noise is [z ‖ text], the text of unit RMS, and the
   discriminator adds a projection on the text (Miyato and Koyama 2018). `unconditional=True` is the paper.
-- The default sizes are for a CPU: 384 channels at 8×8 rather than 1024, and 4.9 M parameters in the generator.
+- The default sizes are for a CPU: 384 channels at 8×8 rather than 1024, and 5.2 M parameters in the generator.
 - R1 is computed once in 16 steps and weighed by 16. Its weight is the paper's, which was chosen for a batch of 128; it
   should be chosen again for other resolutions.
 - The augmentation is augment.py's. There is no consistency regularization, which is optional in the paper.
@@ -26,7 +26,7 @@ from attention import merge_heads, split_heads
 from augment import NUM_CHANCES, augment
 from layers import rms_norm
 from losses import R1_INTERVAL
-from neighbours.system import System, load_renamed, minimize
+from neighbours.system import System, load_renamed, minimize, reading
 
 FIRST, LAST = 8, 32  # the sides of the generator's first and last block
 TOP = 16  # the side at which the discriminator has its block
@@ -239,6 +239,7 @@ class Discriminator(nn.Module):
         return logits.flatten(1)
 
 
+# ----------------------------------------------------------------------------------------------------------------------
 # The losses and the system.
 
 
@@ -334,14 +335,12 @@ def load_official(state):
         part: {name.removeprefix(f"{part}."): x for name, x in state.items() if name.startswith(f"{part}.")}
         for part in ("generator", "discriminator")
     }
-    try:
+    with reading("LadaGAN"):
         generator, discriminator = build_generator(parts["generator"]), build_discriminator(parts["discriminator"])
-    except KeyError as error:
-        raise ValueError(f"these are not the authors' LadaGAN networks: there is no {error}") from error
-    return (
-        load_renamed(generator, parts["generator"], GENERATOR_RENAMES),
-        load_renamed(discriminator, parts["discriminator"], DISCRIMINATOR_RENAMES),
-    )
+        return (
+            load_renamed(generator, parts["generator"], GENERATOR_RENAMES),
+            load_renamed(discriminator, parts["discriminator"], DISCRIMINATOR_RENAMES),
+        )
 
 
 def build_generator(state):
@@ -371,4 +370,4 @@ def build_discriminator(state):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The command.
+# The command: `python -m neighbours.ladagan`.

@@ -5,14 +5,13 @@ Read from the top down: the generator, the discriminator, the losses, then Style
 weights load, and give the authors' outputs.
 
 Differences from the paper:
-- The default sizes are for a CPU: one residual layer a resolution, at most 128 channels. The text code is that of the
-  repository's small CLIP, not of ViT-L/14.
-- The frozen network is an EfficientNet-lite0 unless `dino()` is asked for, whose weights need a download. Its taps have
-  unequal numbers of tokens, so the hinge loss is a mean over taps of means over tokens; for DINO the two are the same.
+- The default sizes are for a CPU: see CHANNELS, and one pair of layers each. The text code is that of the small CLIP.
+- The frozen network is an EfficientNet-lite0, unless `features.dino()` is given, whose weights need a download. Its
+  taps have unequal numbers of tokens: the hinge loss is a mean over tokens, then over taps. For DINO that is the paper's.
 - Both networks learn from the same fake images in a step, seen through the same augmentation, which is augment.py's.
 - The blur starts at a sixteenth of the side and fades in 10,000 images. The paper's 32 pixels would be the whole image.
-- Images are at most 64×64, so there are no random crops, neither for the frozen network nor for the guidance.
-- A guided step means over the batch in both of its terms. The authors' code sums the guidance over micro-batches.
+- There are no random crops, neither for the frozen network nor for the guidance: they are for larger images.
+- Both losses of the generator are means over the batch. Where the authors accumulate gradients, only one of them is.
 """
 
 import copy
@@ -23,14 +22,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
+from torchvision.transforms.functional import gaussian_blur
 
 from augment import NUM_CHANCES, augment
 from aurora import FourierFeatures
 from layers import Affine, Float32, Linear, ModulatedConv2d, ToRGB, UpsamplingConv2d, lrelu, rms_norm, upsample
 from neighbours.features import efficientnet
-from neighbours.system import System, load_renamed, minimize
+from neighbours.system import System, load_renamed, minimize, reading
 
 FIRST = 8  # the lowest resolution
+CHANNELS = {8: 256, 16: 128, 32: 64, 64: 32}  # of the size for a CPU
 BANDWIDTH = 2  # of the Fourier features, in waves a side
 LAYER_GAIN = math.sqrt(0.5)  # of all layers but those that upsample
 MAX_ACTIVATION = 256  # guards half precision
@@ -78,8 +79,7 @@ class SynthesisLayer(nn.Module):
         if noise == "const":
             x = x + self.noise_strength * self.noise_const
         elif noise != "none":
-            maps = torch.randn(len(x), 1, *x.shape[2:], generator=noise)
-            x = x + self.noise_strength * maps.to(x)
+            x = x + self.noise_strength * torch.randn(len(x), 1, *x.shape[2:], generator=noise).to(x)
         bound = MAX_ACTIVATION * self.gain
         return (lrelu(x) * self.gain).clamp(-bound, bound)
 
@@ -105,9 +105,8 @@ class Level(nn.Module):
 
     def __init__(self, in_channels, channels, resolution, depth, w_dim):
         super().__init__()
-        if resolution == FIRST:
-            self.up = None
-        else:
+        self.up = None
+        if resolution > FIRST:
             self.up = SynthesisLayer(UpsamplingConv2d(in_channels, channels, 3, w_dim), resolution, w_dim, gain=1.0)
         self.layers = nn.ModuleList()
         for _ in range(depth):
@@ -136,11 +135,6 @@ class Mapping(Float32):
         return self.layers[1](lrelu(self.layers[0](rms_norm(z))))
 
 
-def default_channels(resolution):
-    """{resolution: channels} of the size for a CPU."""
-    return {FIRST * 2**i: min(2048 // (FIRST * 2**i), 128) for i in range(int(math.log2(resolution // FIRST)) + 1)}
-
-
 class Generator(nn.Module):
     """z [B, z_dim] and text codes c [B, text_dim] of unit length → images [B, 3, R, R], about [−1, 1].
 
@@ -161,7 +155,7 @@ class Generator(nn.Module):
         )
 
     def latent(self, z, c, truncation=1.0):
-        """w = [f(z) ‖ c], [B, z_dim + text_dim]. Truncation draws f(z) alone to its mean (section 3.5)."""
+        """w = [f(z) ‖ c], [B, z_dim + text_dim]. Truncation draws f(z) alone to its mean (section 3.3)."""
         return torch.cat([torch.lerp(self.x_avg, self.mapping(z), truncation), c], dim=1)
 
     def synthesize(self, w, noise="const"):
@@ -252,31 +246,25 @@ class Discriminator(nn.Module):
 
 
 def mean_logit(logits):
-    """Mean over tokens and samples, then over taps."""
+    """The mean over tokens and samples, then over taps."""
     return torch.stack([x.mean() for x in logits]).mean()
 
 
 def hinge_loss(logits, sign):
-    """max(0, 1 + sign·D), mean over tokens and samples, then over taps. sign −1 wants them to look real, +1 fake."""
-    return torch.stack([F.relu(1 + sign * x).mean() for x in logits]).mean()
+    """max(0, 1 + sign·D) of every token (section 3.2), their mean. sign −1 wants them to look real, +1 fake."""
+    return mean_logit([F.relu(1 + sign * x) for x in logits])
 
 
 def spherical_distance(x, y):
-    """arccos²(x·y) of directions [B, D], in [0, π²] → [B]."""
+    """arccos²(x·y) of directions [B, D] → [B], in [0, π²] (section 3.3)."""
     cosine = F.cosine_similarity(x, y, dim=-1)
     return cosine.clamp(-1 + 1e-6, 1 - 1e-6).arccos().square()  # the slope of arccos is infinite at ±1
 
 
 def blur(images, sigma):
-    """A Gaussian blur of σ pixels of images [B, 3, R, R], cut at 3σ, with grey outside of the image."""
+    """A Gaussian blur of σ pixels, cut at 3σ, of images [B, 3, R, R]."""
     radius = math.floor(3 * sigma)
-    if radius == 0:
-        return images
-    kernel = torch.exp(-0.5 * (torch.arange(-radius, radius + 1, device=images.device) / sigma).square())
-    kernel = (kernel / kernel.sum()).to(images).expand(images.shape[1], 1, -1)  # of every channel
-    for column, padding in ((kernel[..., None], (radius, 0)), (kernel[:, :, None], (0, radius))):
-        images = F.conv2d(images, column, padding=padding, groups=images.shape[1])
-    return images
+    return gaussian_blur(images, 2 * radius + 1, sigma) if radius else images
 
 
 def blur_sigma(images_seen, resolution):
@@ -297,7 +285,7 @@ class StyleGANT(System):
     def __init__(self, clip, resolution, device, features=None):
         self.features = (features or efficientnet()).to(device)
         text_dim = clip.model.text_projection.shape[1]
-        generator = Generator(default_channels(resolution), text_dim=text_dim)
+        generator = Generator({r: c for r, c in CHANNELS.items() if r <= resolution}, text_dim=text_dim)
         discriminator = Discriminator(self.features.channels, text_dim)
         super().__init__(clip, resolution, device, generator, discriminator, LR, BETAS)
 
@@ -349,7 +337,7 @@ def text_tower(clip):
 
 
 def step_text_encoder(system, tower, optimizer, number, images, ids, text, noise):
-    """One step of the second phase (section 3.4): the generator is frozen, and its text encoder learns.
+    """One step of the second phase (section 3.3): the generator is frozen, and its text encoder learns.
 
     ids [B, T] and text are of the same captions: the discriminator and the guidance go on with the frozen encoder. To
     sample, put `tower.encode_text(ids, normalize=True)` in the place of the text's embedding. The rest is as in `step`.
@@ -389,26 +377,22 @@ HEAD_RENAMES = [
 
 
 def load_official(state):
-    """The authors' generator, a state dict of tensors or arrays → Generator in eval mode.
-
-    Raises ValueError where names or shapes are not those of one.
-    """
-    try:
+    """The authors' generator, a state dict of tensors or arrays → Generator in eval mode. Else raises ValueError."""
+    with reading("a StyleGAN-T generator"):
         (z_dim,) = state["mapping.x_avg"].shape
         w_dim = state["synthesis.b8.input.affine.weight"].shape[1]
         resolutions = sorted({int(match[1]) for name in state if (match := re.match(r"synthesis\.b(\d+)\.", name))})
         channels = {r: len(state[f"synthesis.b{r}.convs1.0.bias"]) for r in resolutions}
         depth = sum(name.startswith("synthesis.b8.") and name.endswith(".gamma") for name in state)
-    except KeyError as error:
-        raise ValueError(f"this is not a StyleGAN-T generator of the authors': it has no {error}") from error
-    return load_renamed(Generator(channels, depth, z_dim, w_dim - z_dim), state, RENAMES)
+        return load_renamed(Generator(channels, depth, z_dim, w_dim - z_dim), state, RENAMES)
 
 
 def load_official_head(state):
-    """One of the authors' discriminator heads, a state dict of tensors or arrays → Head in eval mode."""
-    dim, text_dim = state["cmapper.weight"].shape
-    return load_renamed(Head(len(state["main.0.0.bias"]), text_dim, dim), state, HEAD_RENAMES)
+    """One head of the authors' discriminator, as load_official → Head in eval mode."""
+    with reading("a head of StyleGAN-T's discriminator"):
+        dim, text_dim = state["cmapper.weight"].shape
+        return load_renamed(Head(len(state["main.0.0.bias"]), text_dim, dim), state, HEAD_RENAMES)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The command.
+# The command: `python -m neighbours.stylegan_t`.

@@ -2,12 +2,17 @@
 the reading of their authors' weights.
 """
 
+import contextlib
 import copy
 import re
 
 import torch
 
+from clip import Text
+from common.cli import UserError
 from layers import parameter_groups
+
+RESOLUTIONS = (32, 64)
 
 
 class System:
@@ -24,6 +29,8 @@ class System:
     """
 
     def __init__(self, clip, resolution, device, generator, discriminator, lr, betas):
+        if resolution not in RESOLUTIONS:
+            raise UserError(f"resolution {resolution}: {type(self).__name__} draws at 32 or 64")
         self.clip, self.resolution, self.device = clip, resolution, device
         ema = copy.deepcopy(generator).eval().requires_grad_(False)
         self.networks = {"generator": generator, "discriminator": discriminator, "ema": ema}
@@ -47,7 +54,7 @@ class System:
 
     def sample(self, text, seed, count, truncation=1.0):
         """`count` images for each of P captions, one caption after the other: [P · count, 3, R, R] in [−1, 1]."""
-        text = type(text)(*(x.repeat_interleave(count, dim=0) for x in text))
+        text = Text(*(x.repeat_interleave(count, dim=0) for x in text))
         z = self.codes(len(text.embedding), torch.Generator().manual_seed(seed))
         return self.draw(z, text, truncation)
 
@@ -59,27 +66,32 @@ def minimize(optimizer, loss):
     optimizer.step()
 
 
+@contextlib.contextmanager
+def reading(what):
+    """Raises ValueError, in one line, where a state dict turns out not to be what it is read as."""
+    try:
+        yield
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"this is not the authors' state of {what}, or not all of it: {reason}") from error
+
+
 def load_renamed(network, state, renames):
     """Puts the authors' tensors into a network, under our names, in our shapes, at our scale → it, in eval mode.
 
     renames: regular expressions and what replaces them, applied in order to every name; what becomes "" is left out.
-    Raises ValueError where names or shapes are not the network's.
     """
     ours, translated = network.state_dict(), {}
     for name, value in state.items():
         for pattern, replacement in renames:
             name = re.sub(pattern, replacement, name)
         if name:
-            value = torch.as_tensor(value)
+            value = torch.as_tensor(value).float()
             same_numbers = name in ours and value.squeeze().shape == ours[name].squeeze().shape
             translated[name] = value.reshape(ours[name].shape) if same_numbers else value
     for prefix, module in network.named_modules():
         for name, scale in getattr(module, "lr_scale", {}).items():  # they multiply weights by this when they use them
             if (name := f"{prefix}.{name}") in translated:
                 translated[name] = translated[name] * scale
-    try:
-        network.load_state_dict(translated)
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"not a complete checkpoint of the authors' network: {reason}") from error
+    network.load_state_dict(translated)
     return network.eval()
