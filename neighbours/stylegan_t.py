@@ -7,7 +7,7 @@ weights load, and give the authors' outputs.
 Differences from the paper:
 - The default sizes are for a CPU: see CHANNELS, and one pair of layers each. The text code is that of the small CLIP.
 - The frozen network is an EfficientNet-lite0, unless `features.dino()` is given, whose weights need a download. Its
-  taps have unequal numbers of tokens: the hinge loss is a mean over tokens, then over taps. For DINO that is the paper's.
+  taps have unequal numbers of tokens, so losses are means over tokens, then over taps. For DINO that is the paper's.
 - Both networks learn from the same fake images in a step, seen through the same augmentation, which is augment.py's.
 - The blur starts at a sixteenth of the side and fades in 10,000 images. The paper's 32 pixels would be the whole image.
 - There are no random crops, neither for the frozen network nor for the guidance: they are for larger images.
