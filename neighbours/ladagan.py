@@ -24,7 +24,7 @@ from torch import nn
 
 from attention import merge_heads, split_heads
 from augment import NUM_CHANCES, augment
-from layers import rms_norm
+from layers import float32_region, full_precision, rms_norm
 from losses import R1_INTERVAL
 from neighbours.system import System, load_renamed, minimize, reading
 
@@ -236,17 +236,19 @@ class Discriminator(nn.Module):
         if text is not None:  # our extension: a projection of what each patch holds on the text
             direction = self.text(rms_norm(text))[..., None, None]
             logits = logits + (F.avg_pool2d(x, 4, 1) * direction).sum(1, keepdim=True) / math.sqrt(x.shape[1])
-        return logits.flatten(1)
+        return full_precision(logits).flatten(1)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The losses and the system.
 
 
-def r1_penalty(logits, images):
-    """R1: the squared norm of each image's gradient of its summed logits, ‖∇ Σ D(x)‖², its mean over the batch."""
-    (gradient,) = torch.autograd.grad(logits.sum(), images, create_graph=True)
-    return gradient.square().sum((1, 2, 3)).mean()
+def r1_penalty(discriminator, images, text):
+    """R1 (Mescheder et al. 2018), in float32: the mean over the images of ‖∇ Σ logits‖², a scalar."""
+    with float32_region(images):
+        images = full_precision(images.detach()).requires_grad_()
+        (gradient,) = torch.autograd.grad(discriminator(images, text).sum(), images, create_graph=True)
+        return gradient.square().sum((1, 2, 3)).mean()
 
 
 class LadaGAN(System):
@@ -270,14 +272,11 @@ class LadaGAN(System):
         real, fake = (
             augment({self.resolution: x}, POLICY, chances[n])[self.resolution] for n, x in enumerate((images, fake))
         )
-        with_r1 = number % R1_INTERVAL == 0
-        real = real.requires_grad_(with_r1)
-
         real_logits, fake_logits = discriminator(real, condition), discriminator(fake.detach(), condition)
         d_loss = F.softplus(-real_logits).mean() + F.softplus(fake_logits).mean()
         report = {"d_adversarial": d_loss, "logits_real": real_logits.mean(), "logits_fake": fake_logits.mean()}
-        if with_r1:
-            report["r1"] = r1_penalty(real_logits, real)
+        if number % R1_INTERVAL == 0:
+            report["r1"] = r1_penalty(discriminator, real, condition)
             d_loss = d_loss + R1_INTERVAL * R1_WEIGHT * report["r1"]
         minimize(self.optimizers["discriminator"], d_loss)
 
