@@ -1,4 +1,4 @@
-"""Other text-to-image systems to hold Aurora against, each whole in one file: networks, losses, one training step and
-sampling. StyleGAN-T (`stylegan_t.py`) is the one that Aurora's paper names first; LadaGAN (`ladagan.py`) is a small one
-with attention of linear cost.
+"""Other text-to-image GANs to hold Aurora against, each with its networks, losses, step and sampling in one file:
+StyleGAN-T (`stylegan_t.py`), and LadaGAN (`ladagan.py`), whose attention has linear cost. `system.py` is what they
+share, and `features.py` holds the frozen networks that a discriminator looks through.
 """
