@@ -1,0 +1,398 @@
+"""StyleGAN-T (Sauer et al. 2023, arXiv 2301.09515): a style-based generator, and a discriminator that judges the tokens
+of a frozen network. One pass makes a picture, as in Aurora, but without attention and without experts.
+
+Read from the top down: the generator, the discriminator, the losses, then StyleGANT, which a run trains. The authors'
+weights load, and give the authors' outputs.
+
+Differences from the paper:
+- The default sizes are for a CPU: see CHANNELS, and one pair of layers each. The text code is that of the small CLIP.
+- The frozen network is an EfficientNet-lite0, unless `features.dino()` is given, whose weights need a download. Its
+  taps have unequal numbers of tokens, so losses are means over tokens, then over taps. For DINO that is the paper's.
+- Both networks learn from the same fake images in a step, seen through the same augmentation, which is augment.py's.
+- The blur starts at a sixteenth of the side and fades in 10,000 images. The paper's 32 pixels would be the whole image.
+- There are no random crops, neither for the frozen network nor for the guidance: they are for larger images.
+- Both losses of the generator are means over the batch. Where the authors accumulate gradients, only one of them is.
+"""
+
+import copy
+import math
+import re
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils.parametrizations import spectral_norm
+from torchvision.transforms.functional import gaussian_blur
+
+from augment import NUM_CHANCES, augment
+from aurora import FourierFeatures
+from layers import Affine, Float32, Linear, ModulatedConv2d, ToRGB, UpsamplingConv2d, lrelu, rms_norm, upsample
+from neighbours.features import efficientnet
+from neighbours.system import System, load_renamed, minimize, reading
+
+FIRST = 8  # the lowest resolution
+CHANNELS = {8: 256, 16: 128, 32: 64, 64: 32}  # of the size for a CPU
+BANDWIDTH = 2  # of the Fourier features, in waves a side
+LAYER_GAIN = math.sqrt(0.5)  # of all layers but those that upsample
+MAX_ACTIVATION = 256  # guards half precision
+LR_MUL = 0.01  # of the mapping network
+X_AVG_DECAY = 0.995
+
+LR, BETAS = 2e-3, (0.0, 0.99)  # of both networks
+EMA_DECAY = 0.5 ** (32 / 10_000)  # a half-life of 312 steps: of batch · 10/32 thousand images
+POLICY = ("color", "translation", "cutout")
+BLUR_SHARE, BLUR_IMAGES = 1 / 16, 10_000  # σ at the start, of the side; images after which there is none
+GUIDANCE = 0.2
+TEXT_LR, TEXT_GUIDANCE = 3e-6, 50.0  # of the second phase
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The generator (section 3.1).
+
+
+class SecondOrderStyle(Affine):
+    """w [B, w_dim] → the style m₁ ⊙ m₂ + m₃ [B, C], where the three are parts of one dense layer (section 3.1)."""
+
+    def __init__(self, w_dim, channels):
+        super().__init__(w_dim, 3 * channels, bias_init=1.0)
+
+    def forward(self, w):
+        m1, m2, m3 = super().forward(w).chunk(3, dim=-1)
+        return m1 * m2 + m3
+
+
+class SynthesisLayer(nn.Module):
+    """A modulated convolution, noise and a leaky ReLU: [B, C, H, W] and w [B, w_dim] → [B, D, R, R].
+
+    noise: "const", a map that is part of the weights; "none"; or a torch.Generator, which draws a new map an image.
+    """
+
+    def __init__(self, conv, resolution, w_dim, gain=LAYER_GAIN):
+        super().__init__()
+        self.conv, self.gain = conv, gain
+        conv.style = SecondOrderStyle(w_dim, conv.weight.shape[2])
+        self.noise_strength = nn.Parameter(torch.zeros(()))
+        self.register_buffer("noise_const", torch.randn(resolution, resolution))
+
+    def forward(self, x, w, noise):
+        x = self.conv(x, w)
+        if noise == "const":
+            x = x + self.noise_strength * self.noise_const
+        elif noise != "none":
+            x = x + self.noise_strength * torch.randn(len(x), 1, *x.shape[2:], generator=noise).to(x)
+        bound = MAX_ACTIVATION * self.gain
+        return (lrelu(x) * self.gain).clamp(-bound, bound)
+
+
+class ResidualLayer(SynthesisLayer):
+    """The same beside the identity, after a GroupNorm: (γ·layer(x) + x)·√2, which starts at the identity."""
+
+    def __init__(self, channels, resolution, w_dim):
+        super().__init__(ModulatedConv2d(channels, channels, 3, w_dim), resolution, w_dim)
+        self.norm = nn.GroupNorm(32, channels)
+        self.gamma = nn.Parameter(torch.full((channels, 1, 1), 1e-5))
+
+    def forward(self, x, w, noise):
+        x = self.norm(x)
+        return (self.gamma * super().forward(x, w, noise) + x) * math.sqrt(2)
+
+
+class Level(nn.Module):
+    """One resolution: features of the one below [B, C, R/2, R/2] → features [B, D, R, R], and what it adds to the RGB.
+
+    depth: the number of pairs of a plain and a residual layer.
+    """
+
+    def __init__(self, in_channels, channels, resolution, depth, w_dim):
+        super().__init__()
+        self.up = None
+        if resolution > FIRST:
+            self.up = SynthesisLayer(UpsamplingConv2d(in_channels, channels, 3, w_dim), resolution, w_dim, gain=1.0)
+        self.layers = nn.ModuleList()
+        for _ in range(depth):
+            self.layers.append(SynthesisLayer(ModulatedConv2d(channels, channels, 3, w_dim), resolution, w_dim))
+            self.layers.append(ResidualLayer(channels, resolution, w_dim))
+        self.to_rgb = ToRGB(channels, w_dim, num_kernels=1)
+        self.to_rgb.style = SecondOrderStyle(w_dim, channels)
+        nn.init.normal_(self.to_rgb.weight)
+
+    def forward(self, x, w, noise):
+        if self.up is not None:
+            x = self.up(x, w, noise)
+        for layer in self.layers:
+            x = layer(x, w, noise)
+        return x, self.to_rgb(x, w).clamp(-MAX_ACTIVATION, MAX_ACTIVATION)
+
+
+class Mapping(Float32):
+    """z [B, z_dim] ~ N(0, 1) → f(z) [B, z_dim]: two layers, the last one linear. The text does not pass through it."""
+
+    def __init__(self, z_dim):
+        super().__init__()
+        self.layers = nn.ModuleList(Linear(z_dim, z_dim, lr_mul=LR_MUL) for _ in range(2))
+
+    def forward(self, z):
+        return self.layers[1](lrelu(self.layers[0](rms_norm(z))))
+
+
+class Generator(nn.Module):
+    """z [B, z_dim] and text codes c [B, text_dim] of unit length → images [B, 3, R, R], about [−1, 1].
+
+    channels: {resolution: channels}, each a multiple of 32, from 8×8 up. depth: pairs of layers at each.
+    """
+
+    def __init__(self, channels, depth=1, z_dim=64, text_dim=64):
+        super().__init__()
+        self.z_dim, w_dim = z_dim, z_dim + text_dim
+        self.mapping = Mapping(z_dim)
+        self.register_buffer("x_avg", torch.zeros(z_dim))
+        self.fourier = FourierFeatures(channels[FIRST], FIRST, w_dim)
+        self.fourier.freqs *= BANDWIDTH  # none is above the band, so there is nothing to damp as in StyleGAN3
+        below = [channels[FIRST], *channels.values()]
+        self.levels = nn.ModuleList(
+            Level(in_channels, out_channels, resolution, depth, w_dim)
+            for in_channels, (resolution, out_channels) in zip(below, channels.items(), strict=False)
+        )
+
+    def latent(self, z, c, truncation=1.0):
+        """w = [f(z) ‖ c], [B, z_dim + text_dim]. Truncation draws f(z) alone to its mean (section 3.3)."""
+        return torch.cat([torch.lerp(self.x_avg, self.mapping(z), truncation), c], dim=1)
+
+    def synthesize(self, w, noise="const"):
+        """One w for all layers → images."""
+        x, image = self.fourier(w), None
+        for level in self.levels:
+            x, rgb = level(x, w, noise)
+            image = rgb if image is None else rgb + upsample(image)
+        return image
+
+    def forward(self, z, c, truncation=1.0, noise="const"):
+        return self.synthesize(self.latent(z, c, truncation), noise)
+
+    @torch.no_grad()
+    def update_x_avg(self, w):
+        """Moves the mean of f(z) toward that of a batch of latent codes."""
+        self.x_avg.lerp_(w[:, : self.z_dim].mean(0), 1 - X_AVG_DECAY)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The discriminator (section 3.2): heads on the tokens of a frozen network.
+
+
+class LocalBatchNorm(nn.Module):
+    """Batch norm over groups of 8 samples, [B, C, N] → the same. It keeps no running statistics.
+
+    The batch is split into ⌈B/8⌉ equal groups, so B must be a multiple of that.
+    """
+
+    def __init__(self, channels):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x):
+        groups = math.ceil(len(x) / 8)
+        grouped = x.unflatten(0, (groups, -1)).transpose(1, 2)  # [G, C, B/G, N]
+        grouped = F.instance_norm(grouped, weight=self.weight, bias=self.bias)
+        return grouped.transpose(1, 2).flatten(0, 1)
+
+
+class TokenConv(nn.Module):
+    """A convolution along the tokens, [B, C, N] → the same: spectral norm, circular, local batch norm, leaky ReLU."""
+
+    def __init__(self, channels, kernel_size):
+        super().__init__()
+        conv = nn.Conv1d(channels, channels, kernel_size, padding=kernel_size // 2, padding_mode="circular")
+        self.conv = spectral_norm(conv)
+        self.norm = LocalBatchNorm(channels)
+
+    def forward(self, x):
+        return F.leaky_relu(self.norm(self.conv(x)), 0.2)
+
+
+class Head(Float32):
+    """Judges the tokens of one tap: x [B, C, N] and c [B, text_dim] → logits [B, N], by projection on the text."""
+
+    def __init__(self, channels, text_dim, dim=64):
+        super().__init__()
+        self.pointwise = TokenConv(channels, 1)
+        self.mixing = TokenConv(channels, 9)
+        self.to_code = spectral_norm(nn.Conv1d(channels, dim, 1))
+        self.text = Linear(text_dim, dim)
+
+    def forward(self, x, c):
+        h = self.pointwise(x)
+        h = (self.mixing(h) + h) / math.sqrt(2)
+        codes, text = self.to_code(h), self.text(c)  # [B, dim, N], [B, dim]
+        return (codes * text[..., None]).sum(1) / math.sqrt(text.shape[1])
+
+
+class Discriminator(nn.Module):
+    """Tokens [B, C, N] of each tap and text codes c [B, text_dim] → logits [B, N] of each; larger: more like real.
+
+    channels: C of each tap. The frozen network is not part of it.
+    """
+
+    def __init__(self, channels, text_dim=64):
+        super().__init__()
+        self.heads = nn.ModuleList(Head(c, text_dim) for c in channels)
+
+    def forward(self, taps, c):
+        return [head(x, c) for head, x in zip(self.heads, taps, strict=True)]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The losses.
+
+
+def mean_logit(logits):
+    """The mean over tokens and samples, then over taps."""
+    return torch.stack([x.mean() for x in logits]).mean()
+
+
+def hinge_loss(logits, sign):
+    """max(0, 1 + sign·D) of every token (section 3.2), their mean. sign −1 wants them to look real, +1 fake."""
+    return mean_logit([F.relu(1 + sign * x) for x in logits])
+
+
+def spherical_distance(x, y):
+    """arccos²(x·y) of directions [B, D] → [B], in [0, π²] (section 3.3)."""
+    cosine = F.cosine_similarity(x, y, dim=-1)
+    return cosine.clamp(-1 + 1e-6, 1 - 1e-6).arccos().square()  # the slope of arccos is infinite at ±1
+
+
+def blur(images, sigma):
+    """A Gaussian blur of σ pixels, cut at 3σ, of images [B, 3, R, R]."""
+    radius = math.floor(3 * sigma)
+    return gaussian_blur(images, 2 * radius + 1, sigma) if radius else images
+
+
+def blur_sigma(images_seen, resolution):
+    """σ of the discriminator's blur in pixels: falls linearly to 0 at BLUR_IMAGES."""
+    return BLUR_SHARE * resolution * max(0.0, 1 - images_seen / BLUR_IMAGES)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The system.
+
+
+class StyleGANT(System):
+    """StyleGAN-T as a run trains it, see System. The text code is the embedding of CLIP.
+
+    features: FrozenFeatures, by default the EfficientNet's.
+    """
+
+    def __init__(self, clip, resolution, device, features=None):
+        self.features = (features or efficientnet()).to(device)
+        text_dim = clip.model.text_projection.shape[1]
+        generator = Generator({r: c for r, c in CHANNELS.items() if r <= resolution}, text_dim=text_dim)
+        discriminator = Discriminator(self.features.channels, text_dim)
+        super().__init__(clip, resolution, device, generator, discriminator, LR, BETAS)
+
+    def step(self, number, images, text, noise):
+        """The first phase: both networks learn, and the text encoder is frozen."""
+        generator = self.networks["generator"]
+        w = generator.latent(self.codes(len(images), noise), text.embedding)
+        fake = generator.synthesize(w, noise)
+        report = self.compete(number, images, fake, text, noise, self.optimizers["generator"], GUIDANCE)
+        generator.update_x_avg(w)
+        self.update_ema(EMA_DECAY)
+        return report
+
+    def compete(self, number, real, fake, text, noise, optimizer, guidance):
+        """One step of the discriminator, then one of the optimizer of what made the fake images, guided by CLIP."""
+        discriminator, c = self.networks["discriminator"], text.embedding
+        sigma = blur_sigma(number * len(real), self.resolution)
+        chances = torch.rand(2, len(real), NUM_CHANCES, generator=noise)
+        with torch.no_grad():
+            real_taps = self.see(real, sigma, chances[0])
+        fake_taps = self.see(fake, sigma, chances[1])
+
+        real_logits, fake_logits = discriminator(real_taps, c), discriminator([x.detach() for x in fake_taps], c)
+        d_loss = hinge_loss(real_logits, -1) + hinge_loss(fake_logits, 1)
+        minimize(self.optimizers["discriminator"], d_loss)
+
+        adversarial = -mean_logit(discriminator(fake_taps, c))
+        distance = spherical_distance(self.clip.encode_image(fake), c).mean()
+        g_loss = adversarial + guidance * distance
+        minimize(optimizer, g_loss)
+        report = {"d_loss": d_loss, "g_loss": g_loss, "g_adversarial": adversarial, "g_clip": distance}
+        report |= {"logits_real": mean_logit(real_logits), "logits_fake": mean_logit(fake_logits)}
+        return {name: value.detach() for name, value in report.items()}
+
+    def see(self, images, sigma, chances):
+        """The tokens that the discriminator gets, of blurred and augmented images."""
+        return self.features(augment({self.resolution: blur(images, sigma)}, POLICY, chances)[self.resolution])
+
+    @torch.no_grad()
+    def draw(self, z, text, truncation=1.0):
+        return self.networks["ema"](z, text.embedding, truncation).clamp(-1, 1)
+
+
+def text_tower(clip):
+    """A copy of a FrozenClip's text encoder, to be trained, and its optimizer."""
+    tower = copy.deepcopy(clip.model).requires_grad_(True)
+    tower.visual = None
+    return tower, torch.optim.Adam(tower.parameters(), lr=TEXT_LR, betas=BETAS)
+
+
+def step_text_encoder(system, tower, optimizer, number, images, ids, text, noise):
+    """One step of the second phase (section 3.3): the generator is frozen, and its text encoder learns.
+
+    ids [B, T] and text are of the same captions: the discriminator and the guidance go on with the frozen encoder. To
+    sample, put `tower.encode_text(ids, normalize=True)` in the place of the text's embedding. The rest is as in `step`.
+    """
+    c = tower.encode_text(ids, normalize=True)
+    fake = system.networks["generator"](system.codes(len(images), noise), c, noise=noise)
+    return system.compete(number, images, fake, text, noise, optimizer, TEXT_GUIDANCE)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The authors' weights. Every size is read off names and shapes.
+
+# What becomes "" holds nothing learned: the filters, which are constants, and a transform that a user may set.
+RENAMES = [
+    (r".*\.(resample_filter|transform)$", ""),
+    (r"^mapping\.x_avg$", "x_avg"),
+    (r"^mapping\.mlp\.fc", "mapping.layers."),
+    (r"^synthesis\.b\d+\.input\.", "fourier."),
+    (r"^synthesis\.b(\d+)\.", lambda match: f"levels.{int(math.log2(int(match[1]) // FIRST))}."),
+    (r"\.conv0\.", ".up."),
+    (r"\.convs1\.", ".layers."),
+    (r"\.torgb\.", ".to_rgb."),
+    (r"^(levels\.\d+\.(?:up|layers\.\d+))\.(weight|bias|affine)", r"\1.conv.\2"),
+    (r"^(levels\..*)\.affine\.proj\.", r"\1.style."),
+]
+
+HEAD_RENAMES = [
+    (r"^main\.0\.", "pointwise."),
+    (r"^main\.1\.fn\.", "mixing."),
+    (r"^cls\.", "to_code."),
+    (r"^cmapper\.", "text."),
+    (r"\.0\.(bias|weight)", r".conv.\1"),
+    (r"\.1\.(bias|weight)$", r".norm.\1"),
+    (r"weight_orig$", "parametrizations.weight.original"),
+    (r"weight_([uv])$", r"parametrizations.weight.0._\1"),
+]
+
+
+def load_official(state):
+    """The authors' generator, a state dict of tensors or arrays → Generator in eval mode. Else raises ValueError."""
+    with reading("a StyleGAN-T generator"):
+        (z_dim,) = state["mapping.x_avg"].shape
+        w_dim = state["synthesis.b8.input.affine.weight"].shape[1]
+        resolutions = sorted({int(match[1]) for name in state if (match := re.match(r"synthesis\.b(\d+)\.", name))})
+        channels = {r: len(state[f"synthesis.b{r}.convs1.0.bias"]) for r in resolutions}
+        depth = sum(name.startswith("synthesis.b8.") and name.endswith(".gamma") for name in state)
+        return load_renamed(Generator(channels, depth, z_dim, w_dim - z_dim), state, RENAMES)
+
+
+def load_official_head(state):
+    """One head of the authors' discriminator, as load_official → Head in eval mode."""
+    with reading("a head of StyleGAN-T's discriminator"):
+        dim, text_dim = state["cmapper.weight"].shape
+        return load_renamed(Head(len(state["main.0.0.bias"]), text_dim, dim), state, HEAD_RENAMES)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The command: `python -m neighbours.stylegan_t`.
