@@ -41,8 +41,8 @@ class OverfittingWatch:
         values = {"logits_seen": seen, "logits_held_out": held_out, "logits_generated": fake, "overfitting": ratio}
         if ratio > LIMIT and not self.told:
             say(
-                f"warning: the discriminator knows its training images by heart: it is {100 * ratio:.0f} % of "
-                "the way to taking held-out ones for generated; more images help, or augmentation, see the recipe's `augment`"
+                "warning: the discriminator knows its training images by heart: on a scale from those to generated "
+                f"ones, held-out images stand at {100 * ratio:.0f} %. More images help, or the recipe's `augment`"
             )
             self.told = True
         return {name: value.item() for name, value in values.items()}
