@@ -26,6 +26,7 @@ from attention import merge_heads, split_heads
 from augment import NUM_CHANCES, augment
 from layers import float32_region, full_precision, rms_norm
 from losses import R1_INTERVAL
+from neighbours.command import main
 from neighbours.system import System, load_renamed, minimize, reading
 
 FIRST, LAST = 8, 32  # the sides of the generator's first and last block
@@ -368,5 +369,5 @@ def build_discriminator(state):
     )
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The command: `python -m neighbours.ladagan`.
+if __name__ == "__main__":
+    main(LadaGAN)

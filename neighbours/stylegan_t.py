@@ -27,6 +27,7 @@ from torchvision.transforms.functional import gaussian_blur
 from augment import NUM_CHANCES, augment
 from aurora import FourierFeatures
 from layers import Affine, Float32, Linear, ModulatedConv2d, ToRGB, UpsamplingConv2d, lrelu, rms_norm, upsample
+from neighbours.command import main
 from neighbours.features import efficientnet
 from neighbours.system import System, load_renamed, minimize, reading
 
@@ -394,5 +395,5 @@ def load_official_head(state):
         return load_renamed(Head(len(state["main.0.0.bias"]), text_dim, dim), state, HEAD_RENAMES)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The command: `python -m neighbours.stylegan_t`.
+if __name__ == "__main__":
+    main(StyleGANT)

@@ -9,6 +9,7 @@ import re
 import torch
 
 from clip import Text
+from common import distributed
 from common.cli import UserError
 from layers import parameter_groups
 
@@ -27,6 +28,8 @@ class System:
     draw(z, text, truncation): z [B, z_dim] and the clip.Text of B captions → images [B, 3, R, R] in [−1, 1], by the
     moving average.
     """
+
+    for_sampling = ("ema",)  # the networks that drawing needs
 
     def __init__(self, clip, resolution, device, generator, discriminator, lr, betas):
         if resolution not in RESOLUTIONS:
@@ -60,9 +63,11 @@ class System:
 
 
 def minimize(optimizer, loss):
-    """One step of an optimizer down a loss. Only its own parameters get gradients."""
+    """One step of an optimizer down a loss. Only its own parameters get gradients, the means over all ranks."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     optimizer.zero_grad(set_to_none=True)
-    loss.backward(inputs=[p for group in optimizer.param_groups for p in group["params"]])
+    loss.backward(inputs=parameters)
+    distributed.average_gradients(parameters)
     optimizer.step()
 
 

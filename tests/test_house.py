@@ -12,8 +12,9 @@ LAYERS = [  # from the leaves up; a file imports from its own layer and from tho
     {"common", "kernels"},
     {"data"},
     {path.stem for path in ROOT.glob("*.py")} - COMMANDS,  # Aurora's own pieces
-    {"weights", "neighbours"},
+    {"weights"},
     {"training", "sampling", "evaluation"},
+    {"neighbours"},  # whole systems, each with its command
     COMMANDS,
     {"experiments"},
 ]

@@ -10,14 +10,14 @@ LASTING = 500  # steps that a symptom must last before it is told
 SYMPTOMS = {
     # What is told: whether a step's report shows it.
     "an expert gets next to no points (expert_min_share is below 1 %); the network does without its parameters": (
-        lambda report: report["expert_min_share"] < 0.01
+        lambda report: report.get("expert_min_share", 1) < 0.01
     ),
     "the discriminator is certain of every image (logits_real and logits_fake are more than 10 apart), so the "
     "generator has little to learn from; a higher r1_gamma or a lower lr_discriminator may help": (
-        lambda report: report["logits_real"] - report["logits_fake"] > 10
+        lambda report: report.get("logits_real", 0) - report.get("logits_fake", 0) > 10
     ),
     "the discriminator tells nothing apart any more (logits_real and logits_fake are the same)": (
-        lambda report: abs(report["logits_real"] - report["logits_fake"]) < 1e-4
+        lambda report: abs(report.get("logits_real", 1) - report.get("logits_fake", 0)) < 1e-4
     ),
 }
 

@@ -4,6 +4,7 @@ It serves any system that learns from captioned images, see System.
 """
 
 import contextlib
+import math
 import signal
 import sys
 import time
@@ -32,7 +33,8 @@ class System(Protocol):
     parts: int  # that a batch is made in, where gradients are accumulated
 
     def step(self, number, batches):
-        """One step from this rank's batches, one for each part → {name: scalar tensor}, with `d_loss` and `g_loss`."""
+        """One step from this rank's batches, one for each part → {name: scalar tensor}. The progress bar shows what is
+        called `*_loss`; `rejected` counts updates that were left out."""
 
     def after_step(self, number):
         """What happens between steps, as evaluations → {name: number}."""
@@ -73,6 +75,7 @@ class Loop:
 
     def __init__(self, system, folder, source, steps, options):
         self.system, self.folder, self.source, self.steps, self.options = system, folder, source, steps, options
+        self.minutes = getattr(options, "minutes", None) or math.inf
         self.progress, self.guard = Progress(), Guard(say)
         self.asked_to_stop = self.stopping = False
 
@@ -98,7 +101,7 @@ class Loop:
             if p.step % options.save_every == 0 or last or time.monotonic() - saved_at > 60 * options.save_minutes:
                 self.save()
                 saved_at = time.monotonic()
-            losses = f"D {report['d_loss']:.2f}, G {report['g_loss']:.2f}"
+            losses = ", ".join(f"{name} {value:.2f}" for name, value in report.items() if name.endswith("_loss"))
             bar.set_postfix_str(f"{stage}, {system.batch / seconds:.0f} images/s, {losses}", refresh=False)
             bar.update()
         bar.close()
@@ -110,7 +113,7 @@ class Loop:
             step_batches = [next(batches) for _ in range(self.system.parts)]
         skipped = sum((batch.skipped for batch in step_batches), Counter())
         report = self.reduce(self.system.step(p.step, step_batches), skipped)
-        rejected = round(report.pop("rejected"))
+        rejected = round(report.pop("rejected", 0))
         p.step, p.rejected = p.step + 1, p.rejected + rejected
         if rejected:
             say(f"step {p.step}: a gradient was not finite, so this update was left out")
@@ -121,7 +124,8 @@ class Loop:
         """Scalars of this rank → their means over ranks. Skipped pairs are summed; where one rank stops, all do."""
         names = [*scalars, *CAUSES, "stop"]
         device = next(iter(scalars.values())).device
-        mine = torch.tensor([*(skipped[cause] for cause in CAUSES), self.asked_to_stop], dtype=torch.float32)
+        stop = self.asked_to_stop or self.progress.seconds > 60 * self.minutes
+        mine = torch.tensor([*(skipped[cause] for cause in CAUSES), stop], dtype=torch.float32)
         values = torch.cat([torch.stack([value.detach().float() for value in scalars.values()]), mine.to(device)])
         report = dict(zip(names, distributed.mean(values).tolist(), strict=True))
         self.stopping = report.pop("stop") > 0

@@ -1,0 +1,183 @@
+"""The command of every system in this folder: train on captioned images, and sample.
+
+python -m neighbours.stylegan_t train --data emoji --minutes 60
+python -m neighbours.stylegan_t sample "red heart" --num 6
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from clip import load_clip
+from common import distributed
+from common.cli import HelpFormatter, UserError, first_line, natural_number, positive_int, told_in_one_line
+from common.distributed import say
+from data import sources
+from neighbours.system import RESOLUTIONS
+from sampling.pictures import grid, to_pil
+from training.loop import Loop
+from training.run_folder import RunFolder
+from weights.checkpoint import atomically
+
+NUM_PICTURES = 24
+
+
+def main(system_class):
+    name = (
+        system_class.__module__.rpartition(".")[2] if system_class.__module__ != "__main__" else Path(sys.argv[0]).stem
+    )
+    parser = argparse.ArgumentParser(description=system_class.__doc__, formatter_class=HelpFormatter)
+    commands = parser.add_subparsers(required=True)
+    training = commands.add_parser("train", formatter_class=HelpFormatter, help="learn from captioned images")
+    add = training.add_argument
+    add("--data", default="emoji", help="emoji, shapes, a folder of images with captions, or .tar shards")
+    add("--clip", default="emoji", help="small, emoji, a small CLIP's file, or MODEL:WEIGHTS of open_clip")
+    add("--resolution", type=int, choices=RESOLUTIONS, default=32)
+    add("--minutes", type=positive_int, default=60, help="of training, after which the run ends")
+    add("--batch", type=positive_int, default=32, help="over all ranks")
+    add("--unconditional", action="store_true", help="without text, as LadaGAN's paper has it")
+    add("--out", type=Path, default=Path("runs") / name, help="the run's folder; a run in it is resumed")
+    add("--seed", type=natural_number, default=0)
+    add("--workers", type=natural_number, default=1, help="processes that load data")
+    add("--save-every", type=positive_int, default=250, help="steps between checkpoints")
+    add("--save-minutes", type=positive_int, default=15, help="minutes between checkpoints, where steps are slow")
+    add("--sample-every", type=positive_int, default=250, help="steps between sample grids")
+    add("--keep", type=positive_int, default=3, help="checkpoints to keep")
+    training.set_defaults(run=train)
+    sampling = commands.add_parser("sample", formatter_class=HelpFormatter, help="draw pictures")
+    add = sampling.add_argument
+    add("prompt", nargs="+", help="one or more texts, each in quotes")
+    add("--num", type=positive_int, default=4, help="pictures for each prompt")
+    add("--seed", type=natural_number, default=0)
+    add("--checkpoint", type=Path, default=Path("runs") / name / "generator_ema.safetensors")
+    add("--out", type=Path, default=Path("sample.png"))
+    sampling.set_defaults(run=sample)
+    args = parser.parse_args()
+    with told_in_one_line():
+        args.run(system_class, name, args)
+
+
+class Trained:
+    """A system of this folder as training/loop.py wants one."""
+
+    parts = 1
+
+    def __init__(self, system, args, captions):
+        self.system, self.args, self.captions = system, args, captions
+        self.batch, self.device = args.batch, system.device
+
+    @property
+    def stage(self):
+        return f"{self.system.resolution}×{self.system.resolution}"
+
+    def step(self, number, batches):
+        (batch,) = batches
+        clip, ranks = self.system.clip, distributed.world_size()
+        seed = (self.args.seed << 40) + number * ranks + distributed.rank()
+        text = clip.encode_text(clip.tokenize(batch.captions))
+        noise = torch.Generator().manual_seed(seed % 2**63)
+        return self.system.step(number, batch.images.to(self.device), text, noise)
+
+    def after_step(self, number):
+        return {}
+
+    def draw_samples(self):
+        clip = self.system.clip
+        images = self.system.sample(clip.encode_text(clip.tokenize(self.captions)), seed=1, count=1)
+        return grid([to_pil(image) for image in images], self.captions, columns=8), {}
+
+    def weights_are_finite(self):
+        return all(p.isfinite().all() for network in self.system.networks.values() for p in network.parameters())
+
+    def save_generator(self, path, notes):
+        tensors = {
+            f"{name}.{key}": value.contiguous()
+            for name in self.system.for_sampling
+            for key, value in self.system.networks[name].state_dict().items()
+        }
+        about = {"resolution": self.system.resolution, "unconditional": self.args.unconditional, "notes": notes}
+        metadata = {"system": type(self.system).__name__, "about": json.dumps(about)}
+        atomically(path, lambda temporary: save_file(tensors, temporary, metadata))
+
+    def state_dict(self):
+        kinds = {"networks": self.system.networks, "optimizers": self.system.optimizers}
+        return {kind: {name: x.state_dict() for name, x in members.items()} for kind, members in kinds.items()}
+
+    def load_state_dict(self, state):
+        for kind, members in {"networks": self.system.networks, "optimizers": self.system.optimizers}.items():
+            for name, x in members.items():
+                x.load_state_dict(state[kind][name])
+
+
+def options_of(unconditional):
+    """The options of a system's constructor that only some systems have."""
+    return {"unconditional": True} if unconditional else {}
+
+
+def build(system_class, clip, resolution, device, unconditional):
+    try:
+        return system_class(clip, resolution, device, **options_of(unconditional))
+    except TypeError as error:
+        raise UserError(f"--unconditional: {system_class.__name__} has no such form ({first_line(error)})") from error
+
+
+def train(system_class, name, args):
+    device = distributed.start("auto")
+    try:
+        with distributed.losses_told():
+            if args.batch % distributed.world_size():
+                raise UserError(f"--batch {args.batch} cannot be shared by {distributed.world_size()} ranks")
+            identity = {option: getattr(args, option) for option in ("data", "clip", "resolution", "batch", "seed")}
+            folder = RunFolder(args.out, {"system": name, **identity})
+            state = folder.state("auto")
+            torch.manual_seed(args.seed)
+            system = build(system_class, load_clip(args.clip, device), args.resolution, device, args.unconditional)
+            source = sources.open_data(args.data, args.resolution, args.seed)
+            captions = next(source.evaluation(NUM_PICTURES)).captions
+            loop = Loop(Trained(system, args, captions), folder, source, 2**62, args)
+            if state:
+                loop.load(state)
+            with loop.stopping_when_asked():
+                loop.introduce({option: str(value) for option, value in vars(args).items()})
+                say(f"Training {name} on {device}, {distributed.world_size()} rank(s); all in {args.out}")
+                loop.run()
+                loop.conclude()
+    finally:
+        distributed.stop()
+
+
+@torch.no_grad()
+def sample(system_class, name, args):
+    system = load(system_class, args.checkpoint)
+    text = system.clip.encode_text(system.clip.tokenize(args.prompt))
+    images = system.sample(text, args.seed, args.num)
+    captions = [prompt for prompt in args.prompt for _ in range(args.num)]
+    picture = grid([to_pil(image) for image in images], captions, columns=args.num)
+    atomically(args.out, lambda temporary: picture.save(temporary, "PNG"))
+    print(f"{len(images)} pictures by {args.checkpoint}, drawn in {args.out.resolve()}")
+
+
+def load(system_class, path, device="cpu"):
+    """A generator_ema.safetensors of `train` → the system, ready to draw. Raises UserError."""
+    if not path.is_file():
+        raise UserError(f"no checkpoint at {path}; train one first, or name another by --checkpoint")
+    try:
+        with safe_open(path, "pt") as file:
+            about, written_by = json.loads(file.metadata()["about"]), file.metadata()["system"]
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} is not a file of this command, or it is damaged ({first_line(error)})") from error
+    if written_by != system_class.__name__:
+        raise UserError(f"{path} was written by {written_by}, not by {system_class.__name__}")
+    clip = load_clip(about["notes"]["clip"], device)
+    system = build(system_class, clip, about["resolution"], torch.device(device), about["unconditional"])
+    for name in system.for_sampling:
+        prefix = f"{name}."
+        own = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+        system.networks[name].load_state_dict(own)
+    return system
