@@ -1,11 +1,10 @@
 #!/bin/bash
-# Aurora under SLURM: eight nodes of eight GPUs, queued again by itself until the run is done.
+# Trains Aurora under SLURM on eight nodes of eight GPUs each, and requeues itself until the run is done.
 #
 #   sbatch examples/slurm.sh
 #
-# Five minutes before the time is up SLURM sends SIGUSR1 to this script, which passes it on to torchrun, and that to
-# train.py: it ends its step, saves, and leaves. Then the job queues itself again, and the same command goes on from
-# there. The folder of --out must be one that all nodes see.
+# Five minutes before the time limit SLURM sends SIGUSR1. It goes to torchrun and on to train.py, which finishes its step,
+# saves and exits. The requeued job resumes the run. The folder of --out must be on a file system that all nodes share.
 
 #SBATCH --job-name=aurora
 #SBATCH --nodes=8
@@ -20,12 +19,15 @@
 
 trap 'asked=yes; scancel --signal=USR1 "$SLURM_JOB_ID"' USR1
 
-export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1  # else a node that comes back is not told the address of the first one
+# Without this, PyTorch 2.14 does not tell a restarted node the address of the first one.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 
-srun torchrun --nnodes "$SLURM_NNODES" --nproc-per-node "${SLURM_GPUS_ON_NODE:-1}" --max-restarts 3 \
+# Since SLURM 22.05 srun does not inherit --cpus-per-task.
+srun --cpus-per-task "$SLURM_CPUS_PER_TASK" \
+    torchrun --nnodes "$SLURM_NNODES" --nproc-per-node "${SLURM_GPUS_ON_NODE:-1}" --max-restarts 3 \
     --rdzv-backend c10d --rdzv-endpoint "$SLURMD_NODENAME:29500" --rdzv-id "$SLURM_JOB_ID" \
     --signals-to-handle SIGTERM,SIGUSR1 --shutdown-timeout 240 \
     train.py --preset aurora-64 --data "/data/laion/{00000..41407}.tar" --out runs/laion --workers 8 "$@" &
 
-while kill -0 $! 2>/dev/null; do wait $!; done
-[ -z "$asked" ] || scontrol requeue "$SLURM_JOB_ID"
+while kill -0 $! 2>/dev/null; do wait $!; done  # the signal interrupts wait
+if [ "$asked" ]; then scontrol requeue "$SLURM_JOB_ID"; else wait $!; fi
