@@ -28,9 +28,7 @@ NUM_PICTURES = 24
 
 
 def main(system_class):
-    name = (
-        system_class.__module__.rpartition(".")[2] if system_class.__module__ != "__main__" else Path(sys.argv[0]).stem
-    )
+    name = Path(sys.argv[0]).stem
     parser = argparse.ArgumentParser(description=system_class.__doc__, formatter_class=HelpFormatter)
     commands = parser.add_subparsers(required=True)
     training = commands.add_parser("train", formatter_class=HelpFormatter, help="learn from captioned images")
@@ -139,7 +137,7 @@ def train(system_class, name, args):
             system = build(system_class, load_clip(args.clip, device), args.resolution, device, args.unconditional)
             source = sources.open_data(args.data, args.resolution, args.seed)
             captions = next(source.evaluation(NUM_PICTURES)).captions
-            loop = Loop(Trained(system, args, captions), folder, source, 2**62, args)
+            loop = Loop(Trained(system, args, captions), folder, source, sys.maxsize, args)
             if state:
                 loop.load(state)
             with loop.stopping_when_asked():

@@ -86,7 +86,8 @@ class Loop:
         """Goes on up to the last step, or until the run is asked to stop."""
         p, system, options = self.progress, self.system, self.options
         batches = sources.loader(self.source, p.step * system.parts, system.batch // system.parts, options.workers)
-        bar = tqdm(total=self.steps, initial=p.step, unit="step", disable=not distributed.is_main(), dynamic_ncols=True)
+        total = self.steps if self.steps < sys.maxsize else None
+        bar = tqdm(total=total, initial=p.step, unit="step", disable=not distributed.is_main(), dynamic_ncols=True)
         self.folder.open_log(p.step)
         saved_at = time.monotonic()
         while p.step < self.steps and not self.stopping:
