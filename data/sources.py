@@ -27,6 +27,7 @@ from common.cli import UserError, first_line
 from data.pairs import DUPLICATE, SHARD, Tally, Unusable, captions_of, read_captions, read_image
 from data.scenes import make_scene, render, scene_or_twin
 
+NAMES = ("emoji", "shapes")  # of the built-in data
 EMOJI = Path(__file__).parent / "emoji.tar.gz"
 SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
