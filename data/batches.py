@@ -56,7 +56,7 @@ class Patience:
     def __init__(self, name):
         self.name = name
         self.failures = 0  # in a row
-        self.first = None
+        self.first, self.since = "", 0.0  # the first of them, and when
         self.asked_to_stop = lambda: False
 
     def __getstate__(self):
@@ -66,14 +66,16 @@ class Patience:
         vars(self).update(state, asked_to_stop=lambda: False)
 
     def succeed(self):
-        self.failures, self.first = 0, None
+        self.failures = 0
 
     def fail(self, error):
         """Waits if that may help. Raises UserError with the first error, or Stopped."""
-        self.first = self.first or first_line(error)
+        if not self.failures:
+            self.first, self.since = first_line(error), time.monotonic()
         self.failures += 1
-        if (number := self.failures - AT_ONCE - 1) >= len(PAUSES):
-            raise UserError(f"--data {self.name}: for {sum(PAUSES)} s nothing could be read: {self.first}")
+        elapsed, number = time.monotonic() - self.since, self.failures - AT_ONCE - 1
+        if number >= len(PAUSES) or (elapsed > sum(PAUSES) and self.failures > 2):  # a failure itself may take a minute
+            raise UserError(f"--data {self.name}: for {elapsed:.0f} s nothing could be read: {self.first}")
         if number >= 0:
             until = time.monotonic() + PAUSES[number]
             while time.monotonic() < until:

@@ -66,22 +66,23 @@ class Shards:
 
         Raises UserError where none of the first shards can be read.
         """
-        found, keys = [], set()
+        found = []
         for number, url in enumerate(self.urls):
             if number == TRIED and not found:
                 break
             some = itertools.islice(members.members(url), LOOKED_AT - len(found))
-            some = list(self.readable(some, url, patient=False))
-            found += some
-            keys |= {(url, key) for key, *_ in some}
+            found += [((url, key), *rest) for key, *rest in self.readable(some, url, patient=False)]
             if len(found) == LOOKED_AT:
                 break
         if not found and (causes := self.tally.told(self.tally.take())):
             raise UserError(f"--data: not one usable pair in {len(self.urls)} shard(s) from {self.urls[0]}: {causes}")
         self.kinds = collections.Counter(suffix or "no suffix" for _, suffix, _ in found)
-        self.facts = [facts_of(data) for _, suffix, data in found if suffix == ".json"]
-        self.names_held_out = any("held_out" in facts for facts in self.facts)
-        self.holds_out = self.names_held_out or len(keys) >= FEWEST or len(found) == LOOKED_AT
+        self.fields = sorted({field for _, suffix, data in found if suffix == ".json" for field in facts_of(data)})
+        self.names_held_out = "held_out" in self.fields
+        number = len({key for key, *_ in found})
+        self.holds_out = self.names_held_out or number >= FEWEST or len(found) == LOOKED_AT
+        images, captions = ({k for k, suffix, _ in found if suffix in kinds} for kinds in self.wanted[:2])
+        self.looked_at = len(images & captions), len(images - captions)
 
     @property
     def wanted(self):
@@ -91,14 +92,15 @@ class Shards:
 
     def describe(self):
         """What the shards hold, in lines for the user."""
-        yield f"{len(self.urls)} shard(s) from {self.urls[0]}; of the first {self.kinds.total()} files in them:"
-        yield ", ".join(f"{count} {suffix}" for suffix, count in self.kinds.most_common(8)) + "."
+        pairs, alone = self.looked_at
+        kinds = ", ".join(f"{count} {kind}" for kind, count in self.kinds.most_common(8))
+        yield f"{len(self.urls)} shard(s) from {self.urls[0]}. The first {self.kinds.total()} files: {kinds or 'none'};"
+        yield f"among them {pairs} images with a caption and {alone} without."
         read = {*IMAGE_SUFFIXES, ".txt", ".json"}
         if others := [kind for kind in self.kinds if kind not in read]:
             yield f"Not read: {', '.join(others[:8])}."
-        if not self.caption_key and not self.kinds[".txt"] and any(self.facts):
-            fields = ", ".join(sorted(set().union(*self.facts)))
-            yield f"No captions in .txt; the .json hold {fields}; name the caption among these by --caption-key."
+        if not pairs and self.fields:
+            yield f"The .json hold {', '.join(self.fields[:20])}; name the caption among these by --caption-key."
         if self.names_held_out:
             yield "Held out for evaluation is what their .json says."
         elif self.holds_out:

@@ -28,7 +28,7 @@ from data.shards import Shards
 NAMES = ("emoji", "shapes")  # of the built-in data
 EMOJI = Path(__file__).parent / "emoji.tar.gz"
 SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz")
-WORKER_TIMEOUT = 180  # seconds in which a worker must make a batch
+WORKER_TIMEOUT = 300  # seconds in which a worker must make a batch; longer than its own patience
 POLL = 1  # seconds of waiting for a batch after which the run is asked whether to stop
 RETRIES = 3  # of workers that hang or die, in a row
 
@@ -99,6 +99,8 @@ def loader(source, first, batch, workers, asked_to_stop=lambda: False):
         except UserError as error:  # a worker's comes with its traceback
             raise UserError(re.sub(r"^\S*UserError: ", "", str(error).strip().splitlines()[-1])) from error
         except (RuntimeError, EOFError, ConnectionError) as error:  # what becomes of DataLoader when a worker dies
+            if asked_to_stop():  # and the workers with the run
+                raise Stopped from None
             failures += 1
             if failures > RETRIES:
                 raise UserError(f"the data workers failed {failures} times in a row: {first_line(error)}") from error
@@ -112,7 +114,7 @@ def wait_for(batches, asked_to_stop):
         try:
             return next(batches)
         except RuntimeError as error:
-            if "timed out" not in str(error):
+            if "DataLoader timed out" not in str(error):
                 raise
             if asked_to_stop():
                 raise Stopped from None

@@ -177,6 +177,23 @@ def test_a_run_without_workers_is_stopped_while_it_waits_for_its_disk(tmp_path, 
         next(sources.loader(source, 0, 4, workers=0, asked_to_stop=lambda: True))
 
 
+def test_workers_that_are_ended_with_the_run_are_not_replaced(monkeypatch, capsys):
+    """A scheduler's SIGTERM reaches them too, and ends them at once."""
+    source = sources.Scenes(8, 0)
+    monkeypatch.setattr(source, "draw", lambda scenes: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(Stopped):
+        next(sources.loader(source, 0, 2, workers=1, asked_to_stop=lambda: True))
+
+
+def test_failures_that_take_a_minute_each_are_not_counted_to_the_end(monkeypatch):
+    now = itertools.count(step=30)
+    monkeypatch.setattr("data.batches.time.monotonic", now.__next__)
+    patience = Patience("x")
+    with pytest.raises(UserError, match="nothing could be read: a connection timed out"):
+        for _ in range(8):
+            patience.fail(OSError("a connection timed out"))
+
+
 def test_patience_grows_and_ends(monkeypatch):
     slept = []
     monkeypatch.setattr("data.batches.AT_ONCE", 2)
@@ -187,7 +204,7 @@ def test_patience_grows_and_ends(monkeypatch):
     for _ in range(9):
         patience.fail(OSError("the first"))
     assert 120 < sum(slept) < 130
-    with pytest.raises(UserError, match=r"^--data x: for 127 s nothing could be read: the first$"):
+    with pytest.raises(UserError, match=r"^--data x: for 12\d s nothing could be read: the first$"):
         patience.fail(OSError("a later one"))
     patience.succeed()
     patience.fail(OSError("another"))

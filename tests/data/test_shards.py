@@ -335,7 +335,7 @@ def test_the_first_error_of_a_reader_reaches_the_user(spec, says):
 @pytest.mark.parametrize("spec", ["s3://bucket/0.tar", "gs://bucket/{0..3}.tar"])
 def test_a_command_that_is_not_installed_is_named(spec, monkeypatch):
     monkeypatch.setenv("PATH", "")
-    with pytest.raises(UserError, match="there is no command (aws|gcloud) here"):
+    with pytest.raises(UserError, match=r"there is no command (aws|gcloud) here"):
         sources.open_data(spec, 16, seed=0)
 
 
