@@ -59,17 +59,22 @@ def open_data(spec, resolution, seed, caption_key=None):
 
 def shards_in(folder):
     """The shards that lie in a folder itself, sorted."""
-    paths = (entry.path for entry in os.scandir(folder) if not entry.name.startswith("."))
+    try:
+        paths = [os.path.join(folder, name) for name in os.listdir(folder) if not name.startswith(".")]
+    except OSError as error:
+        raise UserError(f"--data {folder} cannot be read: {error.strerror}") from error
     return sorted(path for path in paths if path.lower().endswith(SHARD_SUFFIXES) and os.path.isfile(path))
 
 
 def expand_shards(spec):
     """A shard's file, URL or command, or a pattern of them, as data/{00000..00041}.tar, → the shards; else → none."""
-    if spec.startswith("pipe:") or spec.lower().endswith(SHARD_SUFFIXES):
+    is_command = spec.startswith("pipe:")
+    if is_command or spec.lower().endswith(SHARD_SUFFIXES):
         if os.path.isfile(spec):
             return [spec]
         try:
-            return list(braceexpand(spec, escape=os.sep != "\\"))  # on Windows it parts folders
+            # A backslash is the shell's in a command, and parts folders on Windows.
+            return list(braceexpand(spec, escape=not is_command and os.sep != "\\"))
         except ValueError as error:
             message = f"--data {spec}: the braces do not match; write shards as data/{{00000..00041}}.tar"
             raise UserError(message) from error

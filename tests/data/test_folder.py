@@ -116,6 +116,19 @@ def test_backslashes_of_windows_stay(monkeypatch):
     assert sources.expand_shards(r"C:\data\{0..1}.tar") == [r"C:\data\0.tar", r"C:\data\1.tar"]
 
 
+def test_a_folder_that_may_not_be_read_is_one_clear_line(tmp_path, monkeypatch):
+    def refuses(_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(sources.os, "listdir", refuses)
+    with pytest.raises(UserError, match="cannot be read: Permission denied"):
+        sources.open_data(str(tmp_path), 16, seed=0)
+
+
+def test_a_command_keeps_its_backslashes():
+    assert sources.expand_shards(r"pipe:cat a\ {0..1}.tar") == [r"pipe:cat a\ 0.tar", r"pipe:cat a\ 1.tar"]
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
 def test_what_may_not_be_read_is_told(tmp_path):
     filled(tmp_path)
