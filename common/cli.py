@@ -10,9 +10,17 @@ class UserError(ValueError):
     """Something the user gave is wrong; the message says what, and what to do about it."""
 
 
+def print_on_any_console():
+    """Lets a console without some sign, as cp1252 and ASCII have no ψ, show a question mark rather than an error."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+
+
 @contextlib.contextmanager
 def told_in_one_line():
     """Turns a UserError into a line on stderr and exit status 2. Anything else is a bug and keeps its traceback."""
+    print_on_any_console()
     try:
         yield
     except UserError as error:
@@ -25,6 +33,10 @@ def told_in_one_line():
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Shows every default, except where the help says itself what happens without the argument."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        print_on_any_console()  # help is printed while arguments are parsed, before any command runs
 
     def _get_help_string(self, action):
         return action.help if action.default is None else super()._get_help_string(action)

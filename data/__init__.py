@@ -1,4 +1,4 @@
-"""Captioned images, whatever their source: the emoji that ship with this repository, built-in scenes with exact
-answers, folders, WebDataset shards, COCO. `sources.open_data` opens what `--data` names; `pairs.py` reads one image and
-caption as the web has them.
+"""Captioned images, whatever their source: emoji and scenes (built in), folders (`folder.py`), WebDataset shards
+(`shards.py`, their files by `members.py`), COCO. `sources.open_data` opens what `--data` names; `batches.py` is what
+sources share; `pairs.py` reads one image and caption as the web has them.
 """

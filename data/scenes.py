@@ -166,7 +166,7 @@ def make_twin(original, difference, rng):
 
     difference: "shape", "color" or "size" of one object, the "background"; of two objects also their "relation", when
     they are named the other way round, their "axis", when left or right becomes above or below, or the "number", when
-    one is gone. As `scene` does, it leaves out what is HELD_OUT.
+    one is gone. Like make_scene it leaves out what is HELD_OUT.
     """
     looks = [(o.shape, o.color, o.size) for o in original.objects]
     background, relation, wording = original.background, original.relation, original.wording

@@ -2,13 +2,21 @@
 
 import functools
 import json
+import os
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows has none, so that nothing keeps a second run out there
+    fcntl = None
 
 import numpy as np
 
+from clip import BUILT_IN
 from common import distributed
 from common.cli import UserError, first_line
 from common.distributed import say
+from data.sources import NAMES, SHARD_SUFFIXES
 from weights import checkpoint
 
 GROUPS = {"d_": "discriminator", "lo": "discriminator", "r1": "discriminator", "g_": "generator", "fi": "FID"}
@@ -34,59 +42,103 @@ def written(what):
 class RunFolder:
     """config.json, metrics.jsonl, samples/, checkpoints/ and generator_ema.safetensors; and tensorboard/, if wanted.
 
-    identity: {option: value}, what a run may not be gone on with another of.
+    identity: {option: value} that stay the same over the whole run; it is not resumed with others. sharing: {option:
+    value} of how the work is shared out, as workers; it may be resumed with others, and then says so. Only files that
+    have the names of these are ever touched.
     """
 
-    def __init__(self, path, identity, with_board=False):
+    def __init__(self, path, identity, with_board=False, sharing=None):
         self.path, self.identity, self.with_board = path, identity, with_board
+        self.sharing = {**(sharing or {}), "ranks": distributed.world_size()}
         self.checkpoints = path / "checkpoints"
         self.last_good = None  # the newest checkpoint that is known to be whole
         self.saved_step = None
-        self.log_file = self.board = None
+        self.log_file = self.board = self.lock_file = None
 
     def prepare(self):
-        """Makes what is missing, and removes what a killed run left unfinished. Raises UserError."""
+        """Makes the folders, and locks them against another run. Raises UserError."""
         try:
             for folder in (self.checkpoints, self.path / "samples"):
                 folder.mkdir(parents=True, exist_ok=True)
-            for unfinished in self.path.glob("**/*.tmp"):
-                unfinished.unlink()
+            self.lock()
         except OSError as error:
             raise UserError(f"--out {self.path} cannot be written: {error.strerror}") from error
+
+    def lock(self):
+        """Keeps other runs out of this folder for as long as this process lives. Raises UserError, OSError."""
+        self.lock_file = (self.checkpoints / ".lock").open("a")
+        if fcntl is None:
+            return
+        try:
+            # Of the process alone: data workers that outlive it by some seconds hold no such lock.
+            fcntl.lockf(self.lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            raise UserError(f"another run is writing to {self.path}; wait for it, or give another --out") from error
+        except OSError:
+            say(f"note: the disk of {self.path} has no locks, so a second run there would not be noticed")
+
+    def tidy(self):
+        """Removes what a killed run left unfinished."""
+        unfinished = [path for path in self.checkpoints.glob("*.tmp") if checkpoint.UNFINISHED.fullmatch(path.name)]
+        unfinished += checkpoint.left_over(self.path, r"config\.json|metrics\.jsonl|generator_ema\.safetensors")
+        unfinished += checkpoint.left_over(self.path / "samples", r"step_\d{7,}\.png")
+        for path in unfinished:
+            path.unlink(missing_ok=True)
 
     def state(self, resume):
         """The state that a run goes on from, on every rank, or None for a new run. resume: as --resume.
 
-        Raises UserError where the folder, the checkpoint and the run do not go together.
+        The main rank alone holds a checkpoint against its digest. Raises UserError where the folder, the checkpoint and
+        the run do not go together.
         """
         with distributed.together():
             path, state = self.find(resume) if distributed.is_main() else (None, None)
         self.last_good = distributed.broadcast(path)
         with distributed.together():
-            return checkpoint.load_run(self.last_good) if self.last_good and not state else state
+            return checkpoint.load_run(self.last_good, verify=False) if self.last_good and not state else state
 
     def find(self, resume):
         """→ the path of the checkpoint to go on from, and its state; or None and None."""
         self.prepare()
         held = checkpoint.checkpoints(self.checkpoints)
-        if self.generator.exists() and not held:
-            raise UserError(f"{self.path} holds a generator but no checkpoint to go on from; give another --out")
+        if not held:
+            self.refuse_foreign()
         if resume == "auto":
             path, state = checkpoint.newest_run(self.checkpoints, say)
         elif held:
             raise UserError(f"--resume {resume}, but {self.path} holds a run of its own; give another --out")
         elif resume == "no":
-            return None, None
+            path, state = None, None
         elif not Path(resume).is_file():
             raise UserError(f"--resume {resume}: no such checkpoint; use auto to go on in --out, or no to start afresh")
         else:
             path, state = Path(resume), checkpoint.load_run(resume)
-        then = state["identity"] if state else self.identity
-        changed = [name for name, value in self.identity.items() if then.get(name) != value]
-        if changed:
-            now = ", ".join(f"--{name} {then.get(name)}" for name in changed)
-            raise UserError(f"the run in {path} was started with {now}; repeat that, or give another --out")
+        if state:
+            self.compare(path, state)
+        self.tidy()
         return path, state
+
+    def refuse_foreign(self):
+        """A new run would write over files of these names. Raises UserError where no run of ours made them."""
+        if self.generator.exists():
+            raise UserError(f"{self.path} holds a generator but no checkpoint to go on from; give another --out")
+        names = [name for name in ("config.json", "metrics.jsonl") if (self.path / name).exists()]
+        if names and not self.identity.keys() <= read_json(self.path / "config.json").keys():
+            raise UserError(f"{self.path} holds a {names[0]} that no run here made; give another --out")
+
+    def compare(self, path, state):
+        """A checkpoint's identity must be this run's. Raises UserError; says where the work is shared otherwise."""
+        then, now = resolved(state["identity"]), resolved(self.identity)
+        if changed := [name for name in now if then.get(name) != now[name]]:
+            options = ", ".join(f"--{name} {then.get(name)}" for name in changed)
+            raise UserError(f"the run in {path} was started with {options}; repeat that, or give another --out")
+        then = state.get("sharing", {})
+        if changed := [name for name in then if name in self.sharing and then[name] != self.sharing[name]]:
+            changes = ", ".join(f"{name} {self.sharing[name]} instead of {then[name]}" for name in changed)
+            say(
+                f"note: the run goes on with {changes}; on these depend rounding, the order of shards and which wrong "
+                "captions are compared, so it is no longer equal, bit by bit, to one that was not stopped"
+            )
 
     @property
     def generator(self):
@@ -94,7 +146,8 @@ class RunFolder:
 
     @written("config.json")
     def write_config(self, config):
-        (self.path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        content = json.dumps(config, indent=2) + "\n"
+        checkpoint.atomically(self.path / "config.json", lambda temporary: temporary.write_text(content))
 
     @written("metrics.jsonl")
     def open_log(self, step):
@@ -103,7 +156,7 @@ class RunFolder:
         lines = path.read_text(errors="replace").splitlines() if path.exists() else []
         kept = "".join(line + "\n" for line in lines if 0 < step_of(line) <= step)
         checkpoint.atomically(path, lambda temporary: temporary.write_text(kept))
-        self.log_file = path.open("a")
+        self.log_file = path.open("a", encoding="utf-8")
         if self.with_board:
             from torch.utils.tensorboard import SummaryWriter  # here, as it takes a second to import
 
@@ -111,6 +164,8 @@ class RunFolder:
 
     @written("metrics.jsonl")
     def log(self, row):
+        if self.log_file is None:  # the disk was full when the run began
+            self.log_file = (self.path / "metrics.jsonl").open("a", encoding="utf-8")
         self.log_file.write(json.dumps(row) + "\n")
         self.log_file.flush()
         if self.board:
@@ -132,7 +187,8 @@ class RunFolder:
     @written("a checkpoint")
     def save(self, step, state, keep, write_generator):
         """state: all that a run needs to go on; the last `keep` of such files stay. write_generator: path → file."""
-        self.last_good = checkpoint.save_run(self.checkpoints, step, {"identity": self.identity, **state}, keep)
+        own = {"identity": resolved(self.identity), "sharing": self.sharing}
+        self.last_good = checkpoint.save_run(self.checkpoints, step, own | state, keep)
         self.saved_step = step
         write_generator(self.generator)
 
@@ -143,3 +199,29 @@ def step_of(line):
         return json.loads(line)["step"]
     except (ValueError, KeyError, TypeError):
         return 0
+
+
+def resolved(identity):
+    """An identity in which --data and --clip name the same files by the same path, whatever folder it is read from."""
+    names = {"data": NAMES, "clip": BUILT_IN}
+    return {
+        option: absolute(value) if option in names and value not in names[option] else value
+        for option, value in identity.items()
+    }
+
+
+def absolute(spec):
+    """A path → itself from the root, without links; anything else, as MODEL:WEIGHTS or a URL → itself."""
+    if "://" in spec or spec.startswith("pipe:"):
+        return spec
+    is_path = os.path.exists(spec) or spec.endswith(SHARD_SUFFIXES)  # a pattern of shards is no file
+    return os.path.realpath(spec) if is_path else spec
+
+
+def read_json(path):
+    """What a file of JSON holds, if that is a dict, else {}."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}

@@ -5,7 +5,10 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
+import secrets
 import warnings
+import zipfile
 from pathlib import Path
 
 import torch
@@ -26,7 +29,8 @@ def atomically(path, write):
 
     The file is on the disk before it takes its name, so that this holds where a machine loses power too.
     """
-    temporary = Path(f"{path}.tmp")
+    path = Path(path)
+    temporary = path.with_name(f".{path.name[:50]}.{secrets.token_hex(4)}.tmp")  # a name that no file has yet
     try:
         write(temporary)
         rename(temporary, path)
@@ -34,17 +38,23 @@ def atomically(path, write):
         temporary.unlink(missing_ok=True)
 
 
+def left_over(folder, names):
+    """The temporary files that a killed `atomically` left in a folder. names: a pattern of the files it wrote."""
+    ours = re.compile(rf"\.({names})\.[0-9a-f]{{8}}\.tmp")
+    return [path for path in folder.glob(".*.tmp") if ours.fullmatch(path.name)]
+
+
 def rename(temporary, path):
     """Gives a file its name once it is on the disk."""
-    flush(temporary)
+    flush(temporary, os.O_RDWR)  # Windows flushes only what is open for writing
     os.replace(temporary, path)
-    with contextlib.suppress(PermissionError):  # Windows opens no folder
-        flush(path.parent)
+    with contextlib.suppress(OSError):  # Windows opens no folder, and some network disks flush none
+        flush(path.parent, os.O_RDONLY)
 
 
-def flush(path):
+def flush(path, mode):
     """Waits until a file, or the list of what a folder holds, is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    descriptor = os.open(path, mode)
     try:
         os.fsync(descriptor)
     finally:
@@ -128,15 +138,20 @@ def _load_official(path):
         raise UserError(f"{path}: {first_line(error)}; nor is it a .safetensors of train.py") from error
 
 
-def load_tensors(path):
-    """What torch.save wrote, if it is tensors and plain values: no code in it can run. Raises UserError otherwise."""
+def load_tensors(path, mmap=False):
+    """What torch.save wrote, if it is tensors and plain values: no code in it can run.
+
+    mmap: leaves the tensors on the disk until they are used. Raises UserError: Damaged, unless the disk or the memory
+    is at fault.
+    """
     try:
         with warnings.catch_warnings(action="ignore"):
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except (OSError, MemoryError) as error:
+        raise UserError(f"{path} cannot be read: {first_line(error)}") from error
     except Exception as error:  # on foreign bytes the unpickler stumbles in every way there is
-        raise UserError(
-            f"{path} cannot be read: it is damaged, or no checkpoint, or holds code, which is not run"
-        ) from error
+        reason = "it is damaged, or no checkpoint, or holds code, which is not run"
+        raise Damaged(f"{path} cannot be read: {reason}") from error
 
 
 def without_prefix(state, prefix):
@@ -146,26 +161,66 @@ def without_prefix(state, prefix):
 # ----------------------------------------------------------------------------------------------------------------------
 # A run.
 
+CHECKPOINT = re.compile(r"(\d{8,})-([0-9a-f]{16})\.pt")  # its step, and the digest of its content
+UNFINISHED = re.compile(r"\d{8,}\.tmp")
+
+
+class Damaged(UserError):
+    """A file does not hold what was written to it."""
+
+
+class Digested:
+    """A binary file that takes the digest of what passes through it, so that nothing is read again for that.
+
+    PyTorch turns an error of the disk into one of its own, so the first is kept.
+    """
+
+    def __init__(self, file):
+        self.file = file
+        self.sha256 = hashlib.sha256()
+        self.error = None
+
+    def write(self, data):
+        try:
+            written = self.file.write(data)
+        except OSError as error:
+            self.error = self.error or error
+            raise
+        self.sha256.update(data)
+        return written
+
+    def flush(self):
+        self.file.flush()
+
 
 def save_run(folder, step, state, keep):
     """Writes the whole state of a run, a nested dict of tensors and plain values → its path, STEP-DIGEST.pt.
 
     The digest of the file's content is in its name, as in the names of PyTorch's own weights, so that a single bit that
     changes is noticed. Of the checkpoints in the folder the newest `keep` are kept. Raises OSError where the disk does
-    not take it; what was there before is kept then.
+    not take it; the older checkpoints are kept then.
     """
     temporary = folder / f"{step:08d}.tmp"
     try:
-        torch.save(state, temporary)
-        path = folder / f"{step:08d}-{digest(temporary)}.pt"
+        path = folder / f"{step:08d}-{write_digested(state, temporary)}.pt"
         rename(temporary, path)
-    except RuntimeError as error:  # torch.save's word for a full disk
-        raise OSError(first_line(error)) from error
     finally:
         temporary.unlink(missing_ok=True)
     for old in checkpoints(folder)[keep:]:
-        old.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # Windows deletes no file that is open
+            old.unlink()
     return path
+
+
+def write_digested(state, path):
+    """torch.save, → the digest of the file. Raises OSError."""
+    with open(path, "wb") as file:
+        digested = Digested(file)
+        try:
+            torch.save(state, digested)
+        except RuntimeError as error:
+            raise digested.error or OSError(first_line(error)) from error
+    return digested.sha256.hexdigest()[:16]
 
 
 def digest(path):
@@ -175,40 +230,67 @@ def digest(path):
 
 
 def checkpoints(folder):
-    """The states of a run in a folder, the newest first."""
-    return sorted(Path(folder).glob("*-*.pt"), reverse=True)
+    """The states of a run in a folder, the newest first. Files that carry other names are the user's."""
+    found = [path for path in Path(folder).glob("*.pt") if CHECKPOINT.fullmatch(path.name)]
+    return sorted(found, key=lambda path: (int(path.name.partition("-")[0]), path.name), reverse=True)
 
 
 def newest_run(folder, say):
     """The newest checkpoint in a folder that is whole, → its path and state; (None, None) where there is none at all.
 
-    Damaged ones are renamed, so that they are not counted as checkpoints. Raises UserError where all of them are.
+    Damaged ones are renamed, so that they are not counted as checkpoints. Raises UserError where all of them are, and
+    where the disk does not let one be read.
     """
     paths = checkpoints(folder)
     for path in paths:
         try:
             return path, load_run(path)
-        except UserError as error:
+        except Damaged as error:
             aside = path.with_name(f"{path.name}.damaged")
-            path.rename(aside)
+            path.replace(aside)
             say(f"note: {error}; it is now {aside.name}, and an older one is tried")
     if paths:
         raise UserError(f"none of the {len(paths)} checkpoints in {folder} can be read; give another --out")
     return None, None
 
 
-def load_run(path):
-    """Reads it again, on the CPU. Raises UserError where the file is damaged or foreign; no code in it can run."""
-    name = Path(path).stem
+def load_run(path, verify=True):
+    """Reads the state of a run, on the CPU. Its tensors stay on the disk until they are used.
+
+    verify: hold the content against the digest in the name, which reads the whole file; one rank of a run does that for
+    all. Raises UserError: Damaged for a file that is damaged or foreign; no code in it can run.
+    """
+    name = CHECKPOINT.fullmatch(Path(path).name)
     try:
-        if "-" in name and name.rpartition("-")[2] != digest(path):
-            raise UserError(f"{path} is damaged")
+        if verify and name and name[2] != digest(path):
+            raise Damaged(f"{path} is damaged")
+        mmap = zipfile.is_zipfile(path)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
-    state = load_tensors(path)
+    state = load_tensors(path, mmap)
     if not isinstance(state, dict) or not state.keys() >= {"identity", "progress", "discriminator"}:
         what = (
             "the authors' generator, which has no discriminator" if is_official(state) else "not a checkpoint of a run"
         )
-        raise UserError(f"{path} cannot be resumed from: it is {what}")
+        raise Damaged(f"{path} cannot be resumed from: it is {what}")
     return state
+
+
+def load_weights(path):
+    """The weights that a new run can start from → {"generator", "ema" and, of a run's checkpoint, "discriminator"}.
+
+    path: a checkpoint of a run, its generator_ema.safetensors, or the authors' aurora_v1.pth; what holds one generator
+    gives it twice. The values are state_dicts, on the CPU. Raises UserError.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"no checkpoint at {path}")
+    if Path(path).suffix == ".safetensors":
+        generator = _load_ours(path)[0]
+    elif "progress" in load_tensors(path, mmap=zipfile.is_zipfile(path)):
+        state = load_run(path)
+        if missing := [name for name in ("generator", "ema") if name not in state]:
+            raise UserError(f"{path} lacks the weights of {missing[0]}")
+        return {name: state[name] for name in ("generator", "ema", "discriminator")}
+    else:
+        generator = _load_official(path)
+    return {"generator": generator.state_dict(), "ema": generator.state_dict()}

@@ -159,9 +159,10 @@ def test_it_trains_on_a_folder_and_on_shards(tmp_path, small_clip, kind):
         if kind == "folder":
             (source / f"{i}.jpg").write_bytes(jpeg((20 * i, 0, 0)))
             (source / f"{i}.txt").write_text(f"a red picture number {i}")
-    (source / "broken.jpg").write_bytes(b"broken")
-    (source / "broken.txt").write_text("broken")
-    if kind == "shards":
+    if kind == "folder":
+        (source / "broken.jpg").write_bytes(b"broken")
+        (source / "broken.txt").write_text("broken")
+    else:
         write_shard(source / "00000.tar", [good(i) for i in range(12)] + [{"jpg": b"broken", "txt": b"broken"}])
     out = tmp_path / "run"
     run("--preset", "quick", "--clip", small_clip, "--out", out, "--data", source, "--steps", 6)

@@ -1,0 +1,31 @@
+"""The manners of the commands."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent.parent
+
+SCRIPT = """
+import argparse
+from common.cli import HelpFormatter, UserError, told_in_one_line
+parser = argparse.ArgumentParser(description="ψ and × …", formatter_class=HelpFormatter)
+parser.add_argument("--size", help="in 4×4 …")
+parser.parse_args()
+with told_in_one_line():
+    print("64×64 …")
+    raise UserError("ψ is not a number, nor is 日本")
+"""
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
+@pytest.mark.parametrize(("arguments", "status"), [(["--help"], 0), ([], 2), (["--other"], 2)])
+def test_a_console_without_the_signs_shows_question_marks(encoding, arguments, status):
+    environment = {"PYTHONIOENCODING": f"{encoding}:strict", "PATH": ""}
+    command = [sys.executable, "-c", SCRIPT, *arguments]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True)
+    assert done.returncode == status and b"Traceback" not in done.stderr
+    if not arguments:
+        assert done.stderr.decode(encoding).startswith("error: ")

@@ -1,0 +1,272 @@
+"""Folders as people have them: all that can be read is read, and a source says what it holds."""
+
+import itertools
+import os
+import signal
+import threading
+import time
+
+import pytest
+
+from common.cli import UserError
+from data import sources
+from data.batches import Patience, Stopped
+from data.pairs import FILE
+from tests.data.test_shards import PICTURE, all_captions, named, write_tar
+
+
+def pair(folder, stem, caption=None, image=".jpg", text=".txt"):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{stem}{image}").write_bytes(PICTURE)
+    if caption is not None:
+        (folder / f"{stem}{text}").write_text(caption)
+
+
+def filled(folder, count=6):
+    for i in range(count):
+        pair(folder, str(i), str(i))
+    return folder
+
+
+def described(folder, **options):
+    return " ".join(sources.open_data(str(folder), 16, seed=0, **options).describe())
+
+
+def test_pairs_in_any_case_behind_links_and_with_periods_are_found(tmp_path):
+    data, elsewhere = tmp_path / "data", tmp_path / "elsewhere"
+    filled(data, 4)
+    pair(data, "upper", "upper", ".JPEG", ".TXT")
+    pair(data, "IMG 2.5", "periods")
+    pair(data / "deep" / "er", "deep", "deep")
+    pair(elsewhere, "linked", "linked")
+    (data / "link").symlink_to(elsewhere)
+    (elsewhere / "back").symlink_to(data)  # leads in a circle
+    assert all_captions(sources.open_data(str(data), 16, 0)) == [
+        "0",
+        "1",
+        "2",
+        "3",
+        "deep",
+        "linked",
+        "periods",
+        "upper",
+    ]
+
+
+def test_a_folder_says_what_it_holds(tmp_path):
+    filled(tmp_path, 20)
+    for i in range(8):
+        pair(tmp_path, f"alone{i}")
+    for name in ("a.heic", "b.heic", "c.svg", "README", ".hidden.jpg", "._0.jpg", ".DS_Store"):
+        (tmp_path / name).write_bytes(b"x")
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "backup.tar").write_bytes(b"x")
+    said = described(tmp_path)
+    for part in (
+        "20 images have a caption",
+        "8 images have no caption, as",
+        "2 .heic",
+        "1 .svg",
+        "1 .tar",
+        "no suffix",
+    ):
+        assert part in said
+    assert "hidden" not in said and "None is held out for evaluation" in said
+
+
+def test_captions_in_json_are_pointed_at(tmp_path):
+    for i in range(5):
+        pair(tmp_path, str(i), '{"caption": "a cat", "url": "x"}', text=".json")
+    with pytest.raises(UserError, match=r"The .json files hold caption, url; .*--caption-key"):
+        sources.open_data(str(tmp_path), 16, seed=0)
+    assert "5 images have a caption in the field" in described(tmp_path, caption_key="caption")
+
+
+@pytest.mark.parametrize("name", ["backup.tar", "a.tar.gz", "B.TGZ"])
+def test_pairs_and_shards_in_one_folder_are_refused(tmp_path, name):
+    filled(tmp_path, 30)
+    write_tar(tmp_path / name, named([{"jpg": PICTURE, "txt": b"other"}] * 6))
+    with pytest.raises(UserError, match=rf"30 images with captions and beside them 1 shard\(s\), as {name}:"):
+        sources.open_data(str(tmp_path), 16, seed=0)
+
+
+@pytest.mark.parametrize("name", ["notes.tar.txt", "old.tarball", "0.tar.part", ".0.tar", "0_stats.tar.json"])
+def test_only_exact_suffixes_are_shards(tmp_path, name):
+    filled(tmp_path)
+    (tmp_path / name).write_bytes(b"no shard")
+    assert len(all_captions(sources.open_data(str(tmp_path), 16, seed=0))) == 6
+
+
+def test_images_alone_beside_shards_do_no_harm(tmp_path):
+    pair(tmp_path, "cover")
+    write_tar(tmp_path / "0.tar", named([{"jpg": PICTURE, "txt": b"x"}] * 6))
+    assert len(all_captions(sources.open_data(str(tmp_path), 16, seed=0))) == 6
+
+
+def test_braces_and_brackets_in_real_names(tmp_path):
+    folder = tmp_path / "a{1}[x]*"
+    folder.mkdir()
+    spec = write_tar(folder / "x{7}.tar", named([{"jpg": PICTURE, "txt": b"x"}] * 6))
+    for path in (spec, str(folder)):
+        assert len(all_captions(sources.open_data(path, 16, seed=0))) == 6
+
+
+def test_backslashes_of_windows_stay(monkeypatch):
+    monkeypatch.setattr(sources.os, "sep", "\\")
+    assert sources.expand_shards(r"C:\data\{0..1}.tar") == [r"C:\data\0.tar", r"C:\data\1.tar"]
+
+
+def test_a_folder_that_may_not_be_read_is_one_clear_line(tmp_path, monkeypatch):
+    def refuses(_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(sources.os, "listdir", refuses)
+    with pytest.raises(UserError, match="cannot be read: Permission denied"):
+        sources.open_data(str(tmp_path), 16, seed=0)
+
+
+def test_a_command_keeps_its_backslashes():
+    assert sources.expand_shards(r"pipe:cat a\ {0..1}.tar") == [r"pipe:cat a\ 0.tar", r"pipe:cat a\ 1.tar"]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_what_may_not_be_read_is_told(tmp_path):
+    filled(tmp_path)
+    (tmp_path / "0.jpg").chmod(0)
+    source = sources.open_data(str(tmp_path), 16, seed=0)
+    assert next(source.evaluation()).skipped == {FILE: 1}
+
+
+def test_files_that_vanish_are_waited_for_and_then_told(tmp_path, monkeypatch):
+    monkeypatch.setattr("data.batches.PAUSES", (0.05, 0.1))
+    source = sources.open_data(str(filled(tmp_path)), 16, seed=0)
+    for path in tmp_path.glob("*.jpg"):
+        path.unlink()
+    with pytest.raises(UserError, match=r"nothing could be read: .*No such file or directory"):
+        next(source.batches(range(9), 4, 0, 1))
+
+
+def test_a_disk_that_comes_back_ends_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr("data.batches.PAUSES", (0.05, 0.1, 0.4, 0.8, 1))
+    data = filled(tmp_path / "data")
+    source = sources.open_data(str(data), 16, seed=0)
+    data.rename(tmp_path / "away")
+    back = threading.Timer(0.3, lambda: (tmp_path / "away").rename(data))
+    back.start()
+    assert len(next(source.batches(range(9), 4, 0, 1)).captions) == 4
+    back.join()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Stopping.
+
+
+class Stalled(sources.Scenes):
+    """Scenes that never come."""
+
+    def draw(self, scenes):
+        time.sleep(600)
+
+
+def test_a_run_is_stopped_while_its_data_stall(monkeypatch):
+    monkeypatch.setattr(sources, "POLL", 0.1)
+    asked = []
+    former = signal.signal(signal.SIGTERM, lambda *_: asked.append(1))
+    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    try:
+        with pytest.raises(Stopped):
+            next(sources.loader(Stalled(8, 0), 0, 2, workers=1, asked_to_stop=lambda: bool(asked)))
+    finally:
+        signal.signal(signal.SIGTERM, former)
+    assert asked
+
+
+def test_a_run_without_workers_is_stopped_while_it_waits_for_its_disk(tmp_path, monkeypatch):
+    monkeypatch.setattr("data.batches.PAUSES", (600,))
+    source = sources.open_data(str(filled(tmp_path)), 16, seed=0)
+    for path in tmp_path.glob("*.jpg"):
+        path.unlink()
+    with pytest.raises(Stopped):
+        next(sources.loader(source, 0, 4, workers=0, asked_to_stop=lambda: True))
+
+
+def test_workers_that_are_ended_with_the_run_are_not_replaced(monkeypatch, capsys):
+    """A scheduler's SIGTERM reaches them too, and ends them at once."""
+    source = sources.Scenes(8, 0)
+    monkeypatch.setattr(source, "draw", lambda scenes: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(Stopped):
+        next(sources.loader(source, 0, 2, workers=1, asked_to_stop=lambda: True))
+
+
+def test_failures_that_take_a_minute_each_are_not_counted_to_the_end(monkeypatch):
+    now = itertools.count(step=30)
+    monkeypatch.setattr("data.batches.time.monotonic", now.__next__)
+    patience = Patience("x")
+    with pytest.raises(UserError, match="nothing could be read: a connection timed out"):
+        for _ in range(8):
+            patience.fail(OSError("a connection timed out"))
+
+
+def test_patience_grows_and_ends(monkeypatch):
+    slept = []
+    monkeypatch.setattr("data.batches.AT_ONCE", 2)
+    now = itertools.count(step=0.25)
+    monkeypatch.setattr("data.batches.time.monotonic", lambda: sum(slept) + 0 * next(now))
+    monkeypatch.setattr("data.batches.time.sleep", slept.append)
+    patience = Patience("x")
+    for _ in range(9):
+        patience.fail(OSError("the first"))
+    assert 120 < sum(slept) < 130
+    with pytest.raises(UserError, match=r"^--data x: for 12\d s nothing could be read: the first$"):
+        patience.fail(OSError("a later one"))
+    patience.succeed()
+    patience.fail(OSError("another"))
+    assert patience.first == "another"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Mistakes.
+
+BAD = {
+    "nothing": lambda data: data.mkdir(),
+    "three pairs": lambda data: filled(data, 3),
+    "captions alone": lambda data: [data.mkdir(), (data / "a.txt").write_text("x")],
+    "images alone": lambda data: [pair(data, str(i)) for i in range(5)],
+    "captions named as the images": lambda data: [pair(data, str(i), "x", text=".jpg.txt") for i in range(5)],
+    "captions with spaces": lambda data: [pair(data, str(i), "x", text=" .txt") for i in range(5)],
+    "folders named as images": lambda data: [(data / f"{i}.jpg").mkdir(parents=True) for i in range(5)],
+    "a circle of links": lambda data: [data.mkdir(), (data / "x").symlink_to(data)],
+    "dangling links": lambda data: [data.mkdir(), *((data / f"{i}.jpg").symlink_to("nowhere") for i in range(5))],
+    "hidden pairs": lambda data: [pair(data, f".{i}", "x") for i in range(5)],
+    "resource forks": lambda data: [pair(data / "__MACOSX", str(i), "x") for i in range(5)],
+    "an archive of another kind": lambda data: [data.mkdir(), (data / "data.zip").write_bytes(b"PK")],
+    "a file": lambda data: data.write_text("x"),
+    "a dangling link": lambda data: data.symlink_to("nowhere"),
+    "a pipe": lambda data: os.mkfifo(data),
+}
+
+
+@pytest.mark.parametrize("content", BAD)
+def test_what_is_no_folder_of_pairs_is_one_clear_line(tmp_path, content):
+    BAD[content](tmp_path / "data")
+    with pytest.raises(UserError, match=r"^--data .*data") as caught:
+        sources.open_data(str(tmp_path / "data"), 16, seed=0)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "spec",
+    ["", " ", "x" * 5000, "a\0b", "~/nowhere", "emoji ", "{0..3}.tar", "{3..0.tar", "*.tar", "file:///nowhere.tar"],
+)
+def test_what_names_no_data_is_one_clear_line(spec, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"^--data") as caught:
+        sources.open_data(spec, 16, seed=0)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_caption_file_that_is_a_folder_is_no_caption(tmp_path):
+    filled(tmp_path)
+    pair(tmp_path, "odd")
+    (tmp_path / "odd.txt").mkdir()
+    assert "1 images have no caption" in described(tmp_path)
