@@ -1,15 +1,15 @@
 """Muse (Chang et al. 2023, arXiv 2301.00704): a picture is a grid of tokens, and a transformer fills it in a few steps.
 
-Read from the top down. A VQGAN (section 2.2) turns pictures into tokens and back. A transformer (2.3) sees the text and
-a picture some of whose tokens are masked (2.6), and learns what stood there. Parallel decoding (2.8) begins with all of
-them masked, predicts all at once, and keeps those it is most certain of, step after step.
+A VQGAN turns pictures into tokens and back. A transformer sees the text and a picture some of whose tokens are masked,
+and learns what stood there. Parallel decoding begins with all of them masked, predicts all at once, and keeps those it
+is most certain of, step after step.
 
 What differs from the paper:
-- The text is read by Aurora's frozen CLIP, not by T5-XXL. The transformer sees every token of it all the same.
-- Sizes are for one CPU core. The VQGAN shrinks by 4, not 16, its base width is 32, not 128, and its codes are fewer.
-- There is no second transformer for higher resolutions. It would be the same one over more tokens, which also attends
-  to the low-resolution ones (2.5).
-- Codes that no picture uses are moved to where pictures are (see Codebook.restart).
+- The text is read by Aurora's frozen CLIP, not by T5-XXL. The transformer sees all of its tokens all the same.
+- Sizes are for one CPU core: the VQGAN shrinks by 4, not 16, its base width is 32, not 128, its codes are 1024, not
+  8192, and the transformer is small.
+- The second transformer, which draws more tokens from those of the first, is left out.
+- Codes that no picture uses are moved to where pictures are (Codebook.restart).
 """
 
 import copy
@@ -26,7 +26,8 @@ from clip import Text
 FACTOR = 4  # pixels along the side of a token
 CHANNELS = (32, 64, 64)  # at R, R/2 and R/4
 NUM_CODES, CODE_DIM = 1024, 32
-COMMITMENT, PERCEPTUAL, ADVERSARIAL = 0.25, 0.05, 0.1  # weights of the losses, beside the reconstruction's 1
+LOSS_WEIGHTS = {"reconstruction": 1, "perceptual": 0.05, "adversarial": 0.1, "codebook": 1}
+COMMITMENT = 0.25  # within the codebook's loss
 USAGE_DECAY, DEAD = 0.98, 0.02  # a code is dead if it is used less often than this share of the mean
 TOKENIZER_IMAGES = 30_000  # images that the VQGAN learns from; after them it is frozen, and the transformer learns
 
@@ -34,8 +35,7 @@ TOKENIZER_IMAGES = 30_000  # images that the VQGAN learns from; after them it is
 DIM, NUM_LAYERS, NUM_HEADS = 256, 6, 8
 TEXT_DROP = 0.1  # share of pictures that are learned without their text, for guidance
 EMA_HALF_LIFE = 10_000  # images
-
-ADAM = dict(lr=5e-4, betas=(0.9, 0.99), fused=True)
+ADAM = dict(lr=5e-4, betas=(0.9, 0.99), fused=True)  # of all networks
 
 # Decoding.
 MASK = -1  # in place of a token that is not known
@@ -54,21 +54,19 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, in_channels, out_channels):
         super().__init__()
-        self.norm1 = nn.GroupNorm(8, in_channels)
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.norm2 = nn.GroupNorm(8, out_channels)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        self.skip = nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
+        same = in_channels == out_channels
+        self.skip = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
+        first = nn.GroupNorm(8, in_channels), nn.SiLU(), nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        second = nn.GroupNorm(8, out_channels), nn.SiLU(), nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.branch = nn.Sequential(*first, *second)
 
     def forward(self, x):
-        h = self.conv1(F.silu(self.norm1(x)))
-        return self.skip(x) + self.conv2(F.silu(self.norm2(h)))
+        return self.skip(x) + self.branch(x)
 
 
 def encoder(channels, code_dim):
     """Images [B, 3, R, R] → vectors [B, code_dim, R/4, R/4]: two residual blocks a level, stride-2 steps between."""
-    layers = [nn.Conv2d(3, channels[0], 3, padding=1)]
-    width = channels[0]
+    layers, width = [nn.Conv2d(3, channels[0], 3, padding=1)], channels[0]
     for level, wider in enumerate(channels):
         if level > 0:
             layers.append(nn.Conv2d(width, width, 3, padding=1, stride=2))
@@ -79,13 +77,12 @@ def encoder(channels, code_dim):
 
 def decoder(channels, code_dim):
     """Vectors [B, code_dim, H, W] → images [B, 3, 4H, 4W]: the encoder in reverse."""
-    width = channels[-1]
-    layers = [nn.Conv2d(code_dim, width, 3, padding=1)]
+    layers, width = [nn.Conv2d(code_dim, channels[-1], 3, padding=1)], channels[-1]
     for level, narrower in enumerate(reversed(channels)):
         if level > 0:
             layers += [nn.Upsample(scale_factor=2), nn.Conv2d(width, narrower, 3, padding=1)]
-            width = narrower
-        layers += [ResidualBlock(width, width), ResidualBlock(width, width)]
+        layers += [ResidualBlock(narrower, narrower), ResidualBlock(narrower, narrower)]
+        width = narrower
     return nn.Sequential(*layers, nn.GroupNorm(8, width), nn.SiLU(), nn.Conv2d(width, 3, 3, padding=1))
 
 
@@ -118,8 +115,8 @@ class Codebook(nn.Module):
     def restart(self, z, tokens, noise):
         """Counts a batch's tokens, and moves dead codes to vectors of the batch drawn at random.
 
-        All codes are dead at the start, so the first batch places them. A code without vectors has no gradient, and
-        would never come back by itself.
+        At the start all are dead but for those that the first batch uses, so that batch places them. A code without
+        vectors has no gradient, and would never come back by itself.
         """
         share = tokens.flatten().bincount(minlength=len(self.codes)) / tokens.numel()
         self.usage.lerp_(share * len(self.codes), 1 - USAGE_DECAY)
@@ -148,14 +145,9 @@ class VQGAN(nn.Module):
 
 def patch_discriminator(width=32):
     """Images [B, 3, R, R] → logits [B, 1, R/4, R/4], each about the patch it sees; larger means more like real."""
-    return nn.Sequential(
-        nn.Conv2d(3, width, 4, padding=1, stride=2),
-        nn.LeakyReLU(0.2),
-        nn.Conv2d(width, 2 * width, 4, padding=1, stride=2),
-        nn.GroupNorm(8, 2 * width),
-        nn.LeakyReLU(0.2),
-        nn.Conv2d(2 * width, 1, 3, padding=1),
-    )
+    first = nn.Conv2d(3, width, 4, padding=1, stride=2), nn.LeakyReLU(0.2)
+    second = nn.Conv2d(width, 2 * width, 4, padding=1, stride=2), nn.GroupNorm(8, 2 * width), nn.LeakyReLU(0.2)
+    return nn.Sequential(*first, *second, nn.Conv2d(2 * width, 1, 3, padding=1))
 
 
 def perceptual_loss(clip, images, reconstructed):
@@ -206,16 +198,14 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """Tokens [B, side, side], some of them MASK, and clip.Text → logits [B, side, side, num_codes].
 
-    Cross-attention has no biases: to a text of zeros it adds nothing, which is how Muse drops text (section 2.7).
+    Cross-attention has no biases, so to a text of zeros it adds nothing: that is how text is left out.
     """
 
     def __init__(self, side, text_width, num_codes=NUM_CODES, dim=DIM, num_layers=NUM_LAYERS, num_heads=NUM_HEADS):
         super().__init__()
         self.embedding = nn.Embedding(num_codes + 1, dim)  # row 0 is MASK's
-        self.rows = nn.Parameter(torch.zeros(side, 1, dim))
-        self.columns = nn.Parameter(torch.zeros(side, dim))
-        for table in (self.embedding.weight, self.rows, self.columns):
-            nn.init.normal_(table, std=0.5)
+        self.rows = nn.Parameter(torch.randn(side, 1, dim))
+        self.columns = nn.Parameter(torch.randn(side, dim))
         self.blocks = nn.ModuleList(Block(dim, text_width, num_heads) for _ in range(num_layers))
         self.norm = nn.LayerNorm(dim)
         self.to_logits = nn.Linear(dim, num_codes)
@@ -229,30 +219,16 @@ class Transformer(nn.Module):
         return self.to_logits(self.norm(x)).unflatten(1, tokens.shape[1:])
 
 
-def without_text(text):
-    """The same shapes, with nothing said."""
-    return text._replace(tokens=torch.zeros_like(text.tokens))
-
-
-def drop_text(text, noise):
-    """Leaves TEXT_DROP of the pictures without their text."""
-    kept = uniform(text.eot.shape, noise, text.tokens.device) >= TEXT_DROP
-    return text._replace(tokens=text.tokens * kept[:, None, None])
-
-
 def mask_randomly(tokens, noise):
-    """Masks a share r = cos(π/2·u) of each picture's tokens, u uniform in [0, 1) (section 2.6); at least one of them.
-
-    Tokens [B, H, W] → the same with MASK in random places.
-    """
+    """Masks a share r = cos(π/2·u) of each picture's tokens [B, H, W], at least one; u is uniform in [0, 1)."""
     share = torch.cos(math.pi / 2 * uniform(tokens.shape[:1], noise, tokens.device))
-    return tokens.masked_fill(lowest(uniform(tokens.shape, noise, tokens.device), share * tokens[0].numel()), MASK)
+    count = (share * tokens[0].numel()).clamp(min=1)
+    return tokens.masked_fill(lowest(uniform(tokens.shape, noise, tokens.device), count), MASK)
 
 
 def lowest(scores, count):
     """Which of each picture's scores [B, H, W] are its count lowest; count [B], rounded up."""
-    order = scores.flatten(1).argsort(1).argsort(1).view_as(scores)
-    return order < count[:, None, None]
+    return scores.flatten(1).argsort(1).argsort(1).view_as(scores) < count[:, None, None]
 
 
 def uniform(shape, noise, device):
@@ -270,20 +246,11 @@ def gumbel(shape, noise, device):
 
 
 def guided_logits(network, tokens, text, negative, t):
-    """ℓ = (1 + t)·ℓ_c − t·ℓ_u (section 2.7). ℓ_u is without text, or with a negative prompt."""
-    both = Text(*(torch.cat(pair) for pair in zip(text, negative or without_text(text), strict=True)))
+    """ℓ = (1 + t)·ℓ_c − t·ℓ_u, logits [B, H, W, K]. ℓ_u is without text, or with a negative prompt."""
+    negative = negative or text._replace(tokens=torch.zeros_like(text.tokens))
+    both = Text(*(torch.cat(pair) for pair in zip(text, negative, strict=True)))
     wanted, unwanted = network(tokens.repeat(2, 1, 1), both).chunk(2)
     return (1 + t) * wanted - t * unwanted
-
-
-def guidance_at(step, steps, scale):
-    """t of a step, from 0 to the full scale: early tokens are drawn freely, and later ones held to the text."""
-    return scale * step / (steps - 1) if steps > 1 else scale
-
-
-def num_masked(unknown, step, steps):
-    """How many tokens are still masked after a step: N₀·cos(π/2·i/T), of the N₀ [B] unknown at the start."""
-    return (unknown.double() * math.cos(math.pi / 2 * (step + 1) / steps)).floor()
 
 
 def keep_certain(tokens, drawn, confidence, count):
@@ -294,20 +261,24 @@ def keep_certain(tokens, drawn, confidence, count):
 
 
 def fill(network, tokens, text, noise, negative=None, steps=STEPS, guidance=GUIDANCE):
-    """Parallel decoding (section 2.8): tokens [B, H, W], those to be drawn being MASK → the same without MASK."""
-    unknown = (tokens == MASK).sum((1, 2))
+    """Parallel decoding: tokens [B, H, W], those to be drawn being MASK → the same without MASK.
+
+    After step i of T, N₀·cos(π/2·i/T) tokens are masked, N₀ being the number of unknown ones at the start. Guidance
+    rises from 0 to its full scale: early tokens are drawn freely, and later ones held to the text.
+    """
+    unknown = (tokens == MASK).sum((1, 2)).double()
     for step in range(steps):
-        logits = guided_logits(network, tokens, text, negative, guidance_at(step, steps, guidance))
+        progress = (step + 1) / steps
+        logits = guided_logits(network, tokens, text, negative, guidance * (step / (steps - 1) if steps > 1 else 1))
         drawn = (logits + gumbel(logits.shape, noise, logits.device)).argmax(-1)
         certainty = logits.log_softmax(-1).gather(-1, drawn[..., None])[..., 0]
-        temperature = TEMPERATURE * (1 - (step + 1) / steps)
-        confidence = certainty + temperature * gumbel(drawn.shape, noise, logits.device)
-        tokens = keep_certain(tokens, drawn, confidence, num_masked(unknown, step, steps))
+        confidence = certainty + TEMPERATURE * (1 - progress) * gumbel(drawn.shape, noise, logits.device)
+        tokens = keep_certain(tokens, drawn, confidence, (unknown * math.cos(math.pi / 2 * progress)).floor())
     return tokens
 
 
 def resample(network, tokens, text, noise, negative=None, iterations=EDIT_ITERATIONS):
-    """Mask-free editing (section 3.4): again and again, a few random tokens are drawn anew under the text."""
+    """Mask-free editing: again and again, a few random tokens are drawn anew under the text."""
     count = torch.full((len(tokens),), EDIT_SHARE * tokens[0].numel(), device=tokens.device)
     for _ in range(iterations):
         chosen = lowest(uniform(tokens.shape, noise, tokens.device), count)
@@ -319,27 +290,24 @@ def resample(network, tokens, text, noise, negative=None, iterations=EDIT_ITERAT
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The system: what training/loop.py trains.
+# The system.
 
 
 class Muse:
-    """All networks of Muse, how they learn, and how they draw.
+    """The networks of Muse, how they learn, and how they draw: by the running average of the transformer.
 
     clip: a FrozenClip. resolution: of the images, a multiple of FACTOR. The VQGAN learns from the first
-    TOKENIZER_IMAGES images, the transformer from those after them. Draws come from the transformer's running average.
+    TOKENIZER_IMAGES images, the transformer from those after them.
     """
 
     def __init__(self, clip, resolution, device):
         self.clip, self.resolution, self.device = clip, resolution, device
-        self.vqgan = VQGAN().to(device)
-        self.discriminator = patch_discriminator().to(device)
+        self.vqgan, self.discriminator = VQGAN().to(device), patch_discriminator().to(device)
         self.transformer = Transformer(resolution // FACTOR, clip.width).to(device)
+        learning = dict(vqgan=self.vqgan, discriminator=self.discriminator, transformer=self.transformer)
+        self.optimizers = {name: torch.optim.Adam(x.parameters(), **ADAM) for name, x in learning.items()}
         self.ema = copy.deepcopy(self.transformer).eval().requires_grad_(False)
-        self.networks = dict(
-            vqgan=self.vqgan, discriminator=self.discriminator, transformer=self.transformer, ema=self.ema
-        )
-        learning = ("vqgan", "discriminator", "transformer")
-        self.optimizers = {name: torch.optim.Adam(self.networks[name].parameters(), **ADAM) for name in learning}
+        self.networks = {**learning, "ema": self.ema}
 
     def step(self, number, images, text, noise):
         """Learns from a batch: images [B, 3, R, R] in [−1, 1], their clip.Text, a torch.Generator → {name: scalar}.
@@ -349,9 +317,7 @@ class Muse:
         seen = number * len(images)
         if seen < TOKENIZER_IMAGES:
             return self.train_vqgan(images, noise)
-        report = self.train_transformer(images, text, noise)
-        self.update_ema(seen - TOKENIZER_IMAGES + len(images), len(images))
-        return report
+        return self.train_transformer(images, text, noise, seen - TOKENIZER_IMAGES)
 
     def train_vqgan(self, images, noise):
         """A step of the VQGAN, then one of its discriminator (hinge losses)."""
@@ -364,25 +330,29 @@ class Muse:
             "adversarial": -self.discriminator(reconstructed).mean(),
             "codebook": codebook_loss,
         }
-        weights = {"reconstruction": 1, "perceptual": PERCEPTUAL, "adversarial": ADVERSARIAL, "codebook": 1}
-        self.update("vqgan", sum(weight * report[name] for name, weight in weights.items()))
+        self.update("vqgan", sum(weight * report[name] for name, weight in LOSS_WEIGHTS.items()))
         self.vqgan.codebook.restart(z.detach(), tokens, noise)
-
         real, fake = self.discriminator(images), self.discriminator(reconstructed.detach())
         report["discriminator"] = F.relu(1 - real).mean() + F.relu(1 + fake).mean()
         self.update("discriminator", report["discriminator"])
-        report["codes_in_batch"] = torch.tensor(float(len(tokens.unique())))
-        return {name: value.detach() for name, value in report.items()}
+        return {name: value.detach() for name, value in report.items()} | {
+            "codes": tokens.new_tensor(len(tokens.unique()))
+        }
 
-    def train_transformer(self, images, text, noise):
-        """A step of the transformer."""
+    def train_transformer(self, images, text, noise, seen):
+        """A step of the transformer and its running average; seen: images that it has learned from before."""
         with torch.no_grad():
             tokens = self.vqgan.encode(images)
         shown = mask_randomly(tokens, noise)
-        logits = self.transformer(shown, drop_text(text, noise))
+        told = uniform(text.eot.shape, noise, images.device) >= TEXT_DROP
+        logits = self.transformer(shown, text._replace(tokens=text.tokens * told[:, None, None]))
         masked = shown == MASK
         loss = F.cross_entropy(logits[masked], tokens[masked])  # what the transformer was shown does not count
         self.update("transformer", loss)
+        half_life = min(EMA_HALF_LIFE, 0.05 * (seen + len(images)))  # short at first, to forget how it began
+        with torch.no_grad():
+            weight = 1 - 0.5 ** (len(images) / half_life)
+            torch._foreach_lerp_(list(self.ema.parameters()), list(self.transformer.parameters()), weight)
         right = (logits.argmax(-1) == tokens)[masked].float().mean()
         return {"cross_entropy": loss.detach(), "accuracy": right, "masked": masked.float().mean()}
 
@@ -393,16 +363,10 @@ class Muse:
         self.optimizers[name].step()
 
     @torch.no_grad()
-    def update_ema(self, seen, batch):
-        """Moves the running average; its half-life is short while the transformer has seen few images."""
-        decay = 0.5 ** (batch / min(EMA_HALF_LIFE, 0.05 * seen))
-        torch._foreach_lerp_(list(self.ema.parameters()), list(self.transformer.parameters()), 1 - decay)
-
-    @torch.no_grad()
     def draw(self, seed, text, tokens=None, **options):
         """clip.Text of B captions → images [B, 3, R, R] in [−1, 1].
 
-        tokens: [B, R/4, R/4], MASK where to draw, as `with_hole` and `with_border` make them; by default all MASK.
+        tokens: [B, R/4, R/4], MASK where to draw, as `with_hole` makes them; by default all MASK.
         options, as `fill` takes them: negative, the clip.Text of what not to draw; steps; guidance.
         """
         side = self.resolution // FACTOR
@@ -412,15 +376,9 @@ class Muse:
 
     @torch.no_grad()
     def with_hole(self, images, region):
-        """For inpainting: the tokens of images, but for those that `region`, bool [B, R, R], touches."""
+        """The tokens of images, MASK where `region`, bool [B, R, R], touches them; for outpainting it is the border."""
         touched = F.max_pool2d(region.float(), FACTOR).bool()
         return self.vqgan.encode(images).masked_fill(touched, MASK)
-
-    @torch.no_grad()
-    def with_border(self, images):
-        """For outpainting: the tokens of smaller images [B, 3, S, S] in the middle, and nothing around them."""
-        margin = (self.resolution - images.shape[-1]) // FACTOR // 2
-        return F.pad(self.vqgan.encode(images), [margin] * 4, value=MASK)
 
     @torch.no_grad()
     def edit(self, seed, images, text, **options):
