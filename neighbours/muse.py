@@ -335,9 +335,8 @@ class Muse:
         real, fake = self.discriminator(images), self.discriminator(reconstructed.detach())
         report["discriminator"] = F.relu(1 - real).mean() + F.relu(1 + fake).mean()
         self.update("discriminator", report["discriminator"])
-        return {name: value.detach() for name, value in report.items()} | {
-            "codes": tokens.new_tensor(len(tokens.unique()))
-        }
+        report["codes"] = torch.tensor(float(len(tokens.unique())))
+        return {name: value.detach() for name, value in report.items()}
 
     def train_transformer(self, images, text, noise, seen):
         """A step of the transformer and its running average; seen: images that it has learned from before."""
