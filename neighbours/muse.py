@@ -28,7 +28,7 @@ CHANNELS = (32, 64, 64)  # at R, R/2 and R/4
 NUM_CODES, CODE_DIM = 1024, 32
 LOSS_WEIGHTS = {"reconstruction": 1, "perceptual": 0.05, "adversarial": 0.1, "codebook": 1}
 COMMITMENT = 0.25  # within the codebook's loss
-USAGE_DECAY, DEAD = 0.98, 0.02  # a code is dead if it is used less often than this share of the mean
+USAGE_DECAY, DEAD = 0.95, 0.05  # a code is dead if it is used less often than this share of the mean
 TOKENIZER_IMAGES = 30_000  # images that the VQGAN learns from; after them it is frozen, and the transformer learns
 
 # The transformer.
