@@ -1,0 +1,390 @@
+"""Muse (Chang et al. 2023, arXiv 2301.00704): a picture is a grid of tokens, and a transformer fills it in a few steps.
+
+A VQGAN turns pictures into tokens and back. A transformer sees the text and a picture some of whose tokens are masked,
+and learns what stood there. Parallel decoding begins with all of them masked, predicts all at once, and keeps those it
+is most certain of, step after step.
+
+What differs from the paper:
+- The text is read by Aurora's frozen CLIP, not by T5-XXL. The transformer sees all of its tokens all the same.
+- Sizes are for one CPU core: the VQGAN shrinks by 4, not 16, its base width is 32, not 128, its codes are 1024, not
+  8192, and the transformer is small.
+- The second transformer, which draws more tokens from those of the first, is left out.
+- Codes that no picture uses are moved to where pictures are (Codebook.restart).
+"""
+
+import copy
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from attention import merge_heads, split_heads
+from clip import Text
+
+# The VQGAN.
+FACTOR = 4  # pixels along the side of a token
+CHANNELS = (32, 64, 64)  # at R, R/2 and R/4
+NUM_CODES, CODE_DIM = 1024, 32
+LOSS_WEIGHTS = {"reconstruction": 1, "perceptual": 0.05, "adversarial": 0.1, "codebook": 1}
+COMMITMENT = 0.25  # within the codebook's loss
+USAGE_DECAY, DEAD = 0.95, 0.05  # a code is dead if it is used less often than this share of the mean
+TOKENIZER_IMAGES = 30_000  # images that the VQGAN learns from; after them it is frozen, and the transformer learns
+
+# The transformer.
+DIM, NUM_LAYERS, NUM_HEADS = 256, 6, 8
+TEXT_DROP = 0.1  # share of pictures that are learned without their text, for guidance
+EMA_HALF_LIFE = 10_000  # images
+ADAM = dict(lr=5e-4, betas=(0.9, 0.99), fused=True)  # of all networks
+
+# Decoding.
+MASK = -1  # in place of a token that is not known
+STEPS = 24
+TEMPERATURE = 4.5  # of the noise on the confidence, at the start
+GUIDANCE = 3.0
+EDIT_SHARE, EDIT_ITERATIONS, EDIT_GUIDANCE, EDIT_TOP_K = 0.08, 100, 4.0, 3
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The VQGAN (Esser et al. 2021): fully convolutional, so that it takes pictures of any size.
+
+
+class ResidualBlock(nn.Module):
+    """Two convolutions beside the identity, [B, C, H, W] → [B, D, H, W]."""
+
+    def __init__(self, in_channels, out_channels):
+        super().__init__()
+        same = in_channels == out_channels
+        self.skip = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
+        first = nn.GroupNorm(8, in_channels), nn.SiLU(), nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        second = nn.GroupNorm(8, out_channels), nn.SiLU(), nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.branch = nn.Sequential(*first, *second)
+
+    def forward(self, x):
+        return self.skip(x) + self.branch(x)
+
+
+def encoder(channels, code_dim):
+    """Images [B, 3, R, R] → vectors [B, code_dim, R/4, R/4]: two residual blocks a level, stride-2 steps between."""
+    layers, width = [nn.Conv2d(3, channels[0], 3, padding=1)], channels[0]
+    for level, wider in enumerate(channels):
+        if level > 0:
+            layers.append(nn.Conv2d(width, width, 3, padding=1, stride=2))
+        layers += [ResidualBlock(width, wider), ResidualBlock(wider, wider)]
+        width = wider
+    return nn.Sequential(*layers, nn.GroupNorm(8, width), nn.SiLU(), nn.Conv2d(width, code_dim, 1))
+
+
+def decoder(channels, code_dim):
+    """Vectors [B, code_dim, H, W] → images [B, 3, 4H, 4W]: the encoder in reverse."""
+    layers, width = [nn.Conv2d(code_dim, channels[-1], 3, padding=1)], channels[-1]
+    for level, narrower in enumerate(reversed(channels)):
+        if level > 0:
+            layers += [nn.Upsample(scale_factor=2), nn.Conv2d(width, narrower, 3, padding=1)]
+        layers += [ResidualBlock(narrower, narrower), ResidualBlock(narrower, narrower)]
+        width = narrower
+    return nn.Sequential(*layers, nn.GroupNorm(8, width), nn.SiLU(), nn.Conv2d(width, 3, 3, padding=1))
+
+
+class Codebook(nn.Module):
+    """K vectors; a token is the number of the nearest one."""
+
+    def __init__(self, num_codes, code_dim):
+        super().__init__()
+        self.codes = nn.Parameter(torch.randn(num_codes, code_dim))
+        self.register_buffer("usage", torch.zeros(num_codes))  # running share of the vectors, times K: the mean is 1
+
+    def nearest(self, z):
+        """Vectors [..., D] → tokens [...]. |z − e|² without |z|², which is the same for all codes."""
+        return (self.codes.square().sum(1) - 2 * z @ self.codes.T).argmin(-1)
+
+    def forward(self, z):
+        """Vectors [B, D, H, W] → quantized [B, D, H, W], tokens [B, H, W], loss.
+
+        The straight-through gradient: what the decoder asks of the quantized vectors reaches z unchanged. The loss
+        draws codes to the vectors and, COMMITMENT times, vectors to their codes.
+        """
+        points = z.movedim(1, -1)
+        tokens = self.nearest(points.detach())
+        codes = self.codes[tokens]
+        loss = F.mse_loss(codes, points.detach()) + COMMITMENT * F.mse_loss(points, codes.detach())
+        quantized = points + (codes - points).detach()
+        return quantized.movedim(-1, 1), tokens, loss
+
+    @torch.no_grad()
+    def restart(self, z, tokens, noise):
+        """Counts a batch's tokens, and moves dead codes to vectors of the batch drawn at random.
+
+        At the start all are dead but for those that the first batch uses, so that batch places them. A code without
+        vectors has no gradient, and would never come back by itself.
+        """
+        share = tokens.flatten().bincount(minlength=len(self.codes)) / tokens.numel()
+        self.usage.lerp_(share * len(self.codes), 1 - USAGE_DECAY)
+        dead = self.usage < DEAD
+        points = z.movedim(1, -1).flatten(0, -2)
+        drawn = torch.randint(len(points), (len(self.codes),), generator=noise, device=noise.device)
+        self.codes.copy_(torch.where(dead[:, None], points[drawn.to(z.device)], self.codes))
+        self.usage.masked_fill_(dead, 1.0)
+
+
+class VQGAN(nn.Module):
+    """Encoder, codebook and decoder: images [B, 3, R, R] in [−1, 1] ↔ tokens [B, R/4, R/4]."""
+
+    def __init__(self, channels=CHANNELS, num_codes=NUM_CODES, code_dim=CODE_DIM):
+        super().__init__()
+        self.encoder = encoder(channels, code_dim)
+        self.codebook = Codebook(num_codes, code_dim)
+        self.decoder = decoder(channels, code_dim)
+
+    def encode(self, images):
+        return self.codebook.nearest(self.encoder(images).movedim(1, -1))
+
+    def decode(self, tokens):
+        return self.decoder(self.codebook.codes[tokens].movedim(-1, 1)).clamp(-1, 1)
+
+
+def patch_discriminator(width=32):
+    """Images [B, 3, R, R] → logits [B, 1, R/4, R/4], each about the patch it sees; larger means more like real."""
+    first = nn.Conv2d(3, width, 4, padding=1, stride=2), nn.LeakyReLU(0.2)
+    second = nn.Conv2d(width, 2 * width, 4, padding=1, stride=2), nn.GroupNorm(8, 2 * width), nn.LeakyReLU(0.2)
+    return nn.Sequential(*first, *second, nn.Conv2d(2 * width, 1, 3, padding=1))
+
+
+def perceptual_loss(clip, images, reconstructed):
+    """LPIPS (Zhang et al. 2018) without its learned weights: the distance of CLIP's feature maps, of unit length."""
+    with torch.no_grad():
+        wanted = clip.see(images)[1]
+    maps = zip(wanted, clip.see(reconstructed)[1], strict=True)
+    return sum((F.normalize(a) - F.normalize(b)).square().sum(1).mean() for a, b in maps)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The transformer.
+
+
+class Attention(nn.Module):
+    """Attention of x [B, N, D] to a context [B, T, context_dim]; visible, if given, is a mask [B, 1, 1, T]."""
+
+    def __init__(self, dim, context_dim, num_heads):
+        super().__init__()
+        self.num_heads = num_heads
+        self.to_q = nn.Linear(dim, dim, bias=False)
+        self.to_kv = nn.Linear(context_dim, 2 * dim, bias=False)
+        self.proj_out = nn.Linear(dim, dim, bias=False)
+
+    def forward(self, x, context, visible=None):
+        k, v = self.to_kv(context).chunk(2, dim=-1)
+        q, k, v = (split_heads(t, self.num_heads) for t in (self.to_q(x), k, v))
+        return self.proj_out(merge_heads(F.scaled_dot_product_attention(q, k, v, attn_mask=visible)))
+
+
+class Block(nn.Module):
+    """Self-attention, cross-attention to the text, MLP: pre-norm residuals over [B, N, D]."""
+
+    def __init__(self, dim, text_width, num_heads):
+        super().__init__()
+        self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(dim) for _ in range(3))
+        self.self_attention = Attention(dim, dim, num_heads)
+        self.cross_attention = Attention(dim, text_width, num_heads)
+        self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
+
+    def forward(self, x, text, visible):
+        h = self.norm1(x)
+        x = x + self.self_attention(h, h)
+        x = x + self.cross_attention(self.norm2(x), text, visible)
+        return x + self.mlp(self.norm3(x))
+
+
+class Transformer(nn.Module):
+    """Tokens [B, side, side], some of them MASK, and clip.Text → logits [B, side, side, num_codes].
+
+    Cross-attention has no biases, so to a text of zeros it adds nothing: that is how text is left out.
+    """
+
+    def __init__(self, side, text_width, num_codes=NUM_CODES, dim=DIM, num_layers=NUM_LAYERS, num_heads=NUM_HEADS):
+        super().__init__()
+        self.embedding = nn.Embedding(num_codes + 1, dim)  # row 0 is MASK's
+        self.rows = nn.Parameter(torch.randn(side, 1, dim))
+        self.columns = nn.Parameter(torch.randn(side, dim))
+        self.blocks = nn.ModuleList(Block(dim, text_width, num_heads) for _ in range(num_layers))
+        self.norm = nn.LayerNorm(dim)
+        self.to_logits = nn.Linear(dim, num_codes)
+
+    def forward(self, tokens, text):
+        position = torch.arange(text.tokens.shape[1], device=tokens.device)
+        visible = (position <= text.eot[:, None])[:, None, None]  # [B, 1, 1, T]: no padding
+        x = (self.embedding(tokens - MASK) + self.rows + self.columns).flatten(1, 2)  # [B, N, D]
+        for block in self.blocks:
+            x = block(x, text.tokens, visible)
+        return self.to_logits(self.norm(x)).unflatten(1, tokens.shape[1:])
+
+
+def mask_randomly(tokens, noise):
+    """Masks a share r = cos(π/2·u) of each picture's tokens [B, H, W], at least one; u is uniform in [0, 1)."""
+    share = torch.cos(math.pi / 2 * uniform(tokens.shape[:1], noise, tokens.device))
+    count = (share * tokens[0].numel()).clamp(min=1)
+    return tokens.masked_fill(lowest(uniform(tokens.shape, noise, tokens.device), count), MASK)
+
+
+def lowest(scores, count):
+    """Which of each picture's scores [B, H, W] are its count lowest; count [B], rounded up."""
+    return scores.flatten(1).argsort(1).argsort(1).view_as(scores) < count[:, None, None]
+
+
+def uniform(shape, noise, device):
+    """Uniform numbers in [0, 1) by a generator, which may live on another device."""
+    return torch.rand(shape, generator=noise, device=noise.device).to(device)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Decoding.
+
+
+def gumbel(shape, noise, device):
+    """Standard Gumbel noise: logits plus it have their maximum at k with probability softmax(logits)ₖ."""
+    return -torch.log(-torch.log(uniform(shape, noise, device).clamp(1e-20, 1 - 1e-7)))
+
+
+def guided_logits(network, tokens, text, negative, t):
+    """ℓ = (1 + t)·ℓ_c − t·ℓ_u, logits [B, H, W, K]. ℓ_u is without text, or with a negative prompt."""
+    negative = negative or text._replace(tokens=torch.zeros_like(text.tokens))
+    both = Text(*(torch.cat(pair) for pair in zip(text, negative, strict=True)))
+    wanted, unwanted = network(tokens.repeat(2, 1, 1), both).chunk(2)
+    return (1 + t) * wanted - t * unwanted
+
+
+def keep_certain(tokens, drawn, confidence, count):
+    """Fills MASK from `drawn`, all [B, H, W], and masks the `count` [B] least certain again. Known tokens stay."""
+    unknown = tokens == MASK
+    filled = torch.where(unknown, drawn, tokens)
+    return filled.masked_fill(lowest(confidence.masked_fill(~unknown, math.inf), count), MASK)
+
+
+def fill(network, tokens, text, noise, negative=None, steps=STEPS, guidance=GUIDANCE):
+    """Parallel decoding: tokens [B, H, W], those to be drawn being MASK → the same without MASK.
+
+    After step i of T, N₀·cos(π/2·i/T) tokens are masked, N₀ being the number of unknown ones at the start. Guidance
+    rises from 0 to its full scale: early tokens are drawn freely, and later ones held to the text.
+    """
+    unknown = (tokens == MASK).sum((1, 2)).double()
+    for step in range(steps):
+        progress = (step + 1) / steps
+        logits = guided_logits(network, tokens, text, negative, guidance * (step / (steps - 1) if steps > 1 else 1))
+        drawn = (logits + gumbel(logits.shape, noise, logits.device)).argmax(-1)
+        certainty = logits.log_softmax(-1).gather(-1, drawn[..., None])[..., 0]
+        confidence = certainty + TEMPERATURE * (1 - progress) * gumbel(drawn.shape, noise, logits.device)
+        tokens = keep_certain(tokens, drawn, confidence, (unknown * math.cos(math.pi / 2 * progress)).floor())
+    return tokens
+
+
+def resample(network, tokens, text, noise, negative=None, iterations=EDIT_ITERATIONS):
+    """Mask-free editing: again and again, a few random tokens are drawn anew under the text."""
+    count = torch.full((len(tokens),), EDIT_SHARE * tokens[0].numel(), device=tokens.device)
+    for _ in range(iterations):
+        chosen = lowest(uniform(tokens.shape, noise, tokens.device), count)
+        logits = guided_logits(network, tokens.masked_fill(chosen, MASK), text, negative, EDIT_GUIDANCE)
+        likely, index = logits.topk(EDIT_TOP_K)
+        choice = (likely + gumbel(likely.shape, noise, likely.device)).argmax(-1, keepdim=True)
+        tokens = torch.where(chosen, index.gather(-1, choice)[..., 0], tokens)
+    return tokens
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The system.
+
+
+class Muse:
+    """The networks of Muse, how they learn, and how they draw: by the running average of the transformer.
+
+    clip: a FrozenClip. resolution: of the images, a multiple of FACTOR. The VQGAN learns from the first
+    TOKENIZER_IMAGES images, the transformer from those after them.
+    """
+
+    def __init__(self, clip, resolution, device):
+        self.clip, self.resolution, self.device = clip, resolution, device
+        self.vqgan, self.discriminator = VQGAN().to(device), patch_discriminator().to(device)
+        self.transformer = Transformer(resolution // FACTOR, clip.width).to(device)
+        learning = dict(vqgan=self.vqgan, discriminator=self.discriminator, transformer=self.transformer)
+        self.optimizers = {name: torch.optim.Adam(x.parameters(), **ADAM) for name, x in learning.items()}
+        self.ema = copy.deepcopy(self.transformer).eval().requires_grad_(False)
+        self.networks = {**learning, "ema": self.ema}
+
+    def step(self, number, images, text, noise):
+        """Learns from a batch: images [B, 3, R, R] in [−1, 1], their clip.Text, a torch.Generator → {name: scalar}.
+
+        number: of the step, from 0, which says whose turn it is. The same number, batch and seed do the same.
+        """
+        seen = number * len(images)
+        if seen < TOKENIZER_IMAGES:
+            return self.train_vqgan(images, noise)
+        return self.train_transformer(images, text, noise, seen - TOKENIZER_IMAGES)
+
+    def train_vqgan(self, images, noise):
+        """A step of the VQGAN, then one of its discriminator (hinge losses)."""
+        z = self.vqgan.encoder(images)
+        quantized, tokens, codebook_loss = self.vqgan.codebook(z)
+        reconstructed = self.vqgan.decoder(quantized)
+        report = {
+            "reconstruction": F.l1_loss(reconstructed, images),
+            "perceptual": perceptual_loss(self.clip, images, reconstructed),
+            "adversarial": -self.discriminator(reconstructed).mean(),
+            "codebook": codebook_loss,
+        }
+        self.update("vqgan", sum(weight * report[name] for name, weight in LOSS_WEIGHTS.items()))
+        self.vqgan.codebook.restart(z.detach(), tokens, noise)
+        real, fake = self.discriminator(images), self.discriminator(reconstructed.detach())
+        report["discriminator"] = F.relu(1 - real).mean() + F.relu(1 + fake).mean()
+        self.update("discriminator", report["discriminator"])
+        report["codes"] = torch.tensor(float(len(tokens.unique())))
+        return {name: value.detach() for name, value in report.items()}
+
+    def train_transformer(self, images, text, noise, seen):
+        """A step of the transformer and its running average; seen: images that it has learned from before."""
+        with torch.no_grad():
+            tokens = self.vqgan.encode(images)
+        shown = mask_randomly(tokens, noise)
+        told = uniform(text.eot.shape, noise, images.device) >= TEXT_DROP
+        logits = self.transformer(shown, text._replace(tokens=text.tokens * told[:, None, None]))
+        masked = shown == MASK
+        loss = F.cross_entropy(logits[masked], tokens[masked])  # what the transformer was shown does not count
+        self.update("transformer", loss)
+        half_life = min(EMA_HALF_LIFE, 0.05 * (seen + len(images)))  # short at first, to forget how it began
+        with torch.no_grad():
+            weight = 1 - 0.5 ** (len(images) / half_life)
+            torch._foreach_lerp_(list(self.ema.parameters()), list(self.transformer.parameters()), weight)
+        right = (logits.argmax(-1) == tokens)[masked].float().mean()
+        return {"cross_entropy": loss.detach(), "accuracy": right, "masked": masked.float().mean()}
+
+    def update(self, name, loss):
+        """A step of one optimizer."""
+        self.networks[name].zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimizers[name].step()
+
+    @torch.no_grad()
+    def draw(self, seed, text, tokens=None, **options):
+        """clip.Text of B captions → images [B, 3, R, R] in [−1, 1].
+
+        tokens: [B, R/4, R/4], MASK where to draw, as `with_hole` makes them; by default all MASK.
+        options, as `fill` takes them: negative, the clip.Text of what not to draw; steps; guidance.
+        """
+        side = self.resolution // FACTOR
+        if tokens is None:
+            tokens = torch.full((len(text.eot), side, side), MASK, device=self.device)
+        return self.vqgan.decode(fill(self.ema, tokens, text, torch.Generator().manual_seed(seed), **options))
+
+    @torch.no_grad()
+    def with_hole(self, images, region):
+        """The tokens of images, MASK where `region`, bool [B, R, R], touches them; for outpainting it is the border."""
+        touched = F.max_pool2d(region.float(), FACTOR).bool()
+        return self.vqgan.encode(images).masked_fill(touched, MASK)
+
+    @torch.no_grad()
+    def edit(self, seed, images, text, **options):
+        """Changes images [B, 3, R, R] toward a text, without being told where. options: as `resample` takes them."""
+        tokens = self.vqgan.encode(images)
+        return self.vqgan.decode(resample(self.ema, tokens, text, torch.Generator().manual_seed(seed), **options))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The command: main() of `train` and `sample` belongs here.

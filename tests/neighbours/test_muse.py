@@ -1,0 +1,323 @@
+"""Muse by its formulas: masking, decoding, guidance, the codebook; and that a few steps teach it something."""
+
+import itertools
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from clip import Text, load_clip
+from neighbours import muse
+from neighbours.muse import (
+    MASK,
+    Codebook,
+    Muse,
+    Transformer,
+    fill,
+    guided_logits,
+    keep_certain,
+    mask_randomly,
+    resample,
+)
+
+CPU = torch.device("cpu")
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def some_text(batch, eot=3, seed=0):
+    tokens = torch.randn(batch, 6, 8, generator=seeded(seed))
+    return Text(tokens, torch.full((batch,), eot), torch.zeros(batch, 4))
+
+
+class Recorder:
+    """A transformer that says the same logits [side, side, K] of every picture, and keeps what it was asked."""
+
+    def __init__(self, logits):
+        self.logits = logits
+        self.seen = []
+
+    def __call__(self, tokens, text):
+        self.seen.append((tokens.chunk(2)[0], text))
+        return self.logits.expand(len(tokens), *self.logits.shape)
+
+
+def small_transformer():
+    """Four by four tokens of 10 codes."""
+    torch.manual_seed(0)
+    return Transformer(4, 8, num_codes=10, dim=16, num_layers=2, num_heads=2)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The VQGAN.
+
+
+def test_nearest_code_is_the_naive_argmin():
+    torch.manual_seed(0)
+    codebook, z = Codebook(50, 6), torch.randn(7, 3, 6)
+    distances = (z.double()[:, :, None] - codebook.codes.double()).square().sum(-1)
+    assert torch.equal(codebook.nearest(z), distances.argmin(-1))
+
+
+def test_straight_through_gradient():
+    """The encoder gets the decoder's gradient unchanged, and that of the commitment, .25·2·(z − e)/numel."""
+    torch.manual_seed(0)
+    codebook = Codebook(20, 4).double()
+    z = torch.randn(2, 4, 3, 3, dtype=torch.float64, requires_grad=True)
+    upstream = torch.randn_like(z)
+    quantized, tokens, loss = codebook(z)
+    codes = codebook.codes[tokens].movedim(-1, 1)
+    torch.testing.assert_close(quantized, codes)
+    (quantized * upstream).sum().add(loss).backward()
+    residual = (z - codes).detach()
+    torch.testing.assert_close(z.grad, upstream + 0.25 * 2 * residual / z.numel())
+
+    expected = torch.zeros_like(codebook.codes)  # of a code: that of its vectors, and nothing of the decoder's
+    expected.index_add_(0, tokens.flatten(), (-2 * residual / z.numel()).movedim(1, -1).flatten(0, -2))
+    torch.testing.assert_close(codebook.codes.grad, expected)
+
+
+def test_dead_codes_move_to_vectors_and_used_ones_stay():
+    torch.manual_seed(0)
+    codebook = Codebook(8, 3)
+    codes = codebook.codes.detach().clone()
+    z = codes[:2].T.reshape(1, 3, 1, 2).repeat(1, 1, 4, 1) + 0.01 * torch.randn(1, 3, 4, 2)  # near codes 0 and 1
+    tokens = codebook.nearest(z.movedim(1, -1))
+    assert set(tokens.flatten().tolist()) == {0, 1}
+    codebook.restart(z, tokens, seeded())
+    assert torch.equal(codebook.codes[:2], codes[:2])
+    points = z.movedim(1, -1).flatten(0, -2)
+    assert all((points == code).all(1).any() for code in codebook.codes[2:])
+    moved = codebook.codes.detach().clone()
+    codebook.restart(z + 1, tokens, seeded(1))  # they are given time before they count as dead again
+    assert torch.equal(codebook.codes, moved)
+
+
+def test_vqgan_takes_any_size():
+    vqgan = muse.VQGAN(channels=(8, 8, 8), num_codes=16, code_dim=4)
+    tokens = vqgan.encode(torch.zeros(2, 3, 12, 20))
+    assert tokens.shape == (2, 3, 5)
+    assert vqgan.decode(tokens).shape == (2, 3, 12, 20)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Masking and the transformer.
+
+
+def test_mean_share_masked_is_two_over_pi():
+    """E[cos(π/2·u)] = 2/π, and its variance ½ − 4/π²; the count is rounded up, by half a token in the mean."""
+    draws, side = 4000, 32
+    shown = mask_randomly(torch.zeros(draws, side, side, dtype=torch.long), seeded())
+    share = (shown == MASK).double().mean((1, 2))
+    error = math.sqrt((1 / 2 - 4 / math.pi**2) / draws)
+    assert abs(share.mean() - 2 / math.pi - 0.5 / side**2) < 4 * error
+    quantiles = torch.linspace(0.1, 0.9, 9, dtype=torch.float64)  # P(r < x) = 1 − 2/π·arccos x
+    torch.testing.assert_close(share.quantile(quantiles), torch.cos(math.pi / 2 * (1 - quantiles)), atol=0.03, rtol=0)
+
+
+def test_places_masked_are_random_and_at_least_one():
+    shown = mask_randomly(torch.zeros(3000, 2, 2, dtype=torch.long), seeded())
+    masked = (shown == MASK).double()
+    assert masked.sum((1, 2)).min() == 1
+    torch.testing.assert_close(masked.mean(0), masked.mean().expand(2, 2), atol=0.03, rtol=0)
+
+
+@pytest.mark.parametrize("drop", [0.0, 1.0])
+def test_only_masked_tokens_count(monkeypatch, drop):
+    """The loss is the mean of −log p over the masked tokens, written out; dropped text is none."""
+    monkeypatch.setattr(muse, "TEXT_DROP", drop)
+    torch.manual_seed(0)
+    system = Muse(load_clip("emoji"), 16, CPU)
+    images, text = torch.rand(4, 3, 16, 16) * 2 - 1, system.clip.encode_text(system.clip.tokenize(["cat"] * 4))
+    tokens = system.vqgan.encode(images)
+    shown = mask_randomly(tokens, seeded(5))
+    told = text._replace(tokens=(1 - drop) * text.tokens)
+    log_p = system.transformer(shown, told).detach().double().log_softmax(-1)
+    masked = [tuple(place) for place in (shown == MASK).nonzero().tolist()]
+    expected = torch.stack([-log_p[place][tokens[place]] for place in masked]).mean()
+    report = system.train_transformer(images, text, seeded(5), 0)
+    torch.testing.assert_close(report["cross_entropy"].double(), expected, atol=1e-5, rtol=1e-5)
+    assert report["masked"] == pytest.approx(len(masked) / tokens.numel())
+
+
+def test_text_of_zeros_is_self_attention_alone():
+    """Cross-attention adds nothing then, whatever its weights; and padding after the end of the text is not read."""
+    network, tokens = small_transformer(), torch.randint(-1, 10, (2, 4, 4), generator=seeded())
+    text = some_text(2)
+    silent = network(tokens, text._replace(tokens=torch.zeros_like(text.tokens)))
+    padded = text._replace(tokens=text.tokens.clone())
+    padded.tokens[:, 4:] += 1
+    assert torch.equal(network(tokens, padded), network(tokens, text))
+    assert not torch.allclose(network(tokens, text), silent)
+    for block in network.blocks:
+        block.cross_attention.proj_out.weight.data.zero_()
+    torch.testing.assert_close(network(tokens, text), silent)
+
+
+def test_transformer_tells_rows_from_columns():
+    network, text = small_transformer(), some_text(1)
+    logits = network(torch.full((1, 4, 4), MASK), text)
+    assert logits.shape == (1, 4, 4, 10)
+    corners = [logits[0, row, column] for row in (0, 3) for column in (0, 3)]
+    assert not any(torch.allclose(a, b) for a, b in itertools.combinations(corners, 2))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Decoding.
+
+
+def test_guidance_at_its_ends_and_between():
+    network, tokens, text = small_transformer(), torch.full((2, 4, 4), MASK), some_text(2)
+    wanted = network(tokens, text)
+    unwanted = network(tokens, text._replace(tokens=torch.zeros_like(text.tokens)))
+    torch.testing.assert_close(guided_logits(network, tokens, text, None, 0), wanted)
+    torch.testing.assert_close(guided_logits(network, tokens, text, None, 2.5), 3.5 * wanted - 2.5 * unwanted)
+
+
+def test_negative_prompt_replaces_the_unconditional_logits():
+    network, tokens, text, other = small_transformer(), torch.full((2, 4, 4), MASK), some_text(2), some_text(2, 4, 1)
+    expected = 3 * network(tokens, text) - 2 * network(tokens, other)
+    torch.testing.assert_close(guided_logits(network, tokens, text, other, 2), expected)
+    neutral = guided_logits(network, tokens, text, text, 2)  # what is wanted, unwanted as much
+    torch.testing.assert_close(neutral, network(tokens, text))
+
+
+@pytest.mark.parametrize(("steps", "expected"), [(1, [3.0]), (2, [0.0, 3.0]), (5, [0.0, 0.75, 1.5, 2.25, 3.0])])
+def test_guidance_rises_linearly(monkeypatch, steps, expected):
+    scales = []
+    monkeypatch.setattr(muse, "guided_logits", lambda *args: scales.append(args[-1]) or torch.zeros(1, 4, 4, 10))
+    fill(None, torch.full((1, 4, 4), MASK), some_text(1), seeded(), steps=steps, guidance=3.0)
+    assert scales == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("steps", [1, 8, 24])
+def test_masked_counts_at_every_step(steps):
+    """N₀·cos(π/2·i/T), rounded down, with N₀ of each picture its own: all of it, a part, one token, none."""
+    side, unknown = 8, [64, 37, 1, 0]
+    tokens = torch.arange(64).repeat(4, 1) % 7
+    for row, count in zip(tokens, unknown, strict=True):
+        row[torch.randperm(64, generator=seeded(count))[:count]] = MASK
+    network, tokens = Recorder(torch.randn(side, side, 7, generator=seeded())), tokens.view(4, side, side)
+    filled = fill(network, tokens, some_text(4), seeded(), steps=steps)
+    states = [seen for seen, _ in network.seen] + [filled]
+    counts = [(state == MASK).sum((1, 2)).tolist() for state in states]
+    shares = [math.cos(math.pi / 2 * i / steps) + 1e-9 for i in range(steps + 1)]
+    assert counts == [[math.floor(n * share) for n in unknown] for share in shares]
+    for before, after in itertools.pairwise([tokens, *states]):
+        assert torch.equal(after[before != MASK], before[before != MASK])  # what is known never changes
+
+
+def test_least_certain_are_masked_again():
+    tokens = torch.tensor([[[MASK, 5], [MASK, MASK]]])
+    confidence = torch.tensor([[[-1.0, -9.0], [-3.0, -2.0]]])  # the known token's does not count
+    kept = keep_certain(tokens, torch.full_like(tokens, 8), confidence, torch.tensor([2]))
+    assert kept.tolist() == [[[8, 5], [MASK, MASK]]]
+
+
+def test_tokens_are_drawn_by_their_probability():
+    """One step without guidance draws from softmax(ℓ): frequencies over many places, within four errors."""
+    logits = torch.tensor([0.0, 1.0, 2.0, -1.0])
+    network = Recorder(logits.expand(100, 100, 4))
+    drawn = fill(network, torch.full((1, 100, 100), MASK), some_text(1), seeded(), steps=1)
+    share, expected = drawn.flatten().bincount(minlength=4) / drawn.numel(), logits.softmax(0)
+    assert ((share - expected).abs() < 4 * (expected * (1 - expected) / drawn.numel()).sqrt()).all()
+
+
+def test_confidence_noise_is_annealed(monkeypatch):
+    """Where all tokens are as certain, confidence spreads as τ(1 − i/T) times Gumbel's deviation, π/√6."""
+    spreads, keep = [], muse.keep_certain
+    monkeypatch.setattr(muse, "keep_certain", lambda *args: spreads.append(args[2].std()) or keep(*args))
+    fill(Recorder(torch.zeros(64, 64, 4)), torch.full((1, 64, 64), MASK), some_text(1), seeded(), steps=4)
+    expected = torch.tensor([muse.TEMPERATURE * (1 - i / 4) * math.pi / math.sqrt(6) for i in (1, 2, 3, 4)])
+    torch.testing.assert_close(torch.stack(spreads), expected, rtol=0.06, atol=1e-6)
+
+
+def test_editing_resamples_few_likely_tokens():
+    """Eight per cent an iteration, rounded up, and none but the three likeliest codes."""
+    tokens = torch.full((2, 8, 8), 6)
+    network = Recorder(torch.arange(7.0).expand(8, 8, 7))
+    once = resample(network, tokens, some_text(2), seeded(), iterations=1)
+    assert ((network.seen[0][0] == MASK).sum((1, 2)) == 6).all()
+    assert (once[network.seen[0][0] != MASK] == 6).all()
+    often = resample(network, torch.zeros_like(tokens), some_text(2), seeded(), iterations=100)
+    assert set(often.flatten().tolist()) == {4, 5, 6}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The system.
+
+
+@pytest.fixture
+def learn(monkeypatch):
+    """Trains Muse on 8 pictures of 16×16 for some steps of both stages → the system, its pictures, text and reports."""
+
+    def train(steps, seed=0):
+        torch.manual_seed(seed)
+        monkeypatch.setattr(muse, "TOKENIZER_IMAGES", 8 * steps)
+        system = Muse(load_clip("emoji"), 16, CPU)
+        images = F.interpolate(torch.rand(8, 3, 2, 2, generator=seeded()) * 2 - 1, size=16)
+        words = ["red heart", "cat", "dog", "flag", "sun", "tree", "blue heart", "face"]
+        text = system.clip.encode_text(system.clip.tokenize(words))
+        reports = [system.step(number, images, text, seeded(number)) for number in range(2 * steps)]
+        return system, images, text, reports
+
+    return train
+
+
+def test_both_losses_fall(learn):
+    steps = 16
+    system, _, _, reports = learn(steps)
+    tokenizer, transformer = reports[:steps], reports[steps:]
+    assert tokenizer[-1]["reconstruction"] < 0.6 * tokenizer[0]["reconstruction"]
+    assert sum(r["cross_entropy"] for r in transformer[-4:]) < 0.8 * sum(r["cross_entropy"] for r in transformer[:4])
+    assert all(x.ndim == 0 and not x.requires_grad for report in reports for x in report.values())
+    assert set(system.optimizers) == {"vqgan", "discriminator", "transformer"} == set(system.networks) - {"ema"}
+
+
+def test_the_vqgan_is_frozen_while_the_transformer_learns(learn):
+    system, images, text, _ = learn(1)
+    before = {name: x.clone() for name, x in system.vqgan.state_dict().items()}
+    ema, learned = system.ema.norm.weight.clone(), system.transformer.norm.weight.clone()
+    system.step(2, images, text, seeded(2))
+    assert all(torch.equal(x, before[name]) for name, x in system.vqgan.state_dict().items())
+    now = system.transformer.norm.weight
+    assert not torch.equal(now, learned)
+    weight = 1 - 0.5 ** (8 / (0.05 * 16))  # 16 images seen by the transformer
+    torch.testing.assert_close(system.ema.norm.weight, ema + weight * (now.detach() - ema))
+
+
+def test_same_seed_same_everything(learn):
+    (one, images, text, reports), (two, _, _, again) = learn(2), learn(2)
+    assert reports == again
+    for a, b in zip(one.networks.values(), two.networks.values(), strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+    assert torch.equal(one.draw(3, text, steps=4), two.draw(3, text, steps=4))
+    assert not torch.equal(one.draw(3, text, steps=4), one.draw(4, text, steps=4))
+    assert torch.equal(one.edit(3, images, text, iterations=2), two.edit(3, images, text, iterations=2))
+
+
+def test_draws_inpaints_and_outpaints(learn):
+    system, images, text, _ = learn(1)
+    drawn = system.draw(0, text, steps=3)
+    assert drawn.shape == images.shape
+    assert drawn.abs().max() <= 1
+
+    tokens = system.vqgan.encode(images)
+    region = torch.zeros(8, 16, 16, dtype=torch.bool)
+    region[:, 5:9, 7] = True  # touches two by one tokens
+    holed = system.with_hole(images, region)
+    assert (holed == MASK).nonzero()[:2].tolist() == [[0, 1, 1], [0, 2, 1]]
+    assert ((holed == MASK) | (holed == tokens)).all()
+    assert (holed == MASK).sum() == 16
+    filled = fill(system.ema, holed, text, seeded(), steps=3)
+    assert torch.equal(filled[holed != MASK], tokens[holed != MASK])
+    torch.testing.assert_close(system.draw(0, text, holed, steps=3), system.vqgan.decode(filled))
+
+    border = torch.ones(8, 16, 16, dtype=torch.bool)
+    border[:, 4:12, 4:12] = False
+    surrounded = system.with_hole(images, border)
+    assert (surrounded == MASK).sum() == 8 * 12
+    assert torch.equal(surrounded[:, 1:3, 1:3], tokens[:, 1:3, 1:3])
