@@ -1,7 +1,8 @@
 """Where captioned images come from: the built-in scenes, a folder, or WebDataset shards.
 
 A source yields batches to the ranks: `batches` for training, endless and able to start at any step, as what a step sees
-depends on the seed and the step alone; `evaluation` in a fixed order for the FID. What cannot be used is skipped, and
+depends on the seed and the step alone; `evaluation` in a fixed order for the FID, of which a rank may take its share:
+every world_size-th pair, so that it decodes no others. What cannot be used is skipped, and
 every batch says how much was, and why.
 """
 
@@ -128,11 +129,12 @@ class Scenes:
         for images, captions, _ in self.evaluation(64, held_out):
             yield from zip(images, ([caption] for caption in captions), strict=True)
 
-    def evaluation(self, batch=64, held_out=False):
+    def evaluation(self, batch=64, held_out=False, rank=0, world_size=1):
         if held_out:
             return
-        for first in itertools.count(0, batch):  # seed + 2 trains the small CLIP
-            yield self.draw([make_scene(i, 3 * self.seed + 1) for i in range(first, first + batch)])
+        for first in itertools.count(rank, batch * world_size):  # seed + 2 trains the small CLIP
+            numbers = range(first, first + batch * world_size, world_size)
+            yield self.draw([make_scene(i, 3 * self.seed + 1) for i in numbers])
 
 
 def sample_indices(step, batch, rank, world_size):
@@ -194,15 +196,17 @@ class Folder:
         for step in steps:
             yield self.read(sample_indices(step, batch, rank, world_size))
 
-    def examples(self, held_out=False):
+    def examples(self, held_out=False, rank=0, world_size=1):
         """Every pair that can be used, once: a stand-in would be the same image twice. None is held out."""
-        usable = filter(None, map(self.example, () if held_out else self.order(0)))
-        if (first := next(usable, None)) is None:
+        numbers = () if held_out else self.order(0)[rank::world_size]
+        usable = filter(None, map(self.example, numbers))
+        if (first := next(usable, None)) is None and len(numbers):
             raise self.none_usable()
-        return itertools.chain([first], usable)
+        return itertools.chain(filter(None, [first]), usable)
 
-    def evaluation(self, batch=64, held_out=False):
-        return collated(self.examples(held_out), batch, np.random.default_rng(self.seed), self.tally)
+    def evaluation(self, batch=64, held_out=False, rank=0, world_size=1):
+        examples = with_one_caption(self.examples(held_out, rank, world_size), self.seed, rank, world_size)
+        return collated(examples, batch, np.random.default_rng(self.seed), self.tally)
 
 
 class Shards:
@@ -270,16 +274,25 @@ class Shards:
             made = self.block(batch, number, rank, world_size, stream, steps.step)
             yield from itertools.islice(made, sum(i < steps.start for i in mine), len(mine))
 
-    def examples(self, held_out=False):
+    def examples(self, held_out=False, rank=0, world_size=1):
         """Every pair that can be used, once; or those alone whose .json says `held_out`."""
+        numbers = itertools.count()
 
         def wanted(facts):
-            return bool(facts.get("held_out")) == held_out
+            return bool(facts.get("held_out")) == held_out and next(numbers) % world_size == rank
 
         return self.usable(self.samples(wds.SimpleShardList(self.urls)), wanted)
 
-    def evaluation(self, batch=64, held_out=False):
-        return collated(self.examples(held_out), batch, np.random.default_rng(self.seed), self.tally)
+    def evaluation(self, batch=64, held_out=False, rank=0, world_size=1):
+        examples = with_one_caption(self.examples(held_out, rank, world_size), self.seed, rank, world_size)
+        return collated(examples, batch, np.random.default_rng(self.seed), self.tally)
+
+
+def with_one_caption(examples, seed, rank, world_size):
+    """A rank's share of (image, captions) → with one caption each, the same on any number of ranks."""
+    for number, (image, captions) in enumerate(examples):
+        rng = np.random.default_rng([seed, rank + number * world_size])
+        yield image, [captions[rng.integers(len(captions))]]
 
 
 def collate(examples, rng, tally):

@@ -17,7 +17,8 @@ from tqdm import tqdm
 
 from common.cli import HelpFormatter, UserError, told_in_one_line
 from data.scenes import BACKGROUNDS, COLORS, HELD_OUT, RADII, RELATIONS, SEEN, SHAPES, SIZES, make_scene, render
-from evaluation.metrics import expert_counts, outputs
+from evaluation import metrics
+from sampling import latent
 from weights.checkpoint import atomically
 
 WEIGHTS = Path(__file__).parent.parent / "models" / "judge.safetensors"
@@ -158,13 +159,13 @@ def load(path=WEIGHTS):
 
 
 @torch.no_grad()
-def sample(generator, clip, captions, seed):
+def generate(generator, clip, captions, seed):
     """A picture for each caption [N, 3, R, R], and the share of the points that each expert took, {router: [E]}."""
-    z = torch.randn(len(captions), generator.config.z_dim, generator=torch.Generator().manual_seed(seed))
+    z = latent.noise(generator, len(captions), seed)
     images, totals = [], {}
-    for output in outputs(generator, clip, captions, z):
+    for output in metrics.generate(generator, clip, captions, z):
         images.append(output.image.clamp(-1, 1).cpu())
-        for name, counts in expert_counts(generator.config, output.routes).items():
+        for name, counts in metrics.expert_counts(generator.config, output.routes).items():
             totals[name] = totals.get(name, 0) + counts.cpu()
     return torch.cat(images), {name: total / total.sum() for name, total in totals.items()}
 
@@ -176,7 +177,7 @@ def spread(judge, generator, clip, seeds=100):
     """
     ratios = []
     for shape, size in itertools.product(SHAPES, SIZES):
-        images, _ = sample(generator, clip, [f"a {size} blue {shape} on a white background"] * seeds, seed=0)
+        images, _ = generate(generator, clip, [f"a {size} blue {shape} on a white background"] * seeds, seed=0)
         _, centres = judge.read(images)
         expected = (1 - sum(RADII[1][size])) / math.sqrt(12)
         ratios.append(centres[:, 0].std(0).mean() / expected)
@@ -193,7 +194,7 @@ def verdict(judge, generator, clip, count):
     }
     result = {}
     for kind, scenes in asked.items():
-        images, _ = sample(generator, clip, [scene.caption for scene in scenes], seed=1)
+        images, _ = generate(generator, clip, [scene.caption for scene in scenes], seed=1)
         pictures = images, render(scenes, resolution)
         result[kind] = tuple(accuracies(judge.read(those)[0], scenes) for those in pictures)
     return result

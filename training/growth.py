@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from common import distributed
 from common.cli import UserError
-from evaluation.metrics import fake_features, fid, real_features
+from evaluation.metrics import extract_fake_features, extract_real_features, fid
 
 PATIENCE = 10  # evaluations without a better FID after which a stage ends
 
@@ -39,7 +39,7 @@ class Growth:
         """Two disjoint sets of real images: one lends its captions and one its features. Raises UserError."""
         with distributed.together():
             count = 2 * self.recipe.fid_samples
-            features, self.captions = real_features(self.clip, source.evaluation(), count, self.resolutions)
+            features, self.captions = extract_real_features(self.clip, source.evaluation(), count, self.resolutions)
             if len(self.captions) < 4:
                 raise UserError(f"--data holds {len(self.captions)} usable pairs; training needs at least 4")
         half = len(self.captions) // 2
@@ -51,7 +51,7 @@ class Growth:
     def evaluate(self, generator):
         """A generator's FID at the active resolution, beside its reference."""
         stage, resolution = self.stage, self.active[-1]
-        features = fake_features(generator, self.clip, self.fid_captions, resolution, self.seed)
+        features = extract_fake_features(generator, self.clip, self.fid_captions, resolution, self.seed)
         value = distributed.broadcast(fid(features, self.fid_features[resolution]))  # the same, to the last bit
         stage.evaluations_since_best = 0 if value < stage.best_fid else stage.evaluations_since_best + 1
         stage.best_fid = min(stage.best_fid, value)
