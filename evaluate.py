@@ -26,13 +26,13 @@ from evaluation import emoji, judge
 from evaluation.curve import plot_curve
 from evaluation.extractors import efficientnet_styles, load_extractor
 from evaluation.features import embed, extract_generated, extract_real, own_resolution
-from evaluation.metrics import CANDIDATES, clip_score, fid, fid_of_halves, own_caption_first, precision_recall
+from evaluation.metrics import CANDIDATES, NEIGHBOURS, compare_images, compare_texts, fid, fid_of_halves
 from sampling import inference
 from weights.checkpoint import DEMO, atomically, load_generator
 
 UNSEEN = 333_334  # a seed of scenes that no run with a usual one draws from
 CURVE = (0.2, 0.4, 0.6, 0.7, 0.8, 0.9, 1.0)
-NEIGHBOURS = 3
+OTHERS = "FID to other real images"
 COUNTS, CLIPS = {"emoji": 2400}, {"emoji": "judge"}  # defaults for --data
 
 
@@ -122,7 +122,7 @@ def describe_real(args, captions, skipped, extractors):
     return {
         "CLIP score by": f"{extractors[args.clip].name}; the mean cosine",
         "R-precision": f"the share of images whose own caption comes first among {candidates}, by the same network",
-        "FID of real images": f"between {half} of them and {half} others{fewer}",
+        OTHERS: f"of real images: between {half} of them and {half} others{fewer}",
         "passed over": ", ".join(f"{number} {cause}" for cause, number in skipped.items()) or "nothing",
     }
 
@@ -131,27 +131,13 @@ def describe_real(args, captions, skipped, extractors):
 # What is measured.
 
 
-def compare(real, fake):
-    """Features of both sides [N, D] → FID, precision and recall. Raises UserError if both are the same images."""
-    if real.shape == fake.shape and torch.equal(real, fake):
-        raise UserError("real and generated images are the same, so their distance says nothing; give other --data")
-    precision, recall = precision_recall(real, fake, NEIGHBOURS)
-    return {"FID": fid(real, fake), "precision": precision, "recall": recall}
-
-
-def read_text(embeddings, texts, captions):
-    """Embeddings of images and of their captions [N, D] → CLIP score and R-precision."""
-    hits = own_caption_first(embeddings, texts, captions)
-    return {"CLIP score": clip_score(embeddings, texts), "R-precision": hits.double().mean().item()}
-
-
 def measure_emoji(args, generator, clip, source, resolution, extractors, device):
     """Held-out pairs and styles over seeds, printed → what evaluation.json holds of them."""
     common = generator, clip, source
     settings = args.truncation, args.seed, resolution
     held_out = emoji.held_out_r_precision(*common, *settings, extractors[args.clip])
     for kind, (share, of_real, number) in held_out.items():
-        distributed.say(f"R-precision, pairs held out by {kind}: {share:.3f} of {number} (real images: {of_real:.3f})")
+        distributed.say(f"R-precision of held-out pairs, {kind}: {share:.3f} of {number} (real images: {of_real:.3f})")
     styles = emoji.styles_over_seeds(*common, args.count, *settings, efficientnet_styles(device))
     distributed.say(
         f"Two styles or more in {emoji.SEEDS} images of a name alone: {100 * styles['two styles']:.1f} % of "
@@ -162,17 +148,24 @@ def measure_emoji(args, generator, clip, source, resolution, extractors, device)
 
 
 def measure(args, generator, clip, captions, real, resolution, extractors, device):
-    """FID, precision, recall, CLIP score and R-precision at each truncation, printed → [{name: value}]."""
-    floor = fid_of_halves(real[args.features].to(device))
-    captions, real = captions[: args.count], {spec: features[: args.count] for spec, features in real.items()}
-    texts = embed(extractors[args.clip], captions)
+    """All numbers of generated images at each truncation, and those of real images, printed → {side: of it}.
+
+    The FID is to the real images whose captions were drawn, as in the field. The FID to other real images is the one to
+    hold against that between two sets of real images, which have no captions in common either.
+    """
+    real_features = real[args.features].to(device)
+    others = real_features[args.count :]
+    texts = embed(extractors[args.clip], captions := captions[: args.count])
     points = []
     for psi in CURVE if args.curve else [args.truncation]:
         fake = extract_generated(generator, clip, captions, psi, args.seed, resolution, extractors)
-        distances = compare(*(side[args.features].to(device) for side in (real, fake)))
-        points.append({"ψ": psi, **distances, **read_text(fake[args.clip], texts, captions)})
+        fake_features = fake[args.features].to(device)
+        point = {"ψ": psi, **compare_images(real_features[: args.count], fake_features)}
+        point |= {OTHERS: fid(others, fake_features)} if len(others) == args.count else {}
+        points.append(point | compare_texts(fake[args.clip], texts, captions))
         distributed.say(", ".join(f"{name} {value:.4g}" for name, value in points[-1].items()))
-    of_real = {"FID": floor, **read_text(real[args.clip], texts, captions)}
+    of_real = {OTHERS: fid_of_halves(real_features)}
+    of_real |= compare_texts(real[args.clip][: args.count], texts, captions)
     distributed.say(f"Real images: {', '.join(f'{name} {value:.4g}' for name, value in of_real.items())}")
     return {"results": points, "of real images": of_real}
 

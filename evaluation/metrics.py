@@ -6,9 +6,11 @@ import torch
 import torch.nn.functional as F
 
 from common import distributed
+from common.cli import UserError
 from layers import resize
 from sampling import latent
 
+NEIGHBOURS = 3  # of precision and recall
 CANDIDATES = 100  # captions of which R-precision asks for the right one
 
 
@@ -45,7 +47,7 @@ def fid_of_halves(features):
 
 
 @torch.no_grad()
-def precision_recall(real, fake, neighbours=3, block=4096):
+def precision_recall(real, fake, neighbours=NEIGHBOURS, block=4096):
     """Precision: the share of generated images that lie among the real ones. Recall: the share of real images that lie
     among the generated ones. Both in feature space, real [N, D] and fake [M, D].
 
@@ -91,6 +93,20 @@ def own_caption_first(images, texts, captions, candidates=CANDIDATES, seed=0, bl
         cosines = cosines.gather(1, order[:, :candidates])  # its own caption comes first in this order
         first.append((cosines[:, :1] > cosines[:, 1:]).all(1))
     return torch.cat(first)
+
+
+def compare_images(real, fake):
+    """Features of both sides, [N, D] and [M, D] → FID, precision and recall. Raises UserError if both are the same."""
+    if real.shape == fake.shape and torch.equal(real, fake):
+        raise UserError("real and generated images are the same, so their distance says nothing; give other --data")
+    precision, recall = precision_recall(real, fake)
+    return {"FID": fid(real, fake), "precision": precision, "recall": recall}
+
+
+def compare_texts(images, texts, captions):
+    """The embeddings of images and of their captions, both [N, D] → CLIP score and R-precision."""
+    hits = own_caption_first(images, texts, captions)
+    return {"CLIP score": clip_score(images, texts), "R-precision": hits.double().mean().item()}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
