@@ -12,6 +12,7 @@ from sampling import latent
 
 NEIGHBOURS = 3  # of precision and recall
 CANDIDATES = 100  # captions of which R-precision asks for the right one
+TIE = 1e-6  # cosines of equal captions differ by less, as float32 is rounded
 
 
 def statistics(features):
@@ -91,7 +92,7 @@ def own_caption_first(images, texts, captions, candidates=CANDIDATES, seed=0, bl
         cosines = F.normalize(part.double(), dim=1) @ choices.T  # [block, texts]
         order = torch.rand(cosines.shape, generator=rng).scatter(1, own, -1).argsort(1).to(images.device)
         cosines = cosines.gather(1, order[:, :candidates])  # its own caption comes first in this order
-        first.append((cosines[:, :1] > cosines[:, 1:]).all(1))
+        first.append((cosines[:, :1] > cosines[:, 1:] + TIE).all(1))
     return torch.cat(first)
 
 
