@@ -1,4 +1,4 @@
-"""COCO's captions as the field evaluates on them: one caption for each of 30,000 images of the 2014 validation set."""
+"""COCO's captions for evaluation. The field takes one caption for each of 30,000 images of the 2014 validation set."""
 
 import collections
 import json
@@ -19,8 +19,8 @@ class Coco:
     """Images of COCO 2014 val with a caption each, both drawn by a seed: `count` different images in random order, then
     up to as many others, for the distance between two sets of real images.
 
-    annotations: captions_val2014.json; the images lie in `folder`, by default val2014 beside the folder of the JSON.
-    Raises UserError for a file of another kind or split, for too few images, and for images that are not there.
+    annotations: captions_val2014.json. folder: of the images, by default val2014 beside the folder of the JSON. Raises
+    UserError for a file of another kind or split, for fewer than `count` images, and for images that are not there.
     """
 
     def __init__(self, annotations, folder, resolution, count, seed):
@@ -68,7 +68,7 @@ def read_annotations(path):
 
 
 def read_image(path, resolution):
-    """An image file → its centre square [3, R, R] in [−1, 1]; the field upsamples the few that are smaller."""
+    """An image file → its centre square [3, R, R] in [−1, 1]. Smaller ones are enlarged, as in the field."""
     try:
         with Image.open(path) as image:
             square = center_crop(image.convert("RGB"), min(image.size))

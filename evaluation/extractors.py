@@ -115,7 +115,7 @@ def enlarged(pixels, device):
 
 
 def inception(path, device):
-    """The Inception of the FID, converted from TensorFlow's graph, as in torch-fidelity; it resizes as TensorFlow 1."""
+    """The Inception v3 of the usual FID, as torch-fidelity converts it from TensorFlow. It resizes as TensorFlow 1."""
     if path and not Path(path).is_file():
         raise UserError(f"inception:{path}: there is no such file")
     try:
@@ -130,7 +130,7 @@ def inception(path, device):
 
 
 def open_clip_model(spec, option, device):
-    """Any model of open_clip, with the preprocessing it was trained with, done by Pillow as open_clip does it."""
+    """Any model of open_clip, with its own preprocessing, done with Pillow as open_clip does."""
     model = create(spec, option).to(device).eval()
     preprocessing = PreprocessCfg(**model.visual.preprocess_cfg)
     prepare = image_transform_v2(preprocessing, is_train=False)
