@@ -124,7 +124,7 @@ def scenes_with(num_objects, count, pairs=PAIRS, seed=UNSEEN):
 
 
 def train(steps=2500, batch=128, lr=4e-3):
-    """Trains a Judge on rendered scenes, half of them at 16×16, with a little noise, as generated images are less clean."""
+    """Trains a Judge on rendered scenes, half of them at 16×16, and noisy, as generated images are less clean."""
     torch.manual_seed(0)
     judge = Judge().train()
     optimizer = torch.optim.AdamW(judge.parameters(), lr, weight_decay=0.01)
