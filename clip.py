@@ -30,7 +30,11 @@ SMALL = dict(
     text_cfg=dict(context_length=24, width=128, heads=4, layers=2),
 )
 MODELS = Path(__file__).parent / "models"
-BUILT_IN = {"small": MODELS / "clip.safetensors", "emoji": MODELS / "emoji_clip.safetensors"}
+BUILT_IN = {
+    "small": MODELS / "clip.safetensors",
+    "emoji": MODELS / "emoji_clip.safetensors",
+    "judge": MODELS / "judge_clip.safetensors",  # no generator is trained against it
+}
 NUM_MAPS = 4  # feature maps of the images that the discriminator looks at
 SPECIAL = re.compile(r"<(start|end)_of_text>")  # would end the text early
 

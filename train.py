@@ -14,7 +14,7 @@ import torch
 
 from clip import BUILT_IN, load_clip, save_small
 from common import distributed
-from common.cli import HelpFormatter, UserError, natural_number, positive_int, told_in_one_line
+from common.cli import HelpFormatter, UserError, first_line, natural_number, positive_int, told_in_one_line
 from common.distributed import say
 from data import sources
 from evaluation.metrics import expert_counts
@@ -55,6 +55,8 @@ def parse_args(argv=None):
         "open_clip (default: the preset's; a small preset on other data: train)",
     )
     add("--set", nargs="+", default=[], metavar="FIELD=VALUE", help="other values of the recipe: lr_generator=1e-3 …")
+    add("--init", type=Path, help="start a new run from these weights: a generator_ema.safetensors, or a checkpoint")
+    add("--caption-key", help="the field of each .json that holds the caption, where there is no .txt")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add(
         "--dtype",
@@ -93,7 +95,10 @@ class Run:
         self.parts = choose_parts(args, self.preset, self.batch, clip, device)
         check_batch(self.batch, self.parts)
         identity = {"preset": args.preset, "data": args.data, "batch": self.batch, "seed": args.seed, "clip": clip}
-        folder = RunFolder(args.out, identity, args.tensorboard)
+        sharing = {"accumulate": self.parts, "workers": args.workers}
+        if args.caption_key:
+            identity["caption-key"] = args.caption_key
+        folder = RunFolder(args.out, identity, args.tensorboard, sharing)
         state = folder.state(args.resume)
         if clip == "train":
             clip = self.train_clip(folder.path / "clip.safetensors")
@@ -102,6 +107,8 @@ class Run:
             self.loop = Loop(self, folder, self.source, args.steps or self.recipe.steps, args)
             if state:
                 self.loop.load(state)
+            elif args.init:
+                self.initialize(args.init)
         self.learner.learn_at(self.growth.active)
 
     def train_clip(self, path):
@@ -109,7 +116,7 @@ class Run:
         with distributed.together():
             if distributed.is_main() and not path.is_file():
                 say("First a small CLIP learns to read these captions: about ten minutes on one CPU core.")
-                source = sources.open_data(self.args.data, 32, self.args.seed)
+                source = sources.open_data(self.args.data, 32, self.args.seed, self.args.caption_key)
                 trained = train_small_clip(source, seed=self.args.seed, device=self.device)
                 checkpoint.atomically(path, lambda temporary: save_small(trained, temporary))
         return str(path)
@@ -122,13 +129,26 @@ class Run:
         dtype = dtype_of(self.args.dtype, self.device)
         self.learner = Learner(preset, self.clip, self.device, dtype, self.batch)
         self.growth = Growth(self.recipe, self.learner.resolutions, self.clip, self.args.seed)
-        self.source = sources.open_data(self.args.data, self.learner.resolutions[-1], self.args.seed)
+        args = self.args
+        self.source = sources.open_data(args.data, self.learner.resolutions[-1], args.seed, args.caption_key)
+
+    def initialize(self, path):
+        """Starts from the weights of a generator_ema.safetensors, or of a checkpoint. Raises UserError."""
+        try:
+            missing = self.learner.load_weights(checkpoint.load_weights(path))
+        except (RuntimeError, KeyError) as error:
+            raise UserError(f"--init {path} does not fit preset {self.args.preset}: {first_line(error)}") from error
+        say(f"Starting from the weights of {path}{'; new: ' if missing else ''}{', '.join(missing)}.")
 
     def train(self):
         """Goes on up to the last step, or until the run is asked to stop → whether it was."""
         loop = self.loop
         with loop.stopping_when_asked():
-            self.growth.measure_reference(self.source)
+            for line in self.source.describe():
+                say(line)
+            path = loop.folder.path / "reference.pt"
+            if not self.growth.measure_reference(self.source, path, lambda: loop.asked_to_stop):
+                return True
             self.overfitting = OverfittingWatch(self.source, self.clip)
             self.introduce()
             loop.run()
@@ -139,7 +159,7 @@ class Run:
     def introduce(self):
         arguments = {name: str(value) for name, value in vars(self.args).items()}
         self.loop.introduce(arguments | {"recipe": dataclasses.asdict(self.recipe)})
-        if unknown := {word for caption in self.growth.fid_captions for word in self.clip.unknown_words(caption)}:
+        if unknown := {word for caption in self.growth.captions for word in self.clip.unknown_words(caption)}:
             say(
                 f"note: this CLIP does not know {len(unknown)} words of these captions, as {min(unknown)}; for such "
                 "data take another: --clip train, or --clip ViT-B-32-quickgelu:openai"

@@ -6,6 +6,7 @@ import itertools
 import time
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from common.cli import UserError, first_line
@@ -42,6 +43,30 @@ def collated(examples, batch, rng, tally):
     """An iterator of examples → one of Batches; the last may be smaller."""
     while some := list(itertools.islice(examples, batch)):
         yield collate(some, rng, tally)
+
+
+class Evaluated:
+    """The evaluation of a source that has `examples(held_out, rank, world_size)`, a seed and a tally.
+
+    Of all examples a rank takes every world_size-th, and decodes no others.
+    """
+
+    def evaluation(self, batch=64, held_out=False, rank=0, world_size=1):
+        """Batches of every pair that can be used, once; held_out: of those alone that training never sees."""
+        examples = with_one_caption(self.examples(held_out, rank, world_size), self.seed, rank, world_size)
+        return collated(examples, batch, np.random.default_rng(self.seed), self.tally)
+
+    def evaluation_pairs(self, batch=64, rank=0, world_size=1):
+        """Batches of the pairs to evaluate with: those held out, then, for who wants more, those of training."""
+        held_out, others = (self.evaluation(batch, part, rank, world_size) for part in (True, False))
+        return itertools.chain(held_out, others)
+
+
+def with_one_caption(examples, seed, rank, world_size):
+    """A rank's share of (image, captions) → with one caption each, the same on any number of ranks."""
+    for number, (image, captions) in enumerate(examples):
+        rng = np.random.default_rng([seed, rank + number * world_size])
+        yield image, [captions[rng.integers(len(captions))]]
 
 
 def is_held_out(key):

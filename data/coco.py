@@ -1,4 +1,4 @@
-"""COCO's captions as the field evaluates on them: one caption for each of 30,000 images of the 2014 validation set."""
+"""COCO's captions for evaluation. The field takes one caption for each of 30,000 images of the 2014 validation set."""
 
 import collections
 import json
@@ -16,10 +16,11 @@ RESIZER = f"centre crop, then Pillow's Lanczos (Pillow {Image.__version__})"
 
 
 class Coco:
-    """Images of COCO 2014 val with a caption each, both drawn by a seed: `count` different images, in random order.
+    """Images of COCO 2014 val with a caption each, both drawn by a seed: `count` different images in random order, then
+    up to as many others, for the distance between two sets of real images.
 
-    annotations: captions_val2014.json; the images lie in `folder`, by default val2014 beside the folder of the JSON.
-    Raises UserError for a file of another kind or split, for too few images, and for images that are not there.
+    annotations: captions_val2014.json. folder: of the images, by default val2014 beside the folder of the JSON. Raises
+    UserError for a file of another kind or split, for fewer than `count` images, and for images that are not there.
     """
 
     def __init__(self, annotations, folder, resolution, count, seed):
@@ -35,14 +36,16 @@ class Coco:
             )
         self.folder = Path(folder or Path(annotations).parent.parent / "val2014")
         rng = np.random.default_rng(seed)
-        chosen = rng.permutation(sorted(captions))[:count]
+        chosen = rng.permutation(sorted(captions))[: 2 * count]
         self.pairs = [(self.folder / images[i], str(rng.choice(captions[i]))) for i in chosen]
         if missing := next((path for path, _ in self.pairs if not path.is_file()), None):
             raise UserError(f"no image {missing}; say with --images where the folder val2014 lies")
 
-    def evaluation(self, batch=64):
-        for first in range(0, len(self.pairs), batch):
-            paths, captions = zip(*self.pairs[first : first + batch], strict=True)
+    def evaluation(self, batch=64, rank=0, world_size=1):
+        """Batches of a rank's share, which is every world_size-th pair."""
+        share = self.pairs[rank::world_size]
+        for first in range(0, len(share), batch):
+            paths, captions = zip(*share[first : first + batch], strict=True)
             images = torch.stack([read_image(path, self.resolution) for path in paths])
             yield Batch(images, list(captions), collections.Counter())
 
@@ -65,7 +68,7 @@ def read_annotations(path):
 
 
 def read_image(path, resolution):
-    """An image file → its centre square [3, R, R] in [−1, 1]; the field upsamples the few that are smaller."""
+    """An image file → its centre square [3, R, R] in [−1, 1]. Smaller ones are enlarged, as in the field."""
     try:
         with Image.open(path) as image:
             square = center_crop(image.convert("RGB"), min(image.size))

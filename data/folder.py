@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from common.cli import UserError
-from data.batches import FEWEST, Patience, collate, collated, is_held_out, sample_indices
+from data.batches import FEWEST, Evaluated, Patience, collate, is_held_out, sample_indices
 from data.pairs import (
     FILE,
     IMAGE_SUFFIXES,
@@ -68,7 +68,7 @@ class Search:
         return ""
 
 
-class Folder:
+class Folder(Evaluated):
     """A folder, searched with all below it: the caption of `cat.jpg` is in `cat.txt`, or in a field of `cat.json`.
 
     Suffixes may be in any case. Of 200 pairs or more, one in 50 is held out, by a hash of its path in the folder.
@@ -149,22 +149,15 @@ class Folder:
         for step in steps:
             yield self.read(sample_indices(step, batch, rank, world_size))
 
-    def examples(self, held_out=False):
+    def examples(self, held_out=False, rank=0, world_size=1):
         """Every pair that can be used, once: a stand-in would be the same image twice. held_out: those alone."""
-        pairs = self.held_out if held_out else [self.pairs[i] for i in self.order(0)]
+        pairs = (self.held_out if held_out else [self.pairs[i] for i in self.order(0)])[rank::world_size]
         usable = filter(None, map(self.example, pairs))
         if (first := next(usable, None)) is None:
-            if held_out:
+            if held_out or not pairs:
                 return iter(())
             raise self.none_usable()
         return itertools.chain([first], usable)
-
-    def evaluation(self, batch=64, held_out=False):
-        return collated(self.examples(held_out), batch, np.random.default_rng(self.seed), self.tally)
-
-    def evaluation_pairs(self, batch=64):
-        """Batches of the pairs to evaluate with: those held out, then, for who wants more, those of training."""
-        return itertools.chain(self.evaluation(batch, held_out=True), self.evaluation(batch))
 
 
 def walk(path, refuse):

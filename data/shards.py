@@ -8,7 +8,7 @@ import numpy as np
 
 from common.cli import UserError, first_line
 from data import members
-from data.batches import FEWEST, Patience, collate, collated, is_held_out
+from data.batches import FEWEST, Evaluated, Patience, collate, is_held_out
 from data.pairs import (
     IMAGE_SUFFIXES,
     LARGE,
@@ -29,7 +29,7 @@ TRIED = 5  # shards, after which a source of which none can be read is refused a
 LOOKED_AT = 1000  # files of the first shards by which a source says what it holds
 
 
-class Shards:
+class Shards(Evaluated):
     """A list of shards, on a disk, behind URLs, or as commands, `pipe:COMMAND`.
 
     A stream, of one rank and worker, is endless. It draws shards with replacement, reads each from a random place on
@@ -194,17 +194,11 @@ class Shards:
     # ------------------------------------------------------------------------------------------------------------------
     # Evaluation.
 
-    def examples(self, held_out=False):
+    def examples(self, held_out=False, rank=0, world_size=1):
         """Every pair that can be used, once; held_out: of those held out alone."""
         samples = itertools.chain.from_iterable(map(self.raw, self.urls))
-        return filter(None, (self.example(sample) for sample in samples if self.is_for(sample, held_out)))
-
-    def evaluation(self, batch=64, held_out=False):
-        return collated(self.examples(held_out), batch, np.random.default_rng(self.seed), self.tally)
-
-    def evaluation_pairs(self, batch=64):
-        """Batches of the pairs to evaluate with: those held out, then, for who wants more, those of training."""
-        return itertools.chain(self.evaluation(batch, held_out=True), self.evaluation(batch))
+        wanted = (sample for sample in samples if self.is_for(sample, held_out))
+        return filter(None, map(self.example, itertools.islice(wanted, rank, None, world_size)))
 
 
 def shuffled(samples, rng):

@@ -180,11 +180,12 @@ class Scenes:
         for images, captions, _ in self.evaluation(64, held_out):
             yield from zip(images, ([caption] for caption in captions), strict=True)
 
-    def evaluation(self, batch=64, held_out=False):
+    def evaluation(self, batch=64, held_out=False, rank=0, world_size=1):
         if held_out:
             return
-        for first in itertools.count(0, batch):  # seed + 2 trains the small CLIP
-            yield self.draw([make_scene(i, 3 * self.seed + 1) for i in range(first, first + batch)])
+        for first in itertools.count(rank, batch * world_size):  # seed + 2 trains the small CLIP
+            numbers = range(first, first + batch * world_size, world_size)
+            yield self.draw([make_scene(i, 3 * self.seed + 1) for i in numbers])
 
-    def evaluation_pairs(self, batch=64):
-        return self.evaluation(batch)
+    def evaluation_pairs(self, batch=64, rank=0, world_size=1):
+        return self.evaluation(batch, False, rank, world_size)

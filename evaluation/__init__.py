@@ -1,3 +1,4 @@
-"""How good pictures are: distances between sets of them (`metrics.py`), the frozen networks that look at them
-(`extractors.py`), and a classifier that reads the built-in scenes (`judge.py`).
+"""How good generated images are. `metrics.py` has the formulas, `extractors.py` the frozen networks, `features.py` runs
+these on real and generated images, `curve.py` plots. `judge.py` reads the built-in scenes; `emoji.py` has what only the
+emoji allow.
 """

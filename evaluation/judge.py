@@ -1,7 +1,7 @@
-"""Judges pictures of the built-in scenes: what a small classifier sees in them, against what their captions say.
+"""Reads images of the built-in scenes with a small classifier, and compares what it sees with what the captions say.
 
-`python evaluate.py` asks it. It learns from rendered scenes alone, of all pairs of shape and color, by `python
-judge.py`; no generator is trained on what it says.
+`python evaluate.py` uses it. `python -m evaluation.judge` trains it on rendered scenes, of all pairs of shape and
+color. No generator is trained against it.
 """
 
 import argparse
@@ -17,20 +17,21 @@ from tqdm import tqdm
 
 from common.cli import HelpFormatter, UserError, told_in_one_line
 from data.scenes import BACKGROUNDS, COLORS, HELD_OUT, RADII, RELATIONS, SEEN, SHAPES, SIZES, make_scene, render
-from evaluation.metrics import expert_counts, outputs
+from evaluation import metrics
+from sampling import latent
 from weights.checkpoint import atomically
 
 WEIGHTS = Path(__file__).parent.parent / "models" / "judge.safetensors"
 RESOLUTIONS = (16, 32)  # below, a small shape is a dot
 ARRANGEMENTS = ("one object", "side by side", "one above the other")
 OBJECT = {"shape": list(SHAPES), "color": list(COLORS), "size": list(SIZES)}
-ATTRIBUTES = {  # what it reads, and the values; of two objects the first is the left or the upper one
+ATTRIBUTES = {  # what it reads, and the possible values. Of two objects the left or the upper one is number 0.
     "background": list(BACKGROUNDS),
     "arrangement": list(ARRANGEMENTS),
     **{f"{attribute} {i}": values for i in range(2) for attribute, values in OBJECT.items()},
 }
-PAIRS = list(itertools.product(SHAPES, COLORS))  # those HELD_OUT too: they are to be judged
-TRAINING, UNSEEN = 1_000_000, 1_000_001  # collections of scenes that no run with a usual seed draws from
+PAIRS = list(itertools.product(SHAPES, COLORS))  # also those held out from generators, as it must read them
+TRAINING, UNSEEN = 1_000_000, 1_000_001  # seeds of scenes; no run with a usual seed sees these scenes
 
 
 class Judge(nn.Module):
@@ -57,7 +58,7 @@ class Judge(nn.Module):
 
     @torch.no_grad()
     def read(self, images, batch=256):
-        """Images → {attribute: index of the value seen [B]}, centres [B, 2, 2]; meaningless for absent objects."""
+        """Images → {attribute: index of the value seen [B]}, centres [B, 2, 2]. Ignore those of absent objects."""
         logits, centres = zip(*[self(part.clamp(-1, 1)) for part in images.split(batch)], strict=True)
         return {name: torch.cat([part[name] for part in logits]).argmax(1) for name in ATTRIBUTES}, torch.cat(centres)
 
@@ -72,12 +73,12 @@ def convolution(in_channels, out_channels, kernel_size=3, stride=1):
 
 
 def in_reading_order(scene):
-    """The objects of a scene, the left or the upper one first."""
+    """The objects of a scene. The left or the upper one comes first."""
     return scene.objects[:: RELATIONS[scene.relation][2]] if scene.relation else scene.objects
 
 
 def truth(scenes):
-    """Scenes → {attribute: index of its value [B]}, −1 for what is absent; centres [B, 2, 2], NaN for those."""
+    """Scenes → {attribute: index of its value [B]}, centres [B, 2, 2]. An absent object has −1 and NaN."""
     values = {name: torch.full((len(scenes),), -1) for name in ATTRIBUTES}
     centres = torch.full((len(scenes), 2, 2), math.nan)
     for b, scene in enumerate(scenes):
@@ -91,9 +92,10 @@ def truth(scenes):
 
 
 def accuracies(seen, scenes):
-    """{what: share of the scenes in which it is right}, of one object or of two; a picture of another number is wrong.
+    """{what: share of the images in which it is right}. All scenes have one object, or all have two.
 
-    The background counts where the caption names it. "relation": the two stand as asked, each known by its color.
+    An image with another number of objects is wrong in everything but the background, which counts only if the caption
+    names it. "relation": the objects of both colors stand as asked.
     """
     asked, _ = truth(scenes)
     number = (seen["arrangement"] == 0) == (asked["arrangement"] == 0)
@@ -112,7 +114,7 @@ def accuracies(seen, scenes):
 
 
 def scenes_with(num_objects, count, pairs=PAIRS, seed=UNSEEN):
-    """The first `count` scenes of a collection that hold so many objects."""
+    """The first `count` scenes of a seed that have `num_objects` objects."""
     scenes = (make_scene(i, seed, pairs) for i in itertools.count())
     return list(itertools.islice((scene for scene in scenes if len(scene.objects) == num_objects), count))
 
@@ -122,7 +124,7 @@ def scenes_with(num_objects, count, pairs=PAIRS, seed=UNSEEN):
 
 
 def train(steps=2500, batch=128, lr=4e-3):
-    """Trains a judge on rendered scenes, half of them 16×16, under a little noise, as samples are less clean."""
+    """Trains a Judge on rendered scenes, half of them at 16×16, and noisy, as generated images are less clean."""
     torch.manual_seed(0)
     judge = Judge().train()
     optimizer = torch.optim.AdamW(judge.parameters(), lr, weight_decay=0.01)
@@ -158,25 +160,25 @@ def load(path=WEIGHTS):
 
 
 @torch.no_grad()
-def sample(generator, clip, captions, seed):
-    """A picture for each caption [N, 3, R, R], and the share of the points that each expert took, {router: [E]}."""
-    z = torch.randn(len(captions), generator.config.z_dim, generator=torch.Generator().manual_seed(seed))
+def generate(generator, clip, captions, seed):
+    """Images for N captions [N, 3, R, R], and the share of the points that each expert took, {router: [E]}."""
+    z = latent.noise(generator, len(captions), seed)
     images, totals = [], {}
-    for output in outputs(generator, clip, captions, z):
+    for output in metrics.generate(generator, clip, captions, z):
         images.append(output.image.clamp(-1, 1).cpu())
-        for name, counts in expert_counts(generator.config, output.routes).items():
+        for name, counts in metrics.expert_counts(generator.config, output.routes).items():
             totals[name] = totals.get(name, 0) + counts.cpu()
     return torch.cat(images), {name: total / total.sum() for name, total in totals.items()}
 
 
 def spread(judge, generator, clip, seeds=100):
-    """How far the object of one prompt moves over seeds, as a share of how far it moves in scenes: mean over prompts.
+    """The standard deviation of an object's centre over seeds, divided by that in scenes; the mean over prompts.
 
-    Centres in scenes are uniform from one radius off an edge to one radius off the other.
+    In scenes, centres are uniform between one radius from an edge and one radius from the opposite edge.
     """
     ratios = []
     for shape, size in itertools.product(SHAPES, SIZES):
-        images, _ = sample(generator, clip, [f"a {size} blue {shape} on a white background"] * seeds, seed=0)
+        images, _ = generate(generator, clip, [f"a {size} blue {shape} on a white background"] * seeds, seed=0)
         _, centres = judge.read(images)
         expected = (1 - sum(RADII[1][size])) / math.sqrt(12)
         ratios.append(centres[:, 0].std(0).mean() / expected)
@@ -184,7 +186,7 @@ def spread(judge, generator, clip, seeds=100):
 
 
 def verdict(judge, generator, clip, count):
-    """→ {kind of prompt: ({what: share right of the pictures}, {what: of scenes rendered at that resolution})}."""
+    """→ {kind of prompt: ({what: share right in generated images}, {what: share right in rendered scenes})}."""
     resolution = generator.config.levels[-1].resolution
     asked = {
         "one object": scenes_with(1, count, SEEN),
@@ -193,14 +195,16 @@ def verdict(judge, generator, clip, count):
     }
     result = {}
     for kind, scenes in asked.items():
-        images, _ = sample(generator, clip, [scene.caption for scene in scenes], seed=1)
-        pictures = images, render(scenes, resolution)
-        result[kind] = tuple(accuracies(judge.read(those)[0], scenes) for those in pictures)
+        images, _ = generate(generator, clip, [scene.caption for scene in scenes], seed=1)
+        sides = images, render(scenes, resolution)
+        result[kind] = tuple(accuracies(judge.read(side)[0], scenes) for side in sides)
     return result
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Trains the judge again.", formatter_class=HelpFormatter)
+    parser = argparse.ArgumentParser(
+        description="Trains the classifier of the built-in scenes.", formatter_class=HelpFormatter
+    )
     parser.add_argument("--out", type=Path, default=WEIGHTS)
     args = parser.parse_args()
     with told_in_one_line():

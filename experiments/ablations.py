@@ -29,7 +29,7 @@ from clip import load_clip
 from common.cli import HelpFormatter, UserError, positive_int, told_in_one_line
 from data.scenes import make_scene, render
 from evaluation import judge
-from evaluation.metrics import clip_features, fid
+from evaluation.metrics import extract_clip_features, fid
 from layers import ModulatedConv2d
 from presets import PRESETS
 from router import Router
@@ -155,9 +155,9 @@ def measure(generator, clip, count):
     verdict = judge.verdict(judge.load(), generator, clip, count)
     shares = {name: 100 * verdict[kind][0][what] for name, (kind, what) in MEASURES.items()}
     scenes = [make_scene(i, judge.UNSEEN) for i in range(2 * count)]
-    images, _ = judge.sample(generator, clip, [scene.caption for scene in scenes[:count]], seed=2)
+    images, _ = judge.generate(generator, clip, [scene.caption for scene in scenes[:count]], seed=2)
     rendered = render(scenes[count:], images.shape[-1])
-    return shares | {"FID": fid(*(clip_features(load_clip("small"), those) for those in (images, rendered)))}
+    return shares | {"FID": fid(*(extract_clip_features(load_clip("small"), those) for those in (images, rendered)))}
 
 
 def run_all(names, seeds, images, out):

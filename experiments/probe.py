@@ -2,9 +2,9 @@
 
     python -m experiments.probe
 
-Experts: the mutual information, in bits, between the expert that took a point and whether the picture shows the object
-or the background there; beside it the same with the points of each picture shuffled. Paths: how evenly the picture
-changes from one prompt to another, and from one noise to another, in equal steps.
+Experts: the mutual information, in bits, between the expert that took a point and whether the image shows the object or
+the background there. Beside it is the same number with the points of each image shuffled. Paths: how evenly the image
+changes in equal steps from one prompt to another, and from one noise to another.
 """
 
 import argparse
@@ -18,12 +18,13 @@ import sample
 from common.cli import HelpFormatter, positive_int, told_in_one_line
 from data.scenes import BACKGROUNDS, COLORS
 from evaluation.extractors import load_extractor
+from evaluation.features import to_pixels
 from evaluation.judge import scenes_with
 from sampling import latent, views
 from weights.checkpoint import DEMO, load_generator
 
-STEPS = 16  # of a path
-UNLIKE = 0.7  # the least distance in RGB, of values in [0, 1], between object and background for telling them apart
+STEPS = 16  # in each path
+UNLIKE = 0.7  # least distance of object and background, in RGB of [0, 1], at which a pixel is clearly one of them
 
 
 def mutual_information(experts, labels):
@@ -37,21 +38,21 @@ def mutual_information(experts, labels):
 
 
 def object_mask(image, scene, side):
-    """Where a picture [3, R, R] of a scene of one object shows it: [side²], 1 for object and 0 for background."""
+    """An image [3, R, R] of a scene of one object → [side²], 1 where it shows the object, 0 for the background."""
     points = (F.interpolate(image[None], side, mode="area")[0].flatten(1).T + 1) / 2  # [side², 3]
     colors = torch.tensor([BACKGROUNDS[scene.background], COLORS[scene.objects[0].color]])
     return torch.cdist(points, colors).argmin(1)
 
 
 def is_plain(scene):
-    """Whether the object's color is far from the background's, which the caption names."""
+    """Whether the caption names the background, and its color is far from the object's."""
     background, color = BACKGROUNDS[scene.background], COLORS[scene.objects[0].color]
     return scene.background in scene.caption and torch.dist(torch.tensor(background), torch.tensor(color)) > UNLIKE
 
 
 @torch.no_grad()
 def experts_know(generator, clip, count):
-    """→ {router: {what: bits}}: over all points, and within single pictures on average, and both shuffled."""
+    """→ {router: {what: bits}}: over all points, within single images on average, and both with points shuffled."""
     scenes = [scene for scene in scenes_with(1, 3 * count) if is_plain(scene)][:count]
     z = latent.noise(generator, len(scenes), seed=1)
     captions = [scene.caption for scene in scenes]
@@ -80,7 +81,7 @@ def mean_information(experts, masks):
 
 @torch.no_grad()
 def path_steps(generator, clip, extractor, count):
-    """→ {path: perceptual sizes of its steps [count, STEPS]}, as distances between the features of unit length."""
+    """→ {path: sizes of its steps [count, STEPS]}, as distances between features of unit length."""
     scenes = scenes_with(1, 2 * count)
     captions = [(a.caption, b.caption) for a, b in zip(scenes[::2], scenes[1::2], strict=True)]
     paths = {}
@@ -92,14 +93,14 @@ def path_steps(generator, clip, extractor, count):
     sizes = {}
     for name, lists in paths.items():
         images, _ = sample.draw(generator, [frame for frames in lists for frame in frames])
-        seen = F.normalize(extractor.images(((images + 1) * 127.5).round().to(torch.uint8)), dim=-1)
-        seen = seen.unflatten(0, (count, STEPS + 1))
-        sizes[name] = (seen[:, 1:] - seen[:, :-1]).norm(dim=-1)
+        features = F.normalize(extractor.images(to_pixels(images, images.shape[-1])), dim=-1)
+        features = features.unflatten(0, (count, STEPS + 1))
+        sizes[name] = (features[:, 1:] - features[:, :-1]).norm(dim=-1)
     return sizes
 
 
 def noise_path(generator, clip, prompt, number, kind):
-    """One prompt, from one noise to another."""
+    """The frames of one prompt, from one noise to another."""
     start, end = latent.noise(generator, 2, number).split(1)
     z = torch.cat([views.between(start, end, t, kind) for t in torch.linspace(0, 1, STEPS + 1)])
     return views.frames(generator, z, latent.read(generator, clip, [prompt]), 1, [prompt] * len(z))

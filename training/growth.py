@@ -5,9 +5,13 @@ The reference is the FID between two disjoint sets of real images, as many on ea
 
 from dataclasses import dataclass, field
 
+import torch
+
 from common import distributed
 from common.cli import UserError
-from evaluation.metrics import fake_features, fid, real_features
+from evaluation.metrics import extract_clip_features, extract_fake_features, fid, frechet_distance, statistics
+from layers import resize
+from weights.checkpoint import atomically, load_tensors
 
 PATIENCE = 10  # evaluations without a better FID after which a stage ends
 
@@ -35,24 +39,67 @@ class Growth:
         """The resolutions that learn, from low to high."""
         return self.resolutions[: self.phase.number + 1]
 
-    def measure_reference(self, source):
-        """Two disjoint sets of real images: one lends its captions and one its features. Raises UserError."""
+    def measure_reference(self, source, path, asked_to_stop=lambda: False):
+        """Takes two disjoint sets of real images: one lends its captions, the other the statistics of its features.
+
+        They are pairs that training never sees, as far as the source has some. The ranks share the work, and the run
+        keeps the result in the file `path`. → whether it is done; else the run was asked to stop. Raises UserError.
+        """
         with distributed.together():
-            count = 2 * self.recipe.fid_samples
-            features, self.captions = real_features(self.clip, source.evaluation(), count, self.resolutions)
-            if len(self.captions) < 4:
-                raise UserError(f"--data holds {len(self.captions)} usable pairs; training needs at least 4")
-        half = len(self.captions) // 2
-        self.fid_captions = self.captions[:half]
-        self.fid_features = {r: f[half : 2 * half] for r, f in features.items()}
-        reference = {r: fid(f[:half], f[half : 2 * half]) for r, f in features.items()}
-        self.phase.reference_fid = distributed.broadcast(reference)
+            kept = self.read_reference(path) if distributed.is_main() else None
+        kept = distributed.broadcast(kept)
+        if kept is None:
+            kept = self.compute_reference(source, asked_to_stop)
+            if kept and distributed.is_main():
+                atomically(path, lambda temporary: torch.save(kept, temporary))
+        if kept:
+            self.captions, self.statistics = kept["captions"], kept["statistics"]
+            self.phase.reference_fid = kept["reference_fid"]
+        return bool(kept)
+
+    def read_reference(self, path):
+        """What an earlier start of this run has kept, or None."""
+        if not path.is_file():
+            return None
+        kept = load_tensors(path)
+        return kept if kept.get("samples") == self.recipe.fid_samples else None
+
+    @torch.no_grad()
+    def compute_reference(self, source, asked_to_stop):
+        """→ captions, {resolution: (mean, covariance)}, {resolution: reference FID}; {} where a rank was to stop."""
+        rank, ranks = distributed.rank(), distributed.world_size()
+        quota = len(range(rank, 2 * self.recipe.fid_samples, ranks))
+        features, captions = {r: [] for r in self.resolutions}, []
+        with distributed.together():
+            for batch in source.evaluation_pairs(rank=rank, world_size=ranks):
+                images = batch.images[: quota - len(captions)].to(self.clip.device)
+                captions += batch.captions[: len(images)]
+                for r in self.resolutions:
+                    features[r].append(extract_clip_features(self.clip, resize(images, r)).cpu())
+                if len(captions) == quota or asked_to_stop():
+                    break
+        shares = distributed.collect((asked_to_stop(), captions, features))
+        if any(stopped for stopped, *_ in shares):
+            return {}
+        captions = [caption for _, share, _ in shares for caption in share]
+        with distributed.together():
+            if len(captions) < 4:
+                raise UserError(f"--data holds {len(captions)} usable pairs; training needs at least 4")
+        half = len(captions) // 2
+        every = {r: torch.cat([part for *_, share in shares for part in share[r]]) for r in self.resolutions}
+        return {
+            "samples": self.recipe.fid_samples,
+            "captions": captions[:half],
+            "statistics": {r: statistics(x[half : 2 * half]) for r, x in every.items()},
+            "reference_fid": {r: fid(x[:half], x[half : 2 * half]) for r, x in every.items()},
+        }
 
     def evaluate(self, generator):
         """A generator's FID at the active resolution, beside its reference."""
         phase, resolution = self.phase, self.active[-1]
-        features = fake_features(generator, self.clip, self.fid_captions, resolution, self.seed)
-        value = distributed.broadcast(fid(features, self.fid_features[resolution]))  # the same, to the last bit
+        features = extract_fake_features(generator, self.clip, self.captions, resolution, self.seed)
+        value = frechet_distance(statistics(features.cpu()), self.statistics[resolution])
+        value = distributed.broadcast(value)  # the same, to the last bit
         phase.evaluations_since_best = 0 if value < phase.best_fid else phase.evaluations_since_best + 1
         phase.best_fid = min(phase.best_fid, value)
         return {"fid": value, "reference_fid": phase.reference_fid[resolution]}

@@ -85,14 +85,17 @@ class Loop:
     def run(self):
         """Goes on up to the last step, or until the run is asked to stop."""
         p, system, options = self.progress, self.system, self.options
-        batches = sources.loader(self.source, p.step * system.parts, system.batch // system.parts, options.workers)
+        share = p.step * system.parts, system.batch // system.parts, options.workers
+        batches = sources.loader(self.source, *share, asked_to_stop=lambda: self.asked_to_stop)
         total = self.steps if self.steps < sys.maxsize else None
         bar = tqdm(total=total, initial=p.step, unit="step", disable=not distributed.is_main(), dynamic_ncols=True)
         self.folder.open_log(p.step)
         saved_at = time.monotonic()
         while p.step < self.steps and not self.stopping:
             started, stage = time.perf_counter(), system.stage
-            report = self.make_step(batches)
+            if (made := self.next_batches(batches)) is None:
+                break
+            report = self.make_step(made)
             p.seconds += (seconds := time.perf_counter() - started)
             row = {"step": p.step, "images": p.step * system.batch, **report}
             self.folder.log(row | {"skipped": p.skipped.total(), "rejected": p.rejected, "seconds": round(seconds, 4)})
@@ -106,12 +109,19 @@ class Loop:
             bar.set_postfix_str(f"{stage}, {system.batch / seconds:.0f} images/s, {losses}", refresh=False)
             bar.update()
         bar.close()
+        if self.folder.saved_step != p.step:
+            self.save()
 
-    def make_step(self, batches):
+    def next_batches(self, batches):
+        """This rank's batches of a step; None on all ranks where one was asked to stop while it waited for its own."""
+        made = None
+        with distributed.together(), contextlib.suppress(sources.Stopped):
+            made = [next(batches) for _ in range(self.system.parts)]
+        return None if any(distributed.collect(made is None)) else made
+
+    def make_step(self, step_batches):
         """→ the step's report, as plain numbers, the same on every rank."""
         p = self.progress
-        with distributed.together():
-            step_batches = [next(batches) for _ in range(self.system.parts)]
         skipped = sum((batch.skipped for batch in step_batches), Counter())
         report = self.reduce(self.system.step(p.step, step_batches), skipped)
         rejected = round(report.pop("rejected", 0))
@@ -165,7 +175,6 @@ class Loop:
         if not self.system.weights_are_finite():
             return
         state = {
-            "world_size": distributed.world_size(),
             "progress": vars(self.progress) | {"skipped": dict(self.progress.skipped)},
             **self.system.state_dict(),
         }
@@ -188,13 +197,10 @@ class Loop:
         try:
             self.system.load_state_dict(state)
             self.progress = Progress(**state["progress"] | {"skipped": Counter(state["progress"]["skipped"])})
-            then, now = state["world_size"], distributed.world_size()
         except (AttributeError, KeyError, TypeError, RuntimeError, ValueError) as error:
             raise UserError(f"the checkpoint does not fit this run: {first_line(error)}") from error
         self.folder.saved_step = self.progress.step
         say(f"Resuming from step {self.progress.step}.")
-        if then != now:
-            say(f"note: so far on {then} rank(s), now on {now}: the same but for rounding, and for the order of shards")
 
     def introduce(self, config):
         """Writes the configuration, and a checkpoint of the start, so that a folder that cannot be written is told."""

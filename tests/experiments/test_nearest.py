@@ -1,0 +1,32 @@
+"""The nearest training pictures are those of the largest cosine, and the command draws them."""
+
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from experiments import nearest
+
+
+def test_the_nearest_are_those_of_the_largest_cosine():
+    torch.manual_seed(0)
+    features, others = torch.randn(4, 5), torch.randn(9, 5)
+    cosines, indices = nearest.nearest(F.normalize(features, dim=1), F.normalize(others, dim=1))
+    for i in range(4):
+        expected = sorted(range(9), key=lambda j: -F.cosine_similarity(features[i], others[j], dim=0))[:3]
+        assert indices[i].tolist() == expected
+        assert cosines[i, 0].item() == pytest.approx(
+            F.cosine_similarity(features[i], others[expected[0]], dim=0).item()
+        )
+
+
+def test_the_picture_has_a_row_for_each_prompt(tmp_path, monkeypatch):
+    monkeypatch.setattr(nearest, "MOST", 6)
+    prompts = ["a small red circle on a gray background", "a large blue square on a white background"]
+    command = ["nearest", "--data", "shapes", "--out", tmp_path / "nearest.png", *prompts]
+    monkeypatch.setattr(sys, "argv", [str(word) for word in command])
+    nearest.main()
+    picture = Image.open(tmp_path / "nearest.png")
+    assert picture.width > 4 * 128 and picture.height > 2 * 128
