@@ -18,7 +18,7 @@ STYLE = re.compile(r", (\w+) style$")
 TONE = re.compile(r" skin tone\b")
 SEEDS = 8  # images of each name, of which the styles are counted
 TRAINING_SHARE = 0.8  # of the names, for the classifier of style
-WEIGHT_DECAY = 1e-3
+WEIGHT_DECAY = 1e-2
 
 
 def extract_examples(source, held_out, label_of, resolution, extractors):
