@@ -21,6 +21,8 @@ from torch import nn
 
 from attention import merge_heads, split_heads
 from clip import Text
+from neighbours.command import main
+from neighbours.system import minimize
 
 # The VQGAN.
 FACTOR = 4  # pixels along the side of a token
@@ -297,8 +299,10 @@ class Muse:
     """The networks of Muse, how they learn, and how they draw: by the running average of the transformer.
 
     clip: a FrozenClip. resolution: of the images, a multiple of FACTOR. The VQGAN learns from the first
-    TOKENIZER_IMAGES images, the transformer from those after them.
+    TOKENIZER_IMAGES images, the transformer from those after them. The rest is as in system.System.
     """
+
+    for_sampling = ("vqgan", "ema")
 
     def __init__(self, clip, resolution, device):
         self.clip, self.resolution, self.device = clip, resolution, device
@@ -330,11 +334,12 @@ class Muse:
             "adversarial": -self.discriminator(reconstructed).mean(),
             "codebook": codebook_loss,
         }
-        self.update("vqgan", sum(weight * report[name] for name, weight in LOSS_WEIGHTS.items()))
+        report["vqgan_loss"] = sum(weight * report[name] for name, weight in LOSS_WEIGHTS.items())
+        minimize(self.optimizers["vqgan"], report["vqgan_loss"])
         self.vqgan.codebook.restart(z.detach(), tokens, noise)
         real, fake = self.discriminator(images), self.discriminator(reconstructed.detach())
-        report["discriminator"] = F.relu(1 - real).mean() + F.relu(1 + fake).mean()
-        self.update("discriminator", report["discriminator"])
+        report["discriminator_loss"] = F.relu(1 - real).mean() + F.relu(1 + fake).mean()
+        minimize(self.optimizers["discriminator"], report["discriminator_loss"])
         report["codes"] = torch.tensor(float(len(tokens.unique())))
         return {name: value.detach() for name, value in report.items()}
 
@@ -347,19 +352,17 @@ class Muse:
         logits = self.transformer(shown, text._replace(tokens=text.tokens * told[:, None, None]))
         masked = shown == MASK
         loss = F.cross_entropy(logits[masked], tokens[masked])  # what the transformer was shown does not count
-        self.update("transformer", loss)
+        minimize(self.optimizers["transformer"], loss)
         half_life = min(EMA_HALF_LIFE, 0.05 * (seen + len(images)))  # short at first, to forget how it began
         with torch.no_grad():
             weight = 1 - 0.5 ** (len(images) / half_life)
             torch._foreach_lerp_(list(self.ema.parameters()), list(self.transformer.parameters()), weight)
         right = (logits.argmax(-1) == tokens)[masked].float().mean()
-        return {"cross_entropy": loss.detach(), "accuracy": right, "masked": masked.float().mean()}
+        return {"transformer_loss": loss.detach(), "accuracy": right, "masked": masked.float().mean()}
 
-    def update(self, name, loss):
-        """A step of one optimizer."""
-        self.networks[name].zero_grad(set_to_none=True)
-        loss.backward()
-        self.optimizers[name].step()
+    def sample(self, text, seed, count):
+        """`count` images for each of P captions, one caption after the other: [P · count, 3, R, R] in [−1, 1]."""
+        return self.draw(seed, Text(*(x.repeat_interleave(count, dim=0) for x in text)))
 
     @torch.no_grad()
     def draw(self, seed, text, tokens=None, **options):
@@ -386,5 +389,5 @@ class Muse:
         return self.vqgan.decode(resample(self.ema, tokens, text, torch.Generator().manual_seed(seed), **options))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The command: main() of `train` and `sample` belongs here.
+if __name__ == "__main__":
+    main(Muse)

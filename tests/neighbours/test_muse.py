@@ -139,7 +139,7 @@ def test_only_masked_tokens_count(monkeypatch, drop):
     masked = [tuple(place) for place in (shown == MASK).nonzero().tolist()]
     expected = torch.stack([-log_p[place][tokens[place]] for place in masked]).mean()
     report = system.train_transformer(images, text, seeded(5), 0)
-    torch.testing.assert_close(report["cross_entropy"].double(), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(report["transformer_loss"].double(), expected, atol=1e-5, rtol=1e-5)
     assert report["masked"] == pytest.approx(len(masked) / tokens.numel())
 
 
@@ -272,7 +272,9 @@ def test_both_losses_fall(learn):
     system, _, _, reports = learn(steps)
     tokenizer, transformer = reports[:steps], reports[steps:]
     assert tokenizer[-1]["reconstruction"] < 0.6 * tokenizer[0]["reconstruction"]
-    assert sum(r["cross_entropy"] for r in transformer[-4:]) < 0.8 * sum(r["cross_entropy"] for r in transformer[:4])
+    assert sum(r["transformer_loss"] for r in transformer[-4:]) < 0.8 * sum(
+        r["transformer_loss"] for r in transformer[:4]
+    )
     assert all(x.ndim == 0 and not x.requires_grad for report in reports for x in report.values())
     assert set(system.optimizers) == {"vqgan", "discriminator", "transformer"} == set(system.networks) - {"ema"}
 
