@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from attention import l2_attention, merge_heads, split_heads
 from experts import Experts
@@ -24,21 +23,13 @@ from layers import (
     UpsamplingConv2d,
     full_precision,
     lrelu,
+    recomputed,
     rms_norm,
     upsample,
 )
-from presets import PRESETS, GeneratorConfig
+from presets import GeneratorConfig
 from router import Router
 from text import TextHead
-
-RECOMPUTE = {"use_reentrant": False, "preserve_rng_state": False}  # nothing here is random
-
-
-def build(preset):
-    """The generator of a preset, freshly initialized. Raises ValueError for a name that is none."""
-    if preset not in PRESETS:
-        raise ValueError(f"unknown preset {preset!r}; choose one of {', '.join(PRESETS)}")
-    return Generator(PRESETS[preset].generator)
 
 
 class Mapping(Float32):
@@ -71,8 +62,9 @@ class SelfAttention(nn.Module):
         self.proj_out = ModulatedLinear(dim, dim, w_dim)
 
     def forward(self, x, w):
-        q, k = split_heads(self.to_qk(x), self.num_heads).chunk(2, dim=-1)
-        v = split_heads(self.to_v(x), self.num_heads)
+        precision = self.to_v.weight.dtype  # float32 under autocast too, unless the weights are stored in bfloat16
+        qk, v = (split_heads(project(x), self.num_heads).to(precision) for project in (self.to_qk, self.to_v))
+        q, k = qk.chunk(2, dim=-1)
         return self.proj_out(merge_heads(l2_attention(q, k, v)), w)
 
 
@@ -88,7 +80,8 @@ class CrossAttention(nn.Module):
 
     def forward(self, x, local_text):
         k, v = self.to_kv(local_text).chunk(2, dim=-1)
-        q, k, v = (split_heads(t, self.num_heads) for t in (self.to_q(x), k, v))
+        precision = self.to_q.weight.dtype  # as in self-attention
+        q, k, v = (split_heads(t, self.num_heads).to(precision) for t in (self.to_q(x), k, v))
         return self.proj_out(merge_heads(l2_attention(q, k, v)))
 
 
@@ -286,7 +279,7 @@ class Synthesis(nn.Module):
         pyramid, routings = {}, {}
         for level, level_ws in zip(self.levels, ws.split([level.num_layers for level in self.levels], 1), strict=True):
             inputs = (x, level_ws, local_text)
-            x, rgb, routed = checkpoint(level, *inputs, **RECOMPUTE) if self.recompute else level(*inputs)
+            x, rgb, routed = recomputed(level, *inputs) if self.recompute else level(*inputs)
             image = rgb if image is None else rgb + upsample(image)
             pyramid[level.resolution] = image
             routings |= routed

@@ -9,6 +9,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint as gradient_checkpoint
 
 
 def lrelu(x):
@@ -32,11 +33,21 @@ def float32_region(x):
 
 
 class Float32(nn.Module):
-    """A module that computes in float32 under autocast too, and whose weights are never stored in less."""
+    """A module that computes in float32 under autocast too, and whose weights are never stored in less.
+
+    The call is wrapped rather than `forward`, which subclasses write as if there were no autocast.
+    """
 
     def __call__(self, *inputs):
         with float32_region(inputs[0]):
             return super().__call__(*(full_precision(x) for x in inputs))
+
+
+def recomputed(function, *inputs):
+    """function(*inputs) by gradient checkpointing: it runs again in the backward pass, and keeps only its inputs."""
+    if not torch.is_grad_enabled():
+        return function(*inputs)
+    return gradient_checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)  # no randomness here
 
 
 # ----------------------------------------------------------------------------------------------------------------------
