@@ -34,7 +34,7 @@ def test_points_that_meet_have_a_finite_gradient():
     assert torch.autograd.grad(attention.l2_attention(q, q, q).square().sum(), q)[0].isfinite().all()
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 0.03)], ids=str)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.bfloat16, 1e-3)], ids=str)
 def test_near_points_far_from_the_origin_keep_their_distances(dtype, tolerance):
     """At norms twenty times their distances, where a norm rounded to one bfloat16 would be off by 0.2 of them."""
     q, k = ((4 + 0.2 * torch.randn(1, 1, 50, 32)).to(dtype) for _ in range(2))

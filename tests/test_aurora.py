@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from aurora import Generator
+from losses import moe_loss
 from presets import PRESETS, GeneratorConfig
 
 
@@ -29,7 +30,7 @@ def test_output_has_what_it_promises(generator):
     assert {r: tuple(image.shape) for r, image in output.pyramid.items()} == {r: (3, 3, r, r) for r in (4, 8, 16)}
     assert output.image is output.pyramid[16]
     assert output.w.shape == (3, generator.config.w_dim)
-    assert output.aux_loss.shape == ()
+    assert output.routings["16.0.0"].logits.shape == (3, 256, 4)
     assert {name: tuple(route.shape) for name, route in output.routes.items()} == {
         "16.0.0": (3, 256),
         "16.0.1": (3, 256),
@@ -104,7 +105,7 @@ def test_every_active_parameter_gets_a_gradient(generator):
     for resolution in (4, 8, 16):
         generator.zero_grad(set_to_none=True)
         output = generator(*inputs(generator.config), resolution=resolution)
-        (output.aux_loss + sum(image.square().mean() for image in output.pyramid.values())).backward()
+        (moe_loss(output) + sum(image.square().mean() for image in output.pyramid.values())).backward()
         active = {
             name
             for i, level in enumerate(generator.config.levels)
@@ -152,7 +153,7 @@ def test_recomputing_levels_changes_no_gradient(generator_config):
     gradients = []
     for generator.synthesis.recompute in (False, True):
         output = generator(z, tokens, torch.tensor([3, 6]))
-        loss = sum(image.square().sum() for image in output.pyramid.values()) + output.aux_loss
+        loss = sum(image.square().sum() for image in output.pyramid.values()) + moe_loss(output)
         gradients.append(torch.autograd.grad(loss, list(generator.parameters())))
     for kept, recomputed in zip(*gradients, strict=True):
         assert torch.equal(kept, recomputed)
