@@ -1,21 +1,16 @@
-"""Attention by L2 distance, which is Lipschitz where the dot product is not (Kim et al. 2021; GigaGAN, section 3.1).
+"""Attention by L2 distance, which can be Lipschitz where dot products cannot (Kim et al. 2021; GigaGAN, section 3.1).
 
-The generator's keeps no attention map, so that its memory grows with the number of feature points N, not with N².
-The discriminator's must be differentiated twice, for R1, and is left to autograd.
+The proof needs tied weights, q = k. The discriminator has them. The generator, as released, keeps q and k apart.
 """
 
 import math
 
 import torch
-import torch.nn.functional as F
 
-from layers import float32_region, full_precision
+from layers import float32_region, full_precision, recomputed
 
-BLOCK = {
-    "cpu": 2**19,
-    "cuda": 2**28,
-}  # entries of a map held at a time; on a CPU they should fit its cache
-MIN_DISTANCE = 1e-6  # nearer than this counts as this, without a slope, which would be infinite at zero
+BLOCK = {"cpu": 2**19, "cuda": 2**26}  # Entries of an attention map in memory at a time; a CPU's cache holds 2**19.
+MIN_DISTANCE = 1e-6  # Lesser distances become this one, and get no gradient: the slope of a root at zero is infinite.
 
 
 def split_heads(x, num_heads):
@@ -28,89 +23,60 @@ def merge_heads(x):
     return x.transpose(1, 2).flatten(2)
 
 
-def l2_attention(q, k, v):
-    """softmax(−‖q − k‖₂/√d)·v over [B, heads, N, d]: the true distance, not its square.
+def l2_attention_plain(q, k, v):
+    """softmax(−‖q − k‖₂/√d)·v over [B, heads, N or T, d]: the true distance, not its square."""
+    distance = torch.linalg.vector_norm(q[..., :, None, :] - k[..., None, :, :], dim=-1)  # [B, heads, N, T]
+    return (-distance / math.sqrt(q.shape[-1])).softmax(-1) @ v
 
-    In training it is computed in float32 under autocast too: its slope is divided by the distance.
+
+def l2_attention(q, k, v):
+    """What l2_attention_plain computes, in memory that grows with the number of feature points N, not with N².
+
+    The map is made block by block, and each block again in the backward pass. The precision is that of q, k and v,
+    under autocast too.
     """
-    dtype = v.dtype
-    if torch.is_grad_enabled():
-        q, k, v = full_precision(q), full_precision(k), full_precision(v)
+    batch, (n, t) = q.shape[:2], (q.shape[2], k.shape[2])
+    size = BLOCK[q.device.type]
+    maps, rows = max(1, size // (n * t)), max(1, size // t)  # in a block: whole maps, or rows of one
     with float32_region(q):
-        scale = 1 / q.shape[-1]  # of squared distances
-        (high_q, low_q), (high_k, low_k) = square_norm(q, scale), square_norm(k, scale)
-        one = torch.ones_like(high_q[..., :1, :]).expand
-        # |q − k|²/d as one product, of vectors that are four numbers longer.
-        q = torch.cat([-2 * scale * q, high_q, low_q, one(high_q.shape), one(high_q.shape)], dim=-1)
-        k = torch.cat([k, one(high_k.shape), one(high_k.shape), high_k, low_k], dim=-1)
-        h = BlockwiseAttention.apply(*(x.flatten(0, 1) for x in (q, k, v)))
-    return h.unflatten(0, v.shape[:2]).to(dtype)
+        q, k, v = (x.flatten(0, 1) for x in (*distance_factors(q, k), v))  # [B·heads, N or T, …]
+        groups = zip(q.split(maps), k.split(maps), v.split(maps), strict=True)
+        h = [[recomputed(attend, part, k, v) for part in q.split(rows, dim=1)] for q, k, v in groups]
+    return torch.cat([torch.cat(parts, dim=1) for parts in h]).unflatten(0, batch)
+
+
+def distance_factors(q, k):
+    """q [..., N, d] and k [..., T, d] → two matrices of d + 4 columns, whose product is |q − k|²/d, [..., N, T].
+
+    |q|² − 2q·k + |k|² is a small difference of large terms where q and k are near. As one product it is summed in
+    float32 whatever its inputs are. |q|² and |k|² take two columns each: rounded to a single bfloat16, they would err
+    by more than such distances.
+    """
+    scale = 1 / q.shape[-1]
+    (q_high, q_low), (k_high, k_low) = square_norm(q, scale), square_norm(k, scale)
+    one_q, one_k = torch.ones_like(q_high), torch.ones_like(k_high)
+    left = torch.cat([-2 * scale * q, q_high, q_low, one_q, one_q], dim=-1)
+    return left, torch.cat([k, one_k, one_k, k_high, k_low], dim=-1)
 
 
 def square_norm(x, scale):
-    """scale·|x|² of vectors [..., d], as two numbers [..., 1] of its dtype, the second what rounding takes off."""
+    """scale·|x|² of vectors [..., d] as the sum of two numbers of x's dtype, [..., 1] each."""
     exact = torch.linalg.vector_norm(full_precision(x), dim=-1, keepdim=True).square() * scale
     high = exact.to(x.dtype)
     return high, (exact - high).to(x.dtype)
 
 
-class BlockwiseAttention(torch.autograd.Function):
-    """softmax(−√(q·kᵀ))·v over [B·heads, N or T, …], block by block of the map, forward and backward.
-
-    Every pass over a block is made in place, in memory that the blocks share. The backward pass computes the map again.
-    """
-
-    @staticmethod
-    def forward(ctx, q, k, v):
-        h = v.new_empty(*q.shape[:2], v.shape[-1])
-        for heads, rows, distance, weights in blocks(q, k, 2):
-            measure(q[heads, rows], k[heads], distance)
-            torch.softmax(distance.neg_(), dim=-1, out=weights)
-            torch.bmm(weights, v[heads], out=h[heads, rows])
-        ctx.save_for_backward(q, k, v, h)
-        return h
-
-    @staticmethod
-    def backward(ctx, upstream):
-        q, k, v, h = ctx.saved_tensors
-        grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        mean_slope = (upstream * h).sum(-1, keepdim=True)  # Σ weights · their slopes, which softmax subtracts
-        for heads, rows, distance, weights, slope in blocks(q, k, 3):
-            measure(q[heads, rows], k[heads], distance)
-            torch.softmax(torch.neg(distance, out=slope), dim=-1, out=weights)
-            grad_v[heads] += weights.mT @ upstream[heads, rows]
-            torch.bmm(upstream[heads, rows], v[heads].mT, out=slope)
-            slope.sub_(mean_slope[heads, rows]).mul_(weights)  # of the negative distance
-            slope.div_(F.threshold_(distance, MIN_DISTANCE, math.inf))  # of the square, times −2
-            grad_q[heads, rows] = slope @ k[heads]
-            grad_k[heads] += slope.mT @ q[heads, rows]
-        return grad_q.mul_(-0.5), grad_k.mul_(-0.5), grad_v
-
-
-def blocks(q, k, count):
-    """Cuts the map of q [G, N, d] and k [G, T, d] → of each block its heads, its rows, and `count` scratch tensors."""
-    (num_heads, n, _), t = q.shape, k.shape[1]
-    heads = min(num_heads, max(1, BLOCK[q.device.type] // (n * t)))
-    rows = min(n, max(1, BLOCK[q.device.type] // t))
-    scratch = q.new_empty(count, heads * rows * t)
-    for head in range(0, num_heads, heads):
-        for row in range(0, n, rows):
-            shape = (min(heads, num_heads - head), min(rows, n - row), t)
-            parts = (s[: math.prod(shape)].view(shape) for s in scratch)
-            yield slice(head, head + heads), slice(row, row + rows), *parts
-
-
-def measure(q, k, distance):
-    """√(q·kᵀ), written to `distance`."""
-    torch.bmm(q, k.mT, out=distance)
-    distance.clamp_(min=MIN_DISTANCE**2).sqrt_()
+def attend(q, k, v):
+    """softmax(−√(q·kᵀ))·v of one block, with q and k from distance_factors: [maps, N or T, …]."""
+    distance = torch.bmm(q, k.mT).clamp(min=MIN_DISTANCE**2).sqrt()
+    return torch.bmm((-distance).softmax(-1), v)
 
 
 def squared_l2_attention(qk, v):
-    """softmax(−‖q − k‖₂²/√d)·v with q = k, over [B, heads, N, d]: twice differentiable, also where two points meet.
+    """softmax(−‖q − k‖₂²/√d)·v with q = k, over [B, heads, N, d]: twice differentiable, as R1 asks for.
 
     The true distance has an infinite slope at zero, and every point is at distance zero from itself here. The term |q|²
-    is the same for all keys, so the softmax drops it.
+    is the same for all keys, so the softmax drops it. Left to autograd, it keeps the map in memory.
     """
     with float32_region(qk):
         qk = full_precision(qk)

@@ -9,10 +9,10 @@ are changed too, has no reason to draw it.
 import torch
 import torch.nn.functional as F
 
-NUM_CHANCES = 8  # uniform numbers behind the changes of an image
-MAX_SHIFT = 1 / 8  # of the side
-MAX_SCALE = 1.2
-CUTOUT = 1 / 2  # side of the hole, of the image's
+NUM_CHANCES = 8  # Each image is changed by so many uniform random numbers.
+MAX_SHIFT = 1 / 8  # Images are shifted by at most this share of their side,
+MAX_SCALE = 1.2  # enlarged or shrunk at most this much,
+CUTOUT = 1 / 2  # and lose a square whose side is this share of theirs.
 
 
 def augment(pyramid, policy, chances):
@@ -51,7 +51,7 @@ def warp(images, shift, factor):
 
 
 def color(images, chances):
-    """Brightness by up to half of the range's half, saturation 0 to 2 times, contrast ½ to 1½ times."""
+    """Adds up to ±½ of brightness, and multiplies saturation by 0 to 2 and contrast by ½ to 1½."""
     brightness, saturation, contrast = chances[:, 3:6, None, None, None].unbind(1)
     images = images + brightness - 0.5
     grey = images.mean(1, keepdim=True)

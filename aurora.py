@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from attention import l2_attention, merge_heads, split_heads
 from experts import Experts
@@ -24,21 +23,13 @@ from layers import (
     UpsamplingConv2d,
     full_precision,
     lrelu,
+    recomputed,
     rms_norm,
     upsample,
 )
-from presets import PRESETS, GeneratorConfig
-from router import Router
+from presets import GeneratorConfig
+from router import Router, Routing
 from text import TextHead
-
-RECOMPUTE = {"use_reentrant": False, "preserve_rng_state": False}  # nothing here is random
-
-
-def build(preset):
-    """The generator of a preset, freshly initialized. Raises ValueError for a name that is none."""
-    if preset not in PRESETS:
-        raise ValueError(f"unknown preset {preset!r}; choose one of {', '.join(PRESETS)}")
-    return Generator(PRESETS[preset].generator)
 
 
 class Mapping(Float32):
@@ -60,7 +51,7 @@ class Mapping(Float32):
 # Attention blocks: where the experts are.
 
 
-class SelfAttention(nn.Module):
+class ModulatedSelfAttention(nn.Module):
     """L2 self-attention over feature points [B, N, C], q and k untied, with an output projection modulated by w."""
 
     def __init__(self, dim, num_heads, w_dim):
@@ -71,8 +62,9 @@ class SelfAttention(nn.Module):
         self.proj_out = ModulatedLinear(dim, dim, w_dim)
 
     def forward(self, x, w):
-        q, k = split_heads(self.to_qk(x), self.num_heads).chunk(2, dim=-1)
-        v = split_heads(self.to_v(x), self.num_heads)
+        precision = self.to_v.weight.dtype  # float32 under autocast too, unless the weights are stored in bfloat16
+        qk, v = (split_heads(project(x), self.num_heads).to(precision) for project in (self.to_qk, self.to_v))
+        q, k = qk.chunk(2, dim=-1)
         return self.proj_out(merge_heads(l2_attention(q, k, v)), w)
 
 
@@ -88,7 +80,8 @@ class CrossAttention(nn.Module):
 
     def forward(self, x, local_text):
         k, v = self.to_kv(local_text).chunk(2, dim=-1)
-        q, k, v = (split_heads(t, self.num_heads) for t in (self.to_q(x), k, v))
+        precision = self.to_q.weight.dtype  # as in self-attention
+        q, k, v = (split_heads(t, self.num_heads).to(precision) for t in (self.to_q(x), k, v))
         return self.proj_out(merge_heads(l2_attention(q, k, v)))
 
 
@@ -99,7 +92,7 @@ class TransformerBlock(nn.Module):
         super().__init__()
         dim = config.num_heads * config.head_dim
         self.norm1 = nn.LayerNorm(dim)
-        self.self_attention = SelfAttention(dim, config.num_heads, config.w_dim)
+        self.self_attention = ModulatedSelfAttention(dim, config.num_heads, config.w_dim)
         self.norm2 = nn.LayerNorm(dim)
         self.cross_attention = CrossAttention(dim, config.num_heads, config.text_dim)
         self.norm3 = nn.LayerNorm(dim)
@@ -170,13 +163,20 @@ class FourierFeatures(Float32):
         return (self.weight @ waves).unflatten(2, (self.size, self.size))
 
 
+def level_conv(config, level, in_channels):
+    """The convolution that is deformable where the level says so."""
+    if level.deformable:
+        return DeformableConv2d(in_channels, level.channels, config.w_dim, level.num_kernels)
+    return ModulatedConv2d(in_channels, level.channels, 3, config.w_dim, level.num_kernels)
+
+
 class StartBlock(nn.Module):
-    """The first block of the lowest resolution: Fourier features and one deformable convolution."""
+    """The first block of the lowest resolution: Fourier features and one convolution, → [B, C, size, size]."""
 
     def __init__(self, config: GeneratorConfig, level):
         super().__init__()
         self.fourier = FourierFeatures(config.fourier_channels, level.resolution, config.w_dim)
-        self.conv = DeformableConv2d(config.fourier_channels, level.channels, config.w_dim, level.num_kernels)
+        self.conv = level_conv(config, level, config.fourier_channels)
 
     def forward(self, _, w):
         return lrelu(self.conv(self.fourier(w), w))
@@ -190,7 +190,7 @@ class ConvBlock(nn.Module):
         c, n = level.channels, level.num_kernels
         self.gain = config.residual_gain
         self.conv1 = ModulatedConv2d(c, c, 3, config.w_dim, n)
-        self.conv2 = second_conv(config, level)
+        self.conv2 = level_conv(config, level, c)
 
     def skip(self, x):
         return x
@@ -213,13 +213,6 @@ class UpsamplingBlock(ConvBlock):
         return upsample(self.skip_conv(x))
 
 
-def second_conv(config, level):
-    c, n = level.channels, level.num_kernels
-    if level.deformable:
-        return DeformableConv2d(c, c, config.w_dim, n)
-    return ModulatedConv2d(c, c, 3, config.w_dim, n)
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # The networks.
 
@@ -231,8 +224,12 @@ class Output:
     image: torch.Tensor  # [B, 3, R, R], about [−1, 1]
     pyramid: dict[int, torch.Tensor]  # resolution → image, low to high; the last is `image`
     w: torch.Tensor  # [B, w_dim], or [B, L, w_dim] as given to `synthesis`
-    aux_loss: torch.Tensor  # scalar, summed over all routers
-    routes: dict[str, torch.Tensor]  # "resolution.block.depth" → the expert of each feature point, [B, N]
+    routings: dict[str, Routing]  # of every router, by "resolution.block.depth"
+
+    @property
+    def routes(self):
+        """The expert of each feature point, [B, N], by the same names."""
+        return {name: routing.expert_index for name, routing in self.routings.items()}
 
 
 class SynthesisLevel(nn.Module):
@@ -243,8 +240,7 @@ class SynthesisLevel(nn.Module):
         self.resolution = level.resolution
         rest = (ConvBlock(config, level) for _ in range(level.num_blocks - 1))
         self.blocks = nn.ModuleList([first_block, *rest])
-        has_attention = level.attn_depth > 0
-        self.attentions = nn.ModuleList(AttentionBlock(config, level) for _ in self.blocks if has_attention)
+        self.attentions = nn.ModuleList(AttentionBlock(config, level) for _ in self.blocks if level.attn_depth)
         self.to_rgb = ToRGB(level.channels, config.w_dim, level.num_kernels)
 
     @property
@@ -254,11 +250,13 @@ class SynthesisLevel(nn.Module):
 
     def forward(self, x, ws, local_text):
         """x: features of the level below, ws [B, L, w_dim] → features, the RGB of this level, {name: routing}."""
-        ws, routings = iter(ws.unbind(1)), {}
+        codes, routings = iter(ws.unbind(1)), {}
         for i, block in enumerate(self.blocks):
-            x = block(x, w := next(ws))
+            w = next(codes)
+            x = block(x, w)
             if self.attentions:
-                x, routed = self.attentions[i](x, w := next(ws), local_text)
+                w = next(codes)
+                x, routed = self.attentions[i](x, w, local_text)
                 routings |= {f"{self.resolution}.{i}.{depth}": routing for depth, routing in enumerate(routed)}
         return x, self.to_rgb(x, w), routings
 
@@ -273,7 +271,7 @@ class Synthesis(nn.Module):
         for below, level in zip(config.levels, higher, strict=False):
             levels.append(SynthesisLevel(config, level, UpsamplingBlock(config, level, below.channels)))
         self.levels = nn.ModuleList(levels)
-        self.recompute = False  # whether each level runs again in the backward pass, rather than keep what it computed
+        self.recompute = False  # gradient checkpointing: whether each level runs again in the backward pass
 
     @property
     def num_layers(self):
@@ -286,14 +284,13 @@ class Synthesis(nn.Module):
         pyramid, routings = {}, {}
         for level, level_ws in zip(self.levels, ws.split([level.num_layers for level in self.levels], 1), strict=True):
             inputs = (x, level_ws, local_text)
-            x, rgb, routed = checkpoint(level, *inputs, **RECOMPUTE) if self.recompute else level(*inputs)
+            x, rgb, routed = recomputed(level, *inputs) if self.recompute else level(*inputs)
             image = rgb if image is None else rgb + upsample(image)
             pyramid[level.resolution] = image
             routings |= routed
             if level.resolution == resolution:
                 break
-        aux_loss = sum((routing.aux_loss for routing in routings.values()), start=w.new_zeros(()))
-        return Output(image, pyramid, w, aux_loss, {name: routing.expert_index for name, routing in routings.items()})
+        return Output(image, pyramid, w, routings)
 
 
 class Generator(nn.Module):
@@ -311,6 +308,8 @@ class Generator(nn.Module):
         )
         self.mapping = Mapping(config)
         self.synthesis = Synthesis(config)
+        # The running mean of w over all prompts, which StyleGAN truncates toward; the released file holds it, too. Our
+        # sampling truncates toward the mean of a prompt's own w instead, see sampling/latent.py.
         self.register_buffer("w_avg", torch.zeros(config.w_dim))
 
     def forward(self, z, tokens, eot, resolution=None):

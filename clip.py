@@ -33,10 +33,10 @@ MODELS = Path(__file__).parent / "models"
 BUILT_IN = {
     "small": MODELS / "clip.safetensors",
     "emoji": MODELS / "emoji_clip.safetensors",
-    "judge": MODELS / "judge_clip.safetensors",  # no generator is trained against it
+    "judge": MODELS / "judge_clip.safetensors",  # No generator is trained against it.
 }
-NUM_MAPS = 4  # feature maps of the images that the discriminator looks at
-SPECIAL = re.compile(r"<(start|end)_of_text>")  # would end the text early
+NUM_MAPS = 4  # The discriminator looks at so many feature maps of an image.
+SPECIAL = re.compile(r"<(start|end)_of_text>")  # The tokenizer takes these for its own marks, so captions lose them.
 
 
 class Text(NamedTuple):
@@ -50,8 +50,9 @@ class Text(NamedTuple):
 class FrozenClip(nn.Module):
     """A CLIP whose weights never change; gradients pass through it to the images.
 
-    model: an open_clip.CLIP or one of its kind. name: how to get it again, "MODEL:WEIGHTS", or "small".
-    kept_ids: for the small one, the token ids its vocabulary holds, sorted; all others share row 0, the unknown word.
+    model: an open_clip.CLIP, or another model with the same attributes. name: "small", or "MODEL:WEIGHTS", by which
+    load_clip finds it again. kept_ids: of a small one, the sorted token ids that have rows in its embedding table, from
+    row 1 on; all others share row 0, the unknown word. None: every id has its row.
     """
 
     def __init__(self, model, name, kept_ids=None):
@@ -62,6 +63,10 @@ class FrozenClip(nn.Module):
         self.context_length = model.positional_embedding.shape[0]
         self.width = model.positional_embedding.shape[1]
         self.tokenizer = open_clip.SimpleTokenizer(context_length=self.context_length)
+        mean = getattr(model.visual, "image_mean", None) or open_clip.OPENAI_DATASET_MEAN
+        std = getattr(model.visual, "image_std", None) or open_clip.OPENAI_DATASET_STD
+        for name, value in (("mean", mean), ("std", std)):  # of the pixels it was trained on
+            self.register_buffer(name, torch.tensor(value).view(3, 1, 1), persistent=False)
 
     def train(self, mode=True):
         """Stays in eval mode, as part of a network in training too."""
@@ -113,10 +118,8 @@ class FrozenClip(nn.Module):
 
     def preprocess(self, images):
         """Images [B, 3, R, R] in [−1, 1], resized and normalized as this CLIP expects."""
-        visual = self.model.visual
-        images = F.interpolate((images + 1) / 2, visual.image_size, mode="bicubic", antialias=True)
-        mean, std = (torch.tensor(t, device=images.device).view(3, 1, 1) for t in _normalization(visual))
-        return ((images - mean) / std).contiguous(memory_format=torch.channels_last)
+        images = F.interpolate((images + 1) / 2, self.model.visual.image_size, mode="bicubic", antialias=True)
+        return ((images - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
 
     @property
     def map_shapes(self):
@@ -137,11 +140,6 @@ def _map_blocks(visual):
         return NUM_MAPS
     depth = len(visual.transformer.resblocks)
     return [depth * part // NUM_MAPS - 1 for part in range(1, NUM_MAPS + 1)]
-
-
-def _normalization(visual):
-    mean = getattr(visual, "image_mean", None) or open_clip.OPENAI_DATASET_MEAN
-    return mean, getattr(visual, "image_std", None) or open_clip.OPENAI_DATASET_STD
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -20,12 +20,13 @@ from layers import (
 from presets import DiscriminatorConfig
 from text import TextHead
 
-RESIDUAL_GAIN, ATTN_GAIN = 0.4, 0.3  # of the branches; the identity path keeps its scale, having no normalization
-CLIP = 0  # the stage, so to speak, after which CLIP's feature maps are judged
-LOGIT_GAIN = 0.25  # at 1, one of Adam's steps moves a prediction by more than tells right captions from wrong ones
+RESIDUAL_GAIN, ATTN_GAIN = 0.4, 0.3  # Only branches are scaled: the identity path has no normalization to undo it.
+LOGIT_GAIN = 0.25  # At 1, a single step of Adam moves a prediction by more than a wrong caption does.
+CLIP = "clip"  # Stands for a stage in the keys of maps and logits that come from CLIP's feature maps.
+CLIP_HEAD = "0"  # The name of its head in checkpoints, among the resolutions.
 
 
-class SelfAttention(nn.Module):
+class TiedSelfAttention(nn.Module):
     """L2 self-attention [B, C, H, W] → the same, q and k tied, written out so that R1 can differentiate it twice."""
 
     def __init__(self, channels, num_heads, head_dim):
@@ -87,10 +88,11 @@ class Stage(nn.Module):
 
     def __init__(self, config: DiscriminatorConfig, level, step):
         super().__init__()
-        attention = (SelfAttention(level.channels, config.num_heads, config.head_dim) for _ in range(level.attn_depth))
-        blocks = (ResidualBlock(level.channels) for _ in range(level.num_blocks))
-        self.from_rgb = Conv2d(3, level.channels, 1)
-        self.body = nn.Sequential(*attention, *blocks, step)
+        c, attn_depth = level.channels, level.attn_depth
+        attentions = (TiedSelfAttention(c, config.num_heads, config.head_dim) for _ in range(attn_depth))
+        blocks = (ResidualBlock(c) for _ in range(level.num_blocks))
+        self.from_rgb = Conv2d(3, c, 1)
+        self.body = nn.Sequential(*attentions, *blocks, step)
 
 
 class MapReader(nn.Sequential):
@@ -105,7 +107,7 @@ class MapReader(nn.Sequential):
 
 
 class Head(nn.Module):
-    """One ψ with its unconditional companion: D = ψ(features, t) + conv1×1(features), for every feature point."""
+    """One ψ with its unconditional companion: D = ψ(map, t) + conv1×1(map), for every feature point."""
 
     def __init__(self, channels, text_dim, num_layers):
         super().__init__()
@@ -113,9 +115,9 @@ class Head(nn.Module):
         self.last = ModulatedLinear(channels, 1, text_dim)
         self.unconditional = Linear(channels, 1)
 
-    def forward(self, features, text):
-        """features [B, C, H, W], text [B, text_dim] → logits [B, H·W]."""
-        points = h = features.flatten(2).transpose(1, 2).contiguous()
+    def forward(self, maps, text):
+        """maps [B, C, H, W], text [B, text_dim] → logits [B, H·W]."""
+        points = h = maps.flatten(2).transpose(1, 2).contiguous()
         for conv in self.convs:
             h = lrelu(conv(h, text))
         return LOGIT_GAIN * full_precision(self.last(h, text) + self.unconditional(points)).squeeze(-1)
@@ -124,9 +126,10 @@ class Head(nn.Module):
 class Discriminator(nn.Module):
     """Pyramids {resolution: [B, 3, R, R]} and captions → logits {(input, stage): [B, N]}; larger means more like real.
 
-    A smaller pyramid, as while the generator grows, enters at the stages it has images for. `maps` is what CLIP sees in
-    the highest image, clip.see()[1]: feature maps [B, C, side, side] of the shapes config.clip_maps. Features hold no
-    text, so to judge the same images under another caption is to run the heads again: features(), then score() twice.
+    A smaller pyramid, as while the generator grows, enters at the stages it has images for. `clip_maps` is what CLIP
+    sees in the highest image, clip.see()[1]: feature maps [B, C, side, side] of the shapes config.clip_maps. The
+    discriminator's own maps hold no text, so to judge the same images under another caption is to run the heads again:
+    maps(), then score() twice.
     """
 
     def __init__(self, config: DiscriminatorConfig):
@@ -143,7 +146,7 @@ class Discriminator(nn.Module):
             width = below.channels if below else level.channels
             heads[str(resolution)] = Head(width, config.text_dim, config.head_layers)
         width = config.clip_channels
-        heads[str(CLIP)] = Head(width, config.text_dim, config.head_layers)
+        heads[CLIP_HEAD] = Head(width, config.text_dim, config.head_layers)
         self.map_readers = nn.ModuleList(MapReader(*shape, width) for shape in config.clip_maps)
         self.stages, self.heads = nn.ModuleDict(stages), nn.ModuleDict(heads)
 
@@ -151,31 +154,39 @@ class Discriminator(nn.Module):
         """CLIP token features [B, T, clip_width] and eot [B] → the discriminator's own text code t_D [B, text_dim]."""
         return rms_norm(full_precision(self.text_head(tokens, eot)[0]))
 
-    def features(self, pyramid, maps):
-        """→ {(input resolution, stage resolution): features after that stage [B, C, H/2, W/2], or 1×1 at last}.
+    def maps(self, pyramid, clip_maps):
+        """→ {(input, stage): the feature map of that input image after that stage, [B, C, H/2, W/2], or 1×1 at last}.
 
-        Under the stage CLIP there is a feature point for each of CLIP's maps: [B, C, number of maps, 1].
+        Both are named by their resolution. Each input joins those that entered above it, and all go on as one batch:
+
+            stage          16          8           4
+            input 16  ──▶ (16, 16) ─▶ (16, 8) ─▶ (16, 4)
+            input 8                ──▶ (8, 8) ──▶ (8, 4)
+            input 4                           ──▶ (4, 4)
+
+        CLIP is a stage by itself. It yields a feature point for each of its maps: [B, C, number of maps, 1].
         """
-        points = [read(x) for read, x in zip(self.map_readers, maps, strict=True)]
-        features, streams = {(max(pyramid), CLIP): torch.cat(points, dim=2)}, {}
+        points = [read(x) for read, x in zip(self.map_readers, clip_maps, strict=True)]
+        maps = {(max(pyramid), CLIP): torch.cat(points, dim=2)}
+        entered = {}  # input → its map, on the way down
         for resolution in sorted(pyramid, reverse=True):
             stage = self.stages[str(resolution)]
-            streams[resolution] = lrelu(stage.from_rgb(pyramid[resolution]))
-            # All streams have this resolution here, so they pass the stage as one batch.
-            outputs = stage.body(torch.cat(list(streams.values()))).chunk(len(streams))
-            streams = dict(zip(streams, outputs, strict=True))
-            features |= {(entered, resolution): x for entered, x in streams.items()}
-        return features
+            entered[resolution] = lrelu(stage.from_rgb(pyramid[resolution]))
+            outputs = stage.body(torch.cat([*entered.values()])).chunk(len(entered))
+            entered = dict(zip(entered, outputs, strict=True))
+            maps |= {(image, resolution): x for image, x in entered.items()}
+        return maps
 
-    def score(self, features, text):
-        """Features of B images and text codes [B, text_dim] → logits {(input, stage): [B, N]}."""
+    def score(self, maps, text):
+        """The maps of B images and text codes [B, text_dim] → logits {(input, stage): [B, N]}."""
         logits = {}
-        for resolution in {stage: None for _, stage in features}:
-            entered = [key for key in features if key[1] == resolution]
-            head, stacked = self.heads[str(resolution)], torch.cat([features[key] for key in entered])
-            outputs = head(stacked, text.repeat(len(entered), 1)).chunk(len(entered))
-            logits |= dict(zip(entered, outputs, strict=True))
+        for stage in dict.fromkeys(stage for _, stage in maps):
+            keys = [key for key in maps if key[1] == stage]
+            head = self.heads[CLIP_HEAD if stage == CLIP else str(stage)]
+            # All inputs that passed this stage, as one batch.
+            outputs = head(torch.cat([maps[key] for key in keys]), text.repeat(len(keys), 1)).chunk(len(keys))
+            logits |= dict(zip(keys, outputs, strict=True))
         return logits
 
-    def forward(self, pyramid, maps, tokens, eot):
-        return self.score(self.features(pyramid, maps), self.encode_text(tokens, eot))
+    def forward(self, pyramid, clip_maps, tokens, eot):
+        return self.score(self.maps(pyramid, clip_maps), self.encode_text(tokens, eot))

@@ -11,8 +11,8 @@ try:
 except ImportError:  # Triton comes with PyTorch on Linux only
     routed_experts = None
 
-
-POINTS = 512  # that an expert takes at a time on a CPU, so that what it makes of them stays in the cache
+# On a CPU an expert takes at most so many points at a time: its hidden layer, 8C numbers a point, then fits the cache.
+POINTS_AT_A_TIME = 512
 
 
 class Experts(nn.Module):
@@ -20,8 +20,10 @@ class Experts(nn.Module):
 
     forward: points [P, C], expert_index [P], gate [P] → gate · expert(point), [P, C]. The points are sorted by expert,
     so each expert multiplies one contiguous slice and the work is that of a single expert over all points. An expert
-    that gets no point multiplies an empty slice, and its gradient is zero rather than missing. On a GPU one Triton
-    kernel after another does the same for all experts at once; tests hold the two together.
+    that gets no point multiplies an empty slice, and its gradient is zero rather than missing. On a GPU, Triton kernels
+    do the same for all experts at once; tests hold the two together.
+
+    For top-k routing call it once for each choice, and add. An assertion refuses points with several experts.
     """
 
     def __init__(self, dim, num_experts):
@@ -34,6 +36,8 @@ class Experts(nn.Module):
         self.lr_scale = {"proj_in": 1 / math.sqrt(dim), "proj_out": 1 / math.sqrt(hidden)}
 
     def forward(self, points, expert_index, gate):
+        one_each = expert_index.shape == gate.shape == points.shape[:1]
+        assert one_each, f"{len(points)} points take one expert each, not {[*expert_index.shape]} and {[*gate.shape]}"
         apply = routed_experts if points.is_cuda and routed_experts else sliced_experts
         return apply(points, expert_index, gate, self.proj_in, self.bias_in, self.proj_out, self.bias_out)
 
@@ -43,7 +47,7 @@ def sliced_experts(points, expert_index, gate, proj_in, bias_in, proj_out, bias_
     order = expert_index.argsort()
     slices = points[order].split(expert_index.bincount(minlength=len(proj_in)).tolist())
     stacks = zip(slices, proj_in, bias_in, proj_out, bias_out, strict=True)
-    outputs = torch.cat([expert(part, *weights) for its, *weights in stacks for part in its.split(POINTS)])
+    outputs = torch.cat([expert(part, *weights) for its, *weights in stacks for part in its.split(POINTS_AT_A_TIME)])
     return torch.empty_like(outputs).index_copy(0, order, outputs) * gate[:, None]
 
 

@@ -9,6 +9,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint as gradient_checkpoint
 
 
 def lrelu(x):
@@ -32,11 +33,21 @@ def float32_region(x):
 
 
 class Float32(nn.Module):
-    """A module that computes in float32 under autocast too, and whose weights are never stored in less."""
+    """A module that computes in float32 under autocast too, and whose weights are never stored in less.
+
+    The call is wrapped rather than `forward`, which subclasses write as if there were no autocast.
+    """
 
     def __call__(self, *inputs):
         with float32_region(inputs[0]):
             return super().__call__(*(full_precision(x) for x in inputs))
+
+
+def recomputed(function, *inputs):
+    """function(*inputs) by gradient checkpointing: it runs again in the backward pass, and keeps only its inputs."""
+    if not torch.is_grad_enabled():
+        return function(*inputs)
+    return gradient_checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)  # no randomness here
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -128,7 +139,7 @@ class ModulatedLinear(nn.Module):
         style = self.style(w)
         with float32_region(x):
             gain = torch.rsqrt(F.linear(style.square(), full_precision(self.weight).square()) + 1e-8)
-        if len(self.weight) < x.shape[1]:  # a sample's kernel is smaller than its activations: scale that instead
+        if len(self.weight) < x.shape[1]:  # D < N: a sample's kernel is smaller than its activations, so that is scaled
             kernels = self.weight * style[:, None] * gain[..., None]  # [B, D, C]
             return torch.baddbmm(self.bias, x, kernels.mT)
         return torch.addcmul(self.bias, F.linear(x * style[:, None], self.weight), gain[:, None])
@@ -137,7 +148,9 @@ class ModulatedLinear(nn.Module):
 class ModulatedConv2d(nn.Module):
     """A modulated convolution with adaptive kernels (GigaGAN, section 3.1): [B, C, H, W], w [B, w_dim] → [B, D, H, W].
 
-    `num_kernels` kernels are mixed by softmax(dense(w)) into one a sample; a single kernel is shared by the batch.
+    n = `num_kernels` kernels are mixed by softmax(dense(w)) into one a sample. A single kernel is shared by the batch.
+    That takes memory: at 16×16, the mixed kernels of one layer of the release are 2.4 GB for a batch of 64, and
+    training keeps them for the backward pass. With gradient checkpointing it does so for one level at a time.
     """
 
     def __init__(self, in_channels, out_channels, kernel_size, w_dim, num_kernels=1):
@@ -146,60 +159,43 @@ class ModulatedConv2d(nn.Module):
         self.bias = nn.Parameter(torch.zeros(out_channels))
         self.style = Affine(w_dim, in_channels, bias_init=1.0)
         self.kernel_mix = Affine(w_dim, num_kernels, bias_init=1.0) if num_kernels > 1 else None
-        self.products = None  # kernel_products(), once frozen
-
-    def freeze(self):
-        """Computes once what does not depend on w. The weights must not change after that."""
-        with torch.no_grad():
-            self.products = self.kernel_products()
 
     def kernel_products(self):
-        """⟨Kₙ, Kₗ⟩ of every two kernels, over their taps: [n, n, D, C]."""
-        return torch.einsum("ndcij,ldcij->nldc", self.weight, self.weight)
-
-    def arranged(self):
-        """The kernels [n, D, …] as `convolve` takes them."""
-        return self.weight
+        """⟨Kₙ, Kₗ⟩ of every two kernels, over their taps: [n, n, D, C]. They do not depend on w."""
+        return (self.weight[:, None] * self.weight).sum((-2, -1))
 
     def mixed_kernels(self, w):
-        """The kernels for w [G, D, …] and the sums of their squares over the taps [G, D, C]; G = B, or 1 for all.
+        """The kernels for w [G, D, C, k, k] and their energy, Σ squares over the taps [G, D, C]; G = B, or 1 for all.
 
         |Σ mₙKₙ|² is Σ mₙmₗ⟨Kₙ, Kₗ⟩, and the products of the kernels are the same for every sample.
         """
-        kernels, products = self.arranged(), self.kernel_products() if self.products is None else self.products
+        products = self.kernel_products()
         if self.kernel_mix is None:
-            return kernels, products[0]
+            return self.weight, products[0]
         mix = self.kernel_mix(w).softmax(-1)
         pairs = (mix[:, :, None] * mix[:, None]).flatten(1)  # [B, n·n]
         energy = (pairs @ products.flatten(0, 1).flatten(1)).unflatten(1, products.shape[2:])
-        return (mix.to(kernels.dtype) @ kernels.flatten(1)).unflatten(1, kernels.shape[1:]), energy
+        kernels = (mix.to(self.weight.dtype) @ self.weight.flatten(1)).unflatten(1, self.weight.shape[1:])
+        return kernels, energy
 
-    def output_gain(self, style, energy):
-        """Demodulation [B, D, 1]: one over the norm of each output channel's scaled kernel."""
-        return torch.rsqrt(multiply(energy, style.square()[..., None]) + 1e-8)
+    def demodulation(self, style, energy):
+        """[B, D, 1, 1]: one over the norm of each output channel's scaled kernel."""
+        return torch.rsqrt(multiply(energy, style.square()[..., None]) + 1e-8)[..., None]
 
-    def modulation(self, w):
-        """What depends on w alone: style [B, C, 1, 1], kernels [G, D, …], gain [B, D, 1, 1]."""
+    def convolve(self, x, kernels):
+        """x [B, C, H, W] and kernels [G, D, C, k, k] → [B, D, H, W], a group of the convolution for each kernel."""
+        batch, groups, (height, width) = len(x), len(kernels), x.shape[2:]
+        x = x.reshape(batch // groups, -1, height, width)
+        h = F.conv2d(x, kernels.flatten(0, 1), padding=kernels.shape[-1] // 2, groups=groups)
+        return h.reshape(batch, -1, height, width)
+
+    def forward(self, x, w, *where):
+        """where: what else `convolve` takes."""
         style = self.style(w)
         with float32_region(w):
             kernels, energy = self.mixed_kernels(full_precision(w))
-            gain = self.output_gain(style, energy)
-        return style[..., None, None], kernels, gain[..., None]
-
-    def convolve(self, x, kernels):
-        """x [B, C, H, W] and kernels [G, D, C, k, k] → [B, D, H, W]."""
-        (batch, channels, height, width), (groups, _, _, *size) = x.shape, kernels.shape
-        padding = size[0] // 2
-        if 4 * batch // groups * height * width <= channels:
-            # More weights than points: a convolution would arrange the kernel, and so write what it could just read.
-            columns = F.unfold(x, size, padding=padding)
-            return multiply(kernels.flatten(2), columns).unflatten(2, (height, width))
-        x = x.reshape(batch // groups, -1, height, width)
-        return F.conv2d(x, kernels.flatten(0, 1), padding=padding, groups=groups).reshape(batch, -1, height, width)
-
-    def forward(self, x, w):
-        style, kernels, gain = self.modulation(w)
-        return torch.addcmul(self.bias[:, None, None], self.convolve(x * style, kernels), gain)
+            gain = self.demodulation(style, energy)
+        return torch.addcmul(self.bias[:, None, None], self.convolve(x * style[..., None, None], kernels, *where), gain)
 
 
 def multiply(matrices, columns):
@@ -215,25 +211,18 @@ class UpsamplingConv2d(ModulatedConv2d):
     The transposed convolution is one matrix product, and the sum of its overlapping results.
     """
 
-    def freeze(self):
-        super().freeze()
-        self.weight.data = self.arranged().movedim(-1, 2)  # as before, but for its order in memory
-
-    def arranged(self):
-        """[n, D, k, k, C]."""
-        return self.weight.movedim(2, -1).contiguous()
-
     def convolve(self, x, kernels):
         height, width = x.shape[2:]
+        kernels = kernels.movedim(2, -1)  # [G, D, k, k, C]
         taps = multiply(kernels.flatten(1, 3), x.flatten(2))  # [B, D·k·k, H·W]
         y = F.fold(taps, (2 * height + 1, 2 * width + 1), kernels.shape[2:4], stride=2)
-        binomial = torch.tensor([1.0, 3.0, 3.0, 1.0], dtype=y.dtype, device=y.device) / 4  # with gain 2, for each axis
+        binomial = 1 - (torch.arange(4, dtype=y.dtype, device=y.device) - 1.5).abs() / 2  # [1, 3, 3, 1]/4: gain 2
         channels = y.shape[1]
         return F.conv2d(y, torch.outer(binomial, binomial).expand(channels, 1, 4, 4), padding=1, groups=channels)
 
 
 class ToRGB(Float32, ModulatedConv2d):
-    """A modulated 1×1 convolution to three channels, without demodulation.
+    """A modulated 1×1 convolution to three channels, scaled by 1/√C in the place of demodulation.
 
     It starts at zero, so that a resolution begins with the image of the one below, upsampled; no fade-in is needed.
     """
@@ -242,8 +231,8 @@ class ToRGB(Float32, ModulatedConv2d):
         super().__init__(in_channels, 3, 1, w_dim, num_kernels)
         nn.init.zeros_(self.weight)
 
-    def output_gain(self, style, energy):
-        return torch.full_like(style[..., None], 1 / math.sqrt(style.shape[1]))[:, :1]
+    def demodulation(self, style, energy):
+        return torch.full_like(style[:, :1, None, None], 1 / math.sqrt(style.shape[1]))
 
 
 class TransformationField(ModulatedConv2d):
@@ -256,11 +245,11 @@ class TransformationField(ModulatedConv2d):
         super().__init__(in_channels, 27, 3, w_dim)
         self.scales = nn.Parameter(torch.zeros(27))
 
+    def demodulation(self, style, energy):
+        return super().demodulation(style, energy) * self.scales[:, None, None]
+
     def forward(self, x, w):
-        style, kernels, gain = self.modulation(w)
-        gain = gain * self.scales[:, None, None]
-        field = torch.addcmul(self.bias[:, None, None], self.convolve(x * style, kernels), gain)
-        offsets, mask = field.split([18, 9], dim=1)
+        offsets, mask = super().forward(x, w).split([18, 9], dim=1)
         return offsets, 2 * mask.sigmoid()
 
 
@@ -272,9 +261,10 @@ class DeformableConv2d(ModulatedConv2d):
         self.field = TransformationField(in_channels, w_dim)
 
     def forward(self, x, w):
-        style, kernels, gain = self.modulation(w)
-        offsets, mask = self.field(x, w)
-        return torch.addcmul(self.bias[:, None, None], deformable_conv2d(x * style, kernels, offsets, mask), gain)
+        return super().forward(x, w, *self.field(x, w))
+
+    def convolve(self, x, kernels, offsets, mask):
+        return deformable_conv2d(x, kernels, offsets, mask)
 
 
 def deformable_conv2d(x, kernels, offsets, mask):
@@ -285,13 +275,11 @@ def deformable_conv2d(x, kernels, offsets, mask):
     """
     height, width = x.shape[2:]
     with float32_region(x):  # bfloat16 cannot tell neighbouring positions apart
-        tap_y, tap_x = (t.flatten() - 1 for t in torch.meshgrid(*[torch.arange(3, device=x.device)] * 2, indexing="ij"))
+        tap = torch.arange(9, device=x.device)[:, None, None]  # of the kernel, row by row
         dy, dx = full_precision(offsets).unflatten(1, (9, 2)).unbind(2)  # [B, 9, H, W]
-        y_position = dy + tap_y[:, None, None] + torch.arange(height, device=x.device)[:, None]
-        x_position = dx + tap_x[:, None, None] + torch.arange(width, device=x.device)
-        grid = torch.stack(
-            [x_position * 2 / (width - 1) - 1, y_position * 2 / (height - 1) - 1], dim=-1
-        )  # ±1 at the outer pixels
+        at_y = dy + (tap // 3 - 1) + torch.arange(height, device=x.device)[:, None]
+        at_x = dx + (tap % 3 - 1) + torch.arange(width, device=x.device)
+        grid = torch.stack([at_x * 2 / (width - 1) - 1, at_y * 2 / (height - 1) - 1], dim=-1)  # ±1: outer pixels
         samples = F.grid_sample(full_precision(x), grid.flatten(1, 2), align_corners=True).unflatten(2, (9, height))
     columns = (samples * mask[:, None]).flatten(1, 2).flatten(2)  # [B, 9C, H·W]
     return multiply(kernels.flatten(2), columns).unflatten(2, (height, width))

@@ -16,8 +16,11 @@ from common import distributed
 from discriminator import CLIP
 from layers import float32_region, full_precision
 
-R1_INTERVAL = 16  # steps; R1 is computed once in so many and weighed by as much (StyleGAN2, section 4.1)
-EARLY_ADVERSARIAL, EARLY_MATCHING = 0.01, 0.05  # of all predictions but the last, relative to that one
+R1_INTERVAL = 16  # Steps from one R1 to the next; it is multiplied by as much (StyleGAN2, section 4.1).
+# Weights of every prediction but the last, relative to that one.
+EARLY_ADVERSARIAL, EARLY_MATCHING = 0.01, 0.05
+# Weights of a router's two losses, the release's.
+Z_LOSS_WEIGHT = LOAD_BALANCING_WEIGHT = 0.001
 
 
 def scale_weights(resolutions, lower):
@@ -53,9 +56,9 @@ def wrong_captions(ids):
     return candidates[position, first_other]
 
 
-def features(discriminator, clip, pyramid):
-    """Discriminator.features of a pyramid, with what CLIP sees in its highest image (GigaGAN, section 3.4)."""
-    return discriminator.features(pyramid, clip.see(pyramid[max(pyramid)])[1])
+def feature_maps(discriminator, clip, pyramid):
+    """Discriminator.maps of a pyramid, with what CLIP sees in its highest image (GigaGAN, section 3.4)."""
+    return discriminator.maps(pyramid, clip.see(pyramid[max(pyramid)])[1])
 
 
 def r1_penalty(discriminator, clip, pyramid, tokens, eot, gamma, scales, early=EARLY_ADVERSARIAL):
@@ -67,7 +70,7 @@ def r1_penalty(discriminator, clip, pyramid, tokens, eot, gamma, scales, early=E
     with float32_region(tokens), sdpa_kernel(SDPBackend.MATH):  # fused attention, as in CLIP, has no second derivative
         pyramid = {r: full_precision(x.detach()).requires_grad_() for r, x in pyramid.items()}
         code = discriminator.encode_text(full_precision(tokens), eot)
-        logits = discriminator.score(features(discriminator, clip, pyramid), code)
+        logits = discriminator.score(feature_maps(discriminator, clip, pyramid), code)
         weights = prediction_weights(logits, early, dict.fromkeys(pyramid, 1))
         score = sum(weights[key] * x.mean(1).sum() for key, x in logits.items())
         gradients = torch.autograd.grad(score, list(pyramid.values()), create_graph=True)
@@ -87,6 +90,32 @@ def clip_loss(clip, embeddings, text_embedding, scales):
         embeddings = {r: F.normalize(full_precision(e), dim=-1) for r, e in embeddings.items()}
         losses = {r: info_nce(e, text_embedding, clip.logit_scale) for r, e in embeddings.items()}
         return sum(scales[r] * loss for r, loss in losses.items())
+
+
+def z_loss(logits):
+    """The mean over points of logsumexp(logits)², which keeps the logits [B, N, E] small (ST-MoE, equation 5)."""
+    return logits.logsumexp(-1).square().mean()
+
+
+def load_balancing_loss(logits, expert_index):
+    """E·Σₑ fₑ·Pₑ per image, then the batch mean (Switch Transformer, equations 4 to 6); one when balanced.
+
+    fₑ is the share of the image's points that expert e takes, Pₑ its mean probability over them.
+    """
+    num_experts = logits.shape[-1]
+    share = F.one_hot(expert_index, num_experts).to(logits.dtype).mean(1)
+    probability = logits.softmax(-1).mean(1)
+    return num_experts * (share * probability).sum(-1).mean()
+
+
+def moe_loss(output):
+    """Both losses of every router of an aurora.Output, weighed as in the release and summed: a scalar."""
+    losses = (
+        Z_LOSS_WEIGHT * z_loss(routing.logits)
+        + LOAD_BALANCING_WEIGHT * load_balancing_loss(routing.logits, routing.expert_index)
+        for routing in output.routings.values()
+    )
+    return sum(losses, start=output.w.new_zeros(()))  # zero where there is no router, as at 4×4
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -112,10 +141,11 @@ class DiscriminatorLoss(nn.Module):
         wrong_code, is_wrong = choose_wrong(code, wrong)
         real, fake = (augment(x, self.recipe.augment, chances[:, n]) for n, x in enumerate((real, fake)))
 
-        seen = features(d, self.clip, {r: torch.cat([real[r], fake[r]]) for r in real})
-        right_logits = d.score(seen, code.repeat(2, 1))
-        wrong_logits = d.score(seen, wrong_code.repeat(2, 1))
-        sign = torch.tensor([-1.0, 1.0], device=wrong.device).repeat_interleave(batch)[:, None]  # real, fake
+        maps = feature_maps(d, self.clip, {r: torch.cat([real[r], fake[r]]) for r in real})
+        right_logits = d.score(maps, code.repeat(2, 1))
+        wrong_logits = d.score(maps, wrong_code.repeat(2, 1))
+        one = code.new_ones(batch, 1)
+        sign = torch.cat([-one, one])  # real images are to look real, fake ones fake
 
         adversarial = logistic_loss(right_logits, sign, EARLY_ADVERSARIAL, scales).sum() / batch
         matching = (logistic_loss(wrong_logits, 1, EARLY_MATCHING, scales) * is_wrong.repeat(2)).sum() / batch
@@ -147,16 +177,19 @@ def generator_loss(output, text, wrong, chances, discriminator, clip, recipe):
         code = discriminator.encode_text(text.tokens, text.eot)
     wrong_code, is_wrong = choose_wrong(code, wrong)
     pyramid = augment(output.pyramid, recipe.augment, chances)
-    embeddings, maps = clip.see(*pyramid.values())  # all in one pass, the highest images last
-    seen = discriminator.features(pyramid, [x[-len(wrong) :] for x in maps])
-    adversarial = logistic_loss(discriminator.score(seen, code), -1, EARLY_ADVERSARIAL, scales).mean()
-    # On the discriminator alone this loss hurts, on both it helps (GigaGAN, table 1).
-    wrong_logits = discriminator.score(seen, wrong_code)
+    embeddings, clip_maps = clip.see(*pyramid.values())  # all in one pass, the highest images last
+    maps = discriminator.maps(pyramid, [x[-len(wrong) :] for x in clip_maps])
+    adversarial = logistic_loss(discriminator.score(maps, code), -1, EARLY_ADVERSARIAL, scales).mean()
+    # The mirror of the discriminator's term, which calls these images fake under a wrong caption too. That caption says
+    # nothing about them, so what the generator learns here is to look real, whatever it shows. On the discriminator
+    # alone the loss hurts, on both it helps (GigaGAN, table 1).
+    wrong_logits = discriminator.score(maps, wrong_code)
     matching = (logistic_loss(wrong_logits, -1, EARLY_MATCHING, scales) * is_wrong).mean()
     embeddings = dict(zip(output.pyramid, embeddings.chunk(len(output.pyramid)), strict=True))
     alignment = clip_loss(clip, embeddings, text.embedding, scales)
-    loss = adversarial + recipe.matching_weight_generator * matching + recipe.clip_weight * alignment + output.aux_loss
-    report = {"g_adversarial": adversarial, "g_matching": matching, "g_clip": alignment, "g_experts": output.aux_loss}
+    moe = moe_loss(output)
+    loss = adversarial + recipe.matching_weight_generator * matching + recipe.clip_weight * alignment + moe
+    report = {"g_adversarial": adversarial, "g_matching": matching, "g_clip": alignment, "g_moe": moe}
     return {"loss": loss, **report}
 
 

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 from common import distributed
 from common.cli import UserError
+from router import count_points
 from sampling import latent
 
 NEIGHBOURS = 3  # of precision and recall
@@ -130,7 +131,7 @@ def generate(generator, clip, captions, z, resolution=None, psi=1.0, batch=64):
 def expert_counts(config, routes):
     """How many points each expert took, {router: [E]}, from the routes of an aurora.Output."""
     experts = {level.resolution: level.num_experts for level in config.levels}
-    return {n: index.flatten().bincount(minlength=experts[int(n.split(".")[0])]) for n, index in routes.items()}
+    return {name: count_points(index, experts[int(name.split(".")[0])]) for name, index in routes.items()}
 
 
 @torch.no_grad()

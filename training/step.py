@@ -15,9 +15,9 @@ from aurora import Generator
 from clip import Text
 from common import distributed
 from discriminator import Discriminator
+from evaluation.metrics import expert_counts
 from layers import full_precision, parameter_groups, pyramid
 from losses import R1_INTERVAL, DiscriminatorLoss, generator_loss, wrong_captions
-from router import count_points
 
 NETWORKS = ("generator", "discriminator", "ema")
 OPTIMIZERS = ("optimizer_g", "optimizer_d")
@@ -165,12 +165,8 @@ class Learner:
 
     def least_used_expert(self, output):
         """The smallest share of points that any expert got at any layer in this batch; 1 if all got the same."""
-        experts = {level.resolution: level.num_experts for level in self.generator.config.levels}
-        shares = [output.w.new_ones(())]
-        for name, index in output.routes.items():
-            counts = count_points(index, experts[int(name.split(".")[0])])
-            shares.append(counts.min() / counts.float().mean())
-        return torch.stack(shares).min()
+        counts = expert_counts(self.generator.config, output.routes).values()
+        return torch.stack([output.w.new_ones(()), *(count.min() / count.float().mean() for count in counts)]).min()
 
     # ------------------------------------------------------------------------------------------------------------------
 

@@ -72,9 +72,7 @@ def load_official(source):
 
 def read_architecture(shapes):
     """{name: shape} → the GeneratorConfig it belongs to, and {their prefix: our prefix} for the synthesis network."""
-    resolutions = sorted(
-        int(m[1]) for name in shapes if (m := re.match(r"synthesis\.output_res_(\d+)x\d+\.bias", name))
-    )
+    resolutions = numbers(shapes, r"synthesis\.output_res_(\d+)x\d+\.bias")
     convs, attentions = group_layers(shapes)
     prefixes = {f"synthesis.output_res_{r}x{r}.": f"synthesis.levels.{i}.to_rgb." for i, r in enumerate(resolutions)}
     for i, blocks in enumerate(convs):
@@ -92,11 +90,11 @@ def read_architecture(shapes):
         fourier_channels=shapes["synthesis.net.0.0.freqs"][0],
         z_dim=mapping_input - text_dim,
         w_dim=shapes["w_avg"][0],
-        mapping_layers=count(shapes, r"mapping\.dense(\d+)\."),
+        mapping_layers=len(numbers(shapes, r"mapping\.dense(\d+)\.")),
         mapping_dim=mapping_dim,
         clip_width=shapes.get("text_head.align_dim.weight", (text_dim, text_dim))[1],
         text_dim=text_dim,
-        text_layers=count(shapes, r"text_head\.transformer\.res_blocks\.(\d+)\."),
+        text_layers=len(numbers(shapes, r"text_head\.transformer\.res_blocks\.(\d+)\.")),
         mix_tokens=False,
         num_heads=NUM_HEADS,
         head_dim=max(attention_dims, default=NUM_HEADS) // NUM_HEADS,
@@ -107,7 +105,7 @@ def read_architecture(shapes):
 def group_layers(shapes):
     """Their one list of layers → for each resolution its convolution blocks and attention blocks, by prefix."""
     convs, attentions = [[]], [[]]
-    for layer in range(count(shapes, r"synthesis\.net\.(\d+)\.")):
+    for layer in numbers(shapes, r"synthesis\.net\.(\d+)\."):
         theirs = f"synthesis.net.{layer}.0."
         if theirs + "norm.weight" in shapes:
             attentions[-1].append(theirs)
@@ -122,20 +120,23 @@ def group_layers(shapes):
 def read_level(shapes, resolution, convs, attentions):
     num_kernels, _, channels, *_ = shapes[f"synthesis.output_res_{resolution}x{resolution}.weight"]
     attention = re.escape((attentions or ["none"])[0])
+    # The start block has a single convolution, after its Fourier features.
+    last_conv = "synthesis.net.0.1." if convs == ["synthesis.net.0.0."] else convs[-1] + "conv2."
     return Level(
         resolution,
         channels,
         num_blocks=len(convs),
         num_kernels=num_kernels,
-        attn_depth=count(shapes, attention + r"attn_blocks\.(\d+)\."),
-        num_experts=count(shapes, attention + r"attn_blocks\.0\.ff\.net\.(\d+)\.0\."),
-        deformable=convs[-1] + "conv2.mtm_bias" in shapes,
+        attn_depth=len(numbers(shapes, attention + r"attn_blocks\.(\d+)\.")),
+        num_experts=len(numbers(shapes, attention + r"attn_blocks\.0\.ff\.net\.(\d+)\.0\.")),
+        deformable=last_conv + "mtm_bias" in shapes,
     )
 
 
-def count(shapes, pattern):
-    """How many different numbers stand at (\\d+) in the names that match."""
-    return len({match[1] for name in shapes if (match := re.match(pattern, name))})
+def numbers(shapes, pattern):
+    """The different numbers that stand at (\\d+) in the names that match, sorted."""
+    matches = (re.match(pattern, name) for name in shapes)
+    return sorted({int(match[1]) for match in matches if match})
 
 
 def translate(state, prefixes, generator):
@@ -143,8 +144,9 @@ def translate(state, prefixes, generator):
     ours, translated, experts = generator.state_dict(), {}, {}
     for name, value in state.items():
         name = rename(name, prefixes)
-        if stacked := re.fullmatch(r"(.*)\[(\d+)\]", name):
-            experts.setdefault(stacked[1], {})[int(stacked[2])] = value
+        numbered = re.fullmatch(r"(.*)\[(\d+)\]", name)
+        if numbered:
+            experts.setdefault(numbered[1], {})[int(numbered[2])] = value
         elif name:
             translated[name] = value
     translated |= {name: torch.stack([value for _, value in sorted(stack.items())]) for name, stack in experts.items()}
@@ -154,8 +156,9 @@ def translate(state, prefixes, generator):
             translated[name] = value.reshape(shape)
     for prefix, module in generator.named_modules():
         for name, scale in getattr(module, "lr_scale", {}).items():  # they multiply weights by this when they use them
-            if (name := f"{prefix}.{name}") in ours:
-                translated[name] = translated[name] * scale
+            full_name = f"{prefix}.{name}"
+            if full_name in ours:  # a layer without bias still has the bias's scale
+                translated[full_name] = translated[full_name] * scale
     return translated
 
 
