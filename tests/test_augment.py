@@ -1,0 +1,77 @@
+"""Differentiable augmentation against its definitions, and the same change at every resolution."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from augment import NUM_CHANCES, POLICIES, augment
+
+
+def chances(**values):
+    """All in the middle, which changes nothing but the cutout, except some columns."""
+    u = torch.full((1, NUM_CHANCES), 0.5, dtype=torch.float64)
+    for column, value in values.items():
+        u[:, int(column[1:])] = value
+    return u
+
+
+@pytest.fixture
+def image():
+    return torch.rand(1, 3, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+
+def changed(image, policy, **values):
+    return augment({16: image}, (policy,), chances(**values))[16]
+
+
+def test_translation_moves_by_whole_pixels_and_leaves_grey(image):
+    moved = changed(image, "translation", c0=1.0, c1=0.25)  # two pixels to the right, one up
+    expected = F.pad(image, (2, 0, 0, 1))[..., 1:, :16]
+    torch.testing.assert_close(moved, expected)
+
+
+def test_scale_enlarges_about_the_centre():
+    image = torch.zeros(1, 1, 64, 64, dtype=torch.float64)
+    image[..., 27:37, 27:37] = 1  # a square of 10
+    for chance, factor in ((0.0, 1 / 1.2), (1.0, 1.2)):
+        scaled = augment({64: image}, ("scale",), chances(c2=chance))[64]
+        assert scaled.sum().item() == pytest.approx((10 * factor) ** 2, rel=0.02)
+        rows = scaled.sum((0, 1, 3))
+        assert (rows * torch.arange(64)).sum() / rows.sum() == pytest.approx(31.5, abs=1e-6)
+
+
+def test_color_is_brightness_then_saturation_then_contrast(image):
+    bright = image + (0.9 - 0.5)
+    grey = bright.mean(1, keepdim=True)
+    saturated = grey + (bright - grey) * 2 * 0.2
+    mean = saturated.mean((1, 2, 3), keepdim=True)
+    torch.testing.assert_close(changed(image, "color", c3=0.9, c4=0.2, c5=0.7), mean + (saturated - mean) * 1.2)
+
+
+def test_cutout_is_a_square_of_half_the_side(image):
+    cut = changed(image, "cutout", c6=0.5, c7=0.25)
+    hole = torch.zeros(16, 16, dtype=torch.bool)
+    hole[:8, 4:12] = True  # rows about a quarter of the height, columns about the middle
+    assert (cut[..., hole] == 0).all() and torch.equal(cut[..., ~hole], image[..., ~hole])
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_gradients_reach_the_image_and_the_same_chances_do_the_same(image, policy):
+    u = torch.rand(1, NUM_CHANCES, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    pyramid = {r: F.interpolate(image, r, mode="area").requires_grad_() for r in (8, 16)}
+    first, second = (augment(pyramid, (policy,), u) for _ in range(2))
+    assert all(torch.equal(first[r], second[r]) for r in pyramid)
+    sum(x.sum() for x in first.values()).backward()
+    assert all(x.grad.abs().sum() > 0 for x in pyramid.values())
+
+
+def test_no_policy_changes_nothing(image):
+    assert torch.equal(augment({16: image}, (), chances())[16], image)
+
+
+def test_a_pyramid_is_cut_at_the_same_place():
+    images = {r: torch.ones(1, 3, r, r) for r in (8, 32)}
+    cut = augment(images, ("cutout",), chances(c6=0.4, c7=0.7).float())
+    torch.testing.assert_close(F.interpolate(cut[32], 8, mode="area").round(), cut[8], atol=1, rtol=0)
+    holes = [(x == 0).float().mean((0, 1)).nonzero().float().add(0.5).mean(0) / r for r, x in cut.items()]
+    torch.testing.assert_close(holes[0], holes[1], atol=0.07, rtol=0)

@@ -1,0 +1,27 @@
+"""A recipe changed by words of the command line."""
+
+import pytest
+
+from presets import PRESETS
+
+
+def test_fields_keep_their_types():
+    recipe = PRESETS["emoji"].recipe.with_changes(["lr_generator=1e-3", "batch=8", "augment=()", "clip_model=small"])
+    assert recipe.lr_generator == 1e-3 and recipe.batch == 8 and recipe.augment == () and recipe.clip_model == "small"
+    assert recipe.with_changes(["r1_gamma=2"]).r1_gamma == 2.0
+    assert recipe.with_changes(["images_per_stage={4: 0, 8: 10}"]).images_per_stage == {4: 0, 8: 10}
+
+
+@pytest.mark.parametrize(
+    ("assignment", "says"),
+    [
+        ("speed=2", "no field of a recipe; choose one of steps, batch"),
+        ("batch", "write batch=VALUE"),
+        ("batch=many", "with a value like 32"),
+        ("batch=2.5", "with a value like 32"),
+        ("lr_generator=()", "write lr_generator=VALUE"),
+    ],
+)
+def test_mistakes_say_what_to_write(assignment, says):
+    with pytest.raises(ValueError, match=says):
+        PRESETS["emoji"].recipe.with_changes([assignment])
