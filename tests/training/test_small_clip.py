@@ -57,7 +57,7 @@ def test_no_text_stands_twice_in_a_batch_and_half_of_the_batches_are_neighbours_
     batches = [texts for _, texts in itertools.islice(draw_batches(captions, 16), 64)]
     assert all(len(set(texts)) == len(texts) > 4 for texts in batches)
     letters = [len({text[0] for text in texts}) for texts in batches]
-    assert sum(count <= 2 for count in letters) == 32
+    assert sum(count <= 3 for count in letters) == 32  # of the eight letters, all drawn as often
 
 
 def test_captions_that_are_all_the_same_teach_nothing(tmp_path):
