@@ -168,8 +168,8 @@ class DiscriminatorLoss(nn.Module):
 def generator_loss(output, text, wrong, chances, discriminator, clip, recipe):
     """What the generator minimizes: adversarial + matching + multi-level CLIP + mixture of experts.
 
-    output: aurora.Output for the captions of text; wrong as above; chances [B, …] of the augmentation, which CLIP sees
-    too; the discriminator frozen as the clip is.
+    output: aurora.Output for the captions of text; wrong as above; chances [B, …] of the augmentation; the
+    discriminator frozen as the clip is.
     → {name: scalar}, `loss` to be minimized.
     """
     scales = scale_weights(output.pyramid, recipe.lower_scales)
@@ -177,8 +177,11 @@ def generator_loss(output, text, wrong, chances, discriminator, clip, recipe):
         code = discriminator.encode_text(text.tokens, text.eot)
     wrong_code, is_wrong = choose_wrong(code, wrong)
     pyramid = augment(output.pyramid, recipe.augment, chances)
-    embeddings, clip_maps = clip.see(*pyramid.values())  # all in one pass, the highest images last
-    maps = discriminator.maps(pyramid, [x[-len(wrong) :] for x in clip_maps])
+    embeddings, clip_maps = clip.see(*output.pyramid.values())  # all in one pass, the highest images last
+    clip_maps = [x[-len(wrong) :] for x in clip_maps]
+    if recipe.augment:  # CLIP is asked whether the images as they are fit, the discriminator about changed ones
+        clip_maps = clip.see(pyramid[max(pyramid)])[1]
+    maps = discriminator.maps(pyramid, clip_maps)
     adversarial = logistic_loss(discriminator.score(maps, code), -1, EARLY_ADVERSARIAL, scales).mean()
     # The mirror of the discriminator's term, which calls these images fake under a wrong caption too. That caption says
     # nothing about them, so what the generator learns here is to look real, whatever it shows. On the discriminator

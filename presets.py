@@ -255,7 +255,7 @@ PRESETS = {
             batch=32,
             lr_generator=5e-3,
             lr_discriminator=8e-3,
-            r1_gamma=16.0,
+            r1_gamma=4.0,
             lower_scales=0.02,
             images_per_stage={4: 0, 8: 0, 16: 96_000, 32: 1_000_000},
             ema_half_life=10_000,
@@ -266,7 +266,6 @@ PRESETS = {
             fid_samples=1024,
             fid_every=16_000,
             fid_factor=1.0,
-            augment=("translation", "cutout"),
         ),
     ),
     # A laptop without GPU: the built-in scenes at 32×32. Attention and the experts are at 8×8, where what goes where is
