@@ -22,7 +22,7 @@ from torch.utils.flop_counter import flop_registry
 
 import attention
 from augment import NUM_CHANCES
-from clip import BUILT_IN, FrozenClip, new_small, vocabulary_of
+from clip import BUILT_IN, FrozenClip, fold_batch_norms, new_small, vocabulary_of
 from common.cli import UserError
 from experts import Experts, expert
 from layers import pyramid
@@ -190,7 +190,7 @@ def clip_without_weights(spec):
     """The CLIP of a preset or of --clip, by its sizes alone."""
     path = BUILT_IN["small"] if spec == "train" else BUILT_IN.get(spec, Path(spec))
     if path.is_file():
-        return new_small(vocabulary_of(path))
+        return fold_batch_norms(new_small(vocabulary_of(path)))
     name = spec.partition(":")[0]
     if name not in open_clip.list_models():
         raise UserError(f"--clip {spec}: --plan needs a model of open_clip, as ViT-L-14-quickgelu:openai, or small")
@@ -243,8 +243,8 @@ def of_an_image(rehearsal, images=4):
 def plan(name, preset, clip_model, batch, gpus, hardware, workers):
     """The lines of `train.py --plan`: what a step takes, and a table for 1, 8, 64 and the given number of GPUs."""
     resolutions = [level.resolution for level in preset.generator.levels]
-    of_stage = {r: estimate(preset, clip_model, resolution=r) for r in resolutions}
-    largest = of_stage[resolutions[-1]]
+    of_phase = {r: estimate(preset, clip_model, resolution=r) for r in resolutions}
+    largest = of_phase[resolutions[-1]]
     yield f"{name} at {resolutions[-1]}×{resolutions[-1]} on {hardware.name}, global batch {batch}, CLIP {clip_model}"
     yield "  parameters, M:       " + figures(largest.rehearsal.parameters, 1e6)
     yield "  memory kept, GB:     " + figures(largest.rehearsal.state, 1e9)
@@ -254,14 +254,13 @@ def plan(name, preset, clip_model, batch, gpus, hardware, workers):
     yield f"  work of an image:    {figures(flop, 1e12)} TFLOP, R1 in one step of {R1_INTERVAL} included"
     heads = ("GPUs", "--accumulate", "memory, GB", "compute, s", "wire, GB", "wire, s", "data, s", "step, s", "days")
     yield "".join(f"{head:>{width}s}" for head, width in zip(heads, WIDTHS, strict=True)) + "   bound by"
-    for number in sorted({1, 8, 64, gpus}):
-        if batch % number == 0:
-            yield row_of_table(largest, number, batch // number, preset.recipe.steps, hardware, workers)
-            parts = largest.parts(batch // number, hardware.memory)
-            stages = {f"{r}×{r}": e.memory(batch // number // parts) for r, e in of_stage.items()}
-            if number == gpus:
-                at_stages = f"  memory at each stage on {number} GPUs, GB: {figures(stages, 1e9)}"
-    yield at_stages if batch % gpus == 0 else f"  a batch of {batch} cannot be shared by {gpus} GPUs"
+    at_phases = []
+    for number in sorted(n for n in {1, 8, 64, gpus} if batch % n == 0):
+        yield row_of_table(largest, number, batch // number, preset.recipe.steps, hardware, workers)
+        images = batch // number // largest.parts(batch // number, hardware.memory)
+        memory = {f"{r}×{r}": estimated.memory(images) for r, estimated in of_phase.items()}
+        at_phases.append(f"  memory while growing, {number} GPUs, GB: {figures(memory, 1e9)}")
+    yield from at_phases
     yield f"{preset.recipe.steps:,} steps; compute, wire and data go on at the same time. Parameters, memory and FLOP"
     yield "are held against real steps on a CPU by tests/training/test_plan.py. Nothing was ever measured on a GPU."
     rates = ", ".join(

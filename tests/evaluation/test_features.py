@@ -13,7 +13,7 @@ from timm.data import ImageNetInfo
 from clip import load_clip
 from common import distributed
 from common.cli import UserError
-from data import sources
+from data import shards, sources
 from data.scenes import make_scene, render
 from evaluation import extractors, features, metrics
 from evaluation.extractors import Extractor
@@ -158,8 +158,8 @@ def shard(tmp_path):
 
 def test_each_rank_decodes_its_share_alone(shard, monkeypatch):
     source, decoded = sources.open_data(str(shard), 16, seed=0), []
-    read = sources.read_image
-    monkeypatch.setattr(sources, "read_image", lambda file, size: decoded.append(file.getvalue()) or read(file, size))
+    read = shards.read_pair
+    monkeypatch.setattr(shards, "read_pair", lambda image, *rest: decoded.append(image) or read(image, *rest))
     captions = []
     for rank in range(2):
         decoded.clear()
@@ -188,7 +188,7 @@ def test_real_features_do_not_depend_on_the_number_of_ranks(kind, shard, tmp_pat
 def test_too_few_images_are_told_and_skipped_ones_counted(shard, monkeypatch):
     source = sources.open_data(str(shard), 16, seed=0)
     for captions, values, skipped in by_ranks(monkeypatch, 2, lambda: features.extract_real(source, 9, 16, MEANS)):
-        assert len(captions) == len(values["means"]) == 10 and skipped == {"images not readable": 1}
+        assert len(captions) == len(values["means"]) == 10 and skipped == {"images broken": 1}
     with pytest.raises(UserError, match="the data holds 10 usable images"):
         features.extract_real(source, 12, 16, MEANS)
 

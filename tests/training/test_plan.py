@@ -106,14 +106,19 @@ def test_parts_are_the_fewest_that_fit():
         step.parts(32, 30e9)
 
 
-def test_lines_for_people():
+def test_lines_for_people(monkeypatch, planned):
     quick = dataclasses.replace(PRESETS["shapes"], recipe=dataclasses.replace(PRESETS["shapes"].recipe, steps=1000))
+    step = plan.Estimate(planned, 20e9, 1e9, {torch.bfloat16: 1e12}, {torch.bfloat16: 1.3e12})
+    monkeypatch.setattr(plan, "estimate", lambda *_, resolution: dataclasses.replace(step, an_image=resolution / 32e-9))
     lines = list(plan.plan("quick", quick, "small", 256, 16, plan.HARDWARE["a100"], workers=1))
     rows = [line.split() for line in lines if line.startswith("   ") and line.split()[0].isdigit()]
     assert [row[0] for row in rows] == ["1", "8", "16", "64"]
+    assert [row[1] for row in rows] == ["8", "1", "1", "1"]  # 20 + 50 GB at most, so up to 50 images in a part
     wire, memory = plan.HARDWARE["a100"], [float(row[2]) for row in rows]
-    assert memory == sorted(memory, reverse=True) and float(rows[0][4]) == 0 < float(rows[1][4])
+    assert memory == [52, 52, 36, 24] and float(rows[0][4]) == 0 < float(rows[1][4])
     assert float(rows[3][5]) > float(rows[1][5]) * wire.within_node / wire.between_nodes
-    small = dataclasses.replace(plan.HARDWARE["a100"], memory=1e6)
+    assert float(rows[0][3]) == pytest.approx(256 * 1.3e12 / (312e12 * 0.25), rel=0.01)  # accumulated: drawn twice
+    while_growing = next(line for line in lines if "while growing, 1 GPUs" in line)
+    assert "4×4 24, 8×8 28, 16×16 36, 32×32 52" in while_growing
     with pytest.raises(UserError, match="does not fit"):
-        list(plan.plan("quick", quick, "small", 256, 16, small, workers=1))
+        list(plan.plan("quick", quick, "small", 256, 16, dataclasses.replace(wire, memory=1e6), workers=1))

@@ -102,7 +102,14 @@ def assert_identical(a, b):
 def test_a_run_leaves_what_it_promises(tmp_path, small_clip):
     training = run("--preset", "quick", "--clip", small_clip, "--out", tmp_path, "--steps", 3, "--sample-every", 2)
     names = {path.name for path in tmp_path.iterdir()}
-    assert names == {"checkpoints", "generator_ema.safetensors", "metrics.jsonl", "config.json", "samples"}
+    assert names == {
+        "checkpoints",
+        "generator_ema.safetensors",
+        "metrics.jsonl",
+        "config.json",
+        "samples",
+        "reference.pt",
+    }
     assert {path.name for path in (tmp_path / "samples").iterdir()} == {"step_0000002.png", "step_0000003.png"}
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["preset"] == "quick" and config["recipe"]["batch"] == 4
@@ -211,11 +218,61 @@ def test_torchrun_with_two_ranks_which_go_on_where_one_was(tmp_path, small_clip)
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
     assert "2 rank(s)" in done.stdout and done.stdout.count("Done. 5 steps") == 1
-    assert done.stdout.count("Resuming from step 2.") == 1 and "so far on 1 rank(s), now on 2" in done.stdout
+    assert done.stdout.count("Resuming from step 2.") == 1 and "goes on with ranks 2 instead of 1" in done.stdout
     with safe_open(out / "generator_ema.safetensors", "pt") as file:
         assert json.loads(file.metadata()["notes"])["step"] == 5
     log = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in log] == [1, 2, 3, 4, 5]
+
+
+def test_a_new_learning_rate_is_taken_on_resume_and_told(tmp_path, small_clip, capsys):
+    common = ("--preset", "quick", "--clip", small_clip, "--out", tmp_path)
+    first = run(*common, "--steps", 1).learner
+    second = run(*common, "--steps", 2, "--set", "lr_generator=1e-4").learner
+    groups = zip(first.optimizer_g.param_groups, second.optimizer_g.param_groups, strict=True)
+    factor = 1e-4 / PRESETS["quick"].recipe.lr_generator
+    assert all(new["lr"] == pytest.approx(factor * old["lr"]) for old, new in groups)
+    assert second.optimizer_d.param_groups[0]["lr"] == first.optimizer_d.param_groups[0]["lr"]
+    assert "learning rate of optimizer_g was" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["generator", "checkpoint"])
+def test_a_new_run_starts_from_the_weights_of_another(tmp_path, small_clip, kind):
+    common = ("--preset", "quick", "--clip", small_clip, "--sample-every", 100)
+    first = run(*common, "--out", tmp_path / "first", "--steps", 5).learner
+    path = tmp_path / "first" / "generator_ema.safetensors"
+    if kind == "checkpoint":
+        path = checkpoint.checkpoints(tmp_path / "first" / "checkpoints")[0]
+    args = train.parse_args([str(a) for a in (*common, "--out", tmp_path / "second", "--init", path, "--seed", 9)])
+    second = train.Run(args, torch.device("cpu"))
+    name = "mapping.layers.0.weight"
+    started_from = first.generator if kind == "checkpoint" else first.ema
+    assert torch.equal(second.learner.generator.get_parameter(name), started_from.get_parameter(name))
+    assert torch.equal(second.learner.ema.get_parameter(name), first.ema.get_parameter(name))
+    assert second.loop.progress.step == 0 and second.growth.active == [4]
+
+
+def test_a_folder_of_ones_own_is_read_by_a_small_clip_trained_first(tmp_path, monkeypatch):
+    """Without --clip; it is kept in the run's folder, and a resumed run takes it from there."""
+    monkeypatch.setattr("training.small_clip.STEPS", (3, 3))
+    for i in range(12):
+        (tmp_path / f"{i}.jpg").write_bytes(jpeg((20 * i, 0, 0)))
+        (tmp_path / f"{i}.txt").write_text(f"a zebra number {i}")
+    out = tmp_path / "run"
+    common = ("--preset", "quick", "--data", tmp_path, "--out", out, "--sample-every", 100)
+    run(*common, "--steps", 1)
+    trained = (out / "clip.safetensors").read_bytes()
+    run(*common, "--steps", 2)
+    assert (out / "clip.safetensors").read_bytes() == trained
+    _, clip, _ = load_generator(out / "generator_ema.safetensors")
+    assert not clip.unknown_words("a zebra") and clip.unknown_words("a circle") == ["circle"]
+
+
+def test_the_reference_is_kept_in_the_folder_of_the_run(tmp_path, small_clip, monkeypatch):
+    common = ("--preset", "quick", "--clip", small_clip, "--out", tmp_path, "--sample-every", 100)
+    reference = run(*common, "--steps", 1).growth.phase.reference_fid
+    monkeypatch.setattr(train.Growth, "compute_reference", lambda *_: pytest.fail("it is in the run's folder"))
+    assert run(*common, "--steps", 2).growth.phase.reference_fid == reference
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -266,7 +323,7 @@ def test_the_last_checkpoints_are_kept(tmp_path, small_clip):
 
 
 def test_a_checkpoint_is_due_after_some_minutes(tmp_path, small_clip, monkeypatch):
-    monkeypatch.setattr(loop.time, "monotonic", itertools.count(step=40).__next__)  # seconds
+    monkeypatch.setattr(loop.time, "monotonic", itertools.count(step=20).__next__)  # seconds; a step looks twice
     common = ("--preset", "quick", "--clip", small_clip, "--out", tmp_path, "--save-minutes", 1, "--keep", 9)
     run(*common, "--steps", 5)
     steps = [int(path.name[:8]) for path in checkpoint.checkpoints(tmp_path / "checkpoints")]
