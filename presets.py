@@ -4,6 +4,8 @@ import ast
 import dataclasses
 from dataclasses import dataclass
 
+OPENAI_CLIP = "ViT-L-14-quickgelu:openai"
+
 
 @dataclass(frozen=True)
 class Level:
@@ -72,26 +74,26 @@ class DiscriminatorConfig:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a preset is trained."""
+    """How a preset is trained; the defaults are for CLIP's large text encoder and pictures from the web."""
 
     steps: int  # the run's total, unless --steps says otherwise
     batch: int  # global, over all ranks
-    lr_generator: float
-    lr_discriminator: float
-    r1_gamma: float  # at 64×64; γ at resolution r is r1_gamma · (r/64)²
-    lower_scales: float  # what each image below the highest resolution counts in the losses, relative to that one
-    images_per_stage: dict[int, int]  # real images after which a stage ends even if its FID never met the reference
+    images_per_stage: dict[int, int]  # real images after which a resolution is done even if its FID fell short
     ema_half_life: int  # in images
-    clip_weight: float
-    matching_weight_discriminator: float
-    matching_weight_generator: float
-    clip_model: str  # the default of --clip
     fid_samples: int  # on either side of a FID
     fid_every: int  # in images
-    fid_factor: float  # κ: a stage ends when FID ≤ κ · reference FID
+    lr_generator: float = 2.5e-3
+    lr_discriminator: float = 2.5e-3
+    r1_gamma: float = 1.0  # at 64×64; γ at resolution r is r1_gamma · (r/64)²
+    lower_scales: float = 0.17 / 0.33  # what each image below the highest resolution counts, relative to that one
+    clip_weight: float = 0.1
+    matching_weight_discriminator: float = 1.0
+    matching_weight_generator: float = 1.0
+    fid_factor: float = 1.5  # κ: a resolution is done when FID ≤ κ · reference FID
+    clip_model: str = OPENAI_CLIP  # the default of --clip
     data: str = "emoji"  # the default of --data
     augment: tuple[str, ...] = ()  # what the discriminator sees pictures through, see augment.py
-    recompute: bool = False  # the generator's levels again in the backward pass: a third more work, for memory
+    recompute: bool = False  # gradient checkpointing: the generator's levels again in the backward pass, for memory
 
     def with_changes(self, assignments):
         """The recipe with fields set by texts as "lr_generator=1e-3". Raises ValueError with a line that says why."""
@@ -117,7 +119,19 @@ class Preset:
     recipe: Recipe
 
 
-OPENAI_CLIP = "ViT-L-14-quickgelu:openai"
+# What the small presets share, as tried on the built-in scenes. Attention and the experts are where it is decided what
+# goes where. The gains keep the scale of the features, which the release's let shrink from block to block. The
+# discriminator learned more in the same time without residual convolutions.
+SMALL_RECIPE = dict(
+    lr_generator=5e-3, lr_discriminator=8e-3, lower_scales=0.02, clip_weight=0.2, matching_weight_generator=0.1
+)
+SMALL_GENERATOR = dict(
+    mapping_layers=2, clip_width=128, text_dim=128, text_layers=1, lr_mul=0.3, residual_gain=0.7, attn_gain=1.0
+)
+SMALL_DISCRIMINATOR = dict(
+    clip_width=128, text_dim=128, text_layers=1, head_layers=2, lr_mul=0.1, clip_channels=128,
+    clip_maps=((64, 8), (128, 4), (256, 2), (512, 1)),
+)  # fmt: skip
 
 PRESETS = {
     # The release: 1,166 M parameters. The discriminator is GigaGAN's.
@@ -143,19 +157,10 @@ PRESETS = {
         Recipe(
             steps=500_000,
             batch=2048,
-            lr_generator=2.5e-3,
-            lr_discriminator=2.5e-3,
-            r1_gamma=1.0,
-            lower_scales=0.17 / 0.33,
             images_per_stage={4: 2_000_000, 8: 5_000_000, 16: 20_000_000, 32: 60_000_000},
             ema_half_life=640_000,
-            clip_weight=0.1,
-            matching_weight_discriminator=1.0,
-            matching_weight_generator=1.0,
-            clip_model=OPENAI_CLIP,
             fid_samples=10_000,
             fid_every=500_000,
-            fid_factor=1.5,
             recompute=True,
         ),
     ),
@@ -193,22 +198,15 @@ PRESETS = {
         Recipe(
             steps=1_000_000,
             batch=64,
-            lr_generator=2e-3,
-            lr_discriminator=2e-3,
-            r1_gamma=1.0,
-            lower_scales=0.17 / 0.33,
             images_per_stage={4: 500_000, 8: 2_000_000, 16: 8_000_000, 32: 20_000_000},
             ema_half_life=200_000,
-            clip_weight=0.1,
-            matching_weight_discriminator=1.0,
-            matching_weight_generator=1.0,
-            clip_model=OPENAI_CLIP,
             fid_samples=5_000,
             fid_every=200_000,
-            fid_factor=1.5,
+            lr_generator=2e-3,
+            lr_discriminator=2e-3,
         ),
     ),
-    # A laptop without GPU: emoji at 64×64, whole Aurora in small. The recipe is that of `shapes`, where it was tried.
+    # A laptop without GPU: emoji at 64×64, whole Aurora in small.
     "emoji": Preset(
         GeneratorConfig(
             levels=(
@@ -219,18 +217,11 @@ PRESETS = {
                 Level(64, 24, num_blocks=1, num_kernels=2),
             ),
             fourier_channels=192,
-            z_dim=128,
             w_dim=192,
-            mapping_layers=2,
             mapping_dim=192,
-            clip_width=128,
-            text_dim=128,
-            text_layers=1,
             num_heads=4,
             head_dim=24,
-            lr_mul=0.3,
-            residual_gain=0.7,
-            attn_gain=1.0,
+            **SMALL_GENERATOR,
         ),
         DiscriminatorConfig(
             levels=(
@@ -240,37 +231,24 @@ PRESETS = {
                 DiscriminatorLevel(32, 48, num_blocks=0),
                 DiscriminatorLevel(64, 24, num_blocks=0),
             ),
-            clip_width=128,
-            text_dim=128,
-            text_layers=1,
             num_heads=4,
             head_dim=24,
-            head_layers=2,
-            lr_mul=0.1,
-            clip_maps=((64, 8), (128, 4), (256, 2), (512, 1)),
-            clip_channels=128,
+            **SMALL_DISCRIMINATOR,
         ),
         Recipe(
             steps=60_000,
             batch=32,
-            lr_generator=5e-3,
-            lr_discriminator=8e-3,
-            r1_gamma=4.0,
-            lower_scales=0.02,
             images_per_stage={4: 0, 8: 0, 16: 96_000, 32: 1_000_000},
             ema_half_life=10_000,
-            clip_weight=0.2,
-            matching_weight_discriminator=1.0,
-            matching_weight_generator=0.1,
-            clip_model="emoji",
             fid_samples=1024,
             fid_every=16_000,
             fid_factor=1.0,
+            r1_gamma=4.0,
+            clip_model="emoji",
+            **SMALL_RECIPE,
         ),
     ),
-    # A laptop without GPU: the built-in scenes at 32×32. Attention and the experts are at 8×8, where what goes where is
-    # decided. The gains keep the scale of the features, which the release's let shrink from block to block. The
-    # discriminator learned more in the same time without residual convolutions.
+    # The test bed: the built-in scenes at 32×32.
     "shapes": Preset(
         GeneratorConfig(
             levels=(
@@ -280,18 +258,11 @@ PRESETS = {
                 Level(32, 32, num_blocks=1, num_kernels=2),
             ),
             fourier_channels=128,
-            z_dim=128,
             w_dim=128,
-            mapping_layers=2,
             mapping_dim=128,
-            clip_width=128,
-            text_dim=128,
-            text_layers=1,
             num_heads=2,
             head_dim=32,
-            lr_mul=0.3,
-            residual_gain=0.7,
-            attn_gain=1.0,
+            **SMALL_GENERATOR,
         ),
         DiscriminatorConfig(
             levels=(
@@ -300,33 +271,21 @@ PRESETS = {
                 DiscriminatorLevel(16, 64, num_blocks=0),
                 DiscriminatorLevel(32, 32, num_blocks=0),
             ),
-            clip_width=128,
-            text_dim=128,
-            text_layers=1,
             num_heads=2,
             head_dim=32,
-            head_layers=2,
-            lr_mul=0.1,
-            clip_maps=((64, 8), (128, 4), (256, 2), (512, 1)),
-            clip_channels=128,
+            **SMALL_DISCRIMINATOR,
         ),
         Recipe(
             steps=20_000,
             batch=32,
-            lr_generator=5e-3,
-            lr_discriminator=8e-3,
-            r1_gamma=16.0,
-            lower_scales=0.02,
             images_per_stage={4: 0, 8: 0, 16: 256_000},
             ema_half_life=5_000,
-            clip_weight=0.2,
-            matching_weight_discriminator=1.0,
-            matching_weight_generator=0.1,
-            clip_model="small",
-            data="shapes",
             fid_samples=512,
             fid_every=4_000,
-            fid_factor=1.5,
+            r1_gamma=16.0,
+            clip_model="small",
+            data="shapes",
+            **SMALL_RECIPE,
         ),
     ),
 }
