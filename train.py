@@ -243,7 +243,7 @@ def choose_parts(args, preset, batch, clip, device):
     fewest = None
     with distributed.together():
         if distributed.is_main():
-            fewest = estimate(preset, clip, dtype_of(args.dtype, device)).parts(share, memory)
+            fewest = estimate(preset, clip, dtype_of(args.dtype, device))[0].parts(share, memory)
     fewest = distributed.broadcast(fewest)
     if args.accumulate == "auto":
         say(f"--accumulate {fewest}: parts of {share // fewest} images a GPU, by the plan at the highest resolution")

@@ -22,7 +22,7 @@ from torch.utils.flop_counter import flop_registry
 
 import attention
 from augment import NUM_CHANCES
-from clip import BUILT_IN, FrozenClip, fold_batch_norms, new_small, vocabulary_of
+from clip import BUILT_IN, FrozenClip, new_small, vocabulary_of
 from common.cli import UserError
 from experts import Experts, expert
 from layers import pyramid
@@ -190,7 +190,7 @@ def clip_without_weights(spec):
     """The CLIP of a preset or of --clip, by its sizes alone."""
     path = BUILT_IN["small"] if spec == "train" else BUILT_IN.get(spec, Path(spec))
     if path.is_file():
-        return fold_batch_norms(new_small(vocabulary_of(path)))
+        return new_small(vocabulary_of(path))
     name = spec.partition(":")[0]
     if name not in open_clip.list_models():
         raise UserError(f"--clip {spec}: --plan needs a model of open_clip, as ViT-L-14-quickgelu:openai, or small")
@@ -202,36 +202,32 @@ def clip_without_weights(spec):
 
 
 @dataclass
-class Estimate:
-    """What a step at a resolution takes, for any number of images: a part that is fixed, and one for each image."""
+class Memory:
+    """The bytes that a step takes at the peak, for any number of images: a part that is fixed, and one an image."""
 
-    rehearsal: Rehearsal
-    fixed: float  # bytes at the peak
-    an_image: float  # bytes at the peak for each image of a part
-    flop: dict[torch.dtype, float]  # of an image, R1 in one step of R1_INTERVAL included
-    flop_accumulated: dict[torch.dtype, float]  # the same where gradients are accumulated and images drawn twice
+    fixed: float
+    an_image: float
 
-    def memory(self, images):
+    def of(self, images):
         return self.fixed + images * self.an_image
 
-    def parts(self, share, memory):
-        """The fewest parts in which a rank's share of the batch fits into the memory. Raises UserError."""
-        fits = (memory - RESERVED - self.fixed) / self.an_image
+    def parts(self, share, available):
+        """The fewest parts in which a rank's share of the batch fits into the memory there is. Raises UserError."""
+        fits = (available - RESERVED - self.fixed) / self.an_image
         choices = (parts for parts in range(1, share + 1) if share % parts == 0 and share // parts <= fits)
         if (parts := next(choices, None)) is None:
             raise UserError(
-                f"it does not fit: two images take {self.memory(2) / 1e9:.0f} GB, and of {memory / 1e9:.0f} GB "
+                f"it does not fit: two images take {self.of(2) / 1e9:.0f} GB, and of {available / 1e9:.0f} GB "
                 f"{RESERVED / 1e9:.0f} are left free; take a smaller preset or larger GPUs"
             )
         return parts
 
 
 def estimate(preset, clip_model, dtype=torch.bfloat16, resolution=None):
-    """Rehearsals of 2 and of 4 images tell what does not depend on the batch from what each image takes."""
+    """Rehearsals of 2 and of 4 images tell what depends on the batch → Memory, and the rehearsal of 4."""
     few, more = (rehearse(preset, clip_model, images, dtype, resolution=resolution) for images in (2, 4))
-    accumulated = rehearse(preset, clip_model, 4, dtype, parts=2, resolution=resolution)
     an_image = (more.peak_with_r1 - few.peak_with_r1) / 2
-    return Estimate(more, few.peak_with_r1 - 2 * an_image, an_image, of_an_image(more), of_an_image(accumulated))
+    return Memory(few.peak_with_r1 - 2 * an_image, an_image), more
 
 
 def of_an_image(rehearsal, images=4):
@@ -242,47 +238,47 @@ def of_an_image(rehearsal, images=4):
 
 def plan(name, preset, clip_model, batch, gpus, hardware, workers):
     """The lines of `train.py --plan`: what a step takes, and a table for 1, 8, 64 and the given number of GPUs."""
-    resolutions = [level.resolution for level in preset.generator.levels]
-    of_phase = {r: estimate(preset, clip_model, resolution=r) for r in resolutions}
-    largest = of_phase[resolutions[-1]]
-    yield f"{name} at {resolutions[-1]}×{resolutions[-1]} on {hardware.name}, global batch {batch}, CLIP {clip_model}"
-    yield "  parameters, M:       " + figures(largest.rehearsal.parameters, 1e6)
-    yield "  memory kept, GB:     " + figures(largest.rehearsal.state, 1e9)
-    peak, an_image = largest.fixed / 1e9, largest.an_image / 1e9
+    *lower, resolution = [level.resolution for level in preset.generator.levels]
+    memory, rehearsal = estimate(preset, clip_model)
+    flop, accumulated = of_an_image(rehearsal), of_an_image(rehearse(preset, clip_model, 4, torch.bfloat16, parts=2))
+    yield f"{name} at {resolution}×{resolution} on {hardware.name}, global batch {batch}, CLIP {clip_model}"
+    yield "  parameters, M:       " + figures(rehearsal.parameters, 1e6)
+    yield "  memory kept, GB:     " + figures(rehearsal.state, 1e9)
+    peak, an_image = memory.fixed / 1e9, memory.an_image / 1e9
     yield f"  memory at the peak:  {peak:.3g} GB, and {an_image:.3g} GB for each image of a part"
-    flop = {str(dtype).removeprefix("torch."): count for dtype, count in largest.flop.items()}
-    yield f"  work of an image:    {figures(flop, 1e12)} TFLOP, R1 in one step of {R1_INTERVAL} included"
+    by_dtype = {str(dtype).removeprefix("torch."): count for dtype, count in flop.items()}
+    yield f"  work of an image:    {figures(by_dtype, 1e12)} TFLOP, R1 in one step of {R1_INTERVAL} included"
     heads = ("GPUs", "--accumulate", "memory, GB", "compute, s", "wire, GB", "wire, s", "data, s", "step, s", "days")
     yield "".join(f"{head:>{width}s}" for head, width in zip(heads, WIDTHS, strict=True)) + "   bound by"
-    at_phases = []
+    images = {}  # of a part, by the number of GPUs
     for number in sorted(n for n in {1, 8, 64, gpus} if batch % n == 0):
-        yield row_of_table(largest, number, batch // number, preset.recipe.steps, hardware, workers)
-        images = batch // number // largest.parts(batch // number, hardware.memory)
-        memory = {f"{r}×{r}": estimated.memory(images) for r, estimated in of_phase.items()}
-        at_phases.append(f"  memory while growing, {number} GPUs, GB: {figures(memory, 1e9)}")
-    yield from at_phases
+        share = batch // number
+        images[number] = share // memory.parts(share, hardware.memory)
+        compute = share * hardware.seconds(flop if images[number] == share else accumulated)
+        row = share // images[number], memory.of(images[number]), compute, rehearsal.trained, share
+        yield row_of_table(number, *row, preset.recipe.steps, hardware, workers)
+    of_phase = {r: estimate(preset, clip_model, resolution=r)[0] for r in lower} | {resolution: memory}
+    for number, size in images.items():
+        growing = {f"{r}×{r}": of_phase[r].of(size) for r in of_phase}
+        yield f"  memory while growing, {number} GPUs, GB: {figures(growing, 1e9)}"
     yield f"{preset.recipe.steps:,} steps; compute, wire and data go on at the same time. Parameters, memory and FLOP"
     yield "are held against real steps on a CPU by tests/training/test_plan.py. Nothing was ever measured on a GPU."
-    rates = ", ".join(
-        f"{UTILIZATION[t]:.0%} of {rate / 1e12:g} TFLOP/s in {t}" for t, rate in hardware.flop_rate.items()
-    )
+    rates = ", ".join(f"{UTILIZATION[t]:.0%} of {r / 1e12:g} TFLOP/s in {t}" for t, r in hardware.flop_rate.items())
     yield f"Guesses: compute at {rates.replace('torch.', '')}; {RESERVED / 1e9:.0f} GB of a GPU are left free;"
     yield f"a worker reads {DECODED} pictures a second."
 
 
-def row_of_table(step, number, share, steps, hardware, workers):
-    parts = step.parts(share, hardware.memory)
-    wire = 2 * (number - 1) / number * 4 * step.rehearsal.trained
+def row_of_table(number, parts, memory, compute, trained, share, steps, hardware, workers):
+    wire = 2 * (number - 1) / number * 4 * trained
     seconds = {
-        "compute": share * hardware.seconds(step.flop if parts == 1 else step.flop_accumulated),
+        "compute": compute,
         "the wire": wire / (hardware.within_node if number <= 8 else hardware.between_nodes),
         "data": share / (DECODED * max(1, workers)),
     }
     slowest = max(seconds, key=seconds.get)
-    compute, on_the_wire, data = seconds.values()
-    memory, days = step.memory(share / parts) / 1e9, steps * seconds[slowest] / 86400
-    row = number, parts, memory, compute, wire / 1e9, on_the_wire, data, seconds[slowest], days
-    return "".join(f"{value:{width}.3g}" for value, width in zip(row, WIDTHS, strict=True)) + f"   {slowest}"
+    row = number, parts, memory / 1e9, compute, wire / 1e9, seconds["the wire"], seconds["data"], seconds[slowest]
+    cells = (*row, steps * seconds[slowest] / 86400)
+    return "".join(f"{value:{width}.3g}" for value, width in zip(cells, WIDTHS, strict=True)) + f"   {slowest}"
 
 
 def figures(numbers, unit):
