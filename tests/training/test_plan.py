@@ -90,7 +90,9 @@ def test_flop_are_those_of_a_step(real, planned, number, kind):
 
 @pytest.mark.parametrize(("number", "kind"), [(1, "peak"), (0, "peak_with_r1")], ids=["plain", "with R1"])
 def test_memory_is_that_of_a_step(variant, real, planned, number, kind):
-    """To 10 %, in one part: the plan takes no figure of memory from a rehearsal in several. The profiler sees what a step allocates; what it allocated before is the state but for the gradients."""
+    """To 10 %, in one part: the plan takes no figure of memory from a rehearsal in several. The profiler sees what a
+    step allocates; what it allocated before is the state but for the gradients.
+    """
     if variant[2] > 1:
         pytest.skip("the plan takes from it the work alone")
     _, step = real
