@@ -22,8 +22,6 @@ from sampling.pictures import grid, to_pil
 from weights.checkpoint import DEMO, atomically, load_generator
 
 NEAREST = 3
-
-NEAREST = 3
 MOST = 50_000  # training pictures, as the built-in scenes have no end
 
 

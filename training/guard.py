@@ -30,11 +30,6 @@ class Guard:
         self.lasting = collections.Counter()
         self.rejected_in_a_row = 0
 
-    @property
-    def trusts_the_weights(self):
-        """Whether they are worth saving: once gradients are not finite, the weights may be about not to be either."""
-        return self.rejected_in_a_row == 0
-
     def watch(self, report, rejected, checkpoint):
         """report: what a step returned; rejected: how many of its updates were left out; checkpoint: the last good one.
 
