@@ -1,9 +1,9 @@
 """The watch on a discriminator that learns its images by heart."""
 
 import torch
-from data.batches import Batch
 
 from clip import load_clip
+from data.batches import Batch
 from training.overfitting import OverfittingWatch
 
 
