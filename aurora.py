@@ -62,8 +62,7 @@ class ModulatedSelfAttention(nn.Module):
         self.proj_out = ModulatedLinear(dim, dim, w_dim)
 
     def forward(self, x, w):
-        precision = self.to_v.weight.dtype  # float32 under autocast too, unless the weights are stored in bfloat16
-        qk, v = (split_heads(project(x), self.num_heads).to(precision) for project in (self.to_qk, self.to_v))
+        qk, v = (split_heads(project(x), self.num_heads) for project in (self.to_qk, self.to_v))
         q, k = qk.chunk(2, dim=-1)
         return self.proj_out(merge_heads(l2_attention(q, k, v)), w)
 
@@ -80,8 +79,7 @@ class CrossAttention(nn.Module):
 
     def forward(self, x, local_text):
         k, v = self.to_kv(local_text).chunk(2, dim=-1)
-        precision = self.to_q.weight.dtype  # as in self-attention
-        q, k, v = (split_heads(t, self.num_heads).to(precision) for t in (self.to_q(x), k, v))
+        q, k, v = (split_heads(t, self.num_heads) for t in (self.to_q(x), k, v))
         return self.proj_out(merge_heads(l2_attention(q, k, v)))
 
 
@@ -308,8 +306,7 @@ class Generator(nn.Module):
         )
         self.mapping = Mapping(config)
         self.synthesis = Synthesis(config)
-        # The running mean of w over all prompts, which StyleGAN truncates toward; the released file holds it, too. Our
-        # sampling truncates toward the mean of a prompt's own w instead, see sampling/latent.py.
+        # The running mean of w over all prompts, as the released file has it: where fitting a w to a picture begins.
         self.register_buffer("w_avg", torch.zeros(config.w_dim))
 
     def forward(self, z, tokens, eot, resolution=None):

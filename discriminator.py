@@ -1,22 +1,17 @@
 """The discriminator: GigaGAN's, multi-scale and text-conditional (sections 3.3 and 3.4 there).
 
 Every image of the pyramid enters at its own stage and is judged after every stage from there on, so that early stages
-learn from early judgements and the generator answers for each of its resolutions. At 64×64: 5 inputs, 15 predictions.
-It is vision-aided: the highest image is also judged by what the frozen CLIP sees in it.
+learn from early judgements and the generator answers for each of its resolutions. At 64×64 that makes 15 predictions
+on 5 inputs. It is vision-aided, too: a 16th judges the highest image by what the frozen CLIP sees in it.
 """
+
+import math
 
 import torch
 from torch import nn
 
-from attention import merge_heads, split_heads, squared_l2_attention
-from layers import (
-    Conv2d,
-    Linear,
-    ModulatedLinear,
-    full_precision,
-    lrelu,
-    rms_norm,
-)
+from attention import merge_heads, split_heads
+from layers import Conv2d, Linear, ModulatedLinear, float32_region, full_precision, lrelu, rms_norm
 from presets import DiscriminatorConfig
 from text import TextHead
 
@@ -24,6 +19,19 @@ RESIDUAL_GAIN, ATTN_GAIN = 0.4, 0.3  # Only branches are scaled: the identity pa
 LOGIT_GAIN = 0.25  # At 1, a single step of Adam moves a prediction by more than a wrong caption does.
 CLIP = "clip"  # Stands for a stage in the keys of maps and logits that come from CLIP's feature maps.
 CLIP_HEAD = "0"  # The name of its head in checkpoints, among the resolutions.
+
+
+def squared_l2_attention(qk, v):
+    """softmax(−‖q − k‖₂²/√d)·v with q = k, over [B, heads, N, d]: twice differentiable, as R1 asks for.
+
+    The true distance has an infinite slope at zero, and here every point meets itself. |q|² is the same for all keys,
+    so the softmax drops it. Autograd keeps the whole map in memory.
+    """
+    with float32_region(qk):
+        qk = full_precision(qk)
+        logits = (2 * qk @ qk.transpose(-1, -2) - qk.square().sum(-1)[..., None, :]) / math.sqrt(qk.shape[-1])
+        attention = logits.softmax(-1)
+    return attention.to(v.dtype) @ v
 
 
 class TiedSelfAttention(nn.Module):

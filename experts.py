@@ -23,7 +23,7 @@ class Experts(nn.Module):
     that gets no point multiplies an empty slice, and its gradient is zero rather than missing. On a GPU, Triton kernels
     do the same for all experts at once; tests hold the two together.
 
-    For top-k routing call it once for each choice, and add. An assertion refuses points with several experts.
+    For top-k routing call it once for each choice, and add the results. An assertion refuses several experts a point.
     """
 
     def __init__(self, dim, num_experts):

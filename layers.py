@@ -121,9 +121,9 @@ def pyramid(images, resolutions):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Modulation: a convolution whose input channels are scaled by a style computed from w, and whose output channels are
-# divided by the norm of the kernel so scaled ("demodulation", StyleGAN2). Scaling activations is the same as scaling
-# kernels, and needs no copy of them per sample where there is one for all.
+# Modulation (StyleGAN2): a style, computed from w, scales the input channels of a convolution. Demodulation divides its
+# output channels by the norm of the scaled kernel. To scale the activations is the same as to scale the kernel, and the
+# whole batch can then share one.
 
 
 class ModulatedLinear(nn.Module):
@@ -149,8 +149,8 @@ class ModulatedConv2d(nn.Module):
     """A modulated convolution with adaptive kernels (GigaGAN, section 3.1): [B, C, H, W], w [B, w_dim] → [B, D, H, W].
 
     n = `num_kernels` kernels are mixed by softmax(dense(w)) into one a sample. A single kernel is shared by the batch.
-    That takes memory: at 16×16, the mixed kernels of one layer of the release are 2.4 GB for a batch of 64, and
-    training keeps them for the backward pass. With gradient checkpointing it does so for one level at a time.
+    Mixed ones take memory: at 16×16, one layer of the release makes 2.4 GB of them for a batch of 64. Training keeps
+    them for the backward pass, or with gradient checkpointing those of one level at a time.
     """
 
     def __init__(self, in_channels, out_channels, kernel_size, w_dim, num_kernels=1):
@@ -254,7 +254,11 @@ class TransformationField(ModulatedConv2d):
 
 
 class DeformableConv2d(ModulatedConv2d):
-    """A modulated 3×3 convolution that reads its input where a transformation field of x and w tells it to."""
+    """A modulated 3×3 convolution that reads its input where a transformation field of x and w tells it to.
+
+    Modulated deformable convolution (Zhu et al. 2019) with padding 1: what torchvision.ops.deform_conv2d computes, here
+    as bilinear samples by grid_sample and one matrix product, since torchvision's runs on one CPU thread only.
+    """
 
     def __init__(self, in_channels, out_channels, w_dim, num_kernels=1):
         super().__init__(in_channels, out_channels, 3, w_dim, num_kernels)
@@ -264,22 +268,14 @@ class DeformableConv2d(ModulatedConv2d):
         return super().forward(x, w, *self.field(x, w))
 
     def convolve(self, x, kernels, offsets, mask):
-        return deformable_conv2d(x, kernels, offsets, mask)
-
-
-def deformable_conv2d(x, kernels, offsets, mask):
-    """Modulated deformable convolution (Zhu et al. 2019), 3×3, padding 1: what torchvision.ops.deform_conv2d computes.
-
-    x [B, C, H, W], kernels [G, D, C, 3, 3] with G = 1 or B, offsets [B, 18, H, W] as (dy, dx) pairs in pixels, mask
-    [B, 9, H, W]. Bilinear samples by grid_sample, then one matrix product; torchvision's runs on one CPU thread only.
-    """
-    height, width = x.shape[2:]
-    with float32_region(x):  # bfloat16 cannot tell neighbouring positions apart
-        tap = torch.arange(9, device=x.device)[:, None, None]  # of the kernel, row by row
-        dy, dx = full_precision(offsets).unflatten(1, (9, 2)).unbind(2)  # [B, 9, H, W]
-        at_y = dy + (tap // 3 - 1) + torch.arange(height, device=x.device)[:, None]
-        at_x = dx + (tap % 3 - 1) + torch.arange(width, device=x.device)
-        grid = torch.stack([at_x * 2 / (width - 1) - 1, at_y * 2 / (height - 1) - 1], dim=-1)  # ±1: outer pixels
-        samples = F.grid_sample(full_precision(x), grid.flatten(1, 2), align_corners=True).unflatten(2, (9, height))
-    columns = (samples * mask[:, None]).flatten(1, 2).flatten(2)  # [B, 9C, H·W]
-    return multiply(kernels.flatten(2), columns).unflatten(2, (height, width))
+        """offsets [B, 18, H, W] as (dy, dx) pairs in pixels, mask [B, 9, H, W]."""
+        height, width = x.shape[2:]
+        with float32_region(x):  # bfloat16 cannot tell neighbouring positions apart
+            tap = torch.arange(9, device=x.device)[:, None, None]  # of the kernel, row by row
+            dy, dx = full_precision(offsets).unflatten(1, (9, 2)).unbind(2)  # [B, 9, H, W]
+            at_y = dy + (tap // 3 - 1) + torch.arange(height, device=x.device)[:, None]
+            at_x = dx + (tap % 3 - 1) + torch.arange(width, device=x.device)
+            grid = torch.stack([at_x * 2 / (width - 1) - 1, at_y * 2 / (height - 1) - 1], dim=-1)  # ±1: outer pixels
+            samples = F.grid_sample(full_precision(x), grid.flatten(1, 2), align_corners=True).unflatten(2, (9, height))
+        columns = (samples * mask[:, None]).flatten(1, 2).flatten(2)  # [B, 9C, H·W]
+        return multiply(kernels.flatten(2), columns).unflatten(2, (height, width))

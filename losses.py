@@ -1,8 +1,8 @@
 """Every loss of Aurora, in the paper's order: adversarial, matching-aware, R1, multi-level CLIP, mixture of experts.
 
-A pyramid has an image for each active resolution, and the discriminator a prediction for each image after each stage
-from there on; `scales`, {resolution: weight}, is how much each image counts. Losses are means over the local batch, the
-CLIP loss one over the global batch, so that averaging gradients over ranks gives the global batch's.
+A pyramid holds an image for each active resolution. The discriminator judges each image after every stage it passes.
+`scales`, {resolution: weight}, says how much each image counts. Losses are means over the local batch, and the CLIP
+loss is one over the global batch: the mean of the ranks' gradients is the gradient of the global batch.
 """
 
 import open_clip
@@ -16,7 +16,7 @@ from common import distributed
 from discriminator import CLIP
 from layers import float32_region, full_precision
 
-R1_INTERVAL = 16  # Steps from one R1 to the next; it is multiplied by as much (StyleGAN2, section 4.1).
+R1_INTERVAL = 16  # R1 is computed in one step of 16, and counts 16 times there (StyleGAN2, section 4.1).
 # Weights of every prediction but the last, relative to that one.
 EARLY_ADVERSARIAL, EARLY_MATCHING = 0.01, 0.05
 # Weights of a router's two losses, the release's.
@@ -45,9 +45,9 @@ def logistic_loss(logits, sign, early, scales):
 
 
 def wrong_captions(ids):
-    """For each caption of the global batch the next one that differs from it, in a circle; itself if all are the same.
+    """For each caption the index of the next one that differs from it, in a circle; its own if all are the same.
 
-    ids: token ids [B, T] → indices [B].
+    ids: token ids [B, T] of a part's captions, over all ranks → indices [B].
     """
     _, label = torch.unique(ids, dim=0, return_inverse=True)
     position = torch.arange(len(ids), device=ids.device)
@@ -64,8 +64,8 @@ def feature_maps(discriminator, clip, pyramid):
 def r1_penalty(discriminator, clip, pyramid, tokens, eot, gamma, scales, early=EARLY_ADVERSARIAL):
     """R1 (Mescheder et al. 2018) on real images with their captions, in float32: a scalar.
 
-    Σ over inputs of their weight · γ_r/2 · mean ‖∇ of the input's predictions‖², with γ_r = gamma · (r/64)². Images of
-    the pyramid do not see each other, so one backward pass gives the gradient of each.
+    For every image of the pyramid: its scale · γ_r/2 · ‖gradient of its predictions by its pixels‖², γ_r = gamma ·
+    (r/64)². The images do not see each other, so one backward pass gives the gradient of each.
     """
     with float32_region(tokens), sdpa_kernel(SDPBackend.MATH):  # fused attention, as in CLIP, has no second derivative
         pyramid = {r: full_precision(x.detach()).requires_grad_() for r, x in pyramid.items()}
@@ -131,7 +131,7 @@ class DiscriminatorLoss(nn.Module):
         self.recipe = recipe
 
     def forward(self, real, fake, text, wrong, chances, r1_interval):
-        """real, fake: pyramids. text: clip.Text of the local captions. wrong [B]: indices into the global batch.
+        """real, fake: pyramids. text: clip.Text of the local captions. wrong [B]: what wrong_captions gave for these.
 
         chances [B, 2, …]: of the augmentation of the real images, and of the fake ones.
         r1_interval: 0, or the number of steps that this step's R1 stands for. → {name: scalar}, `loss` to be minimized.
@@ -183,9 +183,9 @@ def generator_loss(output, text, wrong, chances, discriminator, clip, recipe):
         clip_maps = clip.see(pyramid[max(pyramid)])[1]
     maps = discriminator.maps(pyramid, clip_maps)
     adversarial = logistic_loss(discriminator.score(maps, code), -1, EARLY_ADVERSARIAL, scales).mean()
-    # The mirror of the discriminator's term, which calls these images fake under a wrong caption too. That caption says
-    # nothing about them, so what the generator learns here is to look real, whatever it shows. On the discriminator
-    # alone the loss hurts, on both it helps (GigaGAN, table 1).
+    # The discriminator calls these images fake under a wrong caption, too, and this term answers it. A wrong caption
+    # says nothing about an image, so the generator learns here to look real, whatever it shows. With the loss in the
+    # discriminator alone results get worse, with both they get better (GigaGAN, table 1).
     wrong_logits = discriminator.score(maps, wrong_code)
     matching = (logistic_loss(wrong_logits, -1, EARLY_MATCHING, scales) * is_wrong).mean()
     embeddings = dict(zip(output.pyramid, embeddings.chunk(len(output.pyramid)), strict=True))
@@ -197,7 +197,7 @@ def generator_loss(output, text, wrong, chances, discriminator, clip, recipe):
 
 
 def choose_wrong(code, wrong):
-    """The text codes [B, D] of the captions numbered `wrong` in the global batch, and which are wrong indeed [B]."""
+    """The text codes [B, D] of the captions that `wrong` numbers; and whether they are other ones, 1 or 0, [B]."""
     first = distributed.rank() * len(code)
     own = torch.arange(first, first + len(code), device=wrong.device)
     return distributed.gather(code)[wrong], (wrong != own).float()

@@ -1,6 +1,5 @@
 """The network described by a list of per-resolution specs, and the presets with their training recipes."""
 
-import ast
 import dataclasses
 from dataclasses import dataclass
 
@@ -78,7 +77,7 @@ class Recipe:
 
     steps: int  # the run's total, unless --steps says otherwise
     batch: int  # global, over all ranks
-    images_per_stage: dict[int, int]  # real images after which a resolution is done even if its FID fell short
+    images_per_phase: dict[int, int]  # real images after which a resolution is done even if its FID fell short
     ema_half_life: int  # in images
     fid_samples: int  # on either side of a FID
     fid_every: int  # in images
@@ -94,22 +93,6 @@ class Recipe:
     data: str = "emoji"  # the default of --data
     augment: tuple[str, ...] = ()  # what the discriminator sees pictures through, see augment.py
     recompute: bool = False  # gradient checkpointing: the generator's levels again in the backward pass, for memory
-
-    def with_changes(self, assignments):
-        """The recipe with fields set by texts as "lr_generator=1e-3". Raises ValueError with a line that says why."""
-        changes = {}
-        for assignment in assignments:
-            name, _, text = assignment.partition("=")
-            if name not in vars(self):
-                raise ValueError(f"{name!r} is no field of a recipe; choose one of {', '.join(vars(self))}")
-            try:
-                value = text if isinstance(former := getattr(self, name), str) else ast.literal_eval(text)
-                changes[name] = float(value) if isinstance(former, float) else value
-            except (ValueError, SyntaxError, TypeError) as error:
-                raise ValueError(f"{assignment!r}: write {name}=VALUE with a value like {former!r}") from error
-            if type(changes[name]) is not type(former):
-                raise ValueError(f"{assignment!r}: write {name}=VALUE with a value like {former!r}")
-        return dataclasses.replace(self, **changes)
 
 
 @dataclass(frozen=True)
@@ -128,167 +111,97 @@ SMALL_RECIPE = dict(
 SMALL_GENERATOR = dict(
     mapping_layers=2, clip_width=128, text_dim=128, text_layers=1, lr_mul=0.3, residual_gain=0.7, attn_gain=1.0
 )
+# fmt: off
 SMALL_DISCRIMINATOR = dict(
     clip_width=128, text_dim=128, text_layers=1, head_layers=2, lr_mul=0.1, clip_channels=128,
     clip_maps=((64, 8), (128, 4), (256, 2), (512, 1)),
-)  # fmt: skip
+)
 
 PRESETS = {
     # The release: 1,166 M parameters. The discriminator is GigaGAN's.
     "aurora-64": Preset(
-        GeneratorConfig(
-            levels=(
-                Level(4, 1600, num_blocks=3, deformable=True),
-                Level(8, 1600, num_blocks=3, attn_depth=2, num_experts=4, deformable=True),
-                Level(16, 1024, num_blocks=3, num_kernels=2, attn_depth=2, num_experts=8, deformable=True),
-                Level(32, 512, num_blocks=2, num_kernels=4, attn_depth=2, num_experts=16),
-                Level(64, 256, num_blocks=2, num_kernels=8, attn_depth=1, num_experts=16),
-            ),
-        ),
-        DiscriminatorConfig(
-            levels=(
-                DiscriminatorLevel(4, 1536, num_blocks=1),
-                DiscriminatorLevel(8, 1536, num_blocks=2, attn_depth=2),
-                DiscriminatorLevel(16, 1024, num_blocks=2, attn_depth=2),
-                DiscriminatorLevel(32, 512, num_blocks=2, attn_depth=1),
-                DiscriminatorLevel(64, 256, num_blocks=2),
-            ),
-        ),
+        GeneratorConfig(levels=(
+            Level(4, 1600, num_blocks=3, deformable=True),
+            Level(8, 1600, num_blocks=3, attn_depth=2, num_experts=4, deformable=True),
+            Level(16, 1024, num_blocks=3, num_kernels=2, attn_depth=2, num_experts=8, deformable=True),
+            Level(32, 512, num_blocks=2, num_kernels=4, attn_depth=2, num_experts=16),
+            Level(64, 256, num_blocks=2, num_kernels=8, attn_depth=1, num_experts=16),
+        )),
+        DiscriminatorConfig(levels=(
+            DiscriminatorLevel(4, 1536, num_blocks=1),
+            DiscriminatorLevel(8, 1536, num_blocks=2, attn_depth=2),
+            DiscriminatorLevel(16, 1024, num_blocks=2, attn_depth=2),
+            DiscriminatorLevel(32, 512, num_blocks=2, attn_depth=1),
+            DiscriminatorLevel(64, 256, num_blocks=2),
+        )),
         Recipe(
-            steps=500_000,
-            batch=2048,
-            images_per_stage={4: 2_000_000, 8: 5_000_000, 16: 20_000_000, 32: 60_000_000},
-            ema_half_life=640_000,
-            fid_samples=10_000,
-            fid_every=500_000,
-            recompute=True,
+            steps=500_000, batch=2048, images_per_phase={4: 2_000_000, 8: 5_000_000, 16: 20_000_000, 32: 60_000_000},
+            ema_half_life=640_000, fid_samples=10_000, fid_every=500_000, recompute=True,
         ),
     ),
     # One GPU: the same scheme at about 100 M parameters.
     "small-64": Preset(
-        GeneratorConfig(
-            levels=(
-                Level(4, 512, num_blocks=2, deformable=True),
-                Level(8, 512, num_blocks=2, attn_depth=1, num_experts=4, deformable=True),
-                Level(16, 384, num_blocks=2, num_kernels=2, attn_depth=1, num_experts=8, deformable=True),
-                Level(32, 256, num_blocks=2, num_kernels=4, attn_depth=1, num_experts=8),
-                Level(64, 128, num_blocks=2, num_kernels=4),
-            ),
-            fourier_channels=512,
-            w_dim=512,
-            mapping_dim=512,
-            text_dim=512,
-            text_layers=2,
-            num_heads=8,
-            head_dim=32,
-        ),
-        DiscriminatorConfig(
-            levels=(
-                DiscriminatorLevel(4, 512, num_blocks=1),
-                DiscriminatorLevel(8, 512, num_blocks=1, attn_depth=1),
-                DiscriminatorLevel(16, 384, num_blocks=2, attn_depth=1),
-                DiscriminatorLevel(32, 256, num_blocks=2),
-                DiscriminatorLevel(64, 128, num_blocks=2),
-            ),
-            text_dim=512,
-            text_layers=2,
-            head_dim=32,
-            clip_channels=256,
-        ),
+        GeneratorConfig(levels=(
+            Level(4, 512, num_blocks=2, deformable=True),
+            Level(8, 512, num_blocks=2, attn_depth=1, num_experts=4, deformable=True),
+            Level(16, 384, num_blocks=2, num_kernels=2, attn_depth=1, num_experts=8, deformable=True),
+            Level(32, 256, num_blocks=2, num_kernels=4, attn_depth=1, num_experts=8),
+            Level(64, 128, num_blocks=2, num_kernels=4),
+        ), fourier_channels=512, w_dim=512, mapping_dim=512, text_dim=512, text_layers=2, num_heads=8, head_dim=32),
+        DiscriminatorConfig(levels=(
+            DiscriminatorLevel(4, 512, num_blocks=1),
+            DiscriminatorLevel(8, 512, num_blocks=1, attn_depth=1),
+            DiscriminatorLevel(16, 384, num_blocks=2, attn_depth=1),
+            DiscriminatorLevel(32, 256, num_blocks=2),
+            DiscriminatorLevel(64, 128, num_blocks=2),
+        ), text_dim=512, text_layers=2, head_dim=32, clip_channels=256),
         Recipe(
-            steps=1_000_000,
-            batch=64,
-            images_per_stage={4: 500_000, 8: 2_000_000, 16: 8_000_000, 32: 20_000_000},
-            ema_half_life=200_000,
-            fid_samples=5_000,
-            fid_every=200_000,
-            lr_generator=2e-3,
-            lr_discriminator=2e-3,
+            steps=1_000_000, batch=64, images_per_phase={4: 500_000, 8: 2_000_000, 16: 8_000_000, 32: 20_000_000},
+            ema_half_life=200_000, fid_samples=5_000, fid_every=200_000, lr_generator=2e-3, lr_discriminator=2e-3,
         ),
     ),
     # A laptop without GPU: emoji at 64×64, whole Aurora in small.
     "emoji": Preset(
-        GeneratorConfig(
-            levels=(
-                Level(4, 192, num_blocks=1, deformable=True),
-                Level(8, 128, num_blocks=1, attn_depth=1, num_experts=4, deformable=True),
-                Level(16, 96, num_blocks=1, attn_depth=1, num_experts=8),
-                Level(32, 48, num_blocks=1, num_kernels=2),
-                Level(64, 24, num_blocks=1, num_kernels=2),
-            ),
-            fourier_channels=192,
-            w_dim=192,
-            mapping_dim=192,
-            num_heads=4,
-            head_dim=24,
-            **SMALL_GENERATOR,
-        ),
-        DiscriminatorConfig(
-            levels=(
-                DiscriminatorLevel(4, 128, num_blocks=0),
-                DiscriminatorLevel(8, 160, num_blocks=0, attn_depth=1),
-                DiscriminatorLevel(16, 96, num_blocks=0),
-                DiscriminatorLevel(32, 48, num_blocks=0),
-                DiscriminatorLevel(64, 24, num_blocks=0),
-            ),
-            num_heads=4,
-            head_dim=24,
-            **SMALL_DISCRIMINATOR,
-        ),
+        GeneratorConfig(levels=(
+            Level(4, 192, num_blocks=1, deformable=True),
+            Level(8, 128, num_blocks=1, attn_depth=1, num_experts=4, deformable=True),
+            Level(16, 96, num_blocks=1, attn_depth=1, num_experts=8),
+            Level(32, 48, num_blocks=1, num_kernels=2),
+            Level(64, 24, num_blocks=1, num_kernels=2),
+        ), fourier_channels=192, w_dim=192, mapping_dim=192, num_heads=4, head_dim=24, **SMALL_GENERATOR),
+        DiscriminatorConfig(levels=(
+            DiscriminatorLevel(4, 128, num_blocks=0),
+            DiscriminatorLevel(8, 160, num_blocks=0, attn_depth=1),
+            DiscriminatorLevel(16, 96, num_blocks=0),
+            DiscriminatorLevel(32, 48, num_blocks=0),
+            DiscriminatorLevel(64, 24, num_blocks=0),
+        ), num_heads=4, head_dim=24, **SMALL_DISCRIMINATOR),
         Recipe(
-            steps=60_000,
-            batch=32,
-            images_per_stage={4: 0, 8: 0, 16: 96_000, 32: 1_000_000},
-            ema_half_life=10_000,
-            fid_samples=1024,
-            fid_every=16_000,
-            fid_factor=1.0,
-            r1_gamma=4.0,
-            clip_model="emoji",
-            **SMALL_RECIPE,
+            steps=60_000, batch=32, images_per_phase={4: 0, 8: 0, 16: 96_000, 32: 1_000_000}, ema_half_life=10_000,
+            fid_samples=1024, fid_every=16_000, fid_factor=1.0, r1_gamma=4.0, clip_model="emoji", **SMALL_RECIPE,
         ),
     ),
     # The test bed: the built-in scenes at 32×32.
     "shapes": Preset(
-        GeneratorConfig(
-            levels=(
-                Level(4, 128, num_blocks=1, deformable=True),
-                Level(8, 96, num_blocks=1, attn_depth=1, num_experts=4),
-                Level(16, 64, num_blocks=1),
-                Level(32, 32, num_blocks=1, num_kernels=2),
-            ),
-            fourier_channels=128,
-            w_dim=128,
-            mapping_dim=128,
-            num_heads=2,
-            head_dim=32,
-            **SMALL_GENERATOR,
-        ),
-        DiscriminatorConfig(
-            levels=(
-                DiscriminatorLevel(4, 96, num_blocks=0),
-                DiscriminatorLevel(8, 128, num_blocks=0, attn_depth=1),
-                DiscriminatorLevel(16, 64, num_blocks=0),
-                DiscriminatorLevel(32, 32, num_blocks=0),
-            ),
-            num_heads=2,
-            head_dim=32,
-            **SMALL_DISCRIMINATOR,
-        ),
+        GeneratorConfig(levels=(
+            Level(4, 128, num_blocks=1, deformable=True),
+            Level(8, 96, num_blocks=1, attn_depth=1, num_experts=4),
+            Level(16, 64, num_blocks=1),
+            Level(32, 32, num_blocks=1, num_kernels=2),
+        ), fourier_channels=128, w_dim=128, mapping_dim=128, num_heads=2, head_dim=32, **SMALL_GENERATOR),
+        DiscriminatorConfig(levels=(
+            DiscriminatorLevel(4, 96, num_blocks=0),
+            DiscriminatorLevel(8, 128, num_blocks=0, attn_depth=1),
+            DiscriminatorLevel(16, 64, num_blocks=0),
+            DiscriminatorLevel(32, 32, num_blocks=0),
+        ), num_heads=2, head_dim=32, **SMALL_DISCRIMINATOR),
         Recipe(
-            steps=20_000,
-            batch=32,
-            images_per_stage={4: 0, 8: 0, 16: 256_000},
-            ema_half_life=5_000,
-            fid_samples=512,
-            fid_every=4_000,
-            r1_gamma=16.0,
-            clip_model="small",
-            data="shapes",
-            **SMALL_RECIPE,
+            steps=20_000, batch=32, images_per_phase={4: 0, 8: 0, 16: 256_000}, ema_half_life=5_000, fid_samples=512,
+            fid_every=4_000, r1_gamma=16.0, clip_model="small", data="shapes", **SMALL_RECIPE,
         ),
     ),
 }
+# fmt: on
 
 
 def fitted_to(preset, clip_width, clip_maps):

@@ -18,9 +18,9 @@ class Routing(NamedTuple):
 class Router(Float32):
     """Top-1 routing of feature points u [B, N, C] under the latent code w [B, w_dim] (section 3.2, figure 2).
 
-    u comes from cross-attention and has seen the text already. w brings text and noise once more, and scales the
-    channels of u, so the same feature may go to another expert under another prompt. Computed in float32: rounding the
-    logits would send points to other experts.
+    u comes from cross-attention and has seen the text already. w brings text and noise once more: it scales the
+    channels of u, and so sends the same feature to other experts under another prompt. All of it is in float32, as
+    rounded logits would send points to other experts.
     """
 
     def __init__(self, dim, num_experts, w_dim):

@@ -38,8 +38,8 @@ class TextHead(nn.Module):
     """CLIP token features [B, T, clip_width] and eot [B] → global text t_g [B, D] and local text [B, T−1, D].
 
     t_g is the token at eot, the end of the text; the local text is every other token, padding included, in order.
-    mix_tokens: whether a token attends to the whole text, up to eot, or to itself alone. The released attention runs
-    over the wrong axis, which at batch 1 comes to the latter; released weights need it, training should not want it.
+    mix_tokens: whether a token attends to the whole text, up to eot, or to itself alone. The release attends over the
+    batch axis. At batch 1 each token then sees itself alone, and the released weights need that. Training does not.
     """
 
     def __init__(self, clip_width, dim, num_layers, num_heads, lr_mul, mix_tokens=True):

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import torch
 
-from clip import BUILT_IN, load_clip, save_small
+from clip import BUILT_IN, load_clip
 from common import distributed
-from common.cli import HelpFormatter, UserError, first_line, natural_number, positive_int, told_in_one_line
+from common.cli import HelpFormatter, UserError, first_line, natural_number, positive_int, told_in_one_line, with_fields
 from common.distributed import say
 from data import sources
 from evaluation.metrics import expert_counts
@@ -24,9 +24,9 @@ from sampling.pictures import grid, to_pil
 from training.growth import Growth, Phase
 from training.loop import Loop
 from training.overfitting import OverfittingWatch
-from training.plan import HARDWARE, estimate, plan
+from training.plan import HARDWARE, auto_or_positive, choose_parts, plan
 from training.run_folder import RunFolder
-from training.small_clip import train_small_clip
+from training.small_clip import ensure_small_clip
 from training.step import Learner
 from weights import checkpoint
 
@@ -44,36 +44,19 @@ def parse_args(argv=None):
     add("--batch", type=positive_int, help="global batch, over all ranks (default: the preset's)")
     add("--accumulate", type=auto_or_positive, default="auto", help="parts to make each batch in; auto: as a GPU needs")
     add("--seed", type=natural_number, default=0, help="of weights, data and noise")
-    add(
-        "--resume",
-        default="auto",
-        help="auto: resume the run in --out, if there is one; no; or a file in its checkpoints",
-    )
-    add(
-        "--clip",
-        help="train (a small one learns these captions first), small, emoji, a small one's file, or MODEL:WEIGHTS of "
-        "open_clip (default: the preset's; a small preset on other data: train)",
-    )
+    add("--resume", default="auto", help="auto: resume the run in --out, if there is one; no; or a checkpoint of it")
+    add("--clip", help="train (a small one, on these captions), small, emoji, a small one's file, or MODEL:WEIGHTS of "
+        "open_clip (default: the preset's; a small preset on other data: train)")  # fmt: skip
     add("--set", nargs="+", default=[], metavar="FIELD=VALUE", help="other values of the recipe: lr_generator=1e-3 …")
     add("--init", type=Path, help="start a new run from these weights: a generator_ema.safetensors, or a checkpoint")
     add("--caption-key", help="the field of each .json that holds the caption, where there is no .txt")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    add(
-        "--dtype",
-        choices=("auto", *DTYPES),
-        default="auto",
-        help="of products; auto: bf16 where the device is fast at it",
-    )
+    add("--dtype", choices=("auto", *DTYPES), default="auto", help="auto: bf16 where the device is fast at it")
     add("--save-every", type=positive_int, default=250, help="steps between checkpoints")
     add("--save-minutes", type=positive_int, default=15, help="minutes between checkpoints, where steps are slow")
     add("--keep", type=positive_int, default=3, help="checkpoints to keep, the last ones")
     add("--sample-every", type=positive_int, default=50, help="steps between sample grids")
-    add(
-        "--workers",
-        type=natural_number,
-        default=1,
-        help="processes that load data, for each rank; 0: none of their own",
-    )
+    add("--workers", type=natural_number, default=1, help="processes that load data, for each rank; 0: the rank itself")
     add("--tensorboard", action="store_true", help="also write what `tensorboard --logdir OUT` shows")
     add("--plan", action="store_true", help="no training: what it would take, computed for GPUs, see plan.py")
     add("--gpus", type=positive_int, default=64, help="of --plan, beside 1, 8 and 64")
@@ -92,8 +75,7 @@ class Run:
         self.preset = preset_of(args)
         self.recipe = self.preset.recipe
         self.batch, clip = args.batch or self.recipe.batch, args.clip or default_clip(args.data, self.recipe)
-        self.parts = choose_parts(args, self.preset, self.batch, clip, device)
-        check_batch(self.batch, self.parts)
+        self.parts = choose_parts(args.accumulate, self.preset, self.batch, clip, device, dtype_of(args.dtype, device))
         identity = {"preset": args.preset, "data": args.data, "batch": self.batch, "seed": args.seed, "clip": clip}
         sharing = {"accumulate": self.parts, "workers": args.workers}
         if args.caption_key:
@@ -101,7 +83,8 @@ class Run:
         folder = RunFolder(args.out, identity, args.tensorboard, sharing)
         state = folder.state(args.resume)
         if clip == "train":
-            clip = self.train_clip(folder.path / "clip.safetensors")
+            clip = folder.path / "clip.safetensors"
+            ensure_small_clip(clip, args.data, args.caption_key, args.seed, device)
         with distributed.together():
             self.build(clip)
             self.loop = Loop(self, folder, self.source, args.steps or self.recipe.steps, args)
@@ -111,25 +94,13 @@ class Run:
                 self.initialize(args.init)
         self.learner.learn_at(self.growth.active)
 
-    def train_clip(self, path):
-        """Trains a small CLIP on the run's own captions, unless the run's folder holds it already → its path."""
-        with distributed.together():
-            if distributed.is_main() and not path.is_file():
-                say("First a small CLIP learns to read these captions: about ten minutes on one CPU core.")
-                source = sources.open_data(self.args.data, 32, self.args.seed, self.args.caption_key)
-                trained = train_small_clip(source, seed=self.args.seed, device=self.device)
-                checkpoint.atomically(path, lambda temporary: save_small(trained, temporary))
-        return str(path)
-
     def build(self, clip):
         """The networks and the data."""
-        self.clip = load_clip(clip, self.device)
+        args, self.clip = self.args, load_clip(str(clip), self.device)
         preset = fitted_to(self.preset, self.clip.width, self.clip.map_shapes)
-        torch.manual_seed(self.args.seed)
-        dtype = dtype_of(self.args.dtype, self.device)
-        self.learner = Learner(preset, self.clip, self.device, dtype, self.batch)
-        self.growth = Growth(self.recipe, self.learner.resolutions, self.clip, self.args.seed)
-        args = self.args
+        torch.manual_seed(args.seed)
+        self.learner = Learner(preset, self.clip, self.device, dtype_of(args.dtype, self.device), self.batch)
+        self.growth = Growth(self.recipe, self.learner.resolutions, self.clip, args.seed)
         self.source = sources.open_data(args.data, self.learner.resolutions[-1], args.seed, args.caption_key)
 
     def initialize(self, path):
@@ -171,7 +142,7 @@ class Run:
     # What the loop asks of a system.
 
     @property
-    def stage(self):
+    def phase(self):
         return f"{self.growth.active[-1]}×{self.growth.active[-1]}"
 
     def step(self, number, batches):
@@ -185,7 +156,7 @@ class Run:
             report |= self.growth.evaluate(self.learner.ema)
             report |= self.overfitting.measure(self.learner, self.args.seed)
         if reason := self.growth.reason_to_grow():
-            say(f"{self.stage} done: {self.growth.describe()}; {reason}.")
+            say(f"{self.phase} done: {self.growth.describe()}; {reason}.")
             self.growth.grow()
             self.learner.learn_at(self.growth.active)
         return report
@@ -197,8 +168,7 @@ class Run:
         text = self.clip.encode_text(self.clip.tokenize(captions))
         z = torch.randn(len(captions), ema.config.z_dim, generator=torch.Generator().manual_seed(1))
         output = ema(z.to(self.device), text.tokens, text.eot, self.growth.active[-1])
-        counts = expert_counts(ema.config, output.routes)
-        loads = {name: count / count.sum() for name, count in counts.items()}
+        loads = {name: count / count.sum() for name, count in expert_counts(ema.config, output.routes).items()}
         return grid([to_pil(image) for image in output.image], captions, columns=8), loads
 
     def weights_are_finite(self):
@@ -220,48 +190,12 @@ class Run:
 def preset_of(args):
     """The preset, its recipe changed by --set. Raises UserError."""
     preset = PRESETS[args.preset]
-    try:
-        return dataclasses.replace(preset, recipe=preset.recipe.with_changes(args.set))
-    except ValueError as error:
-        raise UserError(f"--set: {error}") from error
+    return dataclasses.replace(preset, recipe=with_fields(preset.recipe, "--set", args.set))
 
 
 def default_clip(data, recipe):
     """The recipe's CLIP, or "train" where that is a small one which knows the words of other data."""
     return "train" if recipe.clip_model in BUILT_IN and data != recipe.data else recipe.clip_model
-
-
-def auto_or_positive(text):
-    return text if text == "auto" else positive_int(text)
-
-
-def choose_parts(args, preset, batch, clip, device):
-    """Into how many parts a batch goes → their number, the same on all ranks. Raises UserError where it cannot fit."""
-    if device.type != "cuda":
-        return 1 if args.accumulate == "auto" else args.accumulate
-    share, memory = batch // distributed.world_size(), torch.cuda.get_device_properties(device).total_memory
-    fewest = None
-    with distributed.together():
-        if distributed.is_main():
-            fewest = estimate(preset, clip, dtype_of(args.dtype, device))[0].parts(share, memory)
-    fewest = distributed.broadcast(fewest)
-    if args.accumulate == "auto":
-        say(f"--accumulate {fewest}: parts of {share // fewest} images a GPU, by the plan at the highest resolution")
-        return fewest
-    if args.accumulate < fewest:
-        raise UserError(f"--accumulate {args.accumulate} does not fit into this GPU; take {fewest}, or auto")
-    return args.accumulate
-
-
-def check_batch(batch, parts):
-    """Raises UserError where a global batch cannot be shared by the ranks, or leaves no wrong caption."""
-    ranks = distributed.world_size()
-    if batch // parts < 2:
-        raise UserError(
-            f"--batch {batch} in {parts} part(s) leaves no wrong caption to compare with; take 2 or more each"
-        )
-    if batch % (ranks * parts):
-        raise UserError(f"--batch {batch} cannot be shared by {ranks} ranks in {parts} parts; choose a multiple")
 
 
 def main():

@@ -1,7 +1,9 @@
 """The manners of the commands: mistakes are told in one line, without a traceback; help shows the defaults."""
 
 import argparse
+import ast
 import contextlib
+import dataclasses
 import math
 import sys
 
@@ -66,3 +68,20 @@ def finite_number(text):
     if not math.isfinite(number := float(text)):
         raise argparse.ArgumentTypeError(f"{text} is not a number to multiply with")
     return number
+
+
+def with_fields(settings, option, assignments):
+    """A dataclass with fields set by texts as "lr_generator=1e-3", which an option brought. Raises UserError."""
+    changes = {}
+    for name, _, text in (assignment.partition("=") for assignment in assignments):
+        if name not in vars(settings):
+            raise UserError(f"{option}: {name!r} is no field here; choose one of {', '.join(vars(settings))}")
+        former = getattr(settings, name)
+        try:
+            value = text if isinstance(former, str) else ast.literal_eval(text)
+            changes[name] = float(value) if isinstance(former, float) else value
+        except (ValueError, SyntaxError, TypeError):
+            changes[name] = None
+        if type(changes[name]) is not type(former):
+            raise UserError(f"{option} {name}={text}: write {name}=VALUE with a value like {former!r}")
+    return dataclasses.replace(settings, **changes)

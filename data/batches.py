@@ -48,7 +48,7 @@ def collated(examples, batch, rng, tally):
 class Evaluated:
     """The evaluation of a source that has `examples(held_out, rank, world_size)`, a seed and a tally.
 
-    Of all examples a rank takes every world_size-th, and decodes no others.
+    A rank takes every world_size-th example, and decodes no others.
     """
 
     def evaluation(self, batch=64, held_out=False, rank=0, world_size=1):
@@ -57,7 +57,7 @@ class Evaluated:
         return collated(examples, batch, np.random.default_rng(self.seed), self.tally)
 
     def evaluation_pairs(self, batch=64, rank=0, world_size=1):
-        """Batches of the pairs to evaluate with: those held out, then, for who wants more, those of training."""
+        """Batches of the pairs to evaluate with: those held out first, then those of training."""
         held_out, others = (self.evaluation(batch, part, rank, world_size) for part in (True, False))
         return itertools.chain(held_out, others)
 

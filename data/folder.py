@@ -150,7 +150,7 @@ class Folder(Evaluated):
             yield self.read(sample_indices(step, batch, rank, world_size))
 
     def examples(self, held_out=False, rank=0, world_size=1):
-        """Every pair that can be used, once: a stand-in would be the same image twice. held_out: those alone."""
+        """Every pair that can be used, once, with no replacements; with held_out only the held-out ones."""
         pairs = (self.held_out if held_out else [self.pairs[i] for i in self.order(0)])[rank::world_size]
         usable = filter(None, map(self.example, pairs))
         if (first := next(usable, None)) is None:

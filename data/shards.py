@@ -38,8 +38,8 @@ class Shards(Evaluated):
     block it is in, and of that block it decodes nothing before its batch. It sees what the uninterrupted one would have
     seen, if ranks, workers and the batch are as many.
 
-    What a command writes can be read from its front alone. There a block passes over up to BLOCK samples at first,
-    which is as good for shards of at most so many, and of larger ones leaves the ends unseen.
+    What a command writes can only be read from its front. There a block first passes over up to BLOCK samples. Shards
+    of at most BLOCK samples are seen whole, of larger ones the ends are not.
 
     Where a .json has a field `held_out`, that says which samples are held out. Elsewhere a hash of the key does, for
     one in 50; with fewer than 200 samples, none.
@@ -162,8 +162,8 @@ class Shards(Evaluated):
     def block(self, done, batch, *seed):
         """The batches of one block from number `done` on, an endless iterator.
 
-        Batch k has samples k · batch and following. In place of one that cannot be used comes the next after them,
-        which the batch after this sees as well: so it is known where a batch begins without decoding the ones before.
+        Batch k begins at sample k · batch, so nothing before it need be decoded. A sample that cannot be used is
+        replaced by the first one after the batch, which the next batch then sees as well.
         """
         rng = np.random.default_rng([self.seed, *seed])
         samples = self.drawn(rng)
@@ -195,7 +195,7 @@ class Shards(Evaluated):
     # Evaluation.
 
     def examples(self, held_out=False, rank=0, world_size=1):
-        """Every pair that can be used, once; held_out: of those held out alone."""
+        """Every pair that can be used, once; with held_out only the held-out ones."""
         samples = itertools.chain.from_iterable(map(self.raw, self.urls))
         wanted = (sample for sample in samples if self.is_for(sample, held_out))
         return filter(None, map(self.example, itertools.islice(wanted, rank, None, world_size)))

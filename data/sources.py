@@ -1,8 +1,8 @@
 """Where captioned images come from: the built-in scenes, a folder, or WebDataset shards.
 
-A source yields batches to the ranks: `batches` for training, endless and able to start at any step, as what a step sees
-depends on the seed and the step alone; `evaluation` in a fixed order for the FID, and `evaluation_pairs`, which begins
-with pairs that training never sees. What cannot be used is skipped, and every batch says how much was, and why.
+A source yields batches to the ranks. `batches` are for training: endless, from any step on, since the seed and the
+number of a step decide what it sees. `evaluation` gives every pair once, in a fixed order. `evaluation_pairs` begins
+with the pairs that training never sees. A pair that cannot be used is skipped, and its batch counts it by cause.
 `describe` says what was found.
 """
 

@@ -56,7 +56,7 @@ def base(images):
     *lower, highest = preset.generator.levels[:3]
     levels = (*lower, dataclasses.replace(highest, num_kernels=2))
     # The stages end by their images: the FID that may end one earlier would make the variants' schedules differ.
-    stages = {"images_per_stage": {4: 0, 8: images // 4}, "fid_every": 2 * images, "fid_samples": 64}
+    stages = {"images_per_phase": {4: 0, 8: images // 4}, "fid_every": 2 * images, "fid_samples": 64}
     return dataclasses.replace(
         preset,
         generator=dataclasses.replace(preset.generator, levels=levels),
@@ -124,7 +124,7 @@ VARIANTS = {
         (aurora, "l2_attention", F.scaled_dot_product_attention),
         (discriminator, "squared_l2_attention", tied_dot_product_attention),
     ),
-    "not progressive": recipe(images_per_stage={4: 0, 8: 0}),
+    "not progressive": recipe(images_per_phase={4: 0, 8: 0}),
 }
 
 # ----------------------------------------------------------------------------------------------------------------------

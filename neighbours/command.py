@@ -70,7 +70,7 @@ class Trained:
         self.batch, self.device = args.batch, system.device
 
     @property
-    def stage(self):
+    def phase(self):
         return f"{self.system.resolution}×{self.system.resolution}"
 
     def step(self, number, batches):

@@ -70,13 +70,3 @@ def test_memory_in_training_is_linear_in_the_points(monkeypatch):
 
     small, middle, large = (forward_and_backward(side**2) for side in (16, 32, 64))
     assert small < middle < 4 * small and middle < large < 4 * middle
-
-
-def test_squared_l2_attention_is_its_formula_and_twice_differentiable():
-    qk, v = double(1, 2, 5, 4), double(1, 2, 5, 3)
-    squared = (qk[..., :, None, :] - qk[..., None, :, :]).square().sum(-1)
-    torch.testing.assert_close(attention.squared_l2_attention(qk, v), (-squared / 2).softmax(-1) @ v)
-    qk[0, 0, 1] = qk[0, 0, 0]  # two points that meet
-    inputs = (qk.requires_grad_(), v.requires_grad_())
-    assert torch.autograd.gradcheck(attention.squared_l2_attention, inputs)
-    assert torch.autograd.gradgradcheck(attention.squared_l2_attention, inputs)

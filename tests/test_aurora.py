@@ -131,7 +131,7 @@ def test_presets():
             counts[name] = sum(p.numel() for p in Generator(preset.generator).parameters())
         resolutions = [level.resolution for level in preset.generator.levels]
         assert resolutions == [level.resolution for level in preset.discriminator.levels]
-        assert list(preset.recipe.images_per_stage) == resolutions[:-1]
+        assert list(preset.recipe.images_per_phase) == resolutions[:-1]
     assert counts["aurora-64"] == 1_166_329_387
     assert 90e6 < counts["small-64"] < 110e6
     assert counts["shapes"] < 5e6

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from discriminator import CLIP, CLIP_HEAD, Discriminator, MapReader
+from discriminator import CLIP, CLIP_HEAD, Discriminator, MapReader, squared_l2_attention
 from presets import PRESETS
 
 
@@ -118,3 +118,13 @@ def test_every_active_parameter_gets_a_gradient(discriminator):
             module, resolution = name.split(".")[:2]
             active = module in ("text_head", "map_readers") or resolution in (CLIP_HEAD, *map(str, resolutions))
             assert (parameter.grad is not None) == active, name
+
+
+def test_squared_l2_attention_is_its_formula_and_twice_differentiable():
+    qk, v = (torch.randn(1, 2, 5, d, dtype=torch.float64) for d in (4, 3))
+    squared = (qk[..., :, None, :] - qk[..., None, :, :]).square().sum(-1)
+    torch.testing.assert_close(squared_l2_attention(qk, v), (-squared / 2).softmax(-1) @ v)
+    qk[0, 0, 1] = qk[0, 0, 0]  # two points that meet
+    inputs = (qk.requires_grad_(), v.requires_grad_())
+    assert torch.autograd.gradcheck(squared_l2_attention, inputs)
+    assert torch.autograd.gradgradcheck(squared_l2_attention, inputs)

@@ -46,6 +46,16 @@ def test_imports_point_down(path):
         assert not {own, other} <= COMMANDS, "a command imports no other command"
 
 
+def count_lines(names):
+    return sum(len((ROOT / f"{name}.py").read_text(encoding="utf-8").splitlines()) for name in names.split())
+
+
+def test_aurora_can_be_read_in_an_afternoon():
+    generator = "aurora layers attention text router experts"
+    assert count_lines(generator) <= 820
+    assert count_lines(f"{generator} discriminator losses clip training/growth presets train") <= 2000
+
+
 def test_the_root_is_small_and_files_are_short():
     assert len(list(ROOT.glob("*.py"))) <= 16
     lines = {str(path.relative_to(ROOT)): len(path.read_text(encoding="utf-8").splitlines()) for path in FILES}

@@ -25,7 +25,7 @@ def test_deformable_convolution_is_torchvisions(per_sample):
     x, offsets, mask = double(2, 5, 6, 7), 2 * double(2, 18, 6, 7), double(2, 9, 6, 7)
     kernels = double(2 if per_sample else 1, 4, 5, 3, 3)
     inputs = [t.requires_grad_() for t in (x, kernels, offsets, mask)]
-    ours = layers.deformable_conv2d(*inputs)
+    ours = layers.DeformableConv2d(5, 4, w_dim=3).convolve(*inputs)
     theirs = torch.cat(
         [
             deform_conv2d(x[i : i + 1], offsets[i : i + 1], kernels[i % len(kernels)], padding=1, mask=mask[i : i + 1])

@@ -2,20 +2,23 @@
 
 import pytest
 
+from common.cli import with_fields
 from presets import PRESETS
 
 
 def test_fields_keep_their_types():
-    recipe = PRESETS["emoji"].recipe.with_changes(["lr_generator=1e-3", "batch=8", "augment=()", "clip_model=small"])
+    recipe = with_fields(
+        PRESETS["emoji"].recipe, "--set", ["lr_generator=1e-3", "batch=8", "augment=()", "clip_model=small"]
+    )
     assert recipe.lr_generator == 1e-3 and recipe.batch == 8 and recipe.augment == () and recipe.clip_model == "small"
-    assert recipe.with_changes(["r1_gamma=2"]).r1_gamma == 2.0
-    assert recipe.with_changes(["images_per_stage={4: 0, 8: 10}"]).images_per_stage == {4: 0, 8: 10}
+    assert with_fields(recipe, "--set", ["r1_gamma=2"]).r1_gamma == 2.0
+    assert with_fields(recipe, "--set", ["images_per_phase={4: 0, 8: 10}"]).images_per_phase == {4: 0, 8: 10}
 
 
 @pytest.mark.parametrize(
     ("assignment", "says"),
     [
-        ("speed=2", "no field of a recipe; choose one of steps, batch"),
+        ("speed=2", "no field here; choose one of steps, batch"),
         ("batch", "write batch=VALUE"),
         ("batch=many", "with a value like 32"),
         ("batch=2.5", "with a value like 32"),
@@ -24,4 +27,4 @@ def test_fields_keep_their_types():
 )
 def test_mistakes_say_what_to_write(assignment, says):
     with pytest.raises(ValueError, match=says):
-        PRESETS["emoji"].recipe.with_changes([assignment])
+        with_fields(PRESETS["emoji"].recipe, "--set", [assignment])

@@ -13,7 +13,7 @@ from evaluation.metrics import extract_clip_features, extract_fake_features, fid
 from layers import resize
 from weights.checkpoint import atomically, load_tensors
 
-PATIENCE = 10  # evaluations without a better FID after which a stage ends
+PATIENCE = 10  # evaluations without a better FID after which a phase ends
 
 
 @dataclass
@@ -112,7 +112,7 @@ class Growth:
         reasons = {
             "it is near the reference": phase.best_fid <= self.recipe.fid_factor * phase.reference_fid[resolution],
             "it stopped falling": phase.evaluations_since_best >= PATIENCE,
-            "that took its images": phase.images >= self.recipe.images_per_stage[resolution],
+            "that took its images": phase.images >= self.recipe.images_per_phase[resolution],
         }
         return next((reason for reason, holds in reasons.items() if holds), None)
 

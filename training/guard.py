@@ -4,8 +4,8 @@ import collections
 
 from common.cli import UserError
 
-LIMIT = 20  # updates in a row whose gradients were not finite, after which a run is stopped
-LASTING = 500  # steps that a symptom must last before it is told
+LIMIT = 20  # A run is stopped after so many updates in a row without finite gradients; a step has two updates.
+LASTING = 500  # A symptom that lasts for so many steps is reported.
 
 SYMPTOMS = {
     # What is told: whether a step's report shows it.
@@ -40,7 +40,7 @@ class Guard:
             raise UserError(
                 f"{self.rejected_in_a_row} updates in a row had gradients that are not finite, so the run is stopped. "
                 f"The last good checkpoint: {checkpoint or 'none'}; the same command goes on from there. Should this "
-                "come again, lower the learning rates in presets.py"
+                "come again, lower the learning rates: --set lr_generator=… lr_discriminator=…"
             )
         for symptom, shows in SYMPTOMS.items():
             self.lasting[symptom] = self.lasting[symptom] + 1 if shows(report) else 0

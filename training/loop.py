@@ -55,7 +55,7 @@ class System(Protocol):
         """Writes what sampling needs."""
 
     @property
-    def stage(self):
+    def phase(self):
         """Where the system stands, in a word, for the progress bar."""
 
 
@@ -92,7 +92,7 @@ class Loop:
         self.folder.open_log(p.step)
         saved_at = time.monotonic()
         while p.step < self.steps and not self.stopping:
-            started, cpu_started, stage = time.perf_counter(), time.process_time(), system.stage
+            started, cpu_started, phase = time.perf_counter(), time.process_time(), system.phase
             if (made := self.next_batches(batches)) is None:
                 break
             report = self.make_step(made)
@@ -108,7 +108,7 @@ class Loop:
                 self.save()
                 saved_at = time.monotonic()
             losses = ", ".join(f"{name} {value:.2f}" for name, value in report.items() if name.endswith("_loss"))
-            bar.set_postfix_str(f"{stage}, {system.batch / seconds:.0f} images/s, {losses}", refresh=False)
+            bar.set_postfix_str(f"{phase}, {system.batch / seconds:.0f} images/s, {losses}", refresh=False)
             bar.update()
         bar.close()
         if self.folder.saved_step != p.step:

@@ -23,7 +23,9 @@ from torch.utils.flop_counter import flop_registry
 import attention
 from augment import NUM_CHANCES
 from clip import BUILT_IN, FrozenClip, new_small, vocabulary_of
-from common.cli import UserError
+from common import distributed
+from common.cli import UserError, positive_int
+from common.distributed import say
 from experts import Experts, expert
 from layers import pyramid
 from losses import R1_INTERVAL
@@ -283,3 +285,42 @@ def row_of_table(number, parts, memory, compute, trained, share, steps, hardware
 
 def figures(numbers, unit):
     return ", ".join(f"{name} {number / unit:,.4g}" for name, number in numbers.items())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What a run on GPUs takes from the plan.
+
+
+def auto_or_positive(text):
+    """The type of --accumulate."""
+    return text if text == "auto" else positive_int(text)
+
+
+def choose_parts(accumulate, preset, batch, clip, device, dtype):
+    """In how many parts a global batch is made, by --accumulate → the same number on all ranks.
+
+    accumulate: "auto", as few as the memory allows at the highest resolution; or a number. Raises UserError where that
+    does not fit, where the ranks cannot share the batch, or where a part would hold no wrong caption.
+    """
+    ranks = distributed.world_size()
+    parts, fewest = 1 if accumulate == "auto" else accumulate, 1
+    if device.type == "cuda":
+        memory = torch.cuda.get_device_properties(device).total_memory
+        with distributed.together():
+            if distributed.is_main():
+                fewest = estimate(preset, clip, dtype)[0].parts(batch // ranks, memory)
+        fewest = distributed.broadcast(fewest)
+        if accumulate == "auto":
+            parts = fewest
+            say(
+                f"--accumulate {parts}: parts of {batch // ranks // parts} images a GPU, by the plan at full resolution"
+            )
+    if parts < fewest:
+        raise UserError(f"--accumulate {parts} does not fit into this GPU; take {fewest}, or auto")
+    if batch // parts < 2:
+        raise UserError(
+            f"--batch {batch} in {parts} part(s) leaves no wrong caption to compare with; take 2 or more each"
+        )
+    if batch % (ranks * parts):
+        raise UserError(f"--batch {batch} cannot be shared by {ranks} ranks in {parts} parts; choose a multiple")
+    return parts

@@ -42,9 +42,9 @@ def written(what):
 class RunFolder:
     """config.json, metrics.jsonl, samples/, checkpoints/ and generator_ema.safetensors; and tensorboard/, if wanted.
 
-    identity: {option: value} that stay the same over the whole run; it is not resumed with others. sharing: {option:
-    value} of how the work is shared out, as workers; it may be resumed with others, and then says so. Only files that
-    have the names of these are ever touched.
+    identity: {option: value} that a run keeps to its end; with other values it is not resumed. sharing: {option: value}
+    of how the work is divided, as workers; with other values it is resumed, and says so. Only files with the names
+    above are ever touched.
     """
 
     def __init__(self, path, identity, with_board=False, sharing=None):

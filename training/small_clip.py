@@ -17,9 +17,12 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from clip import FrozenClip, new_small, save_small
+from common import distributed
 from common.cli import HelpFormatter, UserError, natural_number, positive_int, told_in_one_line
+from common.distributed import say
 from data import sources
 from layers import resize
+from weights.checkpoint import atomically
 
 RESOLUTIONS = (4, 8, 8, 16, 16, 32, 32, 32)  # of the pictures, an eighth of a batch each: the losses ask about all
 LR = 2e-3
@@ -69,6 +72,15 @@ def train_small_clip(source, steps=None, batch=128, seed=0, device="cpu"):
             schedule.step()
             model.logit_scale.data.clamp_(max=4.6052)  # ln 100, as CLIP
     return FrozenClip(model, "small", clip.kept_ids)
+
+
+def ensure_small_clip(path, data, caption_key, seed, device):
+    """Trains a small CLIP on the captions of a run's data and writes it to `path`, unless it is there already."""
+    with distributed.together():
+        if distributed.is_main() and not path.is_file():
+            say("First a small CLIP learns to read these captions: about ten minutes on one CPU core.")
+            clip = train_small_clip(sources.open_data(data, 32, seed, caption_key), seed=seed, device=device)
+            atomically(path, lambda temporary: save_small(clip, temporary))
 
 
 def contrast(clip, images, text_features):

@@ -28,7 +28,7 @@ class Part(NamedTuple):
 
     real: dict[int, torch.Tensor]  # the pyramid of the images
     text: Text  # of their captions
-    wrong: torch.Tensor  # [b], for each caption the index of another one in the part, over all ranks
+    wrong: torch.Tensor  # [b], from wrong_captions
     z: torch.Tensor  # [b, z_dim]
     chances: torch.Tensor  # [b, 2, NUM_CHANCES], of the augmentation of real images and of fake ones
 
@@ -153,7 +153,7 @@ class Learner:
 
     @torch.no_grad()
     def update_ema(self, number, w):
-        """The moving average. Its half-life is short at first, so that it does not remember the initial weights.
+        """Moves the moving average. Its half-life is short at first, or it would remember the initial weights.
 
         w: the mean of this step's latent codes, [w_dim].
         """

@@ -31,9 +31,9 @@ def sizes(preset):
 def test_the_base_is_shapes_up_to_16_and_grows(variant):
     preset = variant("full")
     assert [level.resolution for level in preset.generator.levels] == [4, 8, 16]
-    assert preset.recipe.images_per_stage == {4: 0, 8: 1600} and preset.generator.levels[-1].num_kernels == 2
+    assert preset.recipe.images_per_phase == {4: 0, 8: 1600} and preset.generator.levels[-1].num_kernels == 2
     assert preset.recipe.lr_generator == PRESETS["shapes"].recipe.lr_generator
-    assert variant("not progressive").recipe.images_per_stage == {4: 0, 8: 0}
+    assert variant("not progressive").recipe.images_per_phase == {4: 0, 8: 0}
 
 
 def test_what_is_left_out_by_the_recipe_and_by_sizes(variant):

@@ -48,7 +48,7 @@ def quick_preset(monkeypatch):
     shapes_preset = PRESETS["shapes"]
     recipe = dataclasses.replace(
         shapes_preset.recipe,
-        images_per_stage={4: 8, 8: 8, 16: 10**9},
+        images_per_phase={4: 8, 8: 8, 16: 10**9},
         batch=4,
         fid_samples=8,
         fid_every=8,
@@ -75,7 +75,7 @@ def test_a_run_stopped_and_resumed_is_the_run_uninterrupted(tmp_path, small_clip
     assert whole["stage"] == parts["stage"] and whole["stage"]["number"] == 2
     assert_identical(parts, whole)
     logs = [
-        [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in path.read_text().splitlines()]
+        [{k: v for k, v in json.loads(line).items() if not k.endswith("seconds")} for line in path.read_text().splitlines()]
         for path in (tmp_path / "whole" / "metrics.jsonl", tmp_path / "parts" / "metrics.jsonl")
     ]
     assert logs[0] == logs[1] and [row["step"] for row in logs[0]] == [1, 2, 3, 4, 5, 6]
@@ -191,7 +191,7 @@ def test_a_tiny_model_learns_colours(tmp_path, monkeypatch):
         generator=dataclasses.replace(preset.generator, levels=preset.generator.levels[:1]),
         discriminator=dataclasses.replace(preset.discriminator, levels=preset.discriminator.levels[:1]),
         recipe=dataclasses.replace(
-            preset.recipe, images_per_stage={}, clip_weight=0.0, fid_samples=8, ema_half_life=500
+            preset.recipe, images_per_phase={}, clip_weight=0.0, fid_samples=8, ema_half_life=500
         ),
     )
     monkeypatch.setitem(PRESETS, "tiny", tiny)
