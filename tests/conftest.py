@@ -74,3 +74,11 @@ def discriminator_config():
         clip_maps=PRESETS["shapes"].discriminator.clip_maps,
         clip_channels=8,
     )
+
+
+def assert_same_gradients(ours, expected, inputs):
+    """The same gradients of two results by their inputs, from one random gradient of the results."""
+    upstream = torch.randn_like(ours)
+    pairs = zip(*(torch.autograd.grad(result, inputs, upstream) for result in (ours, expected)), strict=True)
+    for a, b in pairs:
+        torch.testing.assert_close(a, b)

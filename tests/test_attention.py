@@ -1,11 +1,11 @@
 """Attention against its formula, and the memory it takes."""
 
-import itertools
-
 import pytest
 import torch
 
 import attention
+from experiments.stopwatch import peak_memory
+from tests.conftest import assert_same_gradients
 
 torch.manual_seed(0)
 
@@ -22,11 +22,7 @@ def test_l2_attention_is_its_formula(monkeypatch, block):
     expected = attention.l2_attention_plain(q, k, v)
     ours = attention.l2_attention(q, k, v)
     torch.testing.assert_close(ours, expected)
-    upstream = torch.randn_like(ours)
-    for a, b in zip(
-        torch.autograd.grad(ours, inputs, upstream), torch.autograd.grad(expected, inputs, upstream), strict=True
-    ):
-        torch.testing.assert_close(a, b)
+    assert_same_gradients(ours, expected, inputs)
 
 
 def test_points_that_meet_have_a_finite_gradient():
@@ -41,15 +37,6 @@ def test_near_points_far_from_the_origin_keep_their_distances(dtype, tolerance):
     v = torch.eye(50)[None, None].to(dtype)
     ours = attention.l2_attention(8 * q, 8 * k, v).double()
     assert ours.sub(attention.l2_attention_plain(8 * q.double(), 8 * k.double(), v.double())).abs().max() < tolerance
-
-
-def peak_memory(function):
-    """The bytes that PyTorch's CPU allocator held at most during a call, beyond what it held before."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
-        function()
-    events = (event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]")
-    changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
-    return max(itertools.accumulate(changes))
 
 
 def test_inference_holds_a_block_and_no_map():

@@ -11,6 +11,7 @@ import layers
 from aurora import Generator
 from presets import PRESETS
 from sampling.inference import freeze
+from tests.conftest import assert_same_gradients
 
 torch.manual_seed(0)
 
@@ -33,11 +34,7 @@ def test_deformable_convolution_is_torchvisions(per_sample):
         ]
     )
     torch.testing.assert_close(ours, theirs)
-    upstream = double(*ours.shape)
-    for a, b in zip(
-        torch.autograd.grad(ours, inputs, upstream), torch.autograd.grad(theirs, inputs, upstream), strict=True
-    ):
-        torch.testing.assert_close(a, b)
+    assert_same_gradients(ours, theirs, inputs)
 
 
 def naive_modulated_convolution(layer, x, w, convolve):
@@ -64,11 +61,7 @@ def test_modulated_convolution_scales_activations_as_if_kernels(num_kernels, cha
     inputs = [x.requires_grad_(), w.requires_grad_(), *layer.parameters()]
     naive, ours = naive_modulated_convolution(layer, x, w, lambda x, k: F.conv2d(x, k, padding=1)), layer(x, w)
     torch.testing.assert_close(ours, naive)
-    upstream = double(*ours.shape)
-    for a, b in zip(
-        torch.autograd.grad(ours, inputs, upstream), torch.autograd.grad(naive, inputs, upstream), strict=True
-    ):
-        torch.testing.assert_close(a, b)
+    assert_same_gradients(ours, naive, inputs)
     freeze(layer)
     torch.testing.assert_close(layer(x, w), naive)
 

@@ -133,15 +133,18 @@ def test_a_resumed_stream_with_broken_samples_is_exact(tmp_path):
 # What is held out.
 
 
+def open_as(kind, path, files):
+    """Files of a name and content each, as a folder or as a shard."""
+    if kind == "shards":
+        return sources.open_data(write_tar(path / "0.tar", files), 16, seed=0)
+    for name, content in files:
+        (path / name).write_bytes(content)
+    return sources.open_data(str(path), 16, seed=0)
+
+
 @pytest.mark.parametrize("kind", ["folder", "shards"])
 def test_training_never_sees_the_held_out_pairs(tmp_path, undecoded, kind):
-    files = named(numbered(1000))
-    if kind == "folder":
-        for name, content in files:
-            (tmp_path / name).write_bytes(content)
-        source = sources.open_data(str(tmp_path), 16, seed=0)
-    else:
-        source = sources.open_data(write_tar(tmp_path / "0.tar", files), 16, seed=0)
+    source = open_as(kind, tmp_path, named(numbered(1000)))
     held_out = {caption for batch in source.evaluation(held_out=True) for caption in batch.captions}
     others = {caption for batch in source.evaluation() for caption in batch.captions}
     assert 8 <= len(held_out) <= 40 and len(held_out | others) == 1000 and not held_out & others
@@ -156,13 +159,7 @@ def test_training_never_sees_the_held_out_pairs(tmp_path, undecoded, kind):
 
 @pytest.mark.parametrize("kind", ["folder", "shards"])
 def test_of_few_pairs_none_is_held_out_and_that_is_said(tmp_path, undecoded, kind):
-    files = named(numbered(199))
-    if kind == "folder":
-        for name, content in files:
-            (tmp_path / name).write_bytes(content)
-        source = sources.open_data(str(tmp_path), 16, seed=0)
-    else:
-        source = sources.open_data(write_tar(tmp_path / "0.tar", files), 16, seed=0)
+    source = open_as(kind, tmp_path, named(numbered(199)))
     assert not source.holds_out and list(source.evaluation(held_out=True)) == []
     assert sum(len(batch.captions) for batch in source.evaluation_pairs()) == 199
     assert any(line.startswith("None is held out") for line in source.describe())

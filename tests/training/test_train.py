@@ -75,7 +75,10 @@ def test_a_run_stopped_and_resumed_is_the_run_uninterrupted(tmp_path, small_clip
     assert whole["stage"] == parts["stage"] and whole["stage"]["number"] == 2
     assert_identical(parts, whole)
     logs = [
-        [{k: v for k, v in json.loads(line).items() if not k.endswith("seconds")} for line in path.read_text().splitlines()]
+        [
+            {k: v for k, v in json.loads(line).items() if not k.endswith("seconds")}
+            for line in path.read_text().splitlines()
+        ]
         for path in (tmp_path / "whole" / "metrics.jsonl", tmp_path / "parts" / "metrics.jsonl")
     ]
     assert logs[0] == logs[1] and [row["step"] for row in logs[0]] == [1, 2, 3, 4, 5, 6]
