@@ -12,21 +12,8 @@ from torch import nn
 
 from attention import l2_attention, merge_heads, split_heads
 from experts import Experts
-from layers import (
-    Conv2d,
-    DeformableConv2d,
-    Float32,
-    Linear,
-    ModulatedConv2d,
-    ModulatedLinear,
-    ToRGB,
-    UpsamplingConv2d,
-    full_precision,
-    lrelu,
-    recomputed,
-    rms_norm,
-    upsample,
-)
+from layers import Conv2d, Float32, Linear, full_precision, lrelu, recomputed, rms_norm, upsample
+from modulation import DeformableConv2d, ModulatedConv2d, ModulatedLinear, ToRGB, UpsamplingConv2d
 from presets import GeneratorConfig
 from router import Router, Routing
 from text import TextHead
@@ -306,8 +293,7 @@ class Generator(nn.Module):
         )
         self.mapping = Mapping(config)
         self.synthesis = Synthesis(config)
-        # The running mean of w over all prompts, as the released file has it: where fitting a w to a picture begins.
-        self.register_buffer("w_avg", torch.zeros(config.w_dim))
+        self.register_buffer("w_avg", torch.zeros(config.w_dim))  # mean over prompts: where inversion starts
 
     def forward(self, z, tokens, eot, resolution=None):
         global_text, local_text = self.text_head(tokens, eot)

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from attention import merge_heads, split_heads
-from layers import Conv2d, Linear, ModulatedLinear, float32_region, full_precision, lrelu, rms_norm
+from layers import Conv2d, Linear, float32_region, full_precision, lrelu, rms_norm
+from modulation import ModulatedLinear
 from presets import DiscriminatorConfig
 from text import TextHead
 

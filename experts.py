@@ -22,7 +22,6 @@ class Experts(nn.Module):
     so each expert multiplies one contiguous slice and the work is that of a single expert over all points. An expert
     that gets no point multiplies an empty slice, and its gradient is zero rather than missing. On a GPU, Triton kernels
     do the same for all experts at once; tests hold the two together.
-
     For top-k routing call it once for each choice, and add the results. An assertion refuses several experts a point.
     """
 

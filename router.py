@@ -4,7 +4,8 @@ from typing import NamedTuple
 
 import torch
 
-from layers import Float32, ModulatedLinear, lrelu
+from layers import Float32, lrelu
+from modulation import ModulatedLinear
 
 
 class Routing(NamedTuple):
@@ -31,8 +32,3 @@ class Router(Float32):
         logits = lrelu(self.to_logits(u, w))
         gate, expert_index = logits.softmax(-1).max(-1)
         return Routing(logits, expert_index, gate)
-
-
-def count_points(expert_index, num_experts):
-    """How many feature points each expert takes: indices of any shape → [E]. No host sync, which bincount needs."""
-    return (expert_index.flatten()[:, None] == torch.arange(num_experts, device=expert_index.device)).sum(0)

@@ -7,7 +7,6 @@ import torch.nn.functional as F
 
 from common import distributed
 from common.cli import UserError
-from router import count_points
 from sampling import latent
 
 NEIGHBOURS = 3  # of precision and recall
@@ -126,6 +125,11 @@ def generate(generator, clip, captions, z, resolution=None, psi=1.0, batch=64):
         if psi != 1:
             w = latent.truncate(w, latent.mean_code(generator, prompt.global_text), psi)
         yield generator.synthesis(w, prompt.local_text, resolution)
+
+
+def count_points(expert_index, num_experts):
+    """How many feature points each expert takes: indices of any shape → [E]. No host sync, which bincount needs."""
+    return (expert_index.flatten()[:, None] == torch.arange(num_experts, device=expert_index.device)).sum(0)
 
 
 def expert_counts(config, routes):

@@ -30,7 +30,7 @@ from common.cli import HelpFormatter, UserError, positive_int, told_in_one_line
 from data.scenes import make_scene, render
 from evaluation import judge
 from evaluation.metrics import extract_clip_features, fid
-from layers import ModulatedConv2d
+from modulation import ModulatedConv2d
 from presets import PRESETS
 from router import Router
 from weights.checkpoint import atomically

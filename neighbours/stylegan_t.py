@@ -26,7 +26,8 @@ from torchvision.transforms.functional import gaussian_blur
 
 from augment import NUM_CHANCES, augment
 from aurora import FourierFeatures
-from layers import Affine, Float32, Linear, ModulatedConv2d, ToRGB, UpsamplingConv2d, lrelu, rms_norm, upsample
+from layers import Float32, Linear, lrelu, rms_norm, upsample
+from modulation import Affine, ModulatedConv2d, ToRGB, UpsamplingConv2d
 from neighbours.command import main
 from neighbours.features import efficientnet
 from neighbours.system import System, load_renamed, minimize, reading

@@ -5,7 +5,8 @@ import functools
 import torch
 import torch.nn.functional as F
 
-from layers import Float32, ModulatedConv2d, UpsamplingConv2d, multiply
+from layers import Float32
+from modulation import ModulatedConv2d, UpsamplingConv2d, multiply
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

@@ -51,8 +51,8 @@ def count_lines(names):
 
 
 def test_aurora_can_be_read_in_an_afternoon():
-    generator = "aurora layers attention text router experts"
-    assert count_lines(generator) <= 820
+    generator = "aurora layers modulation attention text router experts"
+    assert count_lines(generator) <= 800
     assert count_lines(f"{generator} discriminator losses clip training/growth presets train") <= 2000
 
 

@@ -1,86 +1,20 @@
-"""The building blocks against torchvision, PyTorch's own functions, or the formula."""
+"""The building blocks against PyTorch's own functions, or the formula."""
 
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torchvision.ops import deform_conv2d
 
 import layers
 from aurora import Generator
 from presets import PRESETS
-from sampling.inference import freeze
-from tests.conftest import assert_same_gradients
 
 torch.manual_seed(0)
 
 
 def double(*shape):
     return torch.randn(*shape, dtype=torch.float64)
-
-
-@pytest.mark.parametrize("per_sample", [False, True])
-def test_deformable_convolution_is_torchvisions(per_sample):
-    """Values and all gradients, for offsets that also point outside the image."""
-    x, offsets, mask = double(2, 5, 6, 7), 2 * double(2, 18, 6, 7), double(2, 9, 6, 7)
-    kernels = double(2 if per_sample else 1, 4, 5, 3, 3)
-    inputs = [t.requires_grad_() for t in (x, kernels, offsets, mask)]
-    ours = layers.DeformableConv2d(5, 4, w_dim=3).convolve(*inputs)
-    theirs = torch.cat(
-        [
-            deform_conv2d(x[i : i + 1], offsets[i : i + 1], kernels[i % len(kernels)], padding=1, mask=mask[i : i + 1])
-            for i in range(2)
-        ]
-    )
-    torch.testing.assert_close(ours, theirs)
-    assert_same_gradients(ours, theirs, inputs)
-
-
-def naive_modulated_convolution(layer, x, w, convolve):
-    """StyleGAN2's equations 1 and 3 with GigaGAN's kernel selection, sample by sample, each with its own kernel."""
-    outputs = []
-    for sample, code in zip(x, w, strict=True):
-        kernel = layer.weight[0]
-        if layer.kernel_mix is not None:
-            share = layer.kernel_mix(code[None]).softmax(-1)[0]
-            kernel = sum(a * k for a, k in zip(share, layer.weight, strict=True))
-        kernel = kernel * layer.style(code[None])[0][None, :, None, None]
-        kernel = kernel / (kernel.square().sum((1, 2, 3), keepdim=True) + 1e-8).sqrt()
-        outputs.append(convolve(sample[None], kernel)[0] + layer.bias[:, None, None])
-    return torch.stack(outputs)
-
-
-@pytest.mark.parametrize(("channels", "side"), [(5, 8), (50, 2)], ids=["many points", "many channels"])
-@pytest.mark.parametrize("num_kernels", [1, 3])
-def test_modulated_convolution_scales_activations_as_if_kernels(num_kernels, channels, side):
-    """Values and gradients; then frozen, as a convolution and as a matrix product."""
-    layer = layers.ModulatedConv2d(channels, 6, 3, w_dim=7, num_kernels=num_kernels).double()
-    layer.bias.data.normal_()
-    x, w = double(3, channels, side, side), double(3, 7)
-    inputs = [x.requires_grad_(), w.requires_grad_(), *layer.parameters()]
-    naive, ours = naive_modulated_convolution(layer, x, w, lambda x, k: F.conv2d(x, k, padding=1)), layer(x, w)
-    torch.testing.assert_close(ours, naive)
-    assert_same_gradients(ours, naive, inputs)
-    freeze(layer)
-    torch.testing.assert_close(layer(x, w), naive)
-
-
-def test_upsampling_convolution_is_transposed_convolution_then_filter():
-    layer = layers.UpsamplingConv2d(4, 5, 3, w_dim=6, num_kernels=2).double()
-    x, w = double(2, 4, 8, 8), double(2, 6)
-    taps = torch.tensor([1.0, 3.0, 3.0, 1.0]).double() / 8
-    kernel = (torch.outer(taps, taps) * 4).expand(5, 1, 4, 4)
-
-    def convolve(x, k):
-        wide = F.conv_transpose2d(x, k.transpose(0, 1), stride=2)
-        assert wide.shape[-1] == 17
-        return F.conv2d(wide, kernel, padding=1, groups=5)
-
-    naive = naive_modulated_convolution(layer, x, w, convolve)
-    torch.testing.assert_close(layer(x, w), naive)
-    freeze(layer)
-    torch.testing.assert_close(layer(x, w), naive)
 
 
 def test_upsample_inserts_zeros_and_filters():
@@ -91,14 +25,6 @@ def test_upsample_inserts_zeros_and_filters():
     padded = F.pad(zeros, (2, 1, 2, 1))
     expected = F.conv2d(padded, (torch.outer(taps, taps) * 4).expand(3, 1, 4, 4), groups=3)
     torch.testing.assert_close(layers.upsample(x), expected)
-
-
-def test_modulated_linear_is_a_modulated_1x1_convolution():
-    linear, conv = layers.ModulatedLinear(5, 6, w_dim=7), layers.ModulatedConv2d(5, 6, 1, w_dim=7)
-    conv.load_state_dict({**linear.state_dict(), "weight": linear.weight[None, :, :, None, None]})
-    x, w = torch.randn(2, 9, 5), torch.randn(2, 7)
-    expected = conv(x.transpose(1, 2)[..., None], w)[..., 0].transpose(1, 2)
-    torch.testing.assert_close(linear(x, w), expected)
 
 
 @pytest.mark.parametrize("lr_mul", [1.0, 0.01])

@@ -11,7 +11,7 @@ import aurora
 import discriminator
 from aurora import Generator
 from experiments import ablations
-from layers import DeformableConv2d
+from modulation import DeformableConv2d
 from presets import PRESETS
 
 
