@@ -131,10 +131,10 @@ class Run:
         arguments = {name: str(value) for name, value in vars(self.args).items()}
         self.loop.introduce(arguments | {"recipe": dataclasses.asdict(self.recipe)})
         if unknown := {word for caption in self.growth.captions for word in self.clip.unknown_words(caption)}:
-            say(
-                f"note: this CLIP does not know {len(unknown)} words of these captions, as {min(unknown)}; for such "
-                "data take another: --clip train, or --clip ViT-B-32-quickgelu:openai"
-            )
+            remedy = "for such data take another: --clip train, or --clip ViT-B-32-quickgelu:openai"
+            if (self.args.out / "clip.safetensors").is_file():
+                remedy = "they are in held-out captions only"
+            say(f"note: this CLIP does not know {len(unknown)} words of these captions, as {min(unknown)}; {remedy}")
         ranks = distributed.world_size()
         say(f"Training {self.args.preset} on {self.device}, {ranks} rank(s); all in {self.args.out}")
 

@@ -119,7 +119,8 @@ class Growth:
     def describe(self):
         """The best FID of the active resolution beside its reference, in words."""
         phase = self.phase
-        return f"FID {phase.best_fid:.3g}, reference {phase.reference_fid[self.active[-1]]:.3g}"
+        measured = "not measured" if phase.best_fid == float("inf") else f"{phase.best_fid:.3g}"
+        return f"FID {measured}, reference {phase.reference_fid[self.active[-1]]:.3g}"
 
     def grow(self):
         self.phase = Phase(self.phase.number + 1, reference_fid=self.phase.reference_fid)
