@@ -1,6 +1,7 @@
-"""Draws the curves of a run from its metrics.jsonl.
+"""Draws the curves of a run from its metrics.jsonl, or the first of its sample pictures as they change over time.
 
 python -m experiments.curves runs/emoji --out curves.png
+python -m experiments.curves runs/emoji --pictures 1000 2000 4000 8000 --out timeline.png
 """
 
 import argparse
@@ -10,8 +11,10 @@ import statistics
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+from PIL import Image, ImageDraw, ImageFont
 
-from common.cli import HelpFormatter, UserError, told_in_one_line
+from common.cli import HelpFormatter, UserError, positive_int, told_in_one_line
+from sampling.pictures import CELL, FONT, FONT_SIZE, MARGIN
 from weights.checkpoint import atomically
 
 PANELS = {
@@ -51,23 +54,49 @@ def plot(rows, path):
         for name in names:
             panel.plot(*points(rows, name), label=name)
         for images in grown:
-            panel.axvline(images, color="grey", linewidth=0.5)
+            panel.axvline(images, color="grey", linewidth=0.5, linestyle="--")
         panel.set_title(title, fontsize=10)
         panel.legend(fontsize=8)
-        panel.set_xlabel("images", fontsize=8)
+        panel.set_xlabel("images; dashed: the resolution grew", fontsize=8)
     panels[0, 0].set_yscale("log")
     figure.tight_layout()
     atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=110))
 
 
+def timeline(folder, steps, path):
+    """The first row of the sample grids of several steps, one below the other; below the last, its captions too."""
+    rows = []
+    for step in steps:
+        file = folder / "samples" / f"step_{step:07d}.png"
+        if not file.is_file():
+            raise UserError(f"there is no {file}; name steps that the run has drawn")
+        with Image.open(file) as picture:
+            height = (picture.height - 2 * MARGIN) // 3 - MARGIN if step == steps[-1] else CELL  # a grid has three rows
+            rows.append(picture.convert("RGB").crop((0, MARGIN, picture.width, MARGIN + height)))
+    font = ImageFont.truetype(FONT, FONT_SIZE)
+    canvas = Image.new(
+        "RGB", (CELL + max(row.width for row in rows), sum(row.height + MARGIN for row in rows)), "white"
+    )
+    top = 0
+    for step, row in zip(steps, rows, strict=True):
+        canvas.paste(row, (CELL, top))
+        ImageDraw.Draw(canvas).text((MARGIN, top + CELL // 2), f"step {step:,}", fill="black", font=font)
+        top += row.height + MARGIN
+    atomically(path, lambda temporary: canvas.save(temporary, "PNG"))
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=HelpFormatter)
     parser.add_argument("run", type=Path, help="the run's folder")
+    parser.add_argument("--pictures", nargs="+", type=positive_int, metavar="STEP", help="of these steps, no curves")
     parser.add_argument("--out", type=Path, default=Path("curves.png"))
     args = parser.parse_args()
     with told_in_one_line():
-        plot(read_log(args.run / "metrics.jsonl"), args.out)
-    print(f"Drawn in {args.out.resolve()}; a vertical line is where the resolution grew.")
+        if args.pictures:
+            timeline(args.run, args.pictures, args.out)
+        else:
+            plot(read_log(args.run / "metrics.jsonl"), args.out)
+    print(f"Drawn in {args.out.resolve()}.")
 
 
 if __name__ == "__main__":
