@@ -28,7 +28,7 @@ from evaluation.extractors import efficientnet_styles, load_extractor
 from evaluation.features import embed, extract_generated, extract_real, own_resolution
 from evaluation.metrics import CANDIDATES, NEIGHBOURS, compare_images, compare_texts, fid, fid_of_halves
 from sampling import inference
-from weights.checkpoint import DEMO, atomically, load_generator
+from weights.checkpoint import DEMO, SHAPES, atomically, load_generator
 
 UNSEEN = 333_334  # a seed of scenes that no run with a usual one draws from
 CURVE = (0.2, 0.4, 0.6, 0.7, 0.8, 0.9, 1.0)
@@ -41,9 +41,9 @@ def parse_args(argv=None):
         description=__doc__, formatter_class=type("Help", (HelpFormatter, argparse.RawDescriptionHelpFormatter), {})
     )
     add = parser.add_argument
-    add("--checkpoint", type=Path, default=DEMO, help="generator_ema.safetensors of a run, or aurora_v1.pth")
+    add("--checkpoint", type=Path, help="generator_ema.safetensors, or aurora_v1.pth (default: by --data)")
     add("--text-clip", help="where the generator's own large CLIP is, see sample.py's --clip")
-    add("--data", default="shapes", help="shapes, emoji, COCO's captions_val2014.json, a folder, or .tar shards")
+    add("--data", default="emoji", help="emoji, shapes, COCO's captions_val2014.json, a folder, or .tar shards")
     add("--images", type=Path, help="the folder of COCO's images (default: val2014 beside the folder of the JSON)")
     add("--count", type=positive_int, help="generated images (default: 1000, for emoji 2400; on COCO 30000 is usual)")
     add("--resolution", type=positive_int, help="of the images that are compared (default: the generator's own)")
@@ -58,6 +58,7 @@ def parse_args(argv=None):
     add("--out", type=Path, default=Path("runs/evaluation"), help="folder for evaluation.json and the plot")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     args = parser.parse_args(argv)
+    args.checkpoint = args.checkpoint or (SHAPES if args.data == "shapes" else DEMO)
     args.count = args.count or COUNTS.get(args.data, 1000)
     args.clip = args.clip or CLIPS.get(args.data, "small")
     return args

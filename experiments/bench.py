@@ -44,7 +44,7 @@ from sampling import inference
 from sampling.inference import DTYPES
 from train import Run
 from train import parse_args as training_args
-from weights.checkpoint import DEMO, load_generator
+from weights.checkpoint import SHAPES, load_generator
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The cases. Each yields its rows.
@@ -75,7 +75,7 @@ def graph(call):
 @torch.no_grad()
 def rounding(machine):
     """What bfloat16 changes in a picture, by the same routes, and how many points take another by themselves."""
-    generator, clip, _ = load_generator(DEMO, machine.device)
+    generator, clip, _ = load_generator(SHAPES, machine.device)
     captions = next(sources.loader(sources.open_data("shapes", 32, seed=0), 0, 64, 0)).captions
     text = clip.encode_text(clip.tokenize(captions))
     latents = torch.randn(64, generator.config.z_dim, device=machine.device)

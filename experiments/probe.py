@@ -21,7 +21,7 @@ from evaluation.extractors import load_extractor
 from evaluation.features import to_pixels
 from evaluation.judge import scenes_with
 from sampling import latent, views
-from weights.checkpoint import DEMO, load_generator
+from weights.checkpoint import SHAPES, load_generator
 
 STEPS = 16  # in each path
 UNLIKE = 0.7  # least distance of object and background, in RGB of [0, 1], at which a pixel is clearly one of them
@@ -108,7 +108,7 @@ def noise_path(generator, clip, prompt, number, kind):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=HelpFormatter)
-    parser.add_argument("--checkpoint", type=Path, default=DEMO, help="generator_ema.safetensors of a run")
+    parser.add_argument("--checkpoint", type=Path, default=SHAPES, help="generator_ema.safetensors of a run")
     parser.add_argument("--count", type=positive_int, default=200, help="pictures, and half as many paths of each kind")
     args = parser.parse_args()
     with told_in_one_line():

@@ -21,7 +21,8 @@ from common.cli import UserError, first_line
 from presets import OPENAI_CLIP, GeneratorConfig
 from weights.official import is_official, load_official
 
-DEMO = Path(__file__).parent.parent / "models" / "shapes.safetensors"
+MODELS = Path(__file__).parent.parent / "models"
+DEMO, SHAPES = MODELS / "emoji.safetensors", MODELS / "shapes.safetensors"
 
 
 def atomically(path, write):

@@ -12,7 +12,7 @@ from PIL import Image
 from data import sources
 from evaluation import emoji
 from evaluation.extractors import Extractor
-from weights.checkpoint import DEMO, load_generator
+from weights.checkpoint import SHAPES, load_generator
 
 SHADES = {"noto": 60, "twemoji": 130, "fluent": 200}  # stand for the styles
 
@@ -86,7 +86,7 @@ def test_styles_over_seeds_of_a_generator_that_knows_one(source, monkeypatch):
 
 
 def test_held_out_pairs_are_asked_for_by_their_style(source):
-    generator, clip, _ = load_generator(DEMO)
+    generator, clip, _ = load_generator(SHAPES)
     asked = []
 
     def texts(captions):

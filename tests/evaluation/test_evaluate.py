@@ -178,7 +178,7 @@ def test_the_small_clips_score_is_that_of_its_towers():
 
 
 def test_the_demo_on_the_built_in_scenes_with_its_protocol(run, tmp_path):
-    status, said, _ = run("--count", 8, "--truncation", 0.5)
+    status, said, _ = run("--data", "shapes", "--count", 8, "--truncation", 0.5)
     assert status == 0
     for words in (
         "8 real ones", "antialiased bicubic", "between 8 of them and 8 others", "PyTorch", "seed", "FID", "precision",
@@ -192,7 +192,7 @@ def test_the_demo_on_the_built_in_scenes_with_its_protocol(run, tmp_path):
 
 def test_the_curve_is_a_point_for_each_truncation_and_a_plot(run, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate, "CURVE", (0.5, 1.0))
-    status, said, _ = run("--count", 8, "--curve")
+    status, said, _ = run("--data", "shapes", "--count", 8, "--curve")
     assert status == 0 and "ψ 0.5" in said and "ψ 1" in said
     assert Image.open(tmp_path / "out" / "curve.png").width > 500
 

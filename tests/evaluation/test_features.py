@@ -19,7 +19,7 @@ from evaluation import extractors, features, metrics
 from evaluation.extractors import Extractor
 from sampling import latent
 from tests.data.test_sources import good, write_shard
-from weights.checkpoint import DEMO, load_generator
+from weights.checkpoint import SHAPES, load_generator
 
 
 def means_of(pixels):
@@ -31,7 +31,7 @@ MEANS = {"means": Extractor("mean colors", means_of, None)}
 
 @pytest.fixture(scope="module")
 def demo():
-    return load_generator(DEMO)[:2]
+    return load_generator(SHAPES)[:2]
 
 
 def by_ranks(monkeypatch, count, work):
