@@ -31,7 +31,7 @@ NUM_CODES, CODE_DIM = 1024, 32
 LOSS_WEIGHTS = {"reconstruction": 1, "perceptual": 0.05, "adversarial": 0.1, "codebook": 1}
 COMMITMENT = 0.25  # within the codebook's loss
 USAGE_DECAY, DEAD = 0.95, 0.05  # a code is dead if it is used less often than this share of the mean
-TOKENIZER_IMAGES = 30_000  # images that the VQGAN learns from; after them it is frozen, and the transformer learns
+TOKENIZER_IMAGES = 100_000  # images that the VQGAN learns from; after them it is frozen, and the transformer learns
 
 # The transformer.
 DIM, NUM_LAYERS, NUM_HEADS = 256, 6, 8

@@ -9,6 +9,8 @@ Differences from the paper:
 - The frozen network is an EfficientNet-lite0, unless `features.dino()` is given, whose weights need a download. Its
   taps have unequal numbers of tokens, so losses are means over tokens, then over taps. For DINO that is the paper's.
 - Both networks learn from the same fake images in a step, seen through the same augmentation, which is augment.py's.
+- To-RGB starts at a tenth of the authors' scale. At theirs pixels begin with a standard deviation of 7, and were still
+  beyond it after 350 steps, as the frozen network cannot tell how bright something is that is far too bright.
 - The blur starts at a sixteenth of the side and fades in 10,000 images. The paper's 32 pixels would be the whole image.
 - There are no random crops, neither for the frozen network nor for the guidance: they are for larger images.
 - Both losses of the generator are means over the batch. Where the authors accumulate gradients, only one of them is.
@@ -116,7 +118,7 @@ class Level(nn.Module):
             self.layers.append(ResidualLayer(channels, resolution, w_dim))
         self.to_rgb = ToRGB(channels, w_dim, num_kernels=1)
         self.to_rgb.style = SecondOrderStyle(w_dim, channels)
-        nn.init.normal_(self.to_rgb.weight)
+        nn.init.normal_(self.to_rgb.weight, std=0.1)
 
     def forward(self, x, w, noise):
         if self.up is not None:
@@ -279,10 +281,7 @@ def blur_sigma(images_seen, resolution):
 
 
 class StyleGANT(System):
-    """StyleGAN-T as a run trains it, see System. The text code is the embedding of CLIP.
-
-    features: FrozenFeatures, by default the EfficientNet's.
-    """
+    """StyleGAN-T as a run trains it, see System. The text code is the embedding of CLIP. features: FrozenFeatures."""
 
     def __init__(self, clip, resolution, device, features=None):
         self.features = (features or efficientnet()).to(device)

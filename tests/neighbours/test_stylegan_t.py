@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from scipy.ndimage import gaussian_filter
 
 from clip import load_clip
@@ -130,6 +131,13 @@ def test_residual_layers_start_at_the_normalized_identity():
     layer = stylegan_t.ResidualLayer(32, 8, w_dim=5)
     x = torch.randn(2, 32, 8, 8)
     torch.testing.assert_close(layer(x, torch.randn(2, 5), "none"), layer.norm(x) * math.sqrt(2), rtol=0, atol=1e-3)
+
+
+def test_images_begin_with_the_contrast_of_pictures():
+    torch.manual_seed(0)
+    generator = stylegan_t.Generator({8: 256, 16: 128, 32: 64})
+    images = generator(torch.randn(16, 64), F.normalize(torch.randn(16, 64)))
+    assert 0.3 < images.std() < 1.5
 
 
 def test_noise_is_the_layers_own_or_drawn_for_each_image():
