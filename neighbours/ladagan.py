@@ -17,10 +17,14 @@ Differences from the paper:
 import itertools
 import math
 import re
+import sys
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+sys.path.append(str(Path(__file__).parents[1]))  # for `python neighbours/ladagan.py`
 
 from attention import merge_heads, split_heads
 from augment import NUM_CHANCES, augment

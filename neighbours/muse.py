@@ -14,13 +14,18 @@ What differs from the paper:
 
 import copy
 import math
+import sys
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+sys.path.append(str(Path(__file__).parents[1]))  # for `python neighbours/muse.py`
+
 from attention import merge_heads, split_heads
 from clip import Text
+from common import distributed
 from neighbours.command import main
 from neighbours.system import minimize
 
@@ -31,7 +36,7 @@ NUM_CODES, CODE_DIM = 1024, 32
 LOSS_WEIGHTS = {"reconstruction": 1, "perceptual": 0.05, "adversarial": 0.1, "codebook": 1}
 COMMITMENT = 0.25  # within the codebook's loss
 USAGE_DECAY, DEAD = 0.95, 0.05  # a code is dead if it is used less often than this share of the mean
-TOKENIZER_IMAGES = 30_000  # images that the VQGAN learns from; after them it is frozen, and the transformer learns
+TOKENIZER_IMAGES = 100_000  # images that the VQGAN learns from; after them it is frozen, and the transformer learns
 
 # The transformer.
 DIM, NUM_LAYERS, NUM_HEADS = 256, 6, 8
@@ -115,17 +120,19 @@ class Codebook(nn.Module):
 
     @torch.no_grad()
     def restart(self, z, tokens, noise):
-        """Counts a batch's tokens, and moves dead codes to vectors of the batch drawn at random.
+        """Counts a batch's tokens, over all ranks, and moves dead codes to vectors of the batch drawn at random.
 
         At the start all are dead but for those that the first batch uses, so that batch places them. A code without
         vectors has no gradient, and would never come back by itself.
         """
+        z, tokens = distributed.gather(z), distributed.gather(tokens)
         share = tokens.flatten().bincount(minlength=len(self.codes)) / tokens.numel()
         self.usage.lerp_(share * len(self.codes), 1 - USAGE_DECAY)
         dead = self.usage < DEAD
         points = z.movedim(1, -1).flatten(0, -2)
         drawn = torch.randint(len(points), (len(self.codes),), generator=noise, device=noise.device)
-        self.codes.copy_(torch.where(dead[:, None], points[drawn.to(z.device)], self.codes))
+        drawn = distributed.broadcast(drawn.to(z.device))  # the noise of each rank is its own
+        self.codes.copy_(torch.where(dead[:, None], points[drawn], self.codes))
         self.usage.masked_fill_(dead, 1.0)
 
 

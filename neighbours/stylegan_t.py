@@ -9,6 +9,8 @@ Differences from the paper:
 - The frozen network is an EfficientNet-lite0, unless `features.dino()` is given, whose weights need a download. Its
   taps have unequal numbers of tokens, so losses are means over tokens, then over taps. For DINO that is the paper's.
 - Both networks learn from the same fake images in a step, seen through the same augmentation, which is augment.py's.
+- To-RGB starts at a tenth of the authors' scale. At theirs pixels begin with a standard deviation of 7, and were still
+  beyond it after 350 steps, as the frozen network cannot tell how bright something is that is far too bright.
 - The blur starts at a sixteenth of the side and fades in 10,000 images. The paper's 32 pixels would be the whole image.
 - There are no random crops, neither for the frozen network nor for the guidance: they are for larger images.
 - Both losses of the generator are means over the batch. Where the authors accumulate gradients, only one of them is.
@@ -17,6 +19,8 @@ Differences from the paper:
 import copy
 import math
 import re
+import sys
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -24,8 +28,11 @@ from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 from torchvision.transforms.functional import gaussian_blur
 
+sys.path.append(str(Path(__file__).parents[1]))  # for `python neighbours/stylegan_t.py`
+
 from augment import NUM_CHANCES, augment
 from aurora import FourierFeatures
+from common import distributed
 from layers import Float32, Linear, lrelu, rms_norm, upsample
 from modulation import Affine, ModulatedConv2d, ToRGB, UpsamplingConv2d
 from neighbours.command import main
@@ -34,11 +41,8 @@ from neighbours.system import System, load_renamed, minimize, reading
 
 FIRST = 8  # the lowest resolution
 CHANNELS = {8: 256, 16: 128, 32: 64, 64: 32}  # of the size for a CPU
-BANDWIDTH = 2  # of the Fourier features, in waves a side
 LAYER_GAIN = math.sqrt(0.5)  # of all layers but those that upsample
 MAX_ACTIVATION = 256  # guards half precision
-LR_MUL = 0.01  # of the mapping network
-X_AVG_DECAY = 0.995
 
 LR, BETAS = 2e-3, (0.0, 0.99)  # of both networks
 EMA_DECAY = 0.5 ** (32 / 10_000)  # a half-life of 312 steps: of batch · 10/32 thousand images
@@ -82,8 +86,7 @@ class SynthesisLayer(nn.Module):
             x = x + self.noise_strength * self.noise_const
         elif noise != "none":
             x = x + self.noise_strength * torch.randn(len(x), 1, *x.shape[2:], generator=noise).to(x)
-        bound = MAX_ACTIVATION * self.gain
-        return (lrelu(x) * self.gain).clamp(-bound, bound)
+        return lrelu(x).clamp(-MAX_ACTIVATION, MAX_ACTIVATION) * self.gain
 
 
 class ResidualLayer(SynthesisLayer):
@@ -116,7 +119,7 @@ class Level(nn.Module):
             self.layers.append(ResidualLayer(channels, resolution, w_dim))
         self.to_rgb = ToRGB(channels, w_dim, num_kernels=1)
         self.to_rgb.style = SecondOrderStyle(w_dim, channels)
-        nn.init.normal_(self.to_rgb.weight)
+        nn.init.normal_(self.to_rgb.weight, std=0.1)
 
     def forward(self, x, w, noise):
         if self.up is not None:
@@ -131,7 +134,7 @@ class Mapping(Float32):
 
     def __init__(self, z_dim):
         super().__init__()
-        self.layers = nn.ModuleList(Linear(z_dim, z_dim, lr_mul=LR_MUL) for _ in range(2))
+        self.layers = nn.ModuleList(Linear(z_dim, z_dim, lr_mul=0.01) for _ in range(2))
 
     def forward(self, z):
         return self.layers[1](lrelu(self.layers[0](rms_norm(z))))
@@ -149,7 +152,7 @@ class Generator(nn.Module):
         self.mapping = Mapping(z_dim)
         self.register_buffer("x_avg", torch.zeros(z_dim))
         self.fourier = FourierFeatures(channels[FIRST], FIRST, w_dim)
-        self.fourier.freqs *= BANDWIDTH  # none is above the band, so there is nothing to damp as in StyleGAN3
+        self.fourier.freqs *= 2  # waves a side, the bandwidth; none is above it, so nothing is damped as in StyleGAN3
         below = [channels[FIRST], *channels.values()]
         self.levels = nn.ModuleList(
             Level(in_channels, out_channels, resolution, depth, w_dim)
@@ -174,7 +177,7 @@ class Generator(nn.Module):
     @torch.no_grad()
     def update_x_avg(self, w):
         """Moves the mean of f(z) toward that of a batch of latent codes."""
-        self.x_avg.lerp_(w[:, : self.z_dim].mean(0), 1 - X_AVG_DECAY)
+        self.x_avg.lerp_(distributed.mean(w[:, : self.z_dim].mean(0)), 1 - 0.995)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -279,10 +282,7 @@ def blur_sigma(images_seen, resolution):
 
 
 class StyleGANT(System):
-    """StyleGAN-T as a run trains it, see System. The text code is the embedding of CLIP.
-
-    features: FrozenFeatures, by default the EfficientNet's.
-    """
+    """StyleGAN-T as a run trains it, see System. The text code is the embedding of CLIP. features: FrozenFeatures."""
 
     def __init__(self, clip, resolution, device, features=None):
         self.features = (features or efficientnet()).to(device)

@@ -1,3 +1,3 @@
 """From a file to a network and back: our own files and the states of runs (`checkpoint.py`), the authors' weights
-(`official.py`).
+(`official.py`), and a package's EfficientNet (`efficientnet.py`).
 """

@@ -269,7 +269,7 @@ def load_run(path, verify=True):
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
     state = load_tensors(path, mmap)
-    if not isinstance(state, dict) or not state.keys() >= {"identity", "progress", "discriminator"}:
+    if not isinstance(state, dict) or not state.keys() >= {"identity", "progress"}:
         what = (
             "the authors' generator, which has no discriminator" if is_official(state) else "not a checkpoint of a run"
         )

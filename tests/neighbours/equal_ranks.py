@@ -1,0 +1,37 @@
+"""Trains Muse by its command for a few steps, under torchrun, and fails where the ranks' networks differ.
+
+torchrun --nproc-per-node 2 tests/neighbours/equal_ranks.py OUT
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+import torch
+
+from common import distributed
+from neighbours import command, muse
+from training.loop import Loop
+
+
+class Short(Loop):
+    """Two steps of the VQGAN, two of the transformer, and a look at what the ranks hold."""
+
+    def __init__(self, system, folder, source, _, options):
+        super().__init__(system, folder, source, 4, options)
+
+    def conclude(self):
+        super().conclude()
+        networks = self.system.system.networks
+        states = distributed.collect({name: network.state_dict() for name, network in networks.items()})
+        for name, state in states[0].items():
+            for key, value in state.items():
+                assert all(torch.equal(value, other[name][key]) for other in states[1:]), f"{name}.{key}"
+        distributed.say(f"{len(states)} ranks with {len(networks)} equal networks")
+
+
+muse.TOKENIZER_IMAGES = 16
+command.Loop, command.NUM_PICTURES = Short, 2
+sys.argv[1:] = ["train", "--data", "shapes", "--batch", "8", "--workers", "0", "--out", sys.argv[1]]
+command.main(muse.Muse)

@@ -1,0 +1,101 @@
+"""Every system learns by its command, resumes to the last bit, and draws; ranks stay equal."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from neighbours import command, muse
+from neighbours.ladagan import LadaGAN
+from neighbours.muse import Muse
+from neighbours.stylegan_t import StyleGANT
+from tests.data.test_sources import COLORS, good, jpeg, write_shard
+from tests.training.test_distributed import ROOT, torchrun
+from training.loop import Loop
+from weights import checkpoint
+
+BATCH, STEPS = 4, 4
+
+
+@pytest.fixture
+def data(tmp_path):
+    """{kind: what --data is given}."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for i, color in enumerate(COLORS):
+        (folder / f"{i}.jpg").write_bytes(jpeg(color))
+        (folder / f"{i}.txt").write_text(f"picture {i}\n")
+    write_shard(tmp_path / "0.tar", [good(i) for i in range(12)])
+    return {"emoji": "emoji", "folder": folder, "shards": tmp_path / "0.tar"}
+
+
+@pytest.fixture
+def learn(monkeypatch, run_main):
+    """system, steps, options → trains up to so many steps, which the command itself would not end at."""
+    monkeypatch.setattr(command, "NUM_PICTURES", 2)
+    monkeypatch.setattr(muse, "TOKENIZER_IMAGES", 2 * BATCH)
+
+    def learn(system, steps, *options):
+        monkeypatch.setattr(command, "Loop", lambda a, b, c, _, options: Loop(a, b, c, steps, options))
+        always = ("--batch", BATCH, "--workers", 0)
+        return run_main(lambda: command.main(system), "train", *always, *options)
+
+    return learn
+
+
+def same(a, b):
+    """Whether two nested dicts and lists hold the same tensors and values."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+@pytest.mark.parametrize(
+    ("system", "kind", "options"),
+    [
+        (StyleGANT, "shards", []),
+        (LadaGAN, "folder", []),
+        (LadaGAN, "emoji", ["--unconditional"]),
+        (Muse, "emoji", []),
+    ],
+)
+def test_a_run_resumes_to_the_last_bit_and_draws(tmp_path, data, learn, run_main, system, kind, options):
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    options = ["--data", data[kind], *options]
+    for out, steps in ((whole, STEPS), (stopped, STEPS - 1), (stopped, STEPS)):
+        status, said, error = learn(system, steps, "--out", out, *options)
+        assert status == 0, error
+    assert f"Resuming from step {STEPS - 1}" in said and len((stopped / "metrics.jsonl").read_text().splitlines()) == 4
+    first, second = (checkpoint.load_run(checkpoint.checkpoints(out / "checkpoints")[0]) for out in (whole, stopped))
+    assert all(same(first[part], second[part]) for part in ("networks", "optimizers"))
+    generator = stopped / "generator_ema.safetensors"
+    assert same(load_file(whole / generator.name), load_file(generator))
+    picture = tmp_path / "picture.png"
+    draw = ("sample", "red heart", "--num", 2, "--checkpoint", generator, "--out", picture)
+    status, said, error = run_main(lambda: command.main(system), *draw)
+    assert status == 0 and said.startswith("2 pictures") and picture.is_file(), error
+
+
+def test_a_run_is_not_resumed_with_other_options(tmp_path, learn):
+    learn(LadaGAN, 1, "--out", tmp_path, "--unconditional")
+    status, _, error = learn(LadaGAN, 2, "--out", tmp_path)
+    assert status == 2 and "--unconditional True" in error and error.count("\n") == 0
+    status, _, error = learn(Muse, 1, "--out", tmp_path / "other", "--unconditional")
+    assert status == 2 and "Muse has no such form" in error
+
+
+def test_ranks_stay_equal(tmp_path):
+    """Muse's, as its codebook moves codes to pictures that one rank sees."""
+    done = torchrun(2, "tests/neighbours/equal_ranks.py", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "2 ranks with 4 equal networks" in done.stdout
+
+
+@pytest.mark.parametrize("how", [["neighbours/muse.py"], ["-m", "neighbours.muse"]])
+def test_the_command_runs_as_a_script_and_as_a_module(how):
+    done = subprocess.run([sys.executable, *how, "train", "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "runs/muse" in done.stdout, done.stderr
