@@ -139,7 +139,8 @@ def choose_view(args, generator, clip, prompts):
     if args.latent_walk:
         frames = views.latent_walk(generator, clip, prompts[0], seed, psi, args.steps, args.path)
         return frames, min(8, args.steps), f"A {args.path} walk through the noise, ψ {psi:g}"
-    return views.samples(generator, clip, prompts, args.num, seed, psi), args.num, ""
+    columns = args.num if args.num > 1 else min(6, len(prompts))
+    return views.samples(generator, clip, prompts, args.num, seed, psi), columns, ""
 
 
 def check_view(args, prompts):
