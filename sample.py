@@ -5,27 +5,24 @@ prompts, a walk as GIF, and which expert took which point.
 """
 
 import argparse
+import shlex
+import sys
 from pathlib import Path
 
 import torch
-from PIL import Image
-from tqdm import tqdm
 
-from common import distributed
 from common.cli import (
     HelpFormatter,
     UserError,
     finite_number,
-    first_line,
     natural_number,
     positive_int,
     told_in_one_line,
 )
-from sampling import inference, latent, views
+from sampling import files, inference, views
 from sampling.pictures import animation, beside, expert_map, grid, to_pil
-from weights.checkpoint import DEMO, atomically, load_generator
-
-FRAME_MS = 80  # of an animation
+from sampling.pipeline import Pipeline
+from weights.checkpoint import DEMO
 
 
 def parse_args(argv=None):
@@ -46,8 +43,10 @@ def parse_args(argv=None):
         "--clip", help="MODEL:WEIGHTS of open_clip, to read a large CLIP from a file; default: what the checkpoint says"
     )
     add("--out", type=Path, default=Path("sample.png"), help="the picture to write; .gif: one frame after another")
+    add("--each", type=Path, metavar="DIR", help="every picture as a file of its own, for thousands; resumes")
+    add("--show", type=Path, metavar="FILE.png", help="no drawing: tell how a picture of this command was made")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    add("--dtype", choices=inference.DTYPES, default="fp32", help="bf16: faster, in half the memory, nearly the same")
+    add("--dtype", choices=("auto", *inference.DTYPES), default="auto", help="auto: bf16 for large models, if fast")
     add("--compile", action="store_true", help="torch.compile: minutes before the first picture, for very many of them")
     add("--experts", action="store_true", help="beside each picture, which expert took each feature point")
     look = parser.add_argument_group("views, one at a time").add_mutually_exclusive_group()
@@ -93,35 +92,9 @@ def check_prompts(clip, prompts):
             print(f'note: "{shown}": never seen in training: {", ".join(unknown[:10])}')
 
 
-def check_writable(path):
-    """Fails before the work rather than after it."""
-    if Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:
-        raise UserError(f"--out {path}: no picture format is called {path.suffix or 'so'}; use .png or .jpg")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        existed = path.exists()
-        path.open("ab").close()
-        if not existed:
-            path.unlink()
-    except OSError as error:
-        raise UserError(f"--out {path} cannot be written: {error.strerror}") from error
-
-
-def save(pictures, path):
-    """Writes PIL images as one file, whole or not at all: what stood at the path before is kept where it fails."""
-    first, *others = pictures
-    options = {"save_all": True, "append_images": others, "duration": FRAME_MS, "loop": 0} if others else {}
-    kind = Image.registered_extensions()[path.suffix.lower()]
-    try:
-        atomically(path, lambda temporary: first.save(temporary, kind, **options))
-    except (OSError, ValueError, KeyError) as error:
-        size = f"{first.width}×{first.height}"
-        raise UserError(f"--out {path} cannot be written at {size} ({first_line(error)}); try .png or less") from error
-
-
-def choose_view(args, generator, clip, prompts):
+def choose_view(args, pipe, prompts):
     """→ the frames to draw, how many of them stand in a row, and what the picture says above them."""
-    seed, psi = args.seed, args.truncation
+    generator, clip, seed, psi = pipe.generator, pipe.clip, args.seed, args.truncation
     noise = f"seed {seed}, ψ {psi:g}"
     if args.seeds:
         frames = views.seeds_by_prompts(generator, clip, prompts, args.seeds, psi)
@@ -149,51 +122,59 @@ def check_view(args, prompts):
         raise UserError("--interpolate and --mix take their two prompts and no others")
     if args.interpolate and args.steps < 2:
         raise UserError("--steps 1: a way has two ends; take 2 or more")
+    if args.each and (args.seeds or args.truncation_sweep or args.interpolate or args.mix or args.latent_walk):
+        raise UserError("--each draws prompts, and no other view")
     if args.latent_walk and len(prompts) > 1:
         raise UserError(f"--latent-walk shows one prompt, and {len(prompts)} were given")
 
 
-@torch.no_grad()
-def draw(generator, frames):
-    """Frames → images [n, 3, R, R] in [−1, 1], and for each router the expert of each point, {name: [n, N]}."""
-    w, local_text = (torch.stack(t) for t in list(zip(*frames, strict=True))[:2])
-    parts = len(range(0, len(frames), latent.BATCH))
-    outputs = list(tqdm(latent.outputs(generator, w, local_text), total=parts, disable=parts < 2, leave=False))
-    images = torch.cat([output.image for output in outputs]).clamp(-1, 1)
-    return images, {name: torch.cat([output.routes[name] for output in outputs]) for name in outputs[0].routes}
-
-
-def show(generator, frames, columns, title, with_experts, animated):
-    """Draws frames → PIL images: one grid, or as many as frames where they are to be animated; and their resolution."""
-    images, routes = draw(generator, frames)
-    panels, captions, experts = [to_pil(image) for image in images], [frame.caption for frame in frames], 0
+def show(pipe, frames, columns, title, with_experts, animated):
+    """Draws frames → PIL images: one grid, or as many as frames where they are to be animated."""
+    drawn = pipe.draw(frames)
+    panels, experts = [to_pil(image) for image in drawn.images], 0
     if with_experts:
-        maps = [[expert_map(experts_of) for experts_of in routes[name]] for name in routes]
+        maps = [[expert_map(index) for index in routing.expert_index] for routing in drawn.routings.values()]
         panels = [beside(strip) for strip in zip(panels, *maps, strict=True)]
-        experts = max(level.num_experts for level in generator.config.levels)
-        where = ", ".join(f"{name.split('.')[0]}×{name.split('.')[0]} ({name})" for name in routes)
+        experts = max(level.num_experts for level in pipe.generator.config.levels)
+        where = ", ".join(f"{name.split('.')[0]}×{name.split('.')[0]} ({name})" for name in drawn.routings)
         title = f"{title}{'. ' if title else ''}Beside each picture, the expert that took each point, at {where}"
     if animated:
-        return animation(panels, captions, title, experts), images.shape[-1]
-    return [grid(panels, captions, columns, title, experts)], images.shape[-1]
+        return animation(panels, drawn.captions, title, experts)
+    return [grid(panels, drawn.captions, columns, title, experts)]
+
+
+def check_files(args):
+    """Fails before the work rather than after it."""
+    if args.each and args.each.exists() and not args.each.is_dir():
+        raise UserError(f"--each {args.each} is a file; name a folder")
+    if not args.each:
+        files.check_writable(args.out)
 
 
 def main():
     args = parse_args()
     with told_in_one_line():
+        if args.show:
+            for name, value in files.show(args.show).items():
+                print(f"{name}: {value}")
+            return
         prompts = read_prompts(args)
         check_view(args, prompts)
-        check_writable(args.out)
-        generator, clip, _ = load_generator(args.checkpoint, distributed.start(args.device), args.clip)
-        if args.experts and not any(level.attn_depth for level in generator.config.levels):
+        check_files(args)
+        pipe = Pipeline.load(args.checkpoint, args.device, args.dtype, args.clip, args.compile)
+        if args.experts and not any(level.attn_depth for level in pipe.generator.config.levels):
             raise UserError(f"--experts: {args.checkpoint} has none")
-        inference.prepare(generator, inference.DTYPES[args.dtype], args.compile)
-        check_prompts(clip, prompts)
+        check_prompts(pipe.clip, prompts)
+        if args.each:
+            new = files.write_each(pipe, prompts, args.num, args.seed, args.truncation, args.each, args.checkpoint.name)
+            print(f"{new} new pictures, {len(prompts) * args.num} in all, in {args.each.resolve()}")
+            return
         with torch.no_grad():
-            frames, columns, title = choose_view(args, generator, clip, prompts)
-        animated = args.out.suffix.lower() == ".gif"
-        pictures, size = show(generator, frames, columns, title, args.experts, animated)
-        save(pictures, args.out)
+            frames, columns, title = choose_view(args, pipe, prompts)
+        pictures = show(pipe, frames, columns, title, args.experts, args.out.suffix.lower() == ".gif")
+        about = {"prompts": prompts, "seed": args.seed, "psi": args.truncation, "checkpoint": args.checkpoint.name}
+        files.save(pictures, args.out, about | {"command": " ".join(map(shlex.quote, ["sample.py", *sys.argv[1:]]))})
+        size = pipe.resolution
         print(f"{len(frames)} pictures of {size}×{size} by {args.checkpoint.name}, drawn in {args.out.resolve()}")
 
 

@@ -14,13 +14,13 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-import sample
 from common.cli import HelpFormatter, positive_int, told_in_one_line
 from data.scenes import BACKGROUNDS, COLORS
 from evaluation.extractors import load_extractor
 from evaluation.features import to_pixels
 from evaluation.judge import scenes_with
 from sampling import latent, views
+from sampling.pipeline import draw
 from weights.checkpoint import SHAPES, load_generator
 
 STEPS = 16  # in each path
@@ -56,14 +56,13 @@ def experts_know(generator, clip, count):
     scenes = [scene for scene in scenes_with(1, 3 * count) if is_plain(scene)][:count]
     z = latent.noise(generator, len(scenes), seed=1)
     captions = [scene.caption for scene in scenes]
-    images, routes = sample.draw(
-        generator, views.frames(generator, z, latent.read(generator, clip, captions), 1, captions)
-    )
+    drawn = draw(generator, views.frames(generator, z, latent.read(generator, clip, captions), 1, captions))
     rng = torch.Generator().manual_seed(0)
     result = {}
-    for name, experts in routes.items():
+    for name, routing in drawn.routings.items():
         side = int(name.split(".")[0])
-        masks = torch.stack([object_mask(image, scene, side) for image, scene in zip(images, scenes, strict=True)])
+        pairs = zip(drawn.images, scenes, strict=True)
+        experts, masks = routing.expert_index, torch.stack([object_mask(image, scene, side) for image, scene in pairs])
         shuffled = torch.stack([mask[torch.randperm(len(mask), generator=rng)] for mask in masks])
         result[name] = {
             "over all points": mutual_information(experts.flatten(), masks.flatten()),
@@ -92,7 +91,7 @@ def path_steps(generator, clip, extractor, count):
         paths[f"noise, {kind}"] = [noise_path(generator, clip, a, i, kind) for i, (a, _) in enumerate(captions)]
     sizes = {}
     for name, lists in paths.items():
-        images, _ = sample.draw(generator, [frame for frames in lists for frame in frames])
+        images = draw(generator, [frame for frames in lists for frame in frames]).images
         features = F.normalize(extractor.images(to_pixels(images, images.shape[-1])), dim=-1)
         features = features.unflatten(0, (count, STEPS + 1))
         sizes[name] = (features[:, 1:] - features[:, :-1]).norm(dim=-1)

@@ -10,6 +10,8 @@ from modulation import ModulatedConv2d, UpsamplingConv2d, multiply
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
+LARGE = 50_000_000  # parameters
+
 # A convolution first copies its kernel into an order of its own. Where a kernel has so many channels for each point it
 # meets, a CPU is faster at unfolding the points and multiplying: 3.6 times as fast for 1600 channels at 4×4.
 CHANNELS_PER_POINT = 4
@@ -19,6 +21,15 @@ def dtype_of(name, device):
     """The dtype called "fp32", "bf16", or "auto": bfloat16 where the device multiplies it faster than float32."""
     fast = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return DTYPES[name if name != "auto" else "bf16" if fast else "fp32"]
+
+
+def sampling_dtype(name, generator):
+    """As dtype_of, for sampling: "auto" takes bfloat16 for large generators only.
+
+    A small one gains nothing at batch 1 (14.6 ms for 14.5 on a CPU), and a few points that go to other experts show.
+    """
+    large = sum(parameter.numel() for parameter in generator.parameters()) >= LARGE
+    return dtype_of(name if name != "auto" or large else "fp32", generator.w_avg.device)
 
 
 def prepare(generator, dtype=torch.float32, compiled=False):

@@ -30,10 +30,10 @@ def frames(generator, z, text, psi, captions):
     return [Frame(*frame) for frame in zip(ws, local_text, captions, strict=True)]
 
 
-def samples(generator, clip, prompts, num, seed, psi):
-    """A row for each prompt: `num` pictures whose latents depend on the seed alone."""
-    z = latent.noise(generator, num, seed)
-    return [f for p in prompts for f in frames(generator, z, latent.read(generator, clip, [p]), psi, [p] * num)]
+def samples(generator, clip, prompts, num, seed, psi, numbers=None):
+    """A row for each prompt: `num` pictures whose latents depend on the seed alone, or those of some numbers."""
+    z = latent.noise(generator, num, seed)[slice(None) if numbers is None else numbers]
+    return [f for p in prompts for f in frames(generator, z, latent.read(generator, clip, [p]), psi, [p] * len(z))]
 
 
 def seeds_by_prompts(generator, clip, prompts, seeds, psi):

@@ -15,7 +15,6 @@ import torch
 from safetensors import safe_open
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import sample
 import train
 from clip import new_small, save_small
 from common.cli import UserError
@@ -23,6 +22,7 @@ from data.scenes import BACKGROUNDS, COLORS
 from experiments.scenes_clip import vocabulary_ids
 from presets import PRESETS
 from sampling import views
+from sampling.pipeline import draw
 from tests.data.test_sources import good, jpeg, write_shard
 from training import loop
 from training.growth import PATIENCE
@@ -205,7 +205,7 @@ def test_a_tiny_model_learns_colours(tmp_path, monkeypatch):
     for i, background in enumerate(BACKGROUNDS):
         for color in COLORS:
             prompt = f"a small {color} circle on a {background} background"
-            images, _ = sample.draw(generator, views.samples(generator, clip, [prompt], num=2, seed=3, psi=1.0))
+            images = draw(generator, views.samples(generator, clip, [prompt], num=2, seed=3, psi=1.0)).images
             image = (images + 1) / 2
             seen = image.flatten(2).median(2).values  # most of the picture is background
             right += [(torch.cdist(seen, colours).argmin(1) == i).float().mean()]

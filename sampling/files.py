@@ -1,0 +1,121 @@
+"""Pictures on disk: each with what it takes to draw it again, one by one or thousands in a folder."""
+
+import itertools
+import json
+from pathlib import Path
+
+from PIL import Image, PngImagePlugin
+from tqdm import tqdm
+
+from common.cli import UserError, first_line
+from sampling import latent
+from sampling.pipeline import Pipeline
+from weights.checkpoint import atomically
+
+KEY = "aurora"  # the PNG's text field; it holds JSON
+INDEX = "pictures.jsonl"  # of a folder: a line for each picture
+FRAME_MS = 80  # of an animation
+
+
+def check_writable(path):
+    """Fails before the work rather than after it."""
+    if Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:
+        raise UserError(f"--out {path}: no picture format is called {path.suffix or 'so'}; use .png or .jpg")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        existed = path.exists()
+        path.open("ab").close()
+        if not existed:
+            path.unlink()
+    except OSError as error:
+        raise UserError(f"--out {path} cannot be written: {error.strerror}") from error
+
+
+def save(pictures, path, about):
+    """Writes PIL images as one file, whole or not at all. A PNG also holds `about`, {name: value}, for `show`."""
+    first, *others = pictures
+    kind = Image.registered_extensions()[path.suffix.lower()]
+    options = {"save_all": True, "append_images": others, "duration": FRAME_MS, "loop": 0} if others else {}
+    if kind == "PNG":
+        options["pnginfo"] = described(about)
+    try:
+        atomically(path, lambda temporary: first.save(temporary, kind, **options))
+    except (OSError, ValueError, KeyError) as error:
+        size = f"{first.width}×{first.height}"
+        raise UserError(f"--out {path} cannot be written at {size} ({first_line(error)}); try .png or less") from error
+
+
+def described(about):
+    info = PngImagePlugin.PngInfo()
+    info.add_itxt(KEY, json.dumps(about, ensure_ascii=False))
+    return info
+
+
+def show(path):
+    """How a picture that this program wrote was made, {name: value}. Raises UserError."""
+    try:
+        with Image.open(path) as picture:
+            picture.load()
+            about = json.loads(picture.text[KEY])
+    except FileNotFoundError:
+        raise UserError(f"--show {path}: there is no such file") from None
+    except (AttributeError, KeyError):
+        raise UserError(f"--show {path} does not say how it was made; only PNG files of sample.py do") from None
+    except (OSError, ValueError, SyntaxError) as error:
+        raise UserError(f"--show {path} cannot be read ({first_line(error)})") from error
+    return about
+
+
+def write_each(pipe: Pipeline, prompts, num, seed, psi, folder: Path, checkpoint: str):
+    """Writes `num` pictures of each prompt, at their own resolution, into a folder → how many are new.
+
+    They are 000000.png and so on, each with its prompt, seed and psi in it and in a line of pictures.jsonl. A folder
+    that holds some of them is completed. They are drawn in batches, so thousands take no more memory than a few, and
+    the same ones in any attempt. Raises UserError where the folder holds pictures of another command.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    abouts = [
+        {"file": f"{i:06d}.png", "prompt": prompt, "number": n, "seed": seed, "psi": psi, "checkpoint": checkpoint}
+        for i, (prompt, n) in enumerate(itertools.product(prompts, range(num)))
+    ]
+    done = read_index(folder / INDEX, abouts)
+    new = 0
+    with (folder / INDEX).open("a", encoding="utf-8") as index:
+        for first in tqdm(range(0, len(abouts), latent.BATCH), unit="batch"):
+            batch = abouts[first : first + latent.BATCH]
+            missing = [a for a in batch if a["file"] not in done or not (folder / a["file"]).is_file()]
+            if not missing:
+                continue
+            frames = []
+            for prompt, members in itertools.groupby(batch, key=lambda about: about["prompt"]):
+                frames += pipe.frames(prompt, num, seed, psi, [about["number"] for about in members])
+            pictures = dict(zip((a["file"] for a in batch), pipe.draw(frames).pictures, strict=True))
+            for about in missing:
+                save([pictures[about["file"]]], folder / about["file"], about)
+                if about["file"] not in done:
+                    index.write(json.dumps(about, ensure_ascii=False) + "\n")
+                new += 1
+            index.flush()
+    return new
+
+
+def read_index(path, abouts):
+    """The files that an index names, of those wanted. A last line that was cut off is removed. Raises UserError."""
+    if not path.is_file():
+        return set()
+    wanted, whole, done = {about["file"]: about for about in abouts}, 0, set()
+    with path.open("rb") as file:
+        for line in file:
+            try:
+                about = json.loads(line) if line.endswith(b"\n") else None
+            except ValueError:
+                about = {}
+            if about is None:
+                break
+            if about != wanted.get(about.get("file")):
+                raise UserError(f"--each {path.parent} holds pictures of another command; name another folder")
+            whole += len(line)
+            done.add(about["file"])
+    with path.open("rb+") as file:
+        file.truncate(whole)
+    return done

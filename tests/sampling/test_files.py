@@ -1,0 +1,70 @@
+"""Pictures that say how they were made, and folders of thousands."""
+
+import json
+
+import pytest
+from PIL import Image
+
+import sample
+from sampling import files
+from sampling.pipeline import Pipeline
+
+
+@pytest.fixture
+def each(run_main, tmp_path):
+    """sample.py --each with arguments → exit status, stdout, stderr."""
+    return lambda *arguments: run_main(sample.main, *arguments, "--device", "cpu", "--each", tmp_path / "all")
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / files.INDEX).read_text(encoding="utf-8").splitlines()]
+
+
+def test_every_picture_says_how_it_was_made(each, run_main, tmp_path):
+    status, said, stderr = each("red heart", "пингвин 🐧", "--num", 3, "--seed", 5, "--truncation", 0.5)
+    assert status == 0 and "6 new pictures, 6 in all" in said, stderr
+    listed = lines(tmp_path / "all")
+    assert [about["file"] for about in listed] == sorted(p.name for p in (tmp_path / "all").glob("*.png"))
+    assert [(about["prompt"], about["number"]) for about in listed][3:] == [("пингвин 🐧", n) for n in range(3)]
+    assert Image.open(tmp_path / "all" / "000000.png").size == (Pipeline.load(device="cpu").resolution,) * 2
+    assert files.show(tmp_path / "all" / "000004.png") == listed[4]
+    status, said, _ = run_main(sample.main, "--show", tmp_path / "all" / "000004.png")
+    assert status == 0 and "prompt: пингвин 🐧" in said and "seed: 5" in said and "psi: 0.5" in said
+
+
+def test_a_grid_says_it_too(run_main, tmp_path):
+    assert run_main(sample.main, "red heart", "--num", 1, "--device", "cpu", "--out", tmp_path / "a.png")[0] == 0
+    about = files.show(tmp_path / "a.png")
+    assert about["prompts"] == ["red heart"] and about["seed"] == 0 and "'red heart' --num 1" in about["command"]
+
+
+def test_a_killed_folder_is_completed_with_the_same_pictures(each, tmp_path, monkeypatch):
+    monkeypatch.setattr(files.latent, "BATCH", 4)
+    arguments = ("red heart", "whale", "--num", 5)
+    assert each(*arguments)[0] == 0
+    folder = tmp_path / "all"
+    whole = {path.name: path.read_bytes() for path in folder.glob("*.png")}
+    times = {name: (folder / name).stat().st_mtime_ns for name in whole}
+    for name in ("000003.png", "000009.png"):
+        (folder / name).unlink()
+    index = (folder / files.INDEX).read_text(encoding="utf-8").splitlines(keepends=True)
+    (folder / files.INDEX).write_text("".join(index[:6]) + index[6][:20], encoding="utf-8")  # killed within a line
+    assert each(*arguments)[0] == 0
+    assert {path.name: path.read_bytes() for path in folder.glob("*.png")} == whole
+    assert sorted(about["file"] for about in lines(folder)) == sorted(whole)  # none is missing, none is there twice
+    assert all((folder / f"{i:06d}.png").stat().st_mtime_ns == times[f"{i:06d}.png"] for i in (0, 1, 2, 4, 5))
+
+
+def test_mistakes_are_told_in_one_line(each, run_main, tmp_path):
+    assert each("red heart", "--num", 2)[0] == 0
+    status, _, stderr = each("whale", "--num", 2)
+    assert status == 2 and "holds pictures of another command" in stderr and "\n" not in stderr
+    Image.new("RGB", (4, 4)).save(tmp_path / "mine.png")
+    (tmp_path / "text.png").write_text("no picture")
+    for name, says in (("mine.png", "does not say"), ("text.png", "cannot be read"), ("none.png", "no such file")):
+        status, _, stderr = run_main(sample.main, "--show", tmp_path / name)
+        assert status == 2 and says in stderr and "\n" not in stderr
+    status, _, stderr = each("red heart", "--seeds", 1, 2)
+    assert status == 2 and "no other view" in stderr
+    status, _, stderr = run_main(sample.main, "red heart", "--each", tmp_path / "text.png")
+    assert status == 2 and "is a file" in stderr

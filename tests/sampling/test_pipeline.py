@@ -1,0 +1,76 @@
+"""The Python interface: what the README shows, and that the commands draw the same."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import sample
+from common.cli import UserError
+from sampling import pictures
+from sampling.pipeline import Pipeline, forced, routers
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return Pipeline.load(device="cpu")
+
+
+def test_the_readme_runs(monkeypatch, tmp_path):
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (code,) = [block for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "Pipeline" in block]
+    (tmp_path / "models").symlink_to(ROOT / "models")
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(code, names)
+    assert len(names["images"]) == 4 and names["images"][0].size == (names["pipe"].resolution,) * 2
+
+
+def test_the_command_draws_what_the_interface_draws(pipe, run_main, tmp_path):
+    arguments = ("red heart", "whale", "--num", 2, "--seed", 3, "--device", "cpu", "--out", tmp_path / "a.png")
+    assert run_main(sample.main, *arguments)[0] == 0
+    drawn = pipe.draw(pipe.frames(["red heart", "whale"], num=2, seed=3))
+    ours = pictures.grid([pictures.to_pil(image) for image in drawn.images], drawn.captions, 2)
+    assert Image.open(tmp_path / "a.png").tobytes() == ours.tobytes()
+    native = pipe.sample(["red heart", "whale"], num=2, seed=3)
+    assert all(np.array_equal(a, b) for a, b in zip(native, drawn.pictures, strict=True))
+
+
+def test_interpolation_ends_at_its_prompts(pipe):
+    way = pipe.interpolate("red heart", "whale", steps=5, seed=2)
+    assert len(way) == 5
+    for end, prompt in ((way[0], "red heart"), (way[-1], "whale")):
+        (alone,) = pipe.sample(prompt, seed=2)
+        assert np.abs(np.asarray(end, int) - np.asarray(alone, int)).max() <= 1  # rounding: other batches
+
+
+def test_experts_say_who_took_each_point_and_how_surely(pipe):
+    drawn = pipe.experts("red heart", num=2)
+    assert list(drawn.routings) == list(routers(pipe.generator)) == ["8.0.0", "16.0.0"]
+    for name, routing in drawn.routings.items():
+        points, experts = int(name.split(".")[0]) ** 2, len(routers(pipe.generator)[name].to_logits.weight)
+        assert routing.logits.shape == (2, points, experts) and routing.expert_index.shape == (2, points)
+        torch.testing.assert_close(routing.gate, routing.logits.softmax(-1).max(-1).values)
+
+
+def test_a_forced_expert_takes_the_marked_points_and_no_others(pipe):
+    frames = pipe.frames("red heart", num=1, seed=0)
+    free = pipe.draw(frames)
+    points = torch.zeros(64, dtype=torch.bool)
+    points[:20] = True
+    with forced(pipe.generator, "8.0.0", points, 2):
+        drawn = pipe.draw(frames)
+    routing, before = drawn.routings["8.0.0"], free.routings["8.0.0"]
+    assert (routing.expert_index[0, :20] == 2).all()
+    assert torch.equal(routing.expert_index[0, 20:], before.expert_index[0, 20:])
+    torch.testing.assert_close(routing.gate[0, :20], before.logits.softmax(-1)[0, :20, 2])
+    assert not torch.equal(drawn.images, free.images)
+    assert torch.equal(pipe.draw(frames).images, free.images)  # and after it all is as before
+    for name, expert, says in (("4.0.0", 0, "no router 4.0.0"), ("8.0.0", 9, "no expert 9")):
+        with pytest.raises(UserError, match=says), forced(pipe.generator, name, points, expert):
+            pass
