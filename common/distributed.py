@@ -23,6 +23,8 @@ def start(device_name):
 
     device_name: "auto", "cpu", "cuda" or "cuda:N". Raises UserError for a device that is not there.
     """
+    # Float32 is float32 from here on. PyTorch's default lets cuDNN's convolutions round to TF32, to 10 bits.
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages for large tensors: on a CPU far fewer page faults
     if device_name == "auto":
         device_name = "cuda" if torch.cuda.is_available() else "cpu"

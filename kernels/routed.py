@@ -8,6 +8,8 @@ where the experts begin and end never leaves the GPU.
 Letters: P points, C channels, H = 4C hidden, E experts. Products accumulate in float32, whatever the inputs are.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -21,33 +23,43 @@ def routed_experts(points, expert_index, gate, proj_in, bias_in, proj_out, bias_
     device = points.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else points.dtype
     points, *stacks = (x.to(dtype) for x in (points, proj_in, bias_in, proj_out, bias_out))
-    return RoutedExperts.apply(points, expert_index, gate.float(), *stacks)
+    with torch.cuda.device_of(points):  # Triton launches on the current device, wherever the tensors are
+        return RoutedExperts.apply(points, expert_index, gate.float(), *stacks)
 
 
 def tile(points):
-    """The sides of a tile of the result, and the depth multiplied at a time, 128 bytes of a row."""
+    """The sides of a tile of the result, and the depth multiplied at a time, 64 bytes of a row.
+
+    With twice the columns or twice the depth, some kernels spill registers (tests/kernels/test_compiled.py).
+    """
     if points.device.type == "cpu":  # Triton's interpreter, in a test
         return {"ROWS": 16, "COLUMNS": 16, "DEPTH": 16}
-    return {"ROWS": 128, "COLUMNS": 128, "DEPTH": 128 // points.element_size(), "num_warps": 8}
+    return {"ROWS": 128, "COLUMNS": 64, "DEPTH": 64 // points.element_size(), "num_warps": 8}
 
 
-class Tiles:
-    """Which rows of the sorted order belong together, all on the device."""
+class Tiles(NamedTuple):
+    """Which rows of the sorted order belong together, int32, all on the device."""
 
-    def __init__(self, expert_index, num_experts, rows):
-        sorted_index, order = expert_index.sort(stable=True)
-        experts = torch.arange(num_experts, device=order.device)
-        ends = torch.searchsorted(sorted_index, experts, right=True)
-        starts = torch.searchsorted(sorted_index, experts)
-        tiles = (ends - starts + rows - 1) // rows
-        tiles_until = tiles.cumsum(0)  # those of this expert and of all before it
-        self.count = len(order) // rows + num_experts  # at most; the tiles past the last one have the expert E
-        number = torch.arange(self.count, device=order.device)
-        expert = torch.searchsorted(tiles_until, number, right=True)
-        its = expert.clamp(max=num_experts - 1)
-        first_row = starts[its] + (number - tiles_until[its] + tiles[its]) * rows
-        self.order, self.starts, self.ends = (t.int() for t in (order, starts, ends))
-        self.expert, self.first_row = expert.int(), first_row.int()
+    order: torch.Tensor  # [P], the points sorted by expert
+    starts: torch.Tensor  # [E], an expert's first row,
+    ends: torch.Tensor  # [E], and the one after its last
+    expert: torch.Tensor  # of each tile; E for those past the last one, as there are at most P // rows + E
+    first_row: torch.Tensor  # of each tile
+
+
+def cut(expert_index, num_experts, rows):
+    """The experts of the points [P] → Tiles of so many rows."""
+    sorted_index, order = expert_index.sort(stable=True)
+    experts = torch.arange(num_experts, device=order.device)
+    ends = torch.searchsorted(sorted_index, experts, right=True)
+    starts = torch.searchsorted(sorted_index, experts)
+    tiles = (ends - starts + rows - 1) // rows
+    tiles_until = tiles.cumsum(0)  # those of this expert and of all before it
+    number = torch.arange(len(order) // rows + num_experts, device=order.device)
+    expert = torch.searchsorted(tiles_until, number, right=True)
+    its = expert.clamp(max=num_experts - 1)
+    first_row = starts[its] + (number - tiles_until[its] + tiles[its]) * rows
+    return Tiles(*(t.int() for t in (order, starts, ends, expert, first_row)))
 
 
 @triton.jit
@@ -208,46 +220,48 @@ def weight_gradient_kernel(
 
 
 class RoutedExperts(torch.autograd.Function):
-    """The kernels in their order. Kept for the backward pass: the inputs and the hidden (a, g), [P, 2H]."""
+    """The kernels in their order. Kept for the backward pass: the inputs, the hidden (a, g) [P, 2H], and the tiles.
+
+    These lie in the order of the tiles, so gradient checkpointing must replace both or neither.
+    """
 
     @staticmethod
     def forward(ctx, points, expert_index, gate, proj_in, bias_in, proj_out, bias_out):
         points, gate = points.contiguous(), gate.contiguous()
         (num_points, c), (num_experts, _, h) = points.shape, proj_out.shape
         block = tile(points)
-        tiles = Tiles(expert_index, num_experts, block["ROWS"])
+        tiles = cut(expert_index, num_experts, block["ROWS"])
         where = (tiles.expert, tiles.first_row, tiles.ends)
         keep = any(ctx.needs_input_grad)
         activated = points.new_empty(num_points, h)
         hidden = points.new_empty(num_points, 2 * h) if keep else activated
-        grid = (triton.cdiv(h, block["COLUMNS"]), tiles.count)
+        grid = (triton.cdiv(h, block["COLUMNS"]), len(tiles.expert))
         up_kernel[grid](
             points, tiles.order, proj_in, bias_in, hidden, activated, *where, c, h, num_experts, keep, **block
         )
         result = torch.empty_like(points)
-        grid = (triton.cdiv(c, block["COLUMNS"]), tiles.count)
+        grid = (triton.cdiv(c, block["COLUMNS"]), len(tiles.expert))
         down_kernel[grid](
             activated, tiles.order, proj_out, bias_out, gate, result, *where, h, c, h, 1, num_experts, True, **block
         )
-        ctx.tiles, ctx.block = tiles, block
-        ctx.save_for_backward(points, expert_index, gate, proj_in, bias_in, proj_out, bias_out, hidden)
+        ctx.save_for_backward(points, expert_index, gate, proj_in, bias_in, proj_out, bias_out, hidden, *tiles)
         return result
 
     @staticmethod
     def backward(ctx, upstream):
-        points, expert_index, gate, proj_in, bias_in, proj_out, bias_out, hidden = ctx.saved_tensors
-        tiles, block, upstream = ctx.tiles, ctx.block, upstream.contiguous()
+        points, expert_index, gate, proj_in, bias_in, proj_out, bias_out, hidden, *tiles = ctx.saved_tensors
+        tiles, block, upstream = Tiles(*tiles), tile(points), upstream.contiguous()
         (num_points, c), (num_experts, _, h) = points.shape, proj_out.shape
         where = (tiles.expert, tiles.first_row, tiles.ends)
         column_tiles = triton.cdiv(h, block["COLUMNS"])
         grad_hidden, activated = torch.empty_like(hidden), points.new_empty(num_points, h)
         shares = points.new_empty(column_tiles, num_points, dtype=torch.float32)
-        down_backward_kernel[column_tiles, tiles.count](
+        down_backward_kernel[column_tiles, len(tiles.expert)](
             upstream, tiles.order, proj_out, gate, hidden, grad_hidden, activated, shares, *where,
             num_points, c, h, num_experts, **block,
         )  # fmt: skip
         grad_points = torch.empty_like(points)
-        down_kernel[triton.cdiv(c, block["COLUMNS"]), tiles.count](
+        down_kernel[triton.cdiv(c, block["COLUMNS"]), len(tiles.expert)](
             grad_hidden, tiles.order, proj_in, bias_out, gate, grad_points, *where, 2 * h, c, 1, c, num_experts, False,
             **block,
         )  # fmt: skip

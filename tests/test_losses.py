@@ -323,9 +323,11 @@ def test_bfloat16_is_safe():
         g_report = losses.generator_loss(output, text, wrong, CHANCES[:, 1], discriminator, clip, recipe)
         return d_report, g_report
 
-    exact = both()
-    with torch.autocast("cpu", torch.bfloat16):
+    exact, clip_sees_in = both(), []
+    note = clip.model.visual.conv1.register_forward_hook(lambda _, inputs, output: clip_sees_in.append(output.dtype))
+    with note, torch.autocast("cpu", torch.bfloat16):
         rounded = both()
+    assert clip_sees_in == [torch.bfloat16, torch.float32, torch.bfloat16]  # for D, for R1, for G
     for a, b in zip(exact, rounded, strict=True):
         for name in a:
             assert b[name].item() == pytest.approx(a[name].item(), rel=0.05), name

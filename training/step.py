@@ -148,7 +148,9 @@ class Learner:
         return logits[max(images), min(images)].mean()
 
     def autocast(self):
-        """The modules keep routing, demodulation, distances and R1 in float32."""
+        """The modules keep routing, demodulation, distances and R1 in float32. CLIP, too, sees images in bfloat16 here,
+        but for R1. It reads captions in float32, as that is outside.
+        """
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
 
     @torch.no_grad()

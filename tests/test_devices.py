@@ -1,0 +1,121 @@
+"""Training, sampling and evaluation on a CUDA device that is not there: they mix no devices, and a step never waits."""
+
+import argparse
+import collections
+import dataclasses
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import DynamicOutputShapeException
+
+import evaluate
+import sample
+from data.batches import Batch
+from evaluation import extractors
+from presets import PRESETS, Preset, fitted_to
+from sampling import inference, views
+from training.growth import Growth
+from training.overfitting import OverfittingWatch
+from training.plan import clip_without_weights
+from training.step import Learner
+
+pytest.importorskip("triton")
+from tests.fake_cuda import DEVICE, fake_cuda
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device")
+BATCH, SIDE, PROMPTS = 4, 8, ["a red circle", "two blue squares"]
+# The batch comes from the CPU. Nothing else of a step does, nor does the host ask for a result.
+OF_A_BATCH = {"cpu to cuda, clip.py:tokenize", "cpu to cuda, training/step.py:prepare"}
+
+
+@pytest.fixture
+def device():
+    with fake_cuda() as device:
+        yield device
+
+
+def batch_of(size):
+    captions = [PROMPTS[i % 2] for i in range(size)]
+    return Batch(torch.empty(size, 3, SIDE, SIDE), captions, collections.Counter())
+
+
+def learner_of(recompute=False):
+    """The two lowest resolutions of `shapes`, both deformable, the higher one with mixed kernels and experts."""
+    with DEVICE:
+        clip = clip_without_weights("small")
+    preset, recipe = PRESETS["shapes"], dataclasses.replace(PRESETS["shapes"].recipe, recompute=recompute)
+    lowest, higher = preset.generator.levels[:2]
+    levels = lowest, dataclasses.replace(higher, num_kernels=2, deformable=True)
+    generator = dataclasses.replace(preset.generator, levels=levels)
+    discriminator = dataclasses.replace(preset.discriminator, levels=preset.discriminator.levels[:2])
+    preset = fitted_to(Preset(generator, discriminator, recipe), clip.width, clip.map_shapes)
+    return Learner(preset, clip, DEVICE, torch.bfloat16, BATCH)
+
+
+def test_the_device_notices(device):
+    x = torch.ones(3, device=DEVICE)
+    with pytest.raises(RuntimeError, match="same device"):
+        x + torch.ones(3)
+    with pytest.raises(DynamicOutputShapeException):
+        x.nonzero()
+    for wait in (x.sum().item, x.any().__bool__, x.cpu, lambda: torch.tensor([0.0], device=DEVICE), lambda: x[[0]]):
+        device.waits.clear()
+        wait()
+        assert len(device.waits) == 1
+
+
+@pytest.mark.parametrize(("parts", "recompute"), [(1, False), (2, True)], ids=["plain", "in parts, recomputed"])
+def test_a_step_waits_for_its_batch_alone(device, parts, recompute):
+    learner = learner_of(recompute)
+    device.waits.clear()
+    report = learner.step(0, learner.prepare(0, 0, [batch_of(BATCH // parts)] * parts))
+    assert "r1" in report and {value.device for value in report.values()} == {DEVICE}
+    assert device.waits == OF_A_BATCH
+
+
+class Source:
+    """A source of captioned images."""
+
+    def evaluation(self, batch=BATCH, held_out=False, rank=0, world_size=1):
+        yield from [batch_of(BATCH)] * 2
+
+    evaluation_pairs = evaluation
+
+
+def test_the_fid_of_training_and_overfitting(device):
+    learner = learner_of()
+    growth = Growth(dataclasses.replace(learner.recipe, fid_samples=BATCH), learner.resolutions, learner.clip, seed=0)
+    kept = growth.compute_reference(Source(), asked_to_stop=lambda: False)
+    growth.captions, growth.statistics, growth.phase.reference_fid = (
+        kept[name] for name in ("captions", "statistics", "reference_fid")
+    )
+    assert "fid" in growth.evaluate(learner.ema)
+    assert "overfitting" in OverfittingWatch(Source(), learner.clip).measure(learner, seed=0)
+
+
+def test_every_view_of_sampling(device):
+    learner = learner_of()
+    generator, clip = inference.prepare(learner.ema), learner.clip
+    with torch.no_grad():
+        frames = [
+            *views.samples(generator, clip, PROMPTS, 2, 0, 0.7),
+            *views.seeds_by_prompts(generator, clip, PROMPTS, [0, 1], 0.7),
+            *views.truncation_sweep(generator, clip, PROMPTS, 0),
+            *views.interpolation(generator, clip, PROMPTS, 0, 0.7, 3, "both", "spherical"),
+            *views.latent_walk(generator, clip, PROMPTS[0], 0, 0.7, 4, "spherical"),
+            *views.layer_mixing(generator, clip, *PROMPTS, 0, 0.7),
+        ]
+    images, routes = sample.draw(generator, frames)
+    assert images.shape == (len(frames), 3, SIDE, SIDE)
+    assert {images.device, *(x.device for x in routes.values())} == {DEVICE}
+
+
+def test_what_evaluation_measures(device, monkeypatch):
+    learner = learner_of()
+    monkeypatch.setattr(extractors, "load_clip", lambda spec, device: learner.clip)
+    reader = {"small": extractors.small_clip("small", DEVICE)}
+    generator = inference.prepare(learner.ema)
+    captions, real, _ = evaluate.extract_real(Source(), BATCH, SIDE, reader)
+    args = argparse.Namespace(features="small", clip="small", count=BATCH, curve=True, truncation=1.0, seed=0)
+    result = evaluate.measure(args, generator, learner.clip, captions, real, SIDE, reader, DEVICE)
+    assert "R-precision" in result["results"][0] and "FID" in result["results"][0]
