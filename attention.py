@@ -1,6 +1,6 @@
 """Attention by L2 distance, which can be Lipschitz where dot products cannot (Kim et al. 2021; GigaGAN, section 3.1).
 
-The proof needs tied weights, q = k. The discriminator has them. The generator, as released, keeps q and k apart.
+The proof needs squares and q = k, as discriminator.squared_l2_attention has them. The released generator has neither.
 """
 
 import math
@@ -10,7 +10,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from layers import float32_region, full_precision, recomputed
 
-BLOCK = {"cpu": 2**19, "cuda": 2**26}  # Entries of an attention map in memory at a time. A CPU's cache holds 2**19.
+MAP_ENTRIES = {"cpu": 2**19, "cuda": 2**26}  # of attention maps in memory at a time; a CPU's cache holds 2**19
 
 
 def split_heads(x, num_heads):
@@ -36,7 +36,7 @@ def l2_attention(q, k, v):
     under autocast too; the result has the dtype of v.
     """
     batch, (n, t), dtype = q.shape[:2], (q.shape[2], k.shape[2]), v.dtype
-    size = BLOCK[q.device.type]
+    size = MAP_ENTRIES[q.device.type]
     maps, rows = max(1, size // (n * t)), max(1, size // t)  # in a block: whole maps, or rows of one
     with float32_region(q):
         q, k, v = (full_precision(x).flatten(0, 1) for x in (q, k, v))  # [B·heads, N or T, …]
@@ -46,7 +46,7 @@ def l2_attention(q, k, v):
 
 
 def attend(q, k, v):
-    """One block: [maps, N or T, …]. cdist multiplies matrices, and gives points that meet no gradient."""
+    """One block: [maps, N or T, …]. cdist is a matrix product here, and its gradient is zero where q equals k."""
     distance = torch.cdist(q, k, compute_mode="use_mm_for_euclid_dist")
     return torch.bmm((-distance / math.sqrt(q.shape[-1])).softmax(-1), v)
 

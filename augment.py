@@ -43,7 +43,7 @@ def scale(images, chances):
 
 def warp(images, shift, factor):
     """Moves images by shift [B, 2], (x, y) as shares of the side, and enlarges them by factor [B]; grey outside."""
-    theta = torch.eye(2, 3).to(images).repeat(len(images), 1, 1)
+    theta = torch.eye(2, 3, dtype=images.dtype, device=images.device).repeat(len(images), 1, 1)
     theta[:, :, 2] = -2 * shift
     theta = theta / factor[:, None, None]
     grid = F.affine_grid(theta, images.shape, align_corners=False)

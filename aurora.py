@@ -225,7 +225,9 @@ class SynthesisLevel(nn.Module):
         self.resolution = level.resolution
         rest = (ConvBlock(config, level) for _ in range(level.num_blocks - 1))
         self.blocks = nn.ModuleList([first_block, *rest])
-        self.attentions = nn.ModuleList(AttentionBlock(config, level) for _ in self.blocks if level.attn_depth)
+        self.attentions = nn.ModuleList(
+            AttentionBlock(config, level) for _ in range(level.num_blocks if level.attn_depth else 0)
+        )
         self.to_rgb = ToRGB(level.channels, config.w_dim, level.num_kernels)
 
     @property
@@ -293,7 +295,7 @@ class Generator(nn.Module):
         )
         self.mapping = Mapping(config)
         self.synthesis = Synthesis(config)
-        self.register_buffer("w_avg", torch.zeros(config.w_dim))  # mean over prompts: where inversion starts
+        self.register_buffer("w_avg", torch.zeros(config.w_dim))  # over training: where inversion starts
 
     def forward(self, z, tokens, eot, resolution=None):
         global_text, local_text = self.text_head(tokens, eot)

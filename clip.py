@@ -65,8 +65,8 @@ class FrozenClip(nn.Module):
         self.tokenizer = open_clip.SimpleTokenizer(context_length=self.context_length)
         mean = getattr(model.visual, "image_mean", None) or open_clip.OPENAI_DATASET_MEAN
         std = getattr(model.visual, "image_std", None) or open_clip.OPENAI_DATASET_STD
-        for name, value in (("mean", mean), ("std", std)):  # of the pixels it was trained on
-            self.register_buffer(name, torch.tensor(value).view(3, 1, 1), persistent=False)
+        for buffer, value in (("mean", mean), ("std", std)):  # of the pixels it was trained on
+            self.register_buffer(buffer, torch.tensor(value).view(3, 1, 1), persistent=False)
 
     def train(self, mode=True):
         """Stays in eval mode, as part of a network in training too."""

@@ -16,8 +16,8 @@ from modulation import ModulatedLinear
 from presets import DiscriminatorConfig
 from text import TextHead
 
-RESIDUAL_GAIN, ATTN_GAIN = 0.4, 0.3  # Only branches are scaled: the identity path has no normalization to undo it.
-LOGIT_GAIN = 0.25  # At 1, a single step of Adam moves a prediction by more than a wrong caption does.
+RESIDUAL_GAIN, ATTN_GAIN = 0.4, 0.3  # Of branches only: a scaled x would shrink at every block.
+LOGIT_GAIN = 0.25  # At 1, one step of Adam changes a prediction by more than another caption does.
 CLIP = "clip"  # Stands for a stage in the keys of maps and logits that come from CLIP's feature maps.
 CLIP_HEAD = "0"  # The name of its head in checkpoints, among the resolutions.
 
@@ -93,7 +93,9 @@ class Flatten(nn.Module):
 
 
 class Stage(nn.Module):
-    """One φ: self-attention and residual convolutions, as many as the level asks for, then the step to half of it."""
+    """One φ: self-attention and residual convolutions, as many as the level asks for, then the step to half of it.
+    Discriminator.maps calls its two parts, since other images join between them.
+    """
 
     def __init__(self, config: DiscriminatorConfig, level, step):
         super().__init__()

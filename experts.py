@@ -11,17 +11,17 @@ try:
 except ImportError:  # Triton comes with PyTorch on Linux only
     routed_experts = None
 
-# On a CPU an expert takes at most so many points at a time: its hidden layer, 8C numbers a point, then fits the cache.
+# On a CPU an expert takes at most so many points at a time: their 8C numbers before gating then fit the cache.
 POINTS_AT_A_TIME = 512
 
 
 class Experts(nn.Module):
-    """E feed-forward networks C → 8C, split into (a, g), a·gelu(g) → C, stored as stacks so that no expert is a module.
+    """E feed-forward networks C → 8C, split into a and g, a·gelu(g) → C, stored as stacks: no expert is a module.
 
     forward: points [P, C], expert_index [P], gate [P] → gate · expert(point), [P, C]. The points are sorted by expert,
-    so each expert multiplies one contiguous slice and the work is that of a single expert over all points. An expert
-    that gets no point multiplies an empty slice, and its gradient is zero rather than missing. On a GPU, Triton kernels
-    do the same for all experts at once; tests hold the two together.
+    so each expert multiplies one contiguous slice, and the work is that of a single expert over all points. No point is
+    ever dropped. An expert without points multiplies an empty slice: its gradient is zero, not missing. On a GPU,
+    Triton kernels do the same for all experts at once; tests hold the two together.
     For top-k routing call it once for each choice, and add the results. An assertion refuses several experts a point.
     """
 

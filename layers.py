@@ -100,7 +100,7 @@ class Conv2d(nn.Module):
 
 
 def upsample(x):
-    """×2: zeros inserted, then the filter with gain 4 and padding (2, 1), which is bilinear between zero borders."""
+    """×2. Zeros inserted, then the filter with gain 4: the same as bilinear interpolation between borders of zeros."""
     x = F.interpolate(F.pad(x, (1, 1, 1, 1)), scale_factor=2, mode="bilinear", align_corners=False)
     return x[..., 2:-2, 2:-2]
 

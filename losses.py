@@ -1,8 +1,8 @@
 """Every loss of Aurora, in the paper's order: adversarial, matching-aware, R1, multi-level CLIP, mixture of experts.
 
 A pyramid holds an image for each active resolution. The discriminator judges each image after every stage it passes.
-`scales`, {resolution: weight}, says how much each image counts. Losses are means over the local batch, and the CLIP
-loss is one over the global batch: the mean of the ranks' gradients is the gradient of the global batch.
+`scales`, {resolution: weight}, says how much each image counts. Losses are means over a rank's images, CLIP's over the
+global batch. Averaged over ranks, as DDP does, the gradients are those of the global batch.
 """
 
 import open_clip
@@ -31,7 +31,7 @@ def scale_weights(resolutions, lower):
 
 def prediction_weights(logits, early, scales):
     """{(input, stage): weight}: the image's weight, times `early` unless the stage is the last, or CLIP."""
-    last = min(stage for _, stage in logits if stage != CLIP)
+    last = min(stage for _, stage in logits if stage != CLIP)  # the last stage has the lowest resolution
     return {(entered, stage): scales[entered] * (1 if stage in (last, CLIP) else early) for entered, stage in logits}
 
 
@@ -65,7 +65,7 @@ def r1_penalty(discriminator, clip, pyramid, tokens, eot, gamma, scales, early=E
     """R1 (Mescheder et al. 2018) on real images with their captions, in float32: a scalar.
 
     For every image of the pyramid: its scale · γ_r/2 · ‖gradient of its predictions by its pixels‖², γ_r = gamma ·
-    (r/64)². The images do not see each other, so one backward pass gives the gradient of each.
+    (r/64)². No image affects the predictions of another, so one backward pass gives all.
     """
     with float32_region(tokens), sdpa_kernel(SDPBackend.MATH):  # fused attention, as in CLIP, has no second derivative
         pyramid = {r: full_precision(x.detach()).requires_grad_() for r, x in pyramid.items()}
@@ -102,6 +102,7 @@ def load_balancing_loss(logits, expert_index):
 
     fₑ is the share of the image's points that expert e takes, Pₑ its mean probability over them.
     """
+    assert expert_index.shape == logits.shape[:-1], "one expert a point; for top-k take the sum over the choices"
     num_experts = logits.shape[-1]
     share = F.one_hot(expert_index, num_experts).to(logits.dtype).mean(1)
     probability = logits.softmax(-1).mean(1)
@@ -131,7 +132,7 @@ class DiscriminatorLoss(nn.Module):
         self.recipe = recipe
 
     def forward(self, real, fake, text, wrong, chances, r1_interval):
-        """real, fake: pyramids. text: clip.Text of the local captions. wrong [B]: what wrong_captions gave for these.
+        """real, fake: pyramids. text: clip.Text of this rank's captions. wrong [B]: of wrong_captions, for these.
 
         chances [B, 2, …]: of the augmentation of the real images, and of the fake ones.
         r1_interval: 0, or the number of steps that this step's R1 stands for. → {name: scalar}, `loss` to be minimized.

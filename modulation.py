@@ -41,7 +41,7 @@ class ModulatedConv2d(nn.Module):
 
     n = `num_kernels` kernels are mixed by softmax(dense(w)) into one a sample. A single kernel is shared by the batch.
     Mixed ones take memory: at 16×16, one layer of the release makes 2.4 GB of them for a batch of 64. Training keeps
-    them for the backward pass, or with gradient checkpointing those of one level at a time.
+    them until the backward pass. With gradient checkpointing that is one level's at a time.
     """
 
     def __init__(self, in_channels, out_channels, kernel_size, w_dim, num_kernels=1):
@@ -62,7 +62,7 @@ class ModulatedConv2d(nn.Module):
         """
         products = self.kernel_products()
         if self.kernel_mix is None:
-            return self.weight, products[0]
+            return self.weight, products[0]  # the only kernel, and its square
         mix = self.kernel_mix(w).softmax(-1)
         pairs = (mix[:, :, None] * mix[:, None]).flatten(1)  # [B, n·n]
         energy = (pairs @ products.flatten(0, 1).flatten(1)).unflatten(1, products.shape[2:])
@@ -90,7 +90,7 @@ class ModulatedConv2d(nn.Module):
 
 
 def multiply(matrices, columns):
-    """Matrices [G, D, K] times columns [B, K, N] → [B, D, N], one product for all samples that share a matrix."""
+    """Matrices [G, D, K] times columns [B, K, N] → [B, D, N]. G = B: each sample has its own; G = 1: all share one."""
     groups = len(matrices)
     columns = columns.unflatten(0, (groups, -1)).transpose(1, 2)  # [G, K, B/G, N]
     return (matrices @ columns.flatten(2)).unflatten(2, columns.shape[2:]).transpose(1, 2).flatten(0, 1)

@@ -16,7 +16,7 @@ class Level:
     num_kernels: int = 1  # adaptive kernels of every convolution, mixed by w
     attn_depth: int = 0  # transformer blocks in an attention block; 0: this resolution has no attention
     num_experts: int = 0  # in each transformer block
-    deformable: bool = False  # modulated transformation in the second convolution of each block
+    deformable: bool = False  # modulated transformation in the last convolution of each block
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class DiscriminatorConfig:
     head_layers: int = 4  # modulated 1×1 convolutions of each ψ
     lr_mul: float = 0.01  # of the text head
     clip_maps: tuple[tuple[int, int], ...] = ((1024, 16),) * 4  # (channels, side) of the frozen CLIP's feature maps
-    clip_channels: int = 512  # they are read into
+    clip_channels: int = 512  # that each of them is read into
 
 
 @dataclass(frozen=True)
@@ -102,9 +102,9 @@ class Preset:
     recipe: Recipe
 
 
-# What the small presets share, as tried on the built-in scenes. Attention and the experts are where it is decided what
-# goes where. The gains keep the scale of the features, which the release's let shrink from block to block. The
-# discriminator learned more in the same time without residual convolutions.
+# What the small presets share, as tried on the built-in scenes. Attention and experts stand where layout is decided.
+# Under the release's gains features shrink from block to block; under these they keep their scale. The discriminator
+# learned more in the same time without residual convolutions.
 SMALL_RECIPE = dict(
     lr_generator=5e-3, lr_discriminator=8e-3, lower_scales=0.02, clip_weight=0.2, matching_weight_generator=0.1
 )

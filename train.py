@@ -2,7 +2,7 @@
 
 One step: a batch of captioned images; the discriminator learns to tell them from samples and right captions from wrong
 ones; the generator learns against it and towards CLIP; the moving average follows. The resolution grows when the
-generator's FID comes near the reference FID, the distance between two sets of real images.
+generator's FID comes near that between two sets of real images, stops falling, or has had its images.
 """
 
 import argparse
@@ -58,7 +58,7 @@ def parse_args(argv=None):
     add("--sample-every", type=positive_int, default=50, help="steps between sample grids")
     add("--workers", type=natural_number, default=1, help="processes that load data, for each rank; 0: the rank itself")
     add("--tensorboard", action="store_true", help="also write what `tensorboard --logdir OUT` shows")
-    add("--plan", action="store_true", help="no training: what it would take, computed for GPUs, see plan.py")
+    add("--plan", action="store_true", help="no training: what it would take, computed for GPUs, see training/plan.py")
     add("--gpus", type=positive_int, default=64, help="of --plan, beside 1, 8 and 64")
     add("--hardware", choices=HARDWARE, default="a100", help="of --plan")
     args = parser.parse_args(argv)
@@ -194,7 +194,7 @@ def preset_of(args):
 
 
 def default_clip(data, recipe):
-    """The recipe's CLIP, or "train" where that is a small one which knows the words of other data."""
+    """The recipe's CLIP, or "train" where that is a small one and --data is not what it was trained on."""
     return "train" if recipe.clip_model in BUILT_IN and data != recipe.data else recipe.clip_model
 
 

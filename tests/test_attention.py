@@ -17,7 +17,7 @@ def double(*shape):
 @pytest.mark.parametrize("block", [2**20, 2500, 130, 7], ids=["whole", "two heads", "four rows", "one row"])
 def test_l2_attention_is_its_formula(monkeypatch, block):
     """Values and gradients, also where a map is computed in blocks."""
-    monkeypatch.setitem(attention.BLOCK, "cpu", block)
+    monkeypatch.setitem(attention.MAP_ENTRIES, "cpu", block)
     q, k, v = inputs = [t.requires_grad_() for t in (double(2, 3, 40, 8), double(2, 3, 30, 8), double(2, 3, 30, 5))]
     expected = attention.l2_attention_plain(q, k, v)
     ours = attention.l2_attention(q, k, v)
@@ -48,7 +48,7 @@ def test_inference_holds_a_block_and_no_map():
 
 
 def test_memory_in_training_is_linear_in_the_points(monkeypatch):
-    monkeypatch.setitem(attention.BLOCK, "cpu", 2**16)
+    monkeypatch.setitem(attention.MAP_ENTRIES, "cpu", 2**16)
 
     def forward_and_backward(points):
         leaves = [torch.randn(1, 1, points, 64, requires_grad=True) for _ in range(3)]

@@ -61,7 +61,7 @@ class System(Protocol):
 
 @dataclass
 class Progress:
-    """Where a run stands; part of its checkpoint. Noise, data and captions of a step depend on its number alone, so
+    """Where a run stands; part of its checkpoint. Noise, data and captions depend on seed and step number alone, so
     there is no state of a random number generator to keep."""
 
     step: int = 0
@@ -129,7 +129,7 @@ class Loop:
         rejected = round(report.pop("rejected", 0))
         p.step, p.rejected = p.step + 1, p.rejected + rejected
         if rejected:
-            say(f"step {p.step}: a gradient was not finite, so this update was left out")
+            say(f"step {p.step}: {rejected} update(s) left out, as a gradient was not finite")
         self.guard.watch(report, rejected, self.folder.last_good)
         return report | self.system.after_step(p.step)
 

@@ -93,7 +93,7 @@ class Learner:
         return parts
 
     def step(self, number, parts):
-        """One step of both networks → {name: scalar}; `rejected` of its two updates had a gradient not finite.
+        """One step of both networks → {name: scalar}. `rejected` counts the updates left out for a gradient not finite.
 
         Both networks learn from the same pictures, so these are drawn once. Where gradients are accumulated they are
         drawn twice: the graphs of all parts together would take the memory that is to be saved.
