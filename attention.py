@@ -32,8 +32,7 @@ def l2_attention_plain(q, k, v):
 def l2_attention(q, k, v):
     """What l2_attention_plain computes, in memory that grows with the number of feature points N, not with N².
 
-    The map is made block by block, and each block again in the backward pass. Distances and weights are in float32,
-    under autocast too; the result has the dtype of v.
+    The map is made block by block, in float32, and again in the backward pass. The result has the dtype of v.
     """
     batch, (n, t), dtype = q.shape[:2], (q.shape[2], k.shape[2]), v.dtype
     size = MAP_ENTRIES[q.device.type]

@@ -225,9 +225,8 @@ class SynthesisLevel(nn.Module):
         self.resolution = level.resolution
         rest = (ConvBlock(config, level) for _ in range(level.num_blocks - 1))
         self.blocks = nn.ModuleList([first_block, *rest])
-        self.attentions = nn.ModuleList(
-            AttentionBlock(config, level) for _ in range(level.num_blocks if level.attn_depth else 0)
-        )
+        num_attentions = level.num_blocks if level.attn_depth else 0
+        self.attentions = nn.ModuleList(AttentionBlock(config, level) for _ in range(num_attentions))
         self.to_rgb = ToRGB(level.channels, config.w_dim, level.num_kernels)
 
     @property
