@@ -245,11 +245,14 @@ def rank_of_two(rank, path):
 
 
 def test_two_ranks_have_the_gradients_of_one_with_the_whole_batch(tmp_path):
-    """Adversarial, matching, R1, CLIP and expert losses together; wrong captions across the ranks."""
+    """Adversarial, matching, R1, CLIP and expert losses together; wrong captions across the ranks.
+
+    The ranks are started by hand, with the variables that torchrun sets.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    together = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "test"}
+    together = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     root = Path(__file__).parent.parent
     workers = []
     for rank in ("0", "1"):
