@@ -225,9 +225,9 @@ def conclude(args, result, generator, clip):
     """Adds the judge's verdict if it can read the images, and writes the files."""
     if args.data == "shapes" and generator.config.levels[-1].resolution in judge.RESOLUTIONS:
         result["judge, ψ 1"] = print_verdict(generator, clip, args.count)
-    written = args.out / "evaluation.json"
+    written, content = args.out / "evaluation.json", json.dumps(result, indent=2, ensure_ascii=False)
     try:
-        atomically(written, lambda temporary: temporary.write_text(json.dumps(result, indent=2, ensure_ascii=False)))
+        atomically(written, lambda temporary: temporary.write_text(content, "utf-8"))
         if args.curve:
             plot_curve(result["results"], result["protocol"], args.out / "curve.png")
     except OSError as error:

@@ -4,8 +4,12 @@ import argparse
 import ast
 import contextlib
 import dataclasses
+import errno
 import math
+import signal
 import sys
+
+DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # by itself, by a quota, or by a limit on files
 
 
 class UserError(ValueError):
@@ -21,12 +25,20 @@ def print_on_any_console():
 
 @contextlib.contextmanager
 def told_in_one_line():
-    """Turns a UserError into a line on stderr and exit status 2. Anything else is a bug and keeps its traceback."""
+    """Turns a UserError, or a full disk, into a line on stderr and exit status 2. Anything else is a bug and keeps its
+    traceback.
+    """
     print_on_any_console()
     try:
         yield
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.errno not in DISK_IS_FULL:
+            raise
+        what = f"{error.filename or 'a file'} could not be written: {error.strerror}"
+        print(f"error: {what}; make room on that disk, and give the same command again", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
@@ -42,6 +54,11 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
     def _get_help_string(self, action):
         return action.help if action.default is None else super()._get_help_string(action)
+
+
+def signals(*names):
+    """Those of the signals of these names that this system has; Windows has no SIGUSR1 and no SIGCHLD."""
+    return [getattr(signal, name) for name in names if hasattr(signal, name)]
 
 
 def first_line(error):

@@ -11,17 +11,21 @@ import torch.distributed as dist
 from torch.distributed.nn.functional import all_gather
 from tqdm import tqdm
 
-from common.cli import UserError
+from common.cli import UserError, first_line
 
 # Their successors are not in every PyTorch since 2.8; open_clip's loss calls the first as well.
 for name in ("all_gather", "`broadcast_buffers`"):
     warnings.filterwarnings("ignore", message=f".*{name} is deprecated", category=FutureWarning)
 
+# What torchrun sets in the environment of each rank.
+RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
 
 def start(device_name):
-    """Joins the process group where torchrun started us, and returns this rank's device.
+    """Joins the process group where torchrun, or another launcher, started us, and returns this rank's device.
 
-    device_name: "auto", "cpu", "cuda" or "cuda:N". Raises UserError for a device that is not there.
+    device_name: "auto", "cpu", "cuda" or "cuda:N". Raises UserError for a device that is not there, and where the other
+    ranks cannot be joined.
     """
     # Float32 is float32 from here on. PyTorch's default lets cuDNN's convolutions round to TF32, to 10 bits.
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
@@ -34,9 +38,9 @@ def start(device_name):
         raise UserError(f"--device {device_name}: use auto, cpu, cuda or cuda:N") from None
     if device.type not in ("cpu", "cuda"):
         raise UserError(f"--device {device_name}: use auto, cpu, cuda or cuda:N")
-    under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
+    launched = is_launched()
     if device.type == "cuda":
-        index = int(os.environ["LOCAL_RANK"]) if under_torchrun else device.index or 0
+        index = int(os.environ["LOCAL_RANK"]) if launched else device.index or 0
         if index >= torch.cuda.device_count():
             found = torch.cuda.device_count()
             raise UserError(
@@ -44,9 +48,32 @@ def start(device_name):
             )
         device = torch.device("cuda", index)
         torch.cuda.set_device(device)
-    if under_torchrun:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if launched:
+        try:
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        except (RuntimeError, ValueError) as error:
+            address = os.environ["MASTER_ADDR"]
+            raise UserError(f"the other ranks cannot be joined at {address}: {first_line(error)}") from error
     return device
+
+
+def is_launched():
+    """Whether a launcher made this process one of several ranks. Raises UserError where what it told is not enough."""
+    told = {name: os.environ.get(name, "") for name in RANK_VARIABLES}
+    if not told["RANK"] and not told["WORLD_SIZE"]:
+        return False
+    try:
+        numbers = [int(told[name]) for name in RANK_VARIABLES if name != "MASTER_ADDR"]
+        complete = 0 <= numbers[0] < numbers[1] and told["MASTER_ADDR"]
+    except ValueError:
+        complete = False
+    if not complete:
+        shown = ", ".join(f"{name}={value}" if value else f"no {name}" for name, value in told.items())
+        raise UserError(
+            f"the environment has {shown}, which does not say where the other ranks are: start all of them by "
+            "torchrun, or unset RANK and WORLD_SIZE to run alone"
+        )
+    return True
 
 
 def describe(device):

@@ -7,6 +7,7 @@ with the pairs that training never sees. A pair that cannot be used is skipped, 
 """
 
 import collections
+import contextlib
 import itertools
 import os
 import re
@@ -14,12 +15,13 @@ import signal
 import time
 from pathlib import Path
 
+import torch
 from braceexpand import braceexpand
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from tqdm import tqdm
 
 from common import distributed
-from common.cli import UserError, first_line
+from common.cli import UserError, first_line, signals
 from data.batches import Batch, Stopped, sample_indices
 from data.folder import Folder, Search
 from data.scenes import make_scene, render, scene_or_twin
@@ -29,6 +31,7 @@ NAMES = ("emoji", "shapes")  # of the built-in data
 EMOJI = Path(__file__).parent / "emoji.tar.gz"
 SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 WORKER_TIMEOUT = 300  # seconds in which a worker must make a batch; longer than its own patience
+QUEUE_BYTES = 2**20  # of shared memory that DataLoader needs beside the batches, generously
 POLL = 1  # seconds of waiting for a batch after which the run is asked whether to stop
 RETRIES = 3  # of workers that hang or die, in a row
 
@@ -95,9 +98,13 @@ def loader(source, first, batch, workers, asked_to_stop=lambda: False):
         stream, timeout = Stream(source, first, *share), min(POLL, WORKER_TIMEOUT) if workers else 0
         options = {"num_workers": workers, "worker_init_fn": leave_signals_to_the_run, "timeout": timeout}
         try:
+            if workers:
+                with room_in_shared_memory():
+                    torch.empty(QUEUE_BYTES, dtype=torch.uint8).share_memory_()
             batches = iter(DataLoader(stream, batch_size=None, **options))
             # DataLoader's handler raises at a worker's death, wherever the run happens to be; waiting sees it too.
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            for number in signals("SIGCHLD"):
+                signal.signal(number, signal.SIG_DFL)
             while True:
                 yield wait_for(batches, asked_to_stop)
                 first, failures = first + 1, 0
@@ -129,9 +136,23 @@ def wait_for(batches, asked_to_stop):
 
 def leave_signals_to_the_run(_):
     """Ctrl-C and a warning of preemption reach the workers too; the run they serve decides when to stop."""
-    for number in (signal.SIGINT, signal.SIGUSR1):
+    for number in signals("SIGINT", "SIGUSR1"):
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+@contextlib.contextmanager
+def room_in_shared_memory():
+    """Where shared memory is full, a UserError says what helps."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "No space left" not in str(error):
+            raise
+        raise UserError(
+            "there is too little shared memory (/dev/shm) for the data workers: take --workers 0, or give more, as by "
+            "docker run --shm-size 8g"
+        ) from error
 
 
 class Stream(IterableDataset):
@@ -145,7 +166,11 @@ class Stream(IterableDataset):
     def __iter__(self):
         worker = get_worker_info()
         offset, stride = (worker.id, worker.num_workers) if worker else (0, 1)
-        return self.source.batches(range(self.first + offset, 2**62, stride), *self.share)
+        for batch in self.source.batches(range(self.first + offset, 2**62, stride), *self.share):
+            if worker:  # the queue would do it as well, but in a thread, whose errors reach nobody
+                with room_in_shared_memory():
+                    batch.images.share_memory_()
+            yield batch
 
 
 # ----------------------------------------------------------------------------------------------------------------------

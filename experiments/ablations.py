@@ -139,7 +139,11 @@ def run(name, seed, images, folder):
     options = f"--preset ablation --steps {images // BATCH} --batch {BATCH} --seed {seed}"
     options += " --workers 0 --device cpu --dtype fp32"
     args = train.parse_args([*options.split(), "--sample-every", str(images), "--out", str(folder / "run")])
-    with (folder / "log.txt").open("a") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+    with (
+        (folder / "log.txt").open("a", encoding="utf-8") as log,
+        contextlib.redirect_stdout(log),
+        contextlib.redirect_stderr(log),
+    ):
         trained = train.Run(args, torch.device("cpu"))
         if trained.train():
             return  # it was asked to stop, and has saved
@@ -147,7 +151,7 @@ def run(name, seed, images, folder):
         "seconds": trained.loop.progress.seconds,
         "images": images,
     }
-    atomically(folder / "result.json", lambda temporary: temporary.write_text(json.dumps(result)))
+    atomically(folder / "result.json", lambda temporary: temporary.write_text(json.dumps(result), "utf-8"))
 
 
 def measure(generator, clip, count):
@@ -174,7 +178,7 @@ def run_all(names, seeds, images, out):
         raise UserError(f"{len(stopped)} runs were stopped, as of {stopped[0]!r}; the same command goes on with them")
     results = {name: [] for name in names}
     for (name, _), folder in folders.items():
-        results[name].append(json.loads((folder / "result.json").read_text()))
+        results[name].append(json.loads((folder / "result.json").read_text("utf-8")))
     return results
 
 

@@ -208,7 +208,7 @@ def ranks(machine):
             root = Path(__file__).parent.parent
             command = [sys.executable, *launchers[number], *options]
             subprocess.run(command, cwd=root, env=environment, check=True, capture_output=True)
-            rows = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+            rows = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text("utf-8").splitlines()]
         seconds = statistics.median(row["seconds"] for row in rows[5:] if "fid" not in row)
         rates.setdefault(number, []).append(PRESETS["shapes"].recipe.batch / seconds)
     one, several = (statistics.median(rates[number]) for number in launchers)
@@ -385,7 +385,8 @@ def main():
                 "torch": torch.__version__,
                 "ceilings": machine.ceilings,
             }
-            args.out.write_text(json.dumps(figures | {"rows": [vars(row) for row in rows]}, indent=1) + "\n")
+            content = json.dumps(figures | {"rows": [vars(row) for row in rows]}, indent=1) + "\n"
+            args.out.write_text(content, "utf-8")
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from neighbours.system import RESOLUTIONS
 from sampling.pictures import grid, to_pil
 from training.loop import Loop
 from training.run_folder import RunFolder
+from training.step import noise_of
 from weights.checkpoint import atomically
 
 NUM_PICTURES = 24
@@ -77,9 +78,8 @@ class Trained:
     def step(self, number, batches):
         (batch,) = batches
         clip, ranks = self.system.clip, distributed.world_size()
-        seed = (self.args.seed << 40) + number * ranks + distributed.rank()
         text = clip.encode_text(clip.tokenize(batch.captions))
-        noise = torch.Generator().manual_seed(seed % 2**63)
+        noise = noise_of(self.args.seed, number * ranks + distributed.rank())
         return self.system.step(number, batch.images.to(self.device), text, noise)
 
     def after_step(self, number):

@@ -1,10 +1,12 @@
 """Makes a trained generator ready to sample: what never changes is computed once, and weights may be bfloat16."""
 
+import contextlib
 import functools
 
 import torch
 import torch.nn.functional as F
 
+from common.cli import UserError, first_line
 from layers import Float32
 from modulation import ModulatedConv2d, UpsamplingConv2d, multiply
 
@@ -47,6 +49,20 @@ def prepare(generator, dtype=torch.float32, compiled=False):
     if compiled:
         generator.synthesis.compile(dynamic=False)
     return generator
+
+
+@contextlib.contextmanager
+def compiling():
+    """Where torch.compile fails at a first call, as it does without a compiler, a UserError says so."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, torch._dynamo.exc.TorchDynamoException):
+            raise
+        raise UserError(
+            f"--compile failed ({first_line(error)}); it needs a C++ compiler, as g++ in the PATH; without --compile "
+            "the pictures are the same"
+        ) from error
 
 
 @torch.no_grad()

@@ -94,7 +94,8 @@ def draw(generator, frames):
     """Frames → Drawn, in batches of latent.BATCH."""
     w, local_text = (torch.stack(t) for t in list(zip(*frames, strict=True))[:2])
     parts = len(range(0, len(frames), latent.BATCH))
-    outputs = list(tqdm(latent.outputs(generator, w, local_text), total=parts, disable=parts < 2, leave=False))
+    with inference.compiling():
+        outputs = list(tqdm(latent.outputs(generator, w, local_text), total=parts, disable=parts < 2, leave=False))
     images = torch.cat([output.image for output in outputs]).clamp(-1, 1)
     routings = {
         name: Routing(*map(torch.cat, zip(*(output.routings[name] for output in outputs), strict=True)))

@@ -16,13 +16,15 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 import losses
-from augment import NUM_CHANCES
+from augment import NUM_CHANCES, augment
+from aurora import Generator, Output
 from clip import FrozenClip, new_small
 from common import distributed
 from data.scenes import make_scene, render
 from discriminator import CLIP, CLIP_HEAD, Discriminator
 from experiments.scenes_clip import vocabulary_ids
 from presets import PRESETS
+from router import Routing
 
 
 def softplus(x):
@@ -179,14 +181,35 @@ def test_balanced_routing_costs_one():
     assert losses.load_balancing_loss(logits[:, :1], logits[:, :1].argmax(-1)).item() == pytest.approx(4)
 
 
+def test_a_thousandth_of_both_losses_of_every_router_is_added():
+    """The release's weights; without a router, as at 4×4, there is nothing to add."""
+    routings = {
+        name: Routing(torch.randn(2, 5, 3).double(), torch.randint(3, (2, 5)), None) for name in ("8.0.0", "8.0.1")
+    }
+    expected = sum(
+        0.001 * (losses.z_loss(routing.logits) + losses.load_balancing_loss(routing.logits, routing.expert_index))
+        for routing in routings.values()
+    )
+    output = Output(image=None, pyramid={}, w=torch.zeros(2, 4).double(), routings=routings)
+    torch.testing.assert_close(losses.moe_loss(output), expected)
+    assert losses.moe_loss(dataclasses.replace(output, routings={})) == 0
+
+
+def test_wrong_captions_are_found_on_other_ranks_and_own_ones_count_nothing(monkeypatch):
+    """The second of two ranks, of which the last caption has no other to be wrong."""
+    codes = torch.randn(4, 3)
+    monkeypatch.setattr(distributed, "rank", lambda: 1)
+    monkeypatch.setattr(distributed, "gather", lambda _: codes)
+    code, is_wrong = losses.choose_wrong(codes[2:], torch.tensor([0, 3]))
+    assert torch.equal(code, codes[[0, 3]]) and is_wrong.tolist() == [1, 0]
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Both objectives as training computes them, on one rank and on two.
 
 
 def objectives():
     """Networks of the `shapes` preset up to 8×8, and a global batch of six with one caption twice."""
-    from aurora import Generator
-
     torch.manual_seed(0)
     preset = PRESETS["shapes"]
     generator, discriminator = Generator(preset.generator), Discriminator(preset.discriminator)
@@ -245,11 +268,14 @@ def rank_of_two(rank, path):
 
 
 def test_two_ranks_have_the_gradients_of_one_with_the_whole_batch(tmp_path):
-    """Adversarial, matching, R1, CLIP and expert losses together; wrong captions across the ranks."""
+    """Adversarial, matching, R1, CLIP and expert losses together; wrong captions across the ranks.
+
+    The ranks are started by hand, with the variables that torchrun sets.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    together = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "test"}
+    together = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     root = Path(__file__).parent.parent
     workers = []
     for rank in ("0", "1"):
@@ -308,6 +334,36 @@ def test_both_objectives_are_the_sum_of_their_parts():
     expected = adversarial + recipe.matching_weight_generator * matching + recipe.clip_weight * alignment
     assert report["loss"].item() == pytest.approx(expected + losses.moe_loss(output).item(), rel=1e-4)
     assert math.isfinite(report["loss"].item())
+
+
+def test_without_a_wrong_caption_nothing_is_matched():
+    generator, discriminator, clip, real, fake, captions, z = objectives()
+    recipe, ids = PRESETS["shapes"].recipe, clip.tokenize(captions[:1] * 6)
+    text, wrong = clip.encode_text(ids), losses.wrong_captions(ids)
+    report = losses.DiscriminatorLoss(discriminator, clip, recipe)(real, fake, text, wrong, CHANCES, 0)
+    output = generator(z, text.tokens, text.eot, 8)
+    of_generator = losses.generator_loss(output, text, wrong, CHANCES[:, 1], discriminator, clip, recipe)
+    assert report["d_matching"] == of_generator["g_matching"] == 0 and "r1" not in report
+
+
+def test_the_discriminator_sees_augmented_images_and_clip_those_as_they_are():
+    """Real and generated ones by chances of their own: as if they had been changed before."""
+    generator, discriminator, clip, real, fake, captions, z = objectives()
+    plain, ids = PRESETS["shapes"].recipe, clip.tokenize(captions)
+    augmented = dataclasses.replace(plain, augment=("color", "cutout"))
+    text, wrong = clip.encode_text(ids), losses.wrong_captions(ids)
+    changed = [augment(x, augmented.augment, CHANCES[:, n]) for n, x in enumerate((real, fake))]
+    report = losses.DiscriminatorLoss(discriminator, clip, augmented)(real, fake, text, wrong, CHANCES, 16)
+    expected = losses.DiscriminatorLoss(discriminator, clip, plain)(*changed, text, wrong, CHANCES, 16)
+    assert all(report[name].item() == pytest.approx(value.item(), rel=1e-5) for name, value in expected.items())
+
+    output = generator(z, text.tokens, text.eot, 8)
+    common = text, wrong, CHANCES[:, 1], discriminator, clip
+    report, without = (losses.generator_loss(output, *common, recipe) for recipe in (augmented, plain))
+    changed = augment(output.pyramid, augmented.augment, CHANCES[:, 1])
+    expected = losses.generator_loss(dataclasses.replace(output, pyramid=changed), *common, plain)
+    for name, source in (("g_adversarial", expected), ("g_matching", expected), ("g_clip", without)):
+        assert report[name].item() == pytest.approx(source[name].item(), rel=1e-5), name
 
 
 def test_bfloat16_is_safe():

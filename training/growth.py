@@ -11,7 +11,7 @@ from common import distributed
 from common.cli import UserError
 from evaluation.metrics import extract_clip_features, extract_fake_features, fid, frechet_distance, statistics
 from layers import resize
-from weights.checkpoint import atomically, load_tensors
+from weights.checkpoint import atomically, load_tensors, write_digested
 
 PATIENCE = 10  # evaluations without a better FID after which a phase ends
 
@@ -51,7 +51,7 @@ class Growth:
         if kept is None:
             kept = self.compute_reference(source, asked_to_stop)
             if kept and distributed.is_main():
-                atomically(path, lambda temporary: torch.save(kept, temporary))
+                atomically(path, lambda temporary: write_digested(kept, temporary))
         if kept:
             self.captions, self.statistics = kept["captions"], kept["statistics"]
             self.phase.reference_fid = kept["reference_fid"]

@@ -17,13 +17,11 @@ import torch
 from tqdm import tqdm
 
 from common import distributed
-from common.cli import UserError, first_line
+from common.cli import UserError, first_line, signals
 from common.distributed import say
 from data import sources
 from data.pairs import CAUSES
 from training.guard import Guard
-
-SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
 
 
 class System(Protocol):
@@ -157,7 +155,7 @@ class Loop:
             if number == signal.SIGINT:
                 signal.signal(number, signal.default_int_handler)
 
-        former = {number: signal.signal(number, ask) for number in SIGNALS}
+        former = {number: signal.signal(number, ask) for number in signals("SIGINT", "SIGTERM", "SIGUSR1")}
         try:
             yield
         finally:
@@ -205,19 +203,28 @@ class Loop:
         say(f"Resuming from step {self.progress.step}.")
 
     def introduce(self, config):
-        """Writes the configuration, and a checkpoint of the start, so that a folder that cannot be written is told."""
+        """Writes the configuration, and a checkpoint of the start. Raises UserError where that cannot be written."""
         config |= self.folder.identity | {"steps": self.steps, "world_size": distributed.world_size()}
         self.folder.write_config(config | {"torch": torch.__version__})
         if not self.folder.last_good:
             self.save()
+            self.check_saved()
 
     def conclude(self):
-        p, folder = self.progress, self.folder
+        p = self.progress
         if p.skipped.total() or p.rejected:
             causes = ", ".join(f"{count} {cause}" for cause, count in p.skipped.most_common() if count)
             say(f"Of the data was skipped: {causes or 'nothing'}. {p.rejected} updates were left out as not finite.")
-        with distributed.together():
-            if distributed.is_main() and folder.saved_step != p.step:
-                raise UserError(f"step {p.step} is not saved; the last good checkpoint: {folder.last_good or 'none'}")
+        self.check_saved()
         ended = "Stopped and saved; the same command resumes the run." if p.step < self.steps else "Done."
-        say(f"{ended} {p.step} steps. The generator: {folder.generator}")
+        say(f"{ended} {p.step} steps. The generator: {self.folder.generator}")
+
+    def check_saved(self):
+        """Raises UserError where this step is not on the disk."""
+        step, folder = self.progress.step, self.folder
+        with distributed.together():
+            if distributed.is_main() and folder.saved_step != step:
+                raise UserError(
+                    f"step {step} is not saved; the last good checkpoint: {folder.last_good or 'none'}. Mend what was "
+                    "told above, and give the same command again"
+                )

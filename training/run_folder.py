@@ -23,7 +23,9 @@ GROUPS = {"d_": "discriminator", "lo": "discriminator", "r1": "discriminator", "
 
 
 def written(what):
-    """Makes a method one that the main rank alone calls, and that a full disk does not stop: it says so and goes on."""
+    """Makes a method one that the main rank alone calls, and that a full disk does not stop: it says so, once until the
+    method succeeds again, and goes on.
+    """
 
     def decorate(method):
         @functools.wraps(method)
@@ -31,8 +33,11 @@ def written(what):
             if distributed.is_main():
                 try:
                     method(self, *args)
+                    self.unwritten.discard(what)
                 except OSError as error:
-                    say(f"note: {what} could not be written ({error.strerror or first_line(error)}); the run goes on")
+                    if what not in self.unwritten:
+                        say(self.not_written(what, error))
+                    self.unwritten.add(what)
 
         return by_main
 
@@ -54,6 +59,7 @@ class RunFolder:
         self.last_good = None  # the newest checkpoint that is known to be whole
         self.saved_step = None
         self.log_file = self.board = self.lock_file = None
+        self.unwritten = set()  # what could not be written, and has been told
 
     def prepare(self):
         """Makes the folders, and locks them against another run. Raises UserError."""
@@ -140,6 +146,12 @@ class RunFolder:
                 "captions are compared, so it is no longer equal, bit by bit, to one that was not stopped"
             )
 
+    def not_written(self, what, error):
+        kept = f"the checkpoint {self.last_good.name} is whole" if self.last_good else "there is no checkpoint yet"
+        reason = error.strerror or first_line(error)
+        remedy = f"make room on the disk of {self.path}; --keep 1 takes less"
+        return f"note: {what} could not be written ({reason}) and is tried again later; {kept}; {remedy}"
+
     @property
     def generator(self):
         return self.path / "generator_ema.safetensors"
@@ -147,15 +159,15 @@ class RunFolder:
     @written("config.json")
     def write_config(self, config):
         content = json.dumps(config, indent=2) + "\n"
-        checkpoint.atomically(self.path / "config.json", lambda temporary: temporary.write_text(content))
+        checkpoint.atomically(self.path / "config.json", lambda temporary: temporary.write_text(content, "utf-8"))
 
     @written("metrics.jsonl")
     def open_log(self, step):
         """Opens the log, without the lines of steps after `step`, which are about to be made again."""
         path = self.path / "metrics.jsonl"
-        lines = path.read_text(errors="replace").splitlines() if path.exists() else []
+        lines = path.read_text("utf-8", "replace").splitlines() if path.exists() else []
         kept = "".join(line + "\n" for line in lines if 0 < step_of(line) <= step)
-        checkpoint.atomically(path, lambda temporary: temporary.write_text(kept))
+        checkpoint.atomically(path, lambda temporary: temporary.write_text(kept, "utf-8"))
         self.log_file = path.open("a", encoding="utf-8")
         if self.with_board:
             from torch.utils.tensorboard import SummaryWriter  # here, as it takes a second to import
@@ -190,7 +202,11 @@ class RunFolder:
         own = {"identity": resolved(self.identity), "sharing": self.sharing}
         self.last_good = checkpoint.save_run(self.checkpoints, step, own | state, keep)
         self.saved_step = step
-        write_generator(self.generator)
+        self.write_generator(write_generator)
+
+    @written("generator_ema.safetensors")
+    def write_generator(self, write):
+        write(self.generator)
 
 
 def step_of(line):

@@ -7,6 +7,7 @@ import contextlib
 import gc
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
@@ -77,7 +78,7 @@ class Learner:
 
     def prepare(self, seed, number, batches):
         """This rank's batches of step `number` → a list of Part. Noise depends on the seed and the step's number."""
-        generator = torch.Generator().manual_seed(((seed << 40) + number) % 2**63)
+        generator = noise_of(seed, number)
         z = torch.randn(self.batch, self.generator.config.z_dim, generator=generator)  # of all ranks and parts
         chances = torch.rand(self.batch, 2, NUM_CHANCES, generator=generator)
         parts, ranks = [], distributed.world_size()
@@ -208,6 +209,11 @@ class Learner:
 
     def weights_are_finite(self):
         return all(p.isfinite().all() for name in NETWORKS for p in getattr(self, name).parameters())
+
+
+def noise_of(*numbers):
+    """A torch.Generator on the CPU for a run's seed, a step's number and the like. It keeps 32 bits of a seed only."""
+    return torch.Generator().manual_seed(int(np.random.SeedSequence(numbers).generate_state(1)[0]))
 
 
 def adam(network, lr):

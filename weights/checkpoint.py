@@ -28,13 +28,20 @@ DEMO, SHAPES = MODELS / "emoji.safetensors", MODELS / "shapes.safetensors"
 def atomically(path, write):
     """Calls write(temporary path), then renames: whoever reads `path` finds the old file or the new one, whole.
 
-    The file is on the disk before it takes its name, so that this holds where a machine loses power too.
+    The file is on the disk before it takes its name, so that this holds where a machine loses power too. Raises OSError
+    where the disk does not take it.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name[:50]}.{secrets.token_hex(4)}.tmp")  # a name that no file has yet
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode
         write(temporary)
+        temporary.chmod(mode)  # safetensors lets the owner alone read its files
         rename(temporary, path)
+    except SafetensorError as error:  # its word for an error of the disk
+        number = re.search(r"os error (\d+)", str(error))
+        raise OSError(int(number[1]) if number else None, first_line(error), str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -86,10 +93,7 @@ def save_generator(path, generator, clip, resolution, notes):
         "kept_ids": json.dumps(clip.kept_ids),
         "notes": json.dumps(notes),
     }
-    try:
-        atomically(path, lambda temporary: save_file(tensors, temporary, metadata))
-    except SafetensorError as error:
-        raise OSError(first_line(error)) from error
+    atomically(path, lambda temporary: save_file(tensors, temporary, metadata))
 
 
 def load_generator(path, device="cpu", clip_spec=None):

@@ -1,10 +1,14 @@
 """The manners of the commands."""
 
+import errno
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from common.cli import signals, told_in_one_line
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -29,3 +33,17 @@ def test_a_console_without_the_signs_shows_question_marks(encoding, arguments, s
     assert done.returncode == status and b"Traceback" not in done.stderr
     if not arguments:
         assert done.stderr.decode(encoding).startswith("error: ")
+
+
+def test_a_full_disk_is_one_line_and_another_error_keeps_its_traceback(capsys):
+    with pytest.raises(SystemExit) as ended, told_in_one_line():
+        raise OSError(errno.ENOSPC, "No space left on device", "a.png")
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.startswith("error: a.png could not be written: No space left on device; make room")
+    with pytest.raises(OSError, match="Input/output"), told_in_one_line():
+        raise OSError(errno.EIO, "Input/output error")
+
+
+def test_signals_that_a_system_lacks_are_left_out(monkeypatch):
+    monkeypatch.delattr(signal, "SIGUSR1")  # as on Windows
+    assert signals("SIGTERM", "SIGUSR1") == [signal.SIGTERM]

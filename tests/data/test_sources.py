@@ -4,10 +4,14 @@ import io
 import itertools
 import json
 import os
+import shutil
 import signal
+import subprocess
+import sys
 import tarfile
 import time
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +20,8 @@ from PIL import Image
 from common.cli import UserError
 from data import shards, sources
 from data.pairs import DUPLICATE, EMPTY, ENCODING, IMAGE, NO_CAPTION, NO_IMAGE, SHARD
+
+ROOT = Path(__file__).parent.parent.parent
 
 
 def jpeg(color, size=(48, 36), mode="RGB"):
@@ -94,19 +100,6 @@ def test_broken_images_and_captions_are_skipped_and_counted(folder):
     (batch,) = take(sources.open_data(str(folder), 16, seed=0), 1, batch=6, rank=0, world_size=1)
     assert len(batch.captions) == 6 and set(batch.captions) == {"picture 4", "picture 5"}
     assert batch.skipped[IMAGE] >= 2 and batch.skipped[ENCODING] >= 1 and batch.skipped[EMPTY] >= 1
-
-
-@pytest.mark.parametrize("content", ["nothing", "no captions", "missing", "a file"])
-def test_a_folder_without_pairs_is_one_clear_line(tmp_path, content):
-    path = tmp_path / "data"
-    if content == "a file":
-        path.write_text("x")
-    elif content != "missing":
-        path.mkdir()
-    if content == "no captions":
-        (path / "1.jpg").write_bytes(jpeg((1, 2, 3)))
-    with pytest.raises(UserError, match="--data"):
-        sources.open_data(str(path), 16, seed=0)
 
 
 def test_a_folder_of_which_nothing_can_be_read_says_so(folder):
@@ -245,6 +238,47 @@ def test_workers_that_always_fail_end_in_one_clear_line(monkeypatch):
     monkeypatch.setattr(source, "draw", lambda scenes: os.kill(os.getpid(), signal.SIGKILL))
     with pytest.raises(UserError, match="data workers failed 2 times in a row"):
         next(sources.loader(source, 0, 2, workers=1))
+
+
+@pytest.mark.parametrize("when", ["at the start", "in a worker"])
+def test_too_little_shared_memory_is_told_at_the_first_error(monkeypatch, capsys, when):
+    share, least = torch.Tensor.share_memory_, 0 if when == "at the start" else sources.QUEUE_BYTES
+
+    def full(tensor):
+        if tensor.nbytes > least:
+            raise RuntimeError("unable to allocate shared memory(shm) for file </x>: No space left on device (28)")
+        return share(tensor)
+
+    monkeypatch.setattr(torch.Tensor, "share_memory_", full)
+    with pytest.raises(UserError, match=r"^there is too little shared memory .* --workers 0, .* --shm-size"):
+        next(sources.loader(sources.Scenes(128, seed=0), 0, 8, workers=1))
+    assert "replaced" not in capsys.readouterr().out
+
+
+TINY_MEMORY = """
+mount -t tmpfs -o size=1200k tmpfs /dev/shm || exit 77
+exec "$0" -c 'from data import sources; next(sources.loader(sources.Scenes(128, 0), 0, 8, workers=1))'
+"""
+
+
+@pytest.mark.skipif(not shutil.which("unshare"), reason="needs a file system of its own")
+def test_a_machine_with_little_shared_memory_says_so():
+    """As a container has it: 64 MB by default. Here there is room for the queues, and for no batch."""
+    command = ["unshare", "--mount", "bash", "-c", TINY_MEMORY, sys.executable]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    if done.returncode != 1 or "Error" not in done.stderr:
+        pytest.skip("nothing may be mounted here")
+    assert "too little shared memory" in done.stderr.strip().splitlines()[-1]
+
+
+def test_workers_where_there_are_no_signals_of_posix(monkeypatch):
+    """As on Windows, which has no SIGUSR1 and no SIGCHLD."""
+    monkeypatch.setattr("torch.utils.data._utils.signal_handling.IS_WINDOWS", True)
+    for name in ("SIGUSR1", "SIGCHLD"):
+        monkeypatch.delattr(signal, name)
+    source = sources.Scenes(8, seed=0)
+    made = next(sources.loader(source, 0, 2, workers=1))
+    assert made.captions == take(source, 1, batch=2, rank=0, world_size=1)[0].captions
 
 
 def test_evaluation_scenes_are_not_the_training_ones():

@@ -136,6 +136,14 @@ def test_real_images_are_averaged_down():
     assert torch.equal(features.real_pixels(images, 16).float(), expected)
 
 
+def test_pictures_do_not_depend_on_how_many_are_drawn_at_a_time(demo):
+    captions = [make_scene(i).caption for i in range(5)]
+    z = latent.noise(demo[0], 5, seed=0)
+    (whole,) = metrics.generate(*demo, captions, z)
+    parts = torch.cat([output.image for output in metrics.generate(*demo, captions, z, batch=2)])
+    torch.testing.assert_close(parts, whole.image, atol=1e-4, rtol=1e-4)
+
+
 def test_truncation_to_nothing_is_the_prompts_mean_picture(demo):
     captions = ["a small red circle on a gray background"] * 2
     (output,) = metrics.generate(*demo, captions, latent.noise(demo[0], 2, seed=0), psi=0)

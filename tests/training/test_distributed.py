@@ -1,11 +1,16 @@
 """The number of ranks changes nothing: gradients of a whole step, and errors told once."""
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
+
+from common import distributed
+from common.cli import UserError
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -50,3 +55,25 @@ def test_a_mistake_is_told_once_by_all_ranks_together(tmp_path):
     (tmp_path / "data").mkdir()
     done = torchrun(2, "train.py", "--device", "cpu", "--data", tmp_path / "data", "--out", tmp_path / "run")
     assert done.returncode != 0 and done.stderr.count("error: --data") == 1
+
+
+@pytest.mark.parametrize(
+    "values", ["0", " 2", "2 2 0 127.0.0.1 1", "x 2 0 127.0.0.1 1", "0 2 0  1", "0 2  127.0.0.1 1"]
+)
+def test_an_environment_that_names_half_a_launch_is_refused(monkeypatch, values):
+    """RANK or WORLD_SIZE alone, and what no launcher sets; joining by all of them is tested in test_losses.py."""
+    for name, value in zip(distributed.RANK_VARIABLES, values.split(" "), strict=False):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="start all of them by torchrun, or unset RANK and WORLD_SIZE"):
+        distributed.start("cpu")
+
+
+def test_ranks_that_cannot_be_joined_are_told(monkeypatch):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        for name, value in zip(distributed.RANK_VARIABLES, ("0", "2", "0", "127.0.0.1", port), strict=True):
+            monkeypatch.setenv(name, value)
+        with pytest.raises(UserError, match=r"cannot be joined at 127.0.0.1: .*in use"):
+            distributed.start("cpu")

@@ -84,6 +84,15 @@ def test_a_disk_that_stays_full(tmp_path, common, expected, at_step):
     assert_identical(state_of(tmp_path / "run"), expected)
 
 
+@pytest.mark.parametrize("room", [1000, 300_000], ids=["for nothing", "for the reference"])
+def test_a_disk_that_is_full_from_the_start(tmp_path, common, run_main, at_step, room):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, resource.RLIM_INFINITY))
+    options = ("--workers", 0, "--device", "cpu", "--steps", 2)
+    status, _, stderr = run_main(train.main, *common, *options, "--out", tmp_path / "run")
+    assert status == 2 and stderr.splitlines()[-1].startswith("error: ") and "Traceback" not in stderr
+    assert "same command again" in stderr and not list((tmp_path / "run").glob("**/*.tmp"))
+
+
 @pytest.mark.parametrize("tenths", range(10))
 def test_a_checkpoint_cut_short(tmp_path, common, expected, tenths):
     run(*common, "--out", tmp_path / "run", "--steps", 3)

@@ -1,6 +1,8 @@
 """The folder of a run: it touches no file of the user's, keeps other runs out, and is resumed as the run it is."""
 
+import contextlib
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -228,6 +230,30 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on(tmp_path, monkeypatch, caps
     folder.write_picture(picture(), {}, 3)
     folder.save(3, state(3), 3, None)
     said = capsys.readouterr().out.splitlines()
-    assert len(said) == 4 and all(line.endswith("(No space left on device); the run goes on") for line in said)
+    told = r"note: .* could not be written \(No space left on device\) .* 00000002-\w+.pt is whole; make room"
+    assert len(said) == 4 and all(re.match(told, line) for line in said)
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 3}\n'  # there was room again
     assert folder.last_good.name.startswith("00000002-")
+
+
+def test_a_disk_that_stays_full_is_told_once_and_again_after_there_was_room(tmp_path, capsys):
+    folder = made(tmp_path)
+    folder.open_log(2)
+    room, full = folder.log_file, open("/dev/full", "w")  # noqa: SIM115 - closed below
+    for file in (full, full, room, full):
+        folder.log_file = file
+        folder.log({"step": 3})
+    assert capsys.readouterr().out.count("note: metrics.jsonl could not be written") == 2
+    with contextlib.suppress(OSError):
+        full.close()
+
+
+def test_a_generator_that_finds_no_room_is_told_apart_from_its_checkpoint(tmp_path, capsys):
+    folder = made(tmp_path)
+
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    folder.save(3, state(3), 3, full)
+    assert "note: generator_ema.safetensors could not" in capsys.readouterr().out
+    assert folder.last_good.name.startswith("00000003-") and folder.saved_step == 3

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from aurora import Generator
 from clip import load_clip
@@ -51,8 +52,9 @@ def test_a_file_that_could_not_be_written_is_the_old_one(tmp_path):
 def test_a_file_has_the_permissions_of_any_other_and_may_have_a_long_name(tmp_path):
     path, other = tmp_path / ("x" * 250), tmp_path / "other"
     other.write_text("")
-    checkpoint.atomically(path, lambda temporary: temporary.write_text("new"))
-    assert stat.S_IMODE(path.stat().st_mode) == stat.S_IMODE(other.stat().st_mode)
+    for write in (lambda temporary: temporary.write_text("new"), lambda temporary: save_file({}, temporary)):
+        checkpoint.atomically(path, write)
+        assert stat.S_IMODE(path.stat().st_mode) == stat.S_IMODE(other.stat().st_mode)
 
 
 def test_a_checkpoint_is_hashed_as_it_is_written(tmp_path, monkeypatch):

@@ -1,0 +1,103 @@
+"""The reference FID and the generator's against their definitions, and when a resolution is left."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from clip import load_clip
+from data.batches import Batch
+from presets import PRESETS
+from sampling import latent
+from training import growth
+from training.growth import Growth
+from weights.checkpoint import DEMO, load_generator
+
+RECIPE = dataclasses.replace(PRESETS["shapes"].recipe, fid_samples=5)
+
+
+def distance(a, b):
+    """The Fréchet distance between features [N, D] and [M, D] in NumPy: tr (Σ_a Σ_b)^½ is a nuclear norm."""
+    (mean_a, a), (mean_b, b) = ((x.mean(0), (x - x.mean(0)) / np.sqrt(len(x) - 1)) for x in (a, b))
+    trace = (a**2).sum() + (b**2).sum() - 2 * np.linalg.norm(a @ b.T, "nuc")
+    return ((mean_a - mean_b) ** 2).sum() + trace
+
+
+class Spread:
+    """In the place of a CLIP: features that change with the resolution."""
+
+    device = torch.device("cpu")
+
+    def encode_image(self, images):
+        return torch.cat([images.mean((2, 3)), images.std((2, 3))], 1)
+
+
+class Pictures:
+    """A source of 14 random images of 16×16, in batches of four."""
+
+    images = torch.randn(14, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+
+    def evaluation_pairs(self, rank, world_size):
+        for first in range(0, 14, 4):
+            part = range(first, min(first + 4, 14))
+            yield Batch(self.images[first : first + 4], [f"picture {i}" for i in part], {})
+
+
+def features_at(images, resolution):
+    pixels = images.double().unflatten(2, (resolution, -1)).unflatten(4, (resolution, -1)).mean((3, 5)).numpy()
+    return np.concatenate([pixels.mean((2, 3)), pixels.std((2, 3), ddof=1)], 1)
+
+
+def test_the_reference_is_between_two_disjoint_sets_at_each_resolution(tmp_path):
+    measured = Growth(RECIPE, [4, 8], Spread(), seed=0)
+    assert measured.measure_reference(Pictures(), tmp_path / "reference.pt")
+    assert measured.captions == [f"picture {i}" for i in range(5)]  # and the statistics are of the other images
+    for resolution in (4, 8):
+        features = features_at(Pictures.images, resolution)
+        mean, covariance = measured.statistics[resolution]
+        np.testing.assert_allclose(mean, features[5:10].mean(0), rtol=1e-4)
+        np.testing.assert_allclose(covariance, np.cov(features[5:10].T), rtol=1e-3, atol=1e-6)
+        expected = distance(features[:5], features[5:10])
+        assert measured.phase.reference_fid[resolution] == pytest.approx(expected, rel=1e-3)
+
+
+def test_a_reference_of_other_samples_is_measured_again(tmp_path):
+    path = tmp_path / "reference.pt"
+    for samples in (5, 6):
+        recipe = dataclasses.replace(RECIPE, fid_samples=samples)
+        measured = Growth(recipe, [4], Spread(), seed=0)
+        measured.measure_reference(Pictures(), path)
+        assert len(measured.captions) == samples
+
+
+@pytest.mark.parametrize("phase", [0, 2])
+def test_the_fid_is_of_the_generators_output_at_the_active_resolution(phase):
+    generator, clip = load_generator(DEMO)[0], load_clip("small")
+    captions = [f"a small {color} circle on a gray background" for color in ("red", "green", "blue", "pink", "cyan")]
+    measured = Growth(RECIPE, [4, 8, 16, 32], clip, seed=3)
+    measured.phase.number, measured.captions = phase, captions
+    resolution = (4, 8, 16)[phase]
+    for level in generator.synthesis.levels:
+        for parameter in level.to_rgb.parameters():
+            parameter *= 3  # so that there is something to cut
+    text = clip.encode_text(clip.tokenize(captions))
+    image = generator(latent.noise(generator, 5, seed=3), text.tokens, text.eot, resolution).image
+    assert image.shape[-1] == resolution and image.abs().max() > 1
+    fake = clip.encode_image(image.clamp(-1, 1)).double().numpy()
+    real = {r: np.random.default_rng(r).normal(size=(9, fake.shape[1])) for r in (4, 8, 16, 32)}
+    measured.statistics = {r: (torch.tensor(x.mean(0)), torch.tensor(np.cov(x.T))) for r, x in real.items()}
+    measured.phase.reference_fid = {r: float(r) for r in real}
+    report = measured.evaluate(generator)
+    assert report["reference_fid"] == resolution
+    assert report["fid"] == pytest.approx(distance(fake, real[resolution]), rel=1e-4)
+
+
+def test_the_best_fid_is_kept_and_evaluations_since_are_counted(monkeypatch):
+    measured = Growth(RECIPE, [4, 8], None, seed=0)
+    measured.captions, measured.statistics, measured.phase.reference_fid = [], {4: None}, {4: 1.0}
+    monkeypatch.setattr(growth, "extract_fake_features", lambda *_: torch.zeros(2, 2))
+    for value, best, since in ((5, 5, 0), (3, 3, 0), (4, 3, 1), (3, 3, 2), (2, 2, 0)):
+        monkeypatch.setattr(growth, "frechet_distance", lambda *_, value=value: float(value))
+        assert measured.evaluate(None)["fid"] == value
+        assert (measured.phase.best_fid, measured.phase.evaluations_since_best) == (best, since)

@@ -1,0 +1,101 @@
+"""One step's parts: who learns, what noise and gradients the parts of a batch get, and the moving average."""
+
+import pytest
+import torch
+
+from clip import load_clip
+from common import distributed
+from data import sources
+from presets import PRESETS
+from training.step import Learner
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def learner():
+    """With every weight moved, and rates of zero, so that steps leave gradients and change nothing."""
+    torch.manual_seed(0)
+    learner = Learner(PRESETS["shapes"], load_clip("small"), CPU, torch.float32, batch=4)
+    for network in (learner.generator, learner.discriminator):
+        for parameter in network.parameters():
+            parameter.data += 0.05 * torch.randn_like(parameter)
+    for optimizer in (learner.optimizer_g, learner.optimizer_d):
+        for group in optimizer.param_groups:
+            group["lr"] = 0.0
+    learner.learn_at([4, 8])
+    return learner
+
+
+def batches(count, size):
+    source = sources.Scenes(32, seed=0)
+    return [next(source.batches(range(i, 99), size, 0, 1)) for i in range(count)]
+
+
+def gradients(learner, parts, number=0):
+    learner.step(number, parts)
+    networks = {"g": learner.generator, "d": learner.discriminator}
+    return {f"{kind}.{name}": p.grad for kind, net in networks.items() for name, p in net.named_parameters()}
+
+
+def test_the_active_resolutions_learn_and_no_others(learner):
+    found = gradients(learner, learner.prepare(0, 0, batches(1, 4)))
+    learning = {name for name, gradient in found.items() if gradient is not None and gradient.any()}
+    for place in ("g.synthesis.levels.0.", "g.synthesis.levels.1.", "d.stages.4.", "d.stages.8.", "d.heads.4."):
+        assert any(name.startswith(place) for name in learning), place
+    silent = [name for name, gradient in found.items() if gradient is None]
+    for place in ("g.synthesis.levels.2.", "g.synthesis.levels.3.", "d.stages.16.", "d.heads.32."):
+        assert all(name in silent for name in found if name.startswith(place)), place
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_the_gradient_of_a_batch_in_parts_is_the_mean_of_theirs(learner, number):
+    parts = learner.prepare(0, number, batches(2, 2))
+    whole = gradients(learner, parts, number)
+    for name, gradient in whole.items():
+        whole[name] = gradient if gradient is None else gradient.clone()
+    each = []
+    for part in parts:
+        found = gradients(learner, [part], number)
+        each.append({name: g if g is None else g.clone() for name, g in found.items()})
+    for name, gradient in whole.items():
+        if gradient is not None:
+            mean = (each[0][name] + each[1][name]) / 2
+            torch.testing.assert_close(gradient, mean, rtol=1e-4, atol=1e-4 * float(mean.abs().max() + 1e-6))
+
+
+def test_every_image_of_a_step_has_noise_of_its_own_however_the_batch_is_divided(learner, monkeypatch):
+    whole = learner.prepare(7, 3, batches(1, 4))[0]
+    assert len(whole.z.unique(dim=0)) == 4 and whole.chances.shape[0] == 4
+    for number, seed in ((4, 7), (3, 8)):
+        assert not torch.equal(learner.prepare(seed, number, batches(1, 4))[0].z, whole.z)
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(distributed, "gather", lambda ids: torch.cat([ids, ids]))
+    z, chances = [], []
+    for part in range(2):  # of one image on each of two ranks
+        for rank in range(2):
+            monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+            mine = learner.prepare(7, 3, batches(2, 1))[part]
+            z.append(mine.z)
+            chances.append(mine.chances)
+    assert torch.equal(torch.cat(z), whole.z) and torch.equal(torch.cat(chances), whole.chances)
+
+
+@pytest.mark.parametrize("number", [2, 10**6], ids=["at the beginning", "later"])
+def test_the_moving_average_is_its_formula(learner, monkeypatch, number):
+    """Its half-life is a twentieth of the images seen at first. The mean of w is one over all ranks."""
+    name, overall = "mapping.layers.0.weight", torch.randn(learner.ema.config.w_dim)
+    monkeypatch.setattr(distributed, "mean", lambda w: overall)
+    before, w_avg = learner.ema.get_parameter(name).double(), learner.generator.w_avg.double()
+    learner.update_ema(number, torch.zeros_like(overall))
+    decay = 0.5 ** (4 / (0.05 * 3 * 4 if number == 2 else learner.recipe.ema_half_life))
+    expected = decay * before + (1 - decay) * learner.generator.get_parameter(name).double()
+    torch.testing.assert_close(learner.ema.get_parameter(name).double(), expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(learner.generator.w_avg.double(), 0.995 * w_avg + 0.005 * overall.double())
+    assert torch.equal(learner.ema.w_avg, learner.generator.w_avg)
+
+
+def test_adam_is_gigagans(learner):
+    """Without momentum (section 5 there: β₁ = 0, β₂ = 0.99)."""
+    for optimizer in (learner.optimizer_g, learner.optimizer_d):
+        assert all(group["betas"] == (0.0, 0.99) for group in optimizer.param_groups)
