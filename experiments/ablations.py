@@ -30,7 +30,9 @@ from common.cli import HelpFormatter, UserError, positive_int, told_in_one_line
 from data.scenes import make_scene, render
 from evaluation import judge
 from evaluation.metrics import extract_clip_features, fid
-from modulation import ModulatedConv2d
+from layers import Linear
+from modulation import ModulatedConv2d, ModulatedLinear
+from neighbours.ladagan import AdditiveAttention
 from presets import PRESETS
 from router import Router
 from weights.checkpoint import atomically
@@ -107,6 +109,18 @@ class UndeformedConv2d(ModulatedConv2d):
         super().__init__(in_channels, out_channels, 3, w_dim, num_kernels)
 
 
+class AdditiveSelfAttention(AdditiveAttention):
+    """LadaGAN's attention where ModulatedSelfAttention is, with equalized layers and a modulated output like there."""
+
+    def __init__(self, dim, num_heads, w_dim):
+        super().__init__(dim, num_heads)
+        self.to_qkv, self.to_weight = Linear(dim, 3 * dim), Linear(dim, num_heads)
+        self.proj_out = ModulatedLinear(dim, dim, w_dim)
+
+    def forward(self, x, w):
+        return self.proj_out(self.mix(x), w)
+
+
 def tied_dot_product_attention(qk, v):
     """softmax(q·qᵀ/√d)·v, in the place of the discriminator's squared_l2_attention."""
     return (qk @ qk.mT / qk.shape[-1] ** 0.5).softmax(-1) @ v
@@ -124,6 +138,7 @@ VARIANTS = {
         (aurora, "l2_attention", F.scaled_dot_product_attention),
         (discriminator, "squared_l2_attention", tied_dot_product_attention),
     ),
+    "additive self-attention": replacing((aurora, "ModulatedSelfAttention", AdditiveSelfAttention)),
     "not progressive": recipe(images_per_phase={4: 0, 8: 0}),
 }
 

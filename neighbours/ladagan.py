@@ -73,11 +73,14 @@ class AdditiveAttention(nn.Module):
         self.proj_out = nn.Linear(channels, channels)
 
     def forward(self, x):
+        return self.proj_out(self.mix(x))
+
+    def mix(self, x):
         q, k, v = self.to_qkv(x).chunk(3, dim=-1)
         weights = (self.to_weight(q) / self.scale).softmax(1)  # [B, N, heads], sum to one over the points
         q, k, v = (split_heads(t, self.num_heads) for t in (q, k, v))  # [B, heads, N, d]
         global_query = weights.transpose(1, 2)[:, :, None] @ q  # [B, heads, 1, d]
-        return self.proj_out(merge_heads(global_query * k * v))
+        return merge_heads(global_query * k * v)
 
 
 class SelfModulatedNorm(nn.Module):

@@ -12,14 +12,15 @@ import discriminator
 from aurora import Generator
 from experiments import ablations
 from modulation import DeformableConv2d
+from neighbours.ladagan import AdditiveAttention
 from presets import PRESETS
 
 
 @pytest.fixture
 def variant(monkeypatch):
     """name → the preset to train; what the variant replaces is put back afterwards."""
-    for module, name in ((aurora, "Router"), (aurora, "DeformableConv2d"), (aurora, "l2_attention")):
-        monkeypatch.setattr(module, name, getattr(module, name))
+    for name in ("Router", "DeformableConv2d", "l2_attention", "ModulatedSelfAttention"):
+        monkeypatch.setattr(aurora, name, getattr(aurora, name))
     monkeypatch.setattr(discriminator, "squared_l2_attention", discriminator.squared_l2_attention)
     return lambda name: ablations.VARIANTS[name](ablations.base(6400))
 
@@ -69,6 +70,18 @@ def test_dot_products_are_what_both_networks_then_attend_by(variant):
     expected = (q @ k.mT / 8**0.5).softmax(-1) @ v
     torch.testing.assert_close(aurora.l2_attention(q, k, v), expected)
     torch.testing.assert_close(discriminator.squared_l2_attention(q, v), (q @ q.mT / 8**0.5).softmax(-1) @ v)
+
+
+def test_additive_self_attention_mixes_points_and_hears_w(variant):
+    g = Generator(variant("additive self-attention").generator)
+    (attention,) = [m for m in g.modules() if isinstance(m, AdditiveAttention)]
+    x, w = torch.randn(2, 9, 64, requires_grad=True), torch.randn(2, 128)
+    result = attention(x, w)
+    (gradient,) = torch.autograd.grad(result[:, 0].sum(), x)
+    assert result.shape == x.shape and (gradient != 0).all()  # a point depends on all
+    assert not torch.allclose(result, attention(x, w.flip(0)))
+    image = g(torch.randn(2, 128), torch.randn(2, 24, 128), torch.tensor([5, 7])).image
+    assert image.shape == (2, 3, 16, 16)
 
 
 def test_a_short_series_ends_in_a_table_and_a_plot(tmp_path, monkeypatch, capsys):

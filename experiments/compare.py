@@ -1,0 +1,302 @@
+"""Holds text-to-image systems against each other: what they cost, and how good their pictures are.
+
+    python -m experiments.compare Aurora=models/emoji.safetensors StyleGAN-T=runs/stylegan_t \\
+        LadaGAN=runs/ladagan Muse=runs/muse
+
+A system is Aurora, or one of neighbours/, as a run's folder or its generator_ema.safetensors. All draw the same
+captions, and are measured by the networks of evaluate.py. Times are those of the processor, so that others who use the
+machine do not count. The table, its numbers as JSON and a picture go to --out.
+"""
+
+import argparse
+import json
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from aurora import Generator
+from common.cli import HelpFormatter, UserError, first_line, natural_number, positive_int, told_in_one_line
+from data import sources
+from discriminator import Discriminator
+from evaluation.extractors import load_extractor
+from evaluation.features import BATCH, embed, extract, extract_real, own_resolution, to_pixels
+from evaluation.metrics import NEIGHBOURS, clip_score, compare_images, compare_texts, fid, fid_of_halves, generate
+from experiments.curves import read_log
+from experiments.stopwatch import peak_memory, processor_seconds
+from neighbours.command import load
+from neighbours.ladagan import LadaGAN
+from neighbours.muse import Muse
+from neighbours.stylegan_t import StyleGANT
+from presets import PRESETS
+from sampling import inference, latent
+from sampling.pictures import grid, to_pil
+from training.plan import FlopCounter
+from weights.checkpoint import atomically, load_generator
+
+NEIGHBOURING = {system.__name__: system for system in (StyleGANT, LadaGAN, Muse)}
+PROMPTS = ("red heart", "grinning face", "fox", "hot dog", "red apple", "automobile", "sun", "man astronaut")
+TRUNCATIONS, SEEDS = (1.0, 0.5, 0.0), 8  # of the second table; pictures of each prompt there
+OTHERS = "Fréchet distance to other real pictures"
+
+
+@dataclass
+class Entry:
+    """A trained system, ready to draw.
+
+    draw: captions, seed, ψ → images [B, 3, R, R] in [−1, 1]; ψ is left out where a system has no truncation.
+    """
+
+    draw: Callable
+    truncates: bool
+    sampling: int  # parameters that drawing needs
+    trained: int | None  # parameters that learned, the discriminator's too
+    notes: dict  # of the run that trained it
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Getting the systems.
+
+
+def open_system(path, resolution):
+    """A generator_ema.safetensors of Aurora or of a neighbour → Entry. Raises UserError."""
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} cannot be read: {first_line(error)}") from error
+    if (name := metadata.get("system")) in NEIGHBOURING:
+        return open_neighbour(NEIGHBOURING[name], path, json.loads(metadata["about"])["notes"])
+    return open_aurora(path, resolution)
+
+
+def open_aurora(path, resolution):
+    generator, clip, notes = load_generator(path)
+    inference.prepare(generator)
+    own = own_resolution(generator, resolution)
+
+    @torch.no_grad()
+    def draw(captions, seed, *psi):
+        z = latent.noise(generator, len(captions), seed)
+        (output,) = generate(generator, clip, captions, z, own, *psi, batch=len(captions))
+        return output.image.clamp(-1, 1)
+
+    trained = None
+    if preset := PRESETS.get(notes.get("preset")):
+        with torch.device("meta"):
+            trained = count(Generator(preset.generator), Discriminator(preset.discriminator))
+    return Entry(draw, True, count(generator), trained, notes)
+
+
+def open_neighbour(system_class, path, notes):
+    system = load(system_class, path)
+
+    @torch.no_grad()
+    def draw(captions, seed, *psi):
+        text = system.clip.encode_text(system.clip.tokenize(captions))
+        return system.sample(text, seed, 1, *psi)
+
+    learning = [network for name, network in system.networks.items() if name != "ema"]
+    sampling = [system.networks[name] for name in system.for_sampling]
+    return Entry(draw, system_class is not Muse, count(*sampling), count(*learning), notes)
+
+
+def count(*networks):
+    return sum(parameter.numel() for network in networks for parameter in network.parameters())
+
+
+def generator_of(path):
+    """The file to sample from, of a run's folder or of itself. Raises UserError."""
+    file = path / "generator_ema.safetensors" if path.is_dir() else path
+    if not file.is_file():
+        raise UserError(f"no generator at {file}; a run writes it with its first checkpoint")
+    return file
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What is measured.
+
+
+def measure_training(entry, path):
+    """Images and hours until the generator was saved: of the processor where the log knows them, else of the clock."""
+    notes = entry.notes
+    seconds, log = notes.get("seconds"), path.parent / "metrics.jsonl"
+    if log.is_file():
+        rows = [row for row in read_log(log) if row["step"] <= notes["step"]]
+        seconds = sum(row.get("cpu_seconds", row["seconds"]) for row in rows)
+    return {
+        "training images, thousands": notes.get("images", 0) / 1e3,
+        "training, hours": (seconds or 0) / 3600,
+        "parameters trained, M": entry.trained and entry.trained / 1e6,
+    }
+
+
+def measure_sampling(entry):
+    """What a picture costs, from its caption on."""
+    few, many = (lambda size=size: entry.draw(PROMPTS[:1] * size, 0) for size in (1, BATCH))
+    with FlopCounter() as counter:
+        few()
+    return {
+        "parameters of sampling, M": entry.sampling / 1e6,
+        "GFLOP a picture": counter.total / 1e9,
+        "ms a picture, batch 1": 1e3 * processor_seconds(few),
+        f"ms a picture, batch {BATCH}": 1e3 * processor_seconds(many) / BATCH,
+        f"peak memory, batch {BATCH}, MB": peak_memory(many) / 2**20,
+    }
+
+
+def measure_pictures(entry, captions, real, args, extractors):
+    """Distances to the real pictures, and whether captions are followed.
+
+    real: {extractor: features of the captions' own pictures, and of as many others where the data holds them}.
+    """
+
+    def pixels():
+        for first in range(0, args.count, BATCH):
+            yield to_pixels(entry.draw(captions[first : first + BATCH], args.seed + first), args.resolution)
+
+    made = extract(pixels(), extractors, -(-args.count // BATCH))
+    features, seen = (torch.cat(made[name]) for name in ("efficientnet", "judge"))
+    own, others = real["efficientnet"][: args.count], real["efficientnet"][args.count :]
+    result = compare_images(own, features)
+    return {
+        "Fréchet distance": result.pop("FID"),
+        OTHERS: fid(others, features) if len(others) == args.count else None,
+        **result,
+        **compare_texts(seen, embed(extractors["judge"], captions), captions),
+    }
+
+
+def measure_real(captions, real, args, extractors):
+    """The same of real pictures, as far as it can be told."""
+    own = compare_texts(real["judge"][: args.count], embed(extractors["judge"], captions), captions)
+    return {OTHERS: fid_of_halves(real["efficientnet"]), **own}
+
+
+@torch.no_grad()
+def measure_truncation(entry, args, reader):
+    """{ψ: (the pictures' standard deviation over seeds, their mean cosine to their caption)} for the prompts."""
+    result, texts = {}, reader.texts(args.prompts)
+    for psi in TRUNCATIONS if entry.truncates else ():
+        images = [entry.draw([prompt] * SEEDS, args.seed, psi) for prompt in args.prompts]
+        seen = [reader.images(to_pixels(those, args.resolution)) for those in images]
+        cosines = [clip_score(those, text.expand_as(those)) for those, text in zip(seen, texts, strict=True)]
+        deviations = [those.std(0).mean().item() for those in images]
+        result[psi] = statistics.fmean(deviations), statistics.fmean(cosines)
+    return result
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What is told.
+
+
+def markdown(rows):
+    """Lists of texts → a table, the first row its head."""
+    rule = ["---"] + ["---:"] * (len(rows[0]) - 1)
+    return "\n".join(f"| {' | '.join(row)} |" for row in [rows[0], rule, *rows[1:]])
+
+
+def shown(value):
+    """A number in three digits or more; — for none."""
+    return "—" if value is None else f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def table(columns):
+    """{system: {measure: number}} → markdown, a measure a row."""
+    measures = dict.fromkeys(measure for column in columns.values() for measure in column)
+    cells = [[measure, *(shown(column.get(measure)) for column in columns.values())] for measure in measures]
+    return markdown([["", *columns], *cells])
+
+
+def truncation_table(results):
+    """{system: {ψ: (deviation, cosine)}} → markdown, a system that truncates a row."""
+    head = ["standard deviation over seeds, cosine to the caption", *(f"ψ = {psi:g}" for psi in TRUNCATIONS)]
+    cells = [[name, *(f"{d:.3f}, {c:.3f}" for d, c in values.values())] for name, values in results.items() if values]
+    return markdown([head, *cells])
+
+
+def describe(args, paths, extractors):
+    """The protocol."""
+    size = f"{args.resolution}×{args.resolution}"
+    return {
+        "systems": ", ".join(f"{name} {path}" for name, path in paths.items()),
+        "pictures": f"{args.data}, {args.count} real ones and {args.count} of each system, one a caption, at {size}",
+        "distances, precision, recall": f"{extractors['efficientnet'].name}; {NEIGHBOURS} nearest neighbours",
+        "captions read by": extractors["judge"].name,
+        "times": f"of the processor, {torch.get_num_threads()} thread(s), PyTorch {torch.__version__}",
+    }
+
+
+@torch.no_grad()
+def picture(entries, args):
+    """A row for each system, a column for each prompt."""
+    panels, captions = [], []
+    for name, entry in entries.items():
+        pixels = to_pixels(entry.draw(args.prompts, args.seed), args.resolution)
+        panels += [to_pil(image / 127.5 - 1) for image in pixels]
+        captions += [f"{name}: {prompt}" for prompt in args.prompts]
+    return grid(panels, captions, len(args.prompts))
+
+
+def compare(args):
+    """→ the tables and the protocol as markdown, their numbers, and the picture."""
+    paths = {name: generator_of(Path(path)) for name, path in args.systems}
+    entries = {name: open_system(path, args.resolution) for name, path in paths.items()}
+    extractors = {name: load_extractor(name, "", torch.device("cpu")) for name in ("efficientnet", "judge")}
+    source = sources.open_data(args.data, args.resolution, args.seed)
+    captions, real, _ = extract_real(source, args.count, args.resolution, extractors)
+    captions = captions[: args.count]
+    columns, truncated = {}, {}
+    for name, entry in entries.items():
+        columns[name] = measure_training(entry, paths[name]) | measure_sampling(entry)
+        columns[name] |= measure_pictures(entry, captions, real, args, extractors)
+        truncated[name] = measure_truncation(entry, args, extractors["judge"])
+        print(f"{name}: {', '.join(f'{what} {shown(value)}' for what, value in columns[name].items())}", flush=True)
+    columns["real pictures"] = measure_real(captions, real, args, extractors)
+    protocol = describe(args, paths, extractors)
+    text = f"{table(columns)}\n\n{truncation_table(truncated)}\n\n"
+    text += "".join(f"- {name}: {value}\n" for name, value in protocol.items())
+    numbers = {"protocol": protocol, "results": columns, "truncation": truncated}
+    return text, numbers, picture(entries, args)
+
+
+def named_system(text):
+    """NAME=PATH → both."""
+    name, sign, path = text.partition("=")
+    if not (name and sign and path):
+        raise argparse.ArgumentTypeError(f"{text}: write NAME=PATH, as StyleGAN-T=runs/stylegan_t")
+    return name, path
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=HelpFormatter)
+    add = parser.add_argument
+    add("systems", nargs="+", type=named_system, metavar="NAME=PATH", help="a run's folder, or its generator")
+    add("--data", default="emoji", help="emoji, shapes, a folder of images with captions, or .tar shards")
+    add("--count", type=positive_int, default=2400, help="pictures of each system, beside twice as many real ones")
+    add("--resolution", type=positive_int, default=32, help="to which all pictures are brought")
+    add("--prompts", nargs="+", default=PROMPTS, help="of the picture and of the table of truncation")
+    add("--seed", type=natural_number, default=0)
+    add("--out", type=Path, default=Path("runs/compare"), help="folder for compare.md, compare.json and compare.png")
+    args = parser.parse_args()
+    with told_in_one_line():
+        if args.count <= NEIGHBOURS:
+            raise UserError(f"--count {args.count}: precision and recall need {NEIGHBOURS + 1} pictures or more")
+        try:
+            args.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--out {args.out} cannot be written: {error.strerror}") from error
+        text, results, drawn = compare(args)
+        print(text)
+        written = json.dumps(results, indent=1, ensure_ascii=False)
+        atomically(args.out / "compare.md", lambda temporary: temporary.write_text(text, encoding="utf-8"))
+        atomically(args.out / "compare.json", lambda temporary: temporary.write_text(written, encoding="utf-8"))
+        atomically(args.out / "compare.png", lambda temporary: drawn.save(temporary, "PNG"))
+        print(f"All of it is in {args.out.resolve()}")
+
+
+if __name__ == "__main__":
+    main()
