@@ -50,7 +50,7 @@ def real(variant):
 def planned(variant):
     preset, dtype, parts = variant
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(attention.MAP_ENTRIES, "cuda", attention.MAP_ENTRIES["cpu"])  # the step to compare with runs on a CPU
+        patch.setitem(attention.MAP_ENTRIES, "cuda", attention.MAP_ENTRIES["cpu"])  # where the real step runs
         return plan.rehearse(preset, "small", BATCH, dtype, parts)
 
 
