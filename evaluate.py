@@ -1,8 +1,8 @@
 """Measures a generator as the field does: FID, precision and recall, CLIP score, R-precision, each with its protocol.
 
-    python evaluate.py                             # the demo model, on the built-in scenes
-    python evaluate.py --curve                     # the same at several truncations, and a plot
-    python evaluate.py --checkpoint runs/emoji/generator_ema.safetensors --data emoji
+    python evaluate.py                             # the emoji model
+    python evaluate.py --data shapes --curve       # the scenes' model, at several truncations, with a plot
+    python evaluate.py --checkpoint runs/mine/generator_ema.safetensors --data my_pictures
     torchrun --nproc-per-node 8 evaluate.py --checkpoint aurora_v1.pth \\
         --data annotations/captions_val2014.json --count 30000 --features inception --clip ViT-g-14:laion2b_s34b_b88k
 
@@ -60,7 +60,8 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     args.checkpoint = args.checkpoint or (SHAPES if args.data == "shapes" else DEMO)
     args.count = args.count or COUNTS.get(args.data, 1000)
-    args.clip = args.clip or CLIPS.get(args.data, "small")
+    own = args.checkpoint.parent / "clip.safetensors"  # of a run that trained one on its captions
+    args.clip = args.clip or CLIPS.get(args.data) or (str(own) if own.is_file() else "small")
     return args
 
 

@@ -1,6 +1,6 @@
-"""Captioned scenes drawn on the fly: one or two coloured shapes on a plain background, each a function of its index.
+"""Captioned scenes drawn on the fly: one or two colored shapes on a plain background, each a function of its index.
 
-They need no download, have an exact right answer for every caption, and leave out some shape–colour pairs, so that what
+They need no download, have an exact right answer for every caption, and leave out some shape–color pairs, so that what
 a model draws for those was never seen.
 """
 
@@ -213,7 +213,7 @@ def named_all_ways(seed=0, differences=("relation", "axis")):
 
 
 def render(scenes, resolution):
-    """Renders scenes as float32 [B, 3, R, R] in [−1, 1]. A pixel's colours are mixed by the area they cover."""
+    """Renders scenes as float32 [B, 3, R, R] in [−1, 1]. A pixel's colors are mixed by the area they cover."""
     fine = resolution * max(1, -(-64 // resolution))  # coarse images are averaged from at least 64×64
     centres = (np.arange(fine, dtype=np.float32) + 0.5) / fine
     x, y = centres[None, :], centres[:, None]

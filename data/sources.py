@@ -180,7 +180,7 @@ class Scenes:
     """The built-in scenes. Scene number i of the run is the same on any number of ranks, so a run resumes exactly.
 
     They come with their twins: in a batch of thousands a caption meets others that nearly say the same; in a small one
-    it would not, and telling captions apart by their colours would do.
+    it would not, and telling captions apart by their colors would do.
     """
 
     def __init__(self, resolution, seed):

@@ -51,7 +51,7 @@ def train_small(device="cpu", courses=COURSES, batch=128, seed=0):
     """Trains the small CLIP on the built-in scenes with open_clip's own loss; the same seed gives the same weights.
 
     Every scene comes with its twin, whose caption differs in one thing, so that each word must be read and looked for:
-    among random captions the colours alone would nearly do. Most images are smaller than it takes, since the
+    among random captions the colors alone would nearly do. Most images are smaller than it takes, since the
     networks ask about every resolution, and a few words are made unknown, so that the row of the unknown word means
     "some word". Which of two objects stands on the left is learned from batches of nothing else, all words known, or
     not at all. Then images are misled, more and more: from a CLIP not trained so, a generator learns to mislead it.

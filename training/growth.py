@@ -1,4 +1,5 @@
-"""Progressive training (section 3.3): a resolution is learned when the FID of its samples comes near a reference.
+"""Progressive training (section 3.3): a resolution is learned when the FID of its samples comes near a reference, stops
+falling, or has had its images.
 
 The reference is the FID between two disjoint sets of real images, as many on each side as samples are compared with.
 """

@@ -114,7 +114,7 @@ def test_scenes_named_all_ways_are_each_objects_named_first_on_each_axis():
 
 
 @pytest.mark.parametrize("resolution", [4, 8, 32, 96])
-def test_pictures_show_the_colours_of_the_caption(resolution):
+def test_pictures_show_the_colors_of_the_caption(resolution):
     scenes = [scene for scene in SCENES if len(scene.objects) == 1 and scene.objects[0].shape == "circle"][:40]
     images = (render(scenes, resolution) + 1) / 2
     assert images.shape == (len(scenes), 3, resolution, resolution) and images.dtype == torch.float32
@@ -129,8 +129,8 @@ def test_pictures_show_the_colours_of_the_caption(resolution):
 
 
 def test_edges_are_antialiased_consistently_across_resolutions():
-    """The average colour of a picture does not depend on how finely it was drawn."""
+    """The average color of a picture does not depend on how finely it was drawn."""
     means = [render(SCENES[:60], resolution).mean((2, 3)) for resolution in (8, 64, 256)]
     assert (means[0] - means[2]).abs().max() < 0.02 and (means[1] - means[2]).abs().max() < 0.02
-    colours = render(SCENES[3:4], 64).flatten(2)[0].T.unique(dim=0)
-    assert len(colours) > 3  # the two, and mixtures at the edge
+    colors = render(SCENES[3:4], 64).flatten(2)[0].T.unique(dim=0)
+    assert len(colors) > 3  # the two, and mixtures at the edge

@@ -19,7 +19,7 @@ from common.cli import UserError
 from data import members, shards, sources
 from data.batches import is_held_out
 from data.pairs import DUPLICATE, EMPTY, FIELD, NO_CAPTION, NO_IMAGE, SHARD
-from tests.data.test_sources import COLORS, colour_of, good, jpeg
+from tests.data.test_sources import COLORS, color_of, good, jpeg
 
 PICTURE = jpeg((9, 9, 9), size=(16, 16))
 
@@ -221,7 +221,7 @@ def test_files_of_a_sample_that_lie_apart(tmp_path):
     (batch,) = source.evaluation()
     assert sorted(batch.captions) == [str(i) for i in range(8)] and not batch.skipped
     for image, caption in zip(batch.images, batch.captions, strict=True):
-        assert colour_of(image) == COLORS[int(caption) % 6]
+        assert color_of(image) == COLORS[int(caption) % 6]
     assert set(seen(source, 20, 4)) == {str(i) for i in range(8)}
 
 
@@ -248,7 +248,7 @@ def test_images_of_every_kind_are_read_whatever_the_case(tmp_path, place, captio
     source = sources.open_data(str(tmp_path) if place == "folder" else write_tar(tmp_path / "0.tar", files), 16, seed=0)
     (batch,) = source.evaluation()
     assert sorted(map(int, batch.captions)) == list(range(len(KINDS))) and not batch.skipped
-    assert all(colour_of(image) == (0, 255, 0) for image in batch.images)
+    assert all(color_of(image) == (0, 255, 0) for image in batch.images)
 
 
 @pytest.mark.parametrize("place", ["folder", "shards"])

@@ -60,7 +60,7 @@ def take(source, count, **kwargs):
     return list(itertools.islice(source.batches(range(0, 2**62), **kwargs), count))
 
 
-def colour_of(image):
+def color_of(image):
     return tuple(int(v > 0) * 255 for v in image.mean((1, 2)))
 
 
@@ -70,7 +70,7 @@ def test_a_folder_gives_pairs_that_belong_together(folder):
     assert batch.images.shape == (6, 3, 16, 16) and batch.images.min() >= -1 and batch.images.max() <= 1
     assert sorted(batch.captions) == [f"picture {i}" for i in range(6)]  # an epoch holds each once
     for image, caption in zip(batch.images, batch.captions, strict=True):
-        assert colour_of(image) == COLORS[int(caption[-1])]
+        assert color_of(image) == COLORS[int(caption[-1])]
 
 
 @pytest.mark.parametrize("kind", ["shapes", "folder"])
@@ -119,7 +119,7 @@ def test_shards_as_img2dataset_writes_them(tmp_path):
         first, second = take(source, 2, batch=5, rank=0, world_size=1)
         assert first.images.shape == (5, 3, 16, 16) and first.captions != second.captions
         for image, caption in zip(first.images, first.captions, strict=True):
-            assert colour_of(image) == COLORS[int(caption.split()[1]) % 6]
+            assert color_of(image) == COLORS[int(caption.split()[1]) % 6]
         again = take(source, 2, batch=5, rank=0, world_size=1)
         assert again[1].captions == second.captions  # the same start, the same stream
     other = take(sources.open_data(str(tmp_path), 16, seed=0), 4, batch=5, rank=1, world_size=2)

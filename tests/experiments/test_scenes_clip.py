@@ -17,7 +17,7 @@ def test_training_is_reproducible():
         assert torch.equal(a, b)
 
 
-def test_training_learns_colours_in_seconds():
+def test_training_learns_colors_in_seconds():
     clip = train_small(courses=[replace(COURSES[0], steps=60)], batch=64)
     assert twin_accuracy(clip, "color", 32, count=200) > 0.75  # chance: 0.5
 

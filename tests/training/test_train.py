@@ -183,8 +183,8 @@ def test_shards_with_too_few_pairs_are_one_clear_line(tmp_path, small_clip):
         run("--preset", "quick", "--clip", small_clip, "--out", tmp_path / "run", "--data", tmp_path, "--steps", 1)
 
 
-def test_a_tiny_model_learns_colours(tmp_path, monkeypatch):
-    """At 4×4, where only colours can be seen: the background that the prompt names."""
+def test_a_tiny_model_learns_colors(tmp_path, monkeypatch):
+    """At 4×4, where only colors can be seen: the background that the prompt names."""
     preset = PRESETS["shapes"]
     tiny = dataclasses.replace(
         preset,
@@ -197,7 +197,7 @@ def test_a_tiny_model_learns_colours(tmp_path, monkeypatch):
     monkeypatch.setitem(PRESETS, "tiny", tiny)
     run("--preset", "tiny", "--out", tmp_path, "--steps", 200, "--sample-every", 1000)
     generator, clip, _ = load_generator(tmp_path / "generator_ema.safetensors")
-    colours = torch.tensor(list(BACKGROUNDS.values()))
+    colors = torch.tensor(list(BACKGROUNDS.values()))
     right = []
     for i, background in enumerate(BACKGROUNDS):
         for color in COLORS:
@@ -205,7 +205,7 @@ def test_a_tiny_model_learns_colours(tmp_path, monkeypatch):
             images = draw(generator, views.samples(generator, clip, [prompt], num=2, seed=3, psi=1.0)).images
             image = (images + 1) / 2
             seen = image.flatten(2).median(2).values  # most of the picture is background
-            right += [(torch.cdist(seen, colours).argmin(1) == i).float().mean()]
+            right += [(torch.cdist(seen, colors).argmin(1) == i).float().mean()]
     assert torch.stack(right).mean() > 0.9  # chance: 0.25
 
 
