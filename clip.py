@@ -12,7 +12,6 @@ import warnings
 from pathlib import Path
 from typing import NamedTuple
 
-import open_clip
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
@@ -21,6 +20,7 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from common.cli import UserError, first_line
+from common.tokenizer import load_tokenizer
 from layers import full_precision
 
 SMALL = dict(
@@ -35,6 +35,7 @@ BUILT_IN = {
     "emoji": MODELS / "emoji_clip.safetensors",
     "judge": MODELS / "judge_clip.safetensors",  # No generator is trained against it.
 }
+OPENAI_MEAN, OPENAI_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of its pixels
 NUM_MAPS = 4  # The discriminator looks at so many feature maps of an image.
 SPECIAL = re.compile(r"<(start|end)_of_text>")  # The tokenizer takes these for its own marks, so captions lose them.
 
@@ -62,9 +63,9 @@ class FrozenClip(nn.Module):
         self.kept_ids = kept_ids
         self.context_length = model.positional_embedding.shape[0]
         self.width = model.positional_embedding.shape[1]
-        self.tokenizer = open_clip.SimpleTokenizer(context_length=self.context_length)
-        mean = getattr(model.visual, "image_mean", None) or open_clip.OPENAI_DATASET_MEAN
-        std = getattr(model.visual, "image_std", None) or open_clip.OPENAI_DATASET_STD
+        self.tokenizer = load_tokenizer(self.context_length)
+        mean = getattr(model.visual, "image_mean", None) or OPENAI_MEAN
+        std = getattr(model.visual, "image_std", None) or OPENAI_STD
         for buffer, value in (("mean", mean), ("std", std)):  # of the pixels it was trained on
             self.register_buffer(buffer, torch.tensor(value).view(3, 1, 1), persistent=False)
 
@@ -136,6 +137,8 @@ class FrozenClip(nn.Module):
 
 def _map_blocks(visual):
     """Which blocks the feature maps come from, as open_clip wants it: a quarter of a ViT each; else the last stages."""
+    import open_clip  # not at the top: it takes two seconds, and sampling with our own files needs none of it
+
     if not isinstance(visual, open_clip.transformer.VisionTransformer):
         return NUM_MAPS
     depth = len(visual.transformer.resblocks)
@@ -148,6 +151,8 @@ def _map_blocks(visual):
 
 def load_clip(spec, device="cpu"):
     """A name in BUILT_IN, a file of save_small, or "MODEL:WEIGHTS" of open_clip, WEIGHTS a tag or a file."""
+    import open_clip
+
     path = BUILT_IN.get(spec, Path(spec))
     if path.is_file():
         return fold_batch_norms(load_small(path)).to(device)
@@ -159,6 +164,8 @@ def load_clip(spec, device="cpu"):
 
 def create(spec, option):
     """ "MODEL:WEIGHTS", given by an option → open_clip's model of whatever class. Raises UserError."""
+    import open_clip
+
     model_name, _, weights = spec.partition(":")
     if model_name not in open_clip.list_models():
         raise UserError(f"{option} {spec}: neither a file nor MODEL:WEIGHTS of open_clip, as ViT-L-14-quickgelu:openai")
@@ -192,6 +199,8 @@ def fold_batch_norms(clip):
 
 def new_small(kept_ids):
     """A small CLIP with random weights and a row for each id in kept_ids, after the row of the unknown word."""
+    import open_clip
+
     text_cfg = {**SMALL["text_cfg"], "vocab_size": len(kept_ids) + 1}
     return FrozenClip(open_clip.CLIP(**{**SMALL, "text_cfg": text_cfg}), "small", kept_ids)
 

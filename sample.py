@@ -19,7 +19,7 @@ from common.cli import (
     positive_int,
     told_in_one_line,
 )
-from sampling import files, inference, views
+from sampling import files, inference, latent, lettering, views
 from sampling.pictures import animation, beside, expert_map, grid, to_pil
 from sampling.pipeline import Pipeline
 from weights.checkpoint import DEMO
@@ -83,13 +83,12 @@ def read_prompts(args):
 
 
 def check_prompts(clip, prompts):
-    """Says which parts of the prompts the CLIP cannot take in."""
+    """Says which parts of the prompts the CLIP cannot take in, and which signs no font has."""
     for prompt in prompts:
-        shown = prompt if len(prompt) <= 60 else prompt[:60] + "…"
-        if cut := clip.num_tokens_cut(prompt):
-            print(f'note: "{shown}" is {cut} tokens too long for this CLIP; its end is left out')
-        elif unknown := clip.unknown_words(prompt):
-            print(f'note: "{shown}": never seen in training: {", ".join(unknown[:10])}')
+        for remark in latent.remarks(clip, prompt):
+            print(f"note: {remark}")
+        if boxes := lettering.missing(prompt):
+            print(f"note: no font has {' '.join(boxes[:10])}; captions show boxes there")
 
 
 def choose_view(args, pipe, prompts):

@@ -11,10 +11,11 @@ import statistics
 from pathlib import Path
 
 import matplotlib.pyplot as plt
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from common.cli import HelpFormatter, UserError, positive_int, told_in_one_line
-from sampling.pictures import CELL, FONT, FONT_SIZE, MARGIN
+from sampling import lettering
+from sampling.pictures import CELL, MARGIN
 from weights.checkpoint import atomically
 
 PANELS = {
@@ -73,14 +74,13 @@ def timeline(folder, steps, path):
         with Image.open(file) as picture:
             height = (picture.height - 2 * MARGIN) // 3 - MARGIN if step == steps[-1] else CELL  # a grid has three rows
             rows.append(picture.convert("RGB").crop((0, MARGIN, picture.width, MARGIN + height)))
-    font = ImageFont.truetype(FONT, FONT_SIZE)
     canvas = Image.new(
         "RGB", (CELL + max(row.width for row in rows), sum(row.height + MARGIN for row in rows)), "white"
     )
     top = 0
     for step, row in zip(steps, rows, strict=True):
         canvas.paste(row, (CELL, top))
-        ImageDraw.Draw(canvas).text((MARGIN, top + CELL // 2), f"step {step:,}", fill="black", font=font)
+        lettering.write(ImageDraw.Draw(canvas), (MARGIN, top + CELL // 2), [f"step {step:,}"])
         top += row.height + MARGIN
     atomically(path, lambda temporary: canvas.save(temporary, "PNG"))
 

@@ -23,6 +23,15 @@ def read(generator, clip, prompts):
     return Prompt(*generator.text_head(text.tokens, text.eot))
 
 
+def remarks(clip, prompt):
+    """What this CLIP cannot take in of a prompt, as sentences."""
+    shown = prompt if len(prompt) <= 60 else prompt[:60] + "…"
+    if cut := clip.num_tokens_cut(prompt):
+        return [f'"{shown}" is {cut} tokens too long for this CLIP; its end is left out']
+    unknown = clip.unknown_words(prompt)
+    return [f'"{shown}": never seen in training: {", ".join(unknown[:10])}'] if unknown else []
+
+
 def noise(generator, count, seed):
     """z [count, z_dim] ~ N(0, 1), the same on any device."""
     z = torch.randn(count, generator.config.z_dim, generator=torch.Generator().manual_seed(seed))

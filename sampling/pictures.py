@@ -1,15 +1,12 @@
 """Grids and animations of images with their captions, and maps of which expert took which point."""
 
-import textwrap
-from pathlib import Path
-
-import matplotlib
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageOps
 
-CELL, MARGIN, FONT_SIZE = 128, 6, 11
-LINE = FONT_SIZE + 5
-FONT = Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")  # has ψ and ×, which Pillow's own lacks
+from sampling import lettering
+from sampling.lettering import LINE
+
+CELL, MARGIN = 128, 6
 COLORS = (  # of experts, told apart also by those who confuse red and green
     "#332288", "#88CCEE", "#117733", "#DDCC77", "#CC6677", "#AA4499", "#44AA99", "#999933",
     "#882255", "#661100", "#6699CC", "#888888", "#000000", "#EE7733", "#0077BB", "#EE3377",
@@ -45,35 +42,25 @@ def beside(panels):
 
 def grid(panels, captions, columns, title="", experts=0):
     """PIL images of one size in rows, each above its caption → one, under a title and a legend of experts' colors."""
-    font = ImageFont.truetype(FONT, FONT_SIZE)
     panel_width = panels[0].width
-    labels = [wrapped(caption, panel_width, font, 4) for caption in captions]
-    width, height = panel_width + MARGIN, CELL + lines_of(labels) * LINE + MARGIN
-    heading = wrapped(title, columns * width, font, 9)
-    legend = MARGIN + (lines_of([heading]) * LINE if title else 0)
+    labels = [lettering.wrapped(caption, panel_width, 4) for caption in captions]
+    width, height = panel_width + MARGIN, CELL + max(map(len, labels)) * LINE + MARGIN
+    heading = lettering.wrapped(title, columns * width, 9) if title else []
+    legend = MARGIN + len(heading) * LINE
     top = legend + (LINE if experts else 0) + (MARGIN if title or experts else 0)
     rows = -(-len(panels) // columns)
     canvas = Image.new("RGB", (columns * width + MARGIN, top + rows * height + MARGIN), "white")
     draw = ImageDraw.Draw(canvas)
-    draw.multiline_text((MARGIN, MARGIN), heading, fill="black", font=font, spacing=3)
+    lettering.write(draw, (MARGIN, MARGIN), heading)
     for i, (panel, label) in enumerate(zip(panels, labels, strict=True)):
         x, y = MARGIN + i % columns * width, top + i // columns * height
         canvas.paste(panel, (x, y))
-        draw.multiline_text((x, y + CELL + 2), label, fill="black", font=font, spacing=3)
+        lettering.write(draw, (x, y + CELL + 2), label)
     for expert in range(experts):
-        x = MARGIN + expert * 28
-        draw.rectangle((x, legend + 1, x + FONT_SIZE, legend + 1 + FONT_SIZE), fill=COLORS[expert % len(COLORS)])
-        draw.text((x + FONT_SIZE + 3, legend), str(expert), fill="black", font=font)
+        x, side = MARGIN + expert * 28, lettering.SIZE
+        draw.rectangle((x, legend + 1, x + side, legend + 1 + side), fill=COLORS[expert % len(COLORS)])
+        lettering.write(draw, (x + side + 3, legend), [str(expert)])
     return canvas
-
-
-def wrapped(text, width, font, max_lines):
-    characters = max(1, int(width / font.getlength("n")))
-    return "\n".join(textwrap.wrap(text, characters, max_lines=max_lines, placeholder=" …"))
-
-
-def lines_of(labels):
-    return max(label.count("\n") + 1 for label in labels)
 
 
 def animation(panels, captions, title="", experts=0):

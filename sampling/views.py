@@ -58,16 +58,20 @@ def truncation_sweep(generator, clip, prompts, seed):
 
 def interpolation(generator, clip, prompts, seed, psi, steps, part, path):
     """From one prompt to another at the same noise. part: both, or the global or the local text alone."""
-    start, end = (latent.read(generator, clip, [prompt]) for prompt in prompts)
     amounts = torch.linspace(0, 1, steps)
+    text = on_the_way(*(latent.read(generator, clip, [prompt]) for prompt in prompts), amounts, part, path)
+    captions = [prompts[0], *[f"{100 * t:.0f} %" for t in amounts[1:-1]], prompts[1]]
+    return frames(generator, latent.noise(generator, 1, seed).expand(steps, -1), text, psi, captions)
+
+
+def on_the_way(start, end, amounts, part, path):
+    """Between two Prompts of one row, a row for each amount. part: both, or what moves, global or local; path: how."""
     moved = latent.Prompt(
         *(torch.cat([between(a, b, t, path) for t in amounts]) for a, b in zip(start, end, strict=True))
     )
-    still = latent.Prompt(*(t.expand(steps, *t.shape[1:]) for t in start))
+    still = latent.Prompt(*(t.expand(len(amounts), *t.shape[1:]) for t in start))
     parts = zip(("global", "local"), moved, still, strict=True)
-    text = latent.Prompt(*(m if part in ("both", name) else s for name, m, s in parts))
-    captions = [prompts[0], *[f"{100 * t:.0f} %" for t in amounts[1:-1]], prompts[1]]
-    return frames(generator, latent.noise(generator, 1, seed).expand(steps, -1), text, psi, captions)
+    return latent.Prompt(*(m if part in ("both", name) else s for name, m, s in parts))
 
 
 def latent_walk(generator, clip, prompt, seed, psi, steps, path, stops=4):

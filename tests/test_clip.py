@@ -4,7 +4,6 @@ import open_clip
 import pytest
 import torch
 
-import clip as clip_module
 from clip import (
     BUILT_IN,
     FrozenClip,
@@ -122,7 +121,7 @@ def test_weights_that_need_a_network_are_one_clear_line(monkeypatch):
     def offline(*args, **kwargs):
         raise RuntimeError("Failed to download file\nand more")
 
-    monkeypatch.setattr(clip_module.open_clip, "create_model", offline)
+    monkeypatch.setattr(open_clip, "create_model", offline)
     with pytest.raises(UserError, match=r"pass the file as --clip ViT-L-14-quickgelu:PATH"):
         load_clip("ViT-L-14-quickgelu:openai")
 

@@ -16,10 +16,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from aurora import Generator
-from clip import load_clip, new_small
+from clip import SMALL, FrozenClip, load_clip
 from common.cli import UserError, first_line
 from presets import OPENAI_CLIP, GeneratorConfig
 from weights.official import is_official, load_official
+from weights.text_tower import TextTower
 
 MODELS = Path(__file__).parent.parent / "models"
 DEMO, SHAPES = MODELS / "emoji.safetensors", MODELS / "shapes.safetensors"
@@ -125,8 +126,8 @@ def _load_ours(path):
         generator.load_state_dict(without_prefix(state, "generator."))
         clip, kept_ids = metadata["clip"], json.loads(metadata["kept_ids"])
         if kept_ids is not None:
-            clip = new_small(kept_ids)
-            clip.model.visual = None
+            tower = TextTower(len(kept_ids) + 1, SMALL["embed_dim"], **SMALL["text_cfg"])
+            clip = FrozenClip(tower, "small", kept_ids)
             clip.model.load_state_dict(without_prefix(state, "clip."))
         return generator, clip, json.loads(metadata["notes"])
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:

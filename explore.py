@@ -1,0 +1,365 @@
+"""Opens a page to play with a generator: `python explore.py`, then the address that it prints.
+
+Prompts and the way between them, layers, noise, walks, and which expert takes which point. The page is served to this
+machine alone, unless --host says otherwise, and needs no network.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import functools
+import importlib
+import os
+import socket
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from nicegui import ui
+from safetensors import SafetensorError, safe_open
+
+from common.cli import HelpFormatter, UserError, first_line, positive_int, told_in_one_line
+from neighbours import command
+from sampling import inference, latent, settings, views
+from sampling.pictures import COLORS
+from sampling.pipeline import Drawn, Pipeline, routers
+from sampling.settings import Forced, Settings
+from sampling.sheet import Sheet
+from weights.checkpoint import DEMO
+
+NEIGHBOURS = {"StyleGANT": "stylegan_t", "LadaGAN": "ladagan", "Muse": "muse"}  # the classes, and where they are
+PARTS = {"both": "global and local text", "global": "global text", "local": "local text"}
+SCOPES = {"point": "this point", "picture": "all of its expert's here", "all": "all of its expert's, in every picture"}
+NO_ROUTER = "none"
+CELL = 176  # CSS pixels of a picture
+WALK_EVERY, WALK_STEP = 0.1, 0.04  # seconds between two pictures, and the share of the way between two seeds
+DRAWING = ThreadPoolExecutor(1)  # pictures are drawn one after another, so no page meets another's forced expert
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    add = parser.add_argument
+    add("prompt", nargs="?", default="red heart", help="what the page draws at first")
+    add(
+        "--checkpoint",
+        type=Path,
+        nargs="+",
+        default=[DEMO],
+        help="to choose from: generator_ema.safetensors of runs, of neighbours/ too, or the authors' aurora_v1.pth",
+    )
+    add(
+        "--clip", help="MODEL:WEIGHTS of open_clip, to read a large CLIP from a file; default: what the checkpoint says"
+    )
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    add("--dtype", choices=("auto", *inference.DTYPES), default="auto", help="auto: bf16 for large models, if fast")
+    add("--host", default="127.0.0.1", help="the address to serve at; 0.0.0.0 lets other machines in")
+    add("--port", type=positive_int, default=8080)
+    return parser.parse_args(argv)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Models.
+
+
+class Neighbour:
+    """A system of neighbours/. It draws by prompt, seed and number; what else a Settings says is Aurora's."""
+
+    def __init__(self, path, name):
+        if name not in NEIGHBOURS:
+            raise UserError(f"{path} was written by {name}, which is not known here")
+        system_class = getattr(importlib.import_module(f"neighbours.{NEIGHBOURS[name]}"), name)
+        self.name, self.system = name, command.load(system_class, path)
+        self.clip = self.system.clip
+
+    @torch.no_grad()
+    def draw(self, wanted):
+        text = self.clip.encode_text(self.clip.tokenize([wanted.prompt]))
+        images = self.system.sample(text, wanted.seed, wanted.num)
+        return Drawn(images.clamp(-1, 1), [wanted.prompt] * wanted.num, {})
+
+
+def load_model(args, path):
+    """A Pipeline or a Neighbour. Raises UserError."""
+    with contextlib.suppress(OSError, SafetensorError), safe_open(path, "pt") as file:
+        if name := (file.metadata() or {}).get("system"):
+            return Neighbour(path, name)
+    return Pipeline.load(path, args.device, args.dtype, args.clip)
+
+
+def draw(model, wanted):
+    """A model and Settings → Drawn. Raises UserError."""
+    return model.draw(wanted) if isinstance(model, Neighbour) else settings.draw(model, wanted)
+
+
+async def drawing(function, *arguments):
+    """Calls a function where pictures are drawn, while the page goes on."""
+    return await asyncio.get_running_loop().run_in_executor(DRAWING, function, *arguments)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The page.
+
+
+class Page:
+    """What one visitor sees and has set. A control that changes draws again, and the newest settings win."""
+
+    def __init__(self, models, checkpoints, prompt):
+        self.models = models  # path → model, each loaded once
+        self.model = self.drawn = self.sheet = self.shown = None  # shown: the Settings of what is drawn
+        self.centre = self.forced = self.point = None  # point: sheet.Point, the one that was clicked
+        self.walked = 0.0
+        self.busy = self.again = False
+        ui.button.default_props("no-caps")
+        ui.add_css(".sheet img { image-rendering: pixelated }")
+        with ui.column().classes("w-full max-w-6xl mx-auto"):
+            self.add_prompts(checkpoints, prompt)
+            self.add_noise()
+            self.note = ui.label().classes("text-orange-8").mark("note")
+            self.image = ui.interactive_image(on_mouse=self.click).classes("sheet").mark("pictures")
+            self.add_experts()
+        ui.timer(0, self.refresh, once=True)
+
+    def add_prompts(self, checkpoints, prompt):
+        names = {path: os.path.relpath(path) for path in checkpoints}
+        self.checkpoint = ui.select(names, value=checkpoints[0], label="Model", on_change=self.refresh)
+        with ui.row().classes("w-full items-center"):
+            wait = "debounce=250"
+            self.prompt = ui.input("Prompt", value=prompt, on_change=self.refresh).props(wait).classes("grow")
+            self.second = ui.input("Second prompt", on_change=self.refresh).props(wait).classes("grow")
+        with ui.row().classes("w-full items-center"):
+            ui.label("From the first prompt to the second")
+            self.amount = ui.slider(min=0, max=1, step=0.01, value=0, on_change=self.refresh).classes("w-64")
+            self.part = ui.toggle(PARTS, value="both", on_change=self.refresh).props("dense no-caps")
+            self.layers = ui.select({}, value=[], multiple=True, on_change=self.refresh).classes("grow")
+            self.layers.props('label="Layers by the second prompt, coarse to fine" use-chips')
+
+    def add_noise(self):
+        with ui.row().classes("w-full items-center"):
+            self.seed = ui.number("Seed", value=0, min=0, precision=0, on_change=self.reseed).classes("w-24")
+            ui.label("Pictures")
+            self.num = ui.slider(min=1, max=settings.MOST, value=4, on_change=self.renumber).classes("w-32")
+            self.num.props("label")
+            ui.label("ψ")
+            self.psi = ui.slider(min=0, max=1.5, step=0.05, value=1, on_change=self.refresh).classes("w-32")
+            self.psi.props("label")
+            self.walking = ui.timer(WALK_EVERY, self.walk, active=False)
+            self.walk_button = ui.button("Walk", on_click=self.start_or_stop)
+            self.like_button = ui.button("More like this", on_click=self.more_like_this)
+            self.all_button = ui.button("All again", on_click=self.all_again)
+
+    def add_experts(self):
+        with ui.row().classes("w-full items-center"):
+            ui.label("Experts of router")
+            self.router = ui.toggle([NO_ROUTER], value=NO_ROUTER, on_change=self.reroute).props("dense no-caps")
+            self.legend = ui.row().classes("items-center")
+        self.told = ui.label().mark("told")
+        with ui.row().classes("items-center") as self.forcing:
+            ui.label("Give")
+            self.scope = ui.toggle(SCOPES, value="all", on_change=self.mark).props("dense no-caps")
+            ui.label("to expert")
+            self.takers = ui.row()
+            ui.button("Release", on_click=self.release).props("flat")
+        self.forcing.set_visibility(False)
+
+    # What is drawn.
+
+    def wanted(self):
+        return Settings(
+            prompt=self.prompt.value or "",
+            seed=max(0, min(int(self.seed.value or 0), 2**62)),
+            num=int(self.num.value),
+            psi=self.psi.value,
+            second=(self.second.value or "").strip(),
+            amount=self.amount.value,
+            part=self.part.value,
+            layers=tuple(self.layers.value),
+            walk=self.walked,
+            centre=self.centre,
+            forced=self.forced,
+        )
+
+    async def refresh(self):
+        """Draws what is wanted; while that takes, later changes are remembered, and drawn once."""
+        self.again = True
+        if self.busy:
+            return
+        self.busy = True
+        try:
+            while self.again:
+                self.again = False
+                await self.redraw()
+        finally:
+            self.busy = False
+
+    async def redraw(self):
+        try:
+            model = await drawing(self.models, self.checkpoint.value)
+            if model is not self.model:
+                self.fit_to(model)
+            wanted = self.wanted()
+            self.drawn = await drawing(draw, model, wanted)
+        except UserError as error:
+            self.note.text = str(error)
+            return
+        prompts = [wanted.prompt, *[wanted.second] * bool(wanted.second)]
+        self.note.text = " ".join(remark + "." for prompt in prompts for remark in latent.remarks(model.clip, prompt))
+        self.shown, self.sheet = wanted, Sheet(wanted.num, self.drawn.images.shape[-1])
+        self.image.style(f"width: min(100%, {self.sheet.columns * CELL}px)")
+        self.image.set_source(self.sheet.joined(self.drawn.pictures))
+        self.mark()
+
+    def fit_to(self, model):
+        """Offers what this model has."""
+        self.model, is_aurora = model, isinstance(model, Pipeline)
+        self.centre = self.forced = self.point = None
+        names = views.layer_names(model.generator) if is_aurora else []
+        self.layers.set_options(dict(enumerate(names)), value=[])
+        known = routers(model.generator) if is_aurora else []
+        self.router.set_options([NO_ROUTER, *known], value=NO_ROUTER)
+        auroras = (self.second, self.amount, self.part, self.layers, self.psi, self.router)
+        for control in (*auroras, self.walk_button, self.like_button, self.all_button):
+            control.set_enabled(is_aurora)
+        self.told.text = "" if is_aurora else f"{model.name} takes a prompt, a seed and a number; the rest is Aurora's."
+
+    # Noise.
+
+    async def reseed(self):
+        self.walked = 0.0
+        await self.refresh()
+
+    async def renumber(self):
+        self.forced = self.point = None
+        await self.refresh()
+
+    async def walk(self):
+        self.walked += WALK_STEP
+        await self.refresh()
+
+    def start_or_stop(self):
+        self.walking.active = not self.walking.active
+        self.walk_button.text = "Stop" if self.walking.active else "Walk"
+
+    def more_like_this(self):
+        """The picture that was clicked, and others near it; the next seed says which."""
+        if self.point is None:
+            self.told.text = "Click a picture first."
+            return
+        self.centre = settings.codes(self.model.generator, self.shown)[self.point.picture]
+        self.forced = self.point = None
+        self.seed.value = int(self.seed.value or 0) + 1
+
+    async def all_again(self):
+        self.centre = None
+        await self.refresh()
+
+    # Experts.
+
+    @property
+    def routing(self):
+        """Of the router that is looked at, or None."""
+        return self.drawn.routings.get(self.router.value) if self.drawn else None
+
+    async def reroute(self):
+        """Another router is looked at."""
+        self.point, was_forced, self.forced = None, self.forced, None
+        routing = self.routing
+        count = routing.logits.shape[-1] if routing else 0
+        for row in (self.legend, self.takers):
+            row.clear()
+        for expert in range(count):
+            with self.legend:
+                ui.badge(str(expert)).style(f"background: {COLORS[expert % len(COLORS)]} !important")
+            with self.takers:
+                ui.button(str(expert), on_click=functools.partial(self.force, expert)).props("dense")
+        self.forcing.set_visibility(bool(count))
+        self.told.text = "Click a point." if count else ""
+        self.mark()
+        if was_forced:
+            await self.refresh()
+
+    def click(self, event):
+        if self.sheet:
+            side = round(self.routing.gate.shape[1] ** 0.5) if self.routing else 1
+            self.point = self.sheet.point_at(event.image_x, event.image_y, side)
+            self.mark()
+
+    def mark(self):
+        """Lays over the pictures who took which point, and what was clicked; tells about it."""
+        if self.routing is None:
+            self.image.set_content(self.sheet.picked(self.point.picture) if self.sheet and self.point else "")
+            return
+        index, count = self.routing.expert_index, self.routing.logits.shape[-1]
+        if self.point is None:
+            self.image.set_content(self.sheet.experts(index, count))
+            return
+        seen = int(index[self.point])
+        self.image.set_content(self.sheet.experts(index, count, seen) + self.sheet.marks(self.marked("point")))
+        self.told.text = self.sentence(seen)
+
+    def marked(self, scope):
+        """The points [num, N] that a scope means, by the one that was clicked."""
+        index, mask = self.routing.expert_index, torch.zeros_like(self.routing.expert_index, dtype=torch.bool)
+        if scope == "point":
+            mask[self.point] = True
+        elif scope == "picture":
+            mask[self.point.picture] = index[self.point.picture] == index[self.point]
+        else:
+            mask = index == index[self.point]
+        return mask
+
+    def sentence(self, seen):
+        """What is known about the point that was clicked."""
+        (picture, at), index = self.point, self.routing.expert_index
+        row, column = divmod(at, round(index.shape[1] ** 0.5))
+        chances = self.routing.logits[picture, at].softmax(-1).tolist()
+        others = ", ".join(f"{expert}: {chance:.2f}" for expert, chance in enumerate(chances) if expert != seen)
+        shares = 100 * (index[picture] == seen).float().mean(), 100 * (index == seen).float().mean()
+        return (
+            f"Row {row + 1}, column {column + 1} of picture {picture + 1}: expert {seen} took it, with probability "
+            f"{chances[seen]:.2f} ({others}). It took {shares[0]:.0f} % of this picture and {shares[1]:.0f} % of all."
+        )
+
+    async def force(self, expert):
+        if self.point is None:
+            self.told.text = "Click a point first."
+            return
+        self.forced = Forced(self.router.value, self.marked(self.scope.value), expert)
+        await self.refresh()
+
+    async def release(self):
+        self.forced = None
+        await self.refresh()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def check_address(host, port):
+    try:
+        socket.create_server((host, port)).close()
+    except (OSError, OverflowError) as error:
+        raise UserError(
+            f"port {port} of {host} cannot be served ({first_line(error)}); choose another --port"
+        ) from error
+
+
+def main():
+    args = parse_args()
+    with told_in_one_line():
+        check_address(args.host, args.port)
+        models = functools.cache(functools.partial(load_model, args))
+        models(args.checkpoint[0])
+        print(f"The page is at http://{args.host}:{args.port}; Ctrl-C ends it", flush=True)
+        ui.run(
+            lambda: Page(models, args.checkpoint, args.prompt),
+            host=args.host,
+            port=args.port,
+            title="Aurora",
+            show=False,
+            reload=False,
+            show_welcome_message=False,
+        )
+
+
+if __name__ == "__main__":
+    main()

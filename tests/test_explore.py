@@ -1,0 +1,127 @@
+"""The page, by NiceGUI's own simulation of a visitor, and the mistakes of those who open it."""
+
+import asyncio
+import functools
+import socket
+from types import SimpleNamespace
+
+import torch
+from nicegui.testing import user_simulation
+
+import explore
+from clip import load_clip
+from neighbours.command import Trained
+from neighbours.stylegan_t import StyleGANT
+from sampling.pipeline import Pipeline
+from sampling.sheet import Sheet
+from weights.checkpoint import DEMO
+
+
+def visit(script, *checkpoints, prompt="red heart"):
+    """Opens the page and runs script(user, page)."""
+    args = explore.parse_args(["--device", "cpu"])
+    pages = []
+
+    def root():
+        pages.append(explore.Page(functools.cache(functools.partial(explore.load_model, args)), checkpoints, prompt))
+
+    async def session():
+        async with user_simulation(root) as user:
+            await user.open("/")
+            await drawn(pages[0])
+            await script(user, pages[0])
+
+    asyncio.run(session())
+
+
+async def drawn(page):
+    """Waits until the page shows what is wanted."""
+    for _ in range(600):
+        await asyncio.sleep(0.05)
+        if not (page.busy or page.again) and (page.shown or page.note.text):
+            return
+    raise TimeoutError
+
+
+def test_the_page_shows_what_the_pipeline_draws():
+    async def script(user, page):
+        expected = Pipeline.load(device="cpu").sample("red heart", num=4, seed=0)
+        assert page.image.source == Sheet(4, 32).joined(expected)
+        page.prompt.value = "a mauve whale"
+        await asyncio.sleep(0)
+        await drawn(page)
+        assert page.image.source != Sheet(4, 32).joined(expected) and "mauve" in page.note.text
+        page.prompt.value = "word " * 500
+        await asyncio.sleep(0)
+        await drawn(page)
+        assert "too long" in page.note.text
+        page.prompt.value = " "
+        await asyncio.sleep(0)
+        await drawn(page)
+        assert "say what to draw" in page.note.text
+
+    visit(script, DEMO)
+
+
+def test_a_point_tells_its_expert_and_can_be_given_to_another():
+    async def script(user, page):
+        page.router.value = "8.0.0"
+        await asyncio.sleep(0)
+        page.click(SimpleNamespace(image_x=18, image_y=17))
+        before, picture = int(page.routing.expert_index[0, 36]), page.image.source
+        assert f"Row 5, column 5 of picture 1: expert {before} took it" in page.told.text
+        await page.force((before + 1) % 4)
+        await drawn(page)
+        assert int(page.routing.expert_index[0, 36]) == (before + 1) % 4 and page.image.source != picture
+        await page.release()
+        await drawn(page)
+        assert page.image.source == picture
+
+    visit(script, DEMO)
+
+
+def test_more_like_a_picture_keeps_it():
+    async def script(user, page):
+        page.click(SimpleNamespace(image_x=32 + 2 + 5, image_y=5))
+        second = page.drawn.images[1]
+        page.more_like_this()
+        await asyncio.sleep(0)
+        await drawn(page)
+        torch.testing.assert_close(page.drawn.images[0], second)
+
+    visit(script, DEMO)
+
+
+def test_a_neighbour_stands_where_aurora_stood(tmp_path):
+    clip = load_clip("emoji")
+    system = StyleGANT(clip, 32, torch.device("cpu"))
+    path = tmp_path / "generator_ema.safetensors"
+    Trained(system, SimpleNamespace(batch=1, unconditional=False), []).save_generator(path, {"clip": "emoji"})
+    broken = tmp_path / "broken.safetensors"
+    broken.write_bytes(b"text")
+
+    async def script(user, page):
+        page.checkpoint.value = path
+        await asyncio.sleep(0)
+        await drawn(page)
+        assert page.drawn.images.shape == (4, 3, 32, 32) and not page.psi.enabled and "Aurora's" in page.told.text
+        page.checkpoint.value = broken
+        await asyncio.sleep(0)
+        await drawn(page)
+        assert "not a generator" in page.note.text
+
+    visit(script, DEMO, path, broken)
+
+
+def test_mistakes_are_told_in_one_line(run_main, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        status, _, stderr = run_main(explore.main, "--port", port)
+        assert status == 2 and f"port {port}" in stderr and "another --port" in stderr and stderr.count("\n") == 0
+        free = port
+    (tmp_path / "a.safetensors").write_bytes(b"text")
+    for name, says in (("a.safetensors", "not a generator"), ("none.pth", "no checkpoint")):
+        status, _, stderr = run_main(explore.main, "--checkpoint", tmp_path / name, "--port", free, "--device", "cpu")
+        assert status == 2 and says in stderr and stderr.count("\n") == 0
+    status, _, stderr = run_main(explore.main, "--port", 70_000)
+    assert status == 2 and "70000" in stderr and stderr.count("\n") == 0
