@@ -16,8 +16,8 @@ from common.cli import HelpFormatter, UserError, positive_int, told_in_one_line
 from data.pairs import Unusable, read_image
 from neighbours.command import load
 from neighbours.muse import Muse
+from sampling.files import check_writable, save
 from sampling.pictures import grid, to_pil
-from weights.checkpoint import atomically
 
 COLUMNS = ("the picture", "its tokens", "middle drawn anew", "border drawn anew", "changed anywhere")
 
@@ -57,8 +57,7 @@ def main():
     add("--out", type=Path, default=Path("edit.png"))
     args = parser.parse_args()
     with told_in_one_line():
-        if not args.out.parent.is_dir():
-            raise UserError(f"--out {args.out}: there is no folder {args.out.parent}")
+        check_writable(args.out)
         system = load(Muse, args.checkpoint)
         image, text = (
             read(args.picture, system.resolution),
@@ -66,7 +65,7 @@ def main():
         )
         panels = [to_pil(x) for seed in range(args.num) for x in edits(system, image, text, seed)]
         drawn = grid(panels, COLUMNS * args.num, len(COLUMNS), f"“{args.prompt}”")
-        atomically(args.out, lambda temporary: drawn.save(temporary, "PNG"))
+        save([drawn], args.out, {name: str(value) for name, value in vars(args).items()})
         print(f"Drawn in {args.out.resolve()}")
 
 

@@ -19,6 +19,7 @@ from common.cli import HelpFormatter, UserError, first_line, natural_number, pos
 from common.distributed import say
 from data import sources
 from neighbours.system import RESOLUTIONS
+from sampling.files import check_writable, save
 from sampling.pictures import grid, to_pil
 from training.loop import Loop
 from training.run_folder import RunFolder
@@ -125,6 +126,11 @@ def build(system_class, clip, resolution, device, unconditional):
         raise UserError(f"--unconditional: {system_class.__name__} has no such form ({first_line(error)})") from error
 
 
+def as_texts(args):
+    """The options of a command, for its files."""
+    return {option: str(value) for option, value in vars(args).items() if option != "run"}
+
+
 def train(system_class, name, args):
     device = distributed.start("auto")
     try:
@@ -142,7 +148,7 @@ def train(system_class, name, args):
             if state:
                 loop.load(state)
             with loop.stopping_when_asked():
-                loop.introduce({option: str(value) for option, value in vars(args).items() if option != "run"})
+                loop.introduce(as_texts(args))
                 say(f"Training {name} on {device}, {distributed.world_size()} rank(s); all in {args.out}")
                 loop.run()
                 loop.conclude()
@@ -152,12 +158,13 @@ def train(system_class, name, args):
 
 @torch.no_grad()
 def sample(system_class, name, args):
+    check_writable(args.out)
     system = load(system_class, args.checkpoint)
     text = system.clip.encode_text(system.clip.tokenize(args.prompt))
     images = system.sample(text, args.seed, args.num)
     captions = [prompt for prompt in args.prompt for _ in range(args.num)]
     picture = grid([to_pil(image) for image in images], captions, columns=args.num)
-    atomically(args.out, lambda temporary: picture.save(temporary, "PNG"))
+    save([picture], args.out, as_texts(args))
     print(f"{len(images)} pictures by {args.checkpoint}, drawn in {args.out.resolve()}")
 
 

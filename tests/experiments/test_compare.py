@@ -12,7 +12,7 @@ from clip import load_clip
 from experiments import compare
 from neighbours.command import Trained
 from neighbours.ladagan import LadaGAN
-from weights.checkpoint import DEMO
+from weights.checkpoint import SHAPES
 
 PROMPTS = ["red heart", "sun"]
 
@@ -71,7 +71,7 @@ def test_truncation_leaves_one_picture_of_a_prompt(run):
 
 
 def test_a_small_comparison(run, tmp_path, run_main):
-    systems = [f"Aurora={DEMO}", f"LadaGAN={run[0]}"]
+    systems = [f"Aurora={SHAPES}", f"LadaGAN={run[0]}"]
     options = ["--data", "shapes", "--count", 6, "--prompts", *PROMPTS, "--out", tmp_path]
     status, said, error = run_main(compare.main, *systems, *options)
     assert status == 0, error
@@ -88,8 +88,8 @@ def test_a_small_comparison(run, tmp_path, run_main):
     [
         (["Aurora"], "write NAME=PATH"),
         (["Aurora=nothing"], "no generator at nothing"),
-        ([f"Aurora={DEMO.parent / 'clip.safetensors'}"], "not a generator of train.py"),
-        ([f"Aurora={DEMO}", "--count", 3], "--count 3"),
+        ([f"Aurora={SHAPES.parent / 'clip.safetensors'}"], "not a generator of train.py"),
+        ([f"Aurora={SHAPES}", "--count", 3], "--count 3"),
     ],
 )
 def test_mistakes_are_told_in_one_line(tmp_path, run_main, arguments, says):
