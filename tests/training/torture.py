@@ -22,7 +22,7 @@ from tqdm import tqdm
 from weights import checkpoint
 
 ROOT = Path(__file__).parent.parent.parent
-START = 120  # seconds that a life may take to make its first step
+START = 600  # seconds that a life may take to make its first step, on a machine that others use too
 
 
 def command(ranks, out, steps):
@@ -68,8 +68,10 @@ def torture(ranks, kills, steps, folder, seed=0):
             deadline = time.monotonic() + START
             # A life writes the log anew, without what the one before did after its last checkpoint.
             while not log.exists() or log.stat().st_ino == former or last_step(out) <= begun:
-                if life.poll() is not None or time.monotonic() > deadline:
-                    sys.exit(f"a life ended by itself, at step {last_step(out)}; see {output.name}")
+                if (ended := life.poll() is not None) or time.monotonic() > deadline:
+                    kill(out)
+                    what = "ended by itself" if ended else f"made no step in {START} s"
+                    sys.exit(f"a life {what}, at step {last_step(out)}:\n{Path(output.name).read_text()[-2000:]}")
                 time.sleep(0.01)
             time.sleep(moments.uniform(0, 1))
             while_saving += bool(list(out.glob("**/*.tmp")))
