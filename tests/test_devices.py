@@ -9,11 +9,11 @@ import torch
 from torch._subclasses.fake_tensor import DynamicOutputShapeException
 
 import evaluate
-import sample
 from data.batches import Batch
 from evaluation import extractors
 from presets import PRESETS, Preset, fitted_to
 from sampling import inference, views
+from sampling.pipeline import draw
 from training.growth import Growth
 from training.overfitting import OverfittingWatch
 from training.plan import clip_without_weights
@@ -105,9 +105,9 @@ def test_every_view_of_sampling(device):
             *views.latent_walk(generator, clip, PROMPTS[0], 0, 0.7, 4, "spherical"),
             *views.layer_mixing(generator, clip, *PROMPTS, 0, 0.7),
         ]
-    images, routes = sample.draw(generator, frames)
-    assert images.shape == (len(frames), 3, SIDE, SIDE)
-    assert {images.device, *(x.device for x in routes.values())} == {DEVICE}
+    drawn = draw(generator, frames)
+    assert drawn.images.shape == (len(frames), 3, SIDE, SIDE)
+    assert {drawn.images.device, *(x.device for routing in drawn.routings.values() for x in routing)} == {DEVICE}
 
 
 def test_what_evaluation_measures(device, monkeypatch):
