@@ -1,7 +1,7 @@
 """Reads images of the built-in scenes with a small classifier, and compares what it sees with what the captions say.
 
-`python evaluate.py --data shapes` uses it. `python -m evaluation.judge` trains it on rendered scenes, of all pairs of shape and
-color. No generator is trained against it.
+`python evaluate.py --data shapes` uses it. `python -m evaluation.judge` trains it on rendered scenes, of all pairs of
+shape and color. No generator is trained against it.
 """
 
 import argparse
