@@ -30,12 +30,11 @@ def gradients(folder, ranks, dtype, *options):
 
 
 def test_gradients_do_not_depend_on_the_number_of_ranks(tmp_path):
-    """4 ranks × 4 = 2 × 8 = 1 × 16, adversarial, matching, CLIP, R1 and expert losses together, tensor by tensor."""
-    one, two, four = (gradients(tmp_path, ranks, "float64") for ranks in (1, 2, 4))
+    """4 ranks × 4 = 1 × 16, adversarial, matching, CLIP, R1 and expert losses together, tensor by tensor."""
+    one, four = (gradients(tmp_path, ranks, "float64") for ranks in (1, 4))
     assert len(one) > 100
-    for other in (two, four):
-        for name, error in differences(one, other).items():
-            assert error.max() < 1e-10 * one[name].abs().max(), name
+    for name, error in differences(one, four).items():
+        assert error.max() < 1e-10 * one[name].abs().max(), name
 
 
 def test_nor_where_the_batch_is_made_in_parts(tmp_path):

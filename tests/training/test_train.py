@@ -183,6 +183,7 @@ def test_shards_with_too_few_pairs_are_one_clear_line(tmp_path, small_clip):
         run("--preset", "quick", "--clip", small_clip, "--out", tmp_path / "run", "--data", tmp_path, "--steps", 1)
 
 
+@pytest.mark.tour
 def test_a_tiny_model_learns_colors(tmp_path, monkeypatch):
     """At 4×4, where only colors can be seen: the background that the prompt names."""
     preset = PRESETS["shapes"]
