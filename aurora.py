@@ -294,7 +294,7 @@ class Generator(nn.Module):
         )
         self.mapping = Mapping(config)
         self.synthesis = Synthesis(config)
-        self.register_buffer("w_avg", torch.zeros(config.w_dim))  # over training: where inversion starts
+        self.register_buffer("w_avg", torch.zeros(config.w_dim))  # over training: a start for sampling/inversion.py
 
     def forward(self, z, tokens, eot, resolution=None):
         global_text, local_text = self.text_head(tokens, eot)

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import torch
+from PIL import ImageOps
 
 from common.cli import (
     HelpFormatter,
@@ -57,6 +58,12 @@ def parse_args(argv=None):
         "--mix", nargs=2, metavar=("COARSE", "FINE"), help="low layers by one prompt, the rest by another"
     )
     look.add_argument("--latent-walk", action="store_true", help="one prompt through several seeds; best as .gif")
+    look.add_argument(
+        "--like",
+        type=Path,
+        metavar="PICTURE",
+        help="fit codes to a picture that shows the first prompt, edit by others",
+    )
     add("--steps", type=positive_int, default=8, help="frames of --interpolate and --latent-walk")
     add("--part", choices=("both", "global", "local"), default="both", help="what of the text --interpolate moves")
     add("--path", choices=("spherical", "linear"), default="spherical", help="of --interpolate and --latent-walk")
@@ -91,7 +98,7 @@ def check_prompts(clip, prompts):
             print(f"note: no font has {' '.join(boxes[:10])}; captions show boxes there")
 
 
-def choose_view(args, pipe, prompts):
+def choose_view(args, pipe, prompts, picture):
     """→ the frames to draw, how many of them stand in a row, and what the picture says above them."""
     generator, clip, seed, psi = pipe.generator, pipe.clip, args.seed, args.truncation
     noise = f"seed {seed}, ψ {psi:g}"
@@ -111,6 +118,12 @@ def choose_view(args, pipe, prompts):
     if args.latent_walk:
         frames = views.latent_walk(generator, clip, prompts[0], seed, psi, args.steps, args.path)
         return frames, min(8, args.steps), f"A {args.path} walk through the noise, ψ {psi:g}"
+    if args.like:
+        from sampling import inversion  # not at the top: timm takes a second
+
+        frames, title = inversion.frames(pipe, picture, prompts)
+        print(title)
+        return frames, len(frames) + 1, title
     columns = args.num if args.num > 1 else min(6, len(prompts))
     return views.samples(generator, clip, prompts, args.num, seed, psi), columns, ""
 
@@ -121,25 +134,29 @@ def check_view(args, prompts):
         raise UserError("--interpolate and --mix take their two prompts and no others")
     if args.interpolate and args.steps < 2:
         raise UserError("--steps 1: a way has two ends; take 2 or more")
-    if args.each and (args.seeds or args.truncation_sweep or args.interpolate or args.mix or args.latent_walk):
+    others = args.seeds, args.truncation_sweep, args.interpolate, args.mix, args.latent_walk, args.like
+    if args.each and any(others):
         raise UserError("--each draws prompts, and no other view")
     if args.latent_walk and len(prompts) > 1:
         raise UserError(f"--latent-walk shows one prompt, and {len(prompts)} were given")
 
 
-def show(pipe, frames, columns, title, with_experts, animated):
-    """Draws frames → PIL images: one grid, or as many as frames where they are to be animated."""
+def show(pipe, frames, columns, title, with_experts, animated, picture):
+    """Draws frames → PIL images: one grid, or as many as frames where they are to be animated. picture: beside them."""
     drawn = pipe.draw(frames)
-    panels, experts = [to_pil(image) for image in drawn.images], 0
+    panels, captions, experts = [to_pil(image) for image in drawn.images], drawn.captions, 0
     if with_experts:
         maps = [[expert_map(index) for index in routing.expert_index] for routing in drawn.routings.values()]
         panels = [beside(strip) for strip in zip(panels, *maps, strict=True)]
         experts = max(level.num_experts for level in pipe.generator.config.levels)
         where = ", ".join(f"{name.split('.')[0]}×{name.split('.')[0]} ({name})" for name in drawn.routings)
         title = f"{title}{'. ' if title else ''}Beside each picture, the expert that took each point, at {where}"
+    if picture is not None:
+        panels = [ImageOps.pad(to_pil(picture), panels[0].size, color="white", centering=(0, 0)), *panels]
+        captions = ["the picture", *captions]
     if animated:
-        return animation(panels, drawn.captions, title, experts)
-    return [grid(panels, drawn.captions, columns, title, experts)]
+        return animation(panels, captions, title, experts)
+    return [grid(panels, captions, columns, title, experts)]
 
 
 def check_files(args):
@@ -168,9 +185,10 @@ def main():
             new = files.write_each(pipe, prompts, args.num, args.seed, args.truncation, args.each, args.checkpoint.name)
             print(f"{new} new pictures, {len(prompts) * args.num} in all, in {args.each.resolve()}")
             return
+        picture = files.read_picture(args.like, pipe.resolution) if args.like else None
         with torch.no_grad():
-            frames, columns, title = choose_view(args, pipe, prompts)
-        pictures = show(pipe, frames, columns, title, args.experts, args.out.suffix.lower() == ".gif")
+            frames, columns, title = choose_view(args, pipe, prompts, picture)
+        pictures = show(pipe, frames, columns, title, args.experts, args.out.suffix.lower() == ".gif", picture)
         about = {"prompts": prompts, "seed": args.seed, "psi": args.truncation, "checkpoint": args.checkpoint.name}
         files.save(pictures, args.out, about | {"command": " ".join(map(shlex.quote, ["sample.py", *sys.argv[1:]]))})
         size = pipe.resolution

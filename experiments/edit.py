@@ -12,11 +12,10 @@ from pathlib import Path
 
 import torch
 
-from common.cli import HelpFormatter, UserError, positive_int, told_in_one_line
-from data.pairs import Unusable, read_image
+from common.cli import HelpFormatter, positive_int, told_in_one_line
 from neighbours.command import load
 from neighbours.muse import Muse
-from sampling.files import check_writable, save
+from sampling.files import check_writable, read_picture, save
 from sampling.pictures import grid, to_pil
 
 COLUMNS = ("the picture", "its tokens", "middle drawn anew", "border drawn anew", "changed anywhere")
@@ -36,17 +35,6 @@ def edits(system, image, text, seed):
     return torch.cat([image, system.vqgan.decode(system.vqgan.encode(image)), *filled, system.edit(seed, image, text)])
 
 
-def read(path, resolution):
-    """A picture's file → its centre square [3, R, R] in [−1, 1]. Raises UserError."""
-    try:
-        with open(path, "rb") as file:
-            return read_image(file, resolution)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from error
-    except Unusable as error:
-        raise UserError(f"{path} cannot be used ({error}); give a picture of {resolution} pixels or more") from error
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=HelpFormatter)
     add = parser.add_argument
@@ -60,7 +48,7 @@ def main():
         check_writable(args.out)
         system = load(Muse, args.checkpoint)
         image, text = (
-            read(args.picture, system.resolution),
+            read_picture(args.picture, system.resolution),
             system.clip.encode_text(system.clip.tokenize([args.prompt])),
         )
         panels = [to_pil(x) for seed in range(args.num) for x in edits(system, image, text, seed)]

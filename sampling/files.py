@@ -8,6 +8,7 @@ from PIL import Image, PngImagePlugin
 from tqdm import tqdm
 
 from common.cli import UserError, first_line
+from data.pairs import Unusable, read_image
 from sampling import latent
 from sampling.pipeline import Pipeline
 from weights.checkpoint import atomically
@@ -29,6 +30,17 @@ def check_writable(path):
             path.unlink()
     except OSError as error:
         raise UserError(f"--out {path} cannot be written: {error.strerror}") from error
+
+
+def read_picture(path, resolution):
+    """A picture's file → its centre square [3, R, R] in [−1, 1]. Raises UserError."""
+    try:
+        with open(path, "rb") as file:
+            return read_image(file, resolution)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    except Unusable as error:
+        raise UserError(f"{path} cannot be used ({error}); give a picture of {resolution} pixels or more") from error
 
 
 def save(pictures, path, about):

@@ -1,0 +1,108 @@
+"""From a picture back to latent codes: a w for each layer, fitted by gradient so that the generator draws the picture.
+
+The distance is perceptual: between maps of EfficientNet, each point's channels of unit length, as LPIPS has it (Zhang
+et al. 2018) without its learned weights; and between pixels.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from tqdm import trange
+
+from sampling import inference, latent, views
+from weights.efficientnet import load_efficientnet
+
+SIDE = 96  # pixels that EfficientNet sees
+CANDIDATES = 64  # random pictures of the prompt; the fit starts at the nearest, or at w_avg
+STEPS = 300
+RATE = 0.05  # of Adam, at first
+PIXELS = 1.0  # what the mean square error of pixels counts
+PULL = 0.01  # toward codes as the prompt has them: what the generator never saw in training cannot be edited
+
+
+class Fit(NamedTuple):
+    """A picture as the generator draws it."""
+
+    w: torch.Tensor  # [num_layers, w_dim]
+    text: latent.Prompt  # of the prompt, one row
+    distance: float  # to the picture, perceptual
+    nearest: float  # the distance of the nearest candidate
+    random: float  # the mean distance of all of them
+
+
+class Perceptual:
+    """The distance to a picture [3, R, R] in [−1, 1], of images [B, 3, R, R] → [B], in 0…4."""
+
+    def __init__(self, picture):
+        self.network = load_efficientnet(features_only=True).to(picture.device, memory_format=torch.channels_last)
+        self.wanted = self.maps(picture[None])
+
+    def maps(self, images):
+        images = F.interpolate(images, SIDE, mode="bicubic", antialias=True)
+        return [F.normalize(x, dim=1) for x in self.network(images.contiguous(memory_format=torch.channels_last))]
+
+    def __call__(self, images):
+        pairs = zip(self.maps(images), self.wanted, strict=True)
+        return torch.stack([(a - b).square().sum(1).mean((1, 2)) for a, b in pairs]).mean(0)
+
+
+def synthesize(generator, w, local_text):
+    """As latent.pictures, but not clamped, so that every pixel has its gradient."""
+    with inference.autocast(generator):
+        return generator.synthesis(w, local_text).image.float()
+
+
+@torch.enable_grad()
+def fit(pipe, picture, prompt, steps):
+    """A picture [3, R, R] in [−1, 1] and a prompt that tells what it shows → Fit. A progress bar shows the distance."""
+    generator = pipe.generator
+    picture = picture.to(generator.w_avg.device)
+    distance = Perceptual(picture)
+    with torch.no_grad():
+        text = latent.read(generator, pipe.clip, [prompt])
+        codes = generator.mapping(latent.noise(generator, CANDIDATES, 0), text.global_text.expand(CANDIDATES, -1))
+        spread, mean = torch.std_mean(codes, 0)
+        starts = torch.cat([codes, generator.w_avg[None]])  # StyleGAN2's projector starts at the mean of all prompts
+        local = text.local_text.expand(len(starts), -1, -1)
+        of_starts = torch.cat([distance(x) for x in latent.pictures(generator, starts, local).split(latent.BATCH)])
+        of_candidates = of_starts[:CANDIDATES]
+    start = starts[of_starts.argmin()]
+    w = start.expand(generator.synthesis.num_layers, -1).clone().requires_grad_()
+    optimizer = torch.optim.Adam([w], RATE)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    best = of_starts.min().item(), w.detach().clone()
+    bar = trange(steps, desc="fitting")
+    for _ in bar:
+        image = synthesize(generator, w[None], text.local_text)
+        perceptual = distance(image)[0]
+        error = (image[0] - picture).square().mean()
+        pull = ((w - mean) / (spread + 1e-2)).square().mean()
+        optimizer.zero_grad()
+        (perceptual + PIXELS * error + PULL * pull).backward(inputs=[w])
+        if perceptual.item() < best[0]:
+            best = perceptual.item(), w.detach().clone()
+        optimizer.step()
+        schedule.step()
+        bar.set_postfix(distance=f"{perceptual.item():.3f}")
+    reached = distance(latent.pictures(generator, best[1][None], text.local_text)).item()
+    return Fit(best[1], text, reached, of_candidates.min().item(), of_candidates.mean().item())
+
+
+@torch.no_grad()
+def edited(pipe, fitted, prompt):
+    """The frame of a fitted picture under another prompt: w goes by the way between the prompts' mean codes."""
+    generator, text = pipe.generator, latent.read(pipe.generator, pipe.clip, [prompt])
+    way = latent.mean_code(generator, text.global_text) - latent.mean_code(generator, fitted.text.global_text)
+    return views.Frame(fitted.w + way, text.local_text[0], prompt)
+
+
+def frames(pipe, picture, prompts):
+    """A picture [3, R, R] in [−1, 1], a prompt that tells what it shows, and others → frames, and how near they are."""
+    fitted = fit(pipe, picture, prompts[0], STEPS)
+    told = (
+        f"The nearest that was found has a perceptual distance of {fitted.distance:.3f} to the picture; of "
+        f"{CANDIDATES} random pictures of the prompt the nearest has {fitted.nearest:.3f}, the mean {fitted.random:.3f}"
+    )
+    first = views.Frame(fitted.w, fitted.text.local_text[0], f"fitted: {prompts[0]}")
+    return [first, *[edited(pipe, fitted, prompt) for prompt in prompts[1:]]], told
