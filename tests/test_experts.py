@@ -50,6 +50,14 @@ def test_one_expert_is_a_dense_layer():
     torch.testing.assert_close(experts(points, torch.zeros(20, dtype=torch.long), torch.ones(20)), dense)
 
 
+def test_weights_begin_as_large_as_their_inputs_are_many():
+    """σ = 1/√inputs; and their learning rate is scaled by the same number (the equalized learning rate)."""
+    experts = Experts(64, 3)
+    for name, inputs in (("proj_in", 64), ("proj_out", 256)):
+        assert getattr(experts, name).std().item() == pytest.approx(inputs**-0.5, rel=0.02)
+        assert experts.lr_scale[name] == pytest.approx(inputs**-0.5)
+
+
 def test_an_expert_without_points_has_a_zero_gradient():
     experts = Experts(8, 3)
     experts(torch.randn(5, 8), torch.tensor([0, 0, 2, 2, 0]), torch.ones(5)).sum().backward()

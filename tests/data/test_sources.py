@@ -66,7 +66,8 @@ def color_of(image):
 
 def test_a_folder_gives_pairs_that_belong_together(folder):
     source = sources.open_data(str(folder), 16, seed=0)
-    (batch,) = take(source, 1, batch=6, rank=0, world_size=1)
+    batch, next_epoch = take(source, 2, batch=6, rank=0, world_size=1)
+    assert batch.captions != next_epoch.captions and sorted(batch.captions) == sorted(next_epoch.captions)
     assert batch.images.shape == (6, 3, 16, 16) and batch.images.min() >= -1 and batch.images.max() <= 1
     assert sorted(batch.captions) == [f"picture {i}" for i in range(6)]  # an epoch holds each once
     for image, caption in zip(batch.images, batch.captions, strict=True):
