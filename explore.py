@@ -293,7 +293,8 @@ class Page:
             self.image.set_content(self.sheet.experts(index, count))
             return
         seen = int(index[self.point])
-        self.image.set_content(self.sheet.experts(index, count, seen) + self.sheet.marks(self.marked("point")))
+        overlay = "" if self.forced else self.sheet.experts(index, count, seen)  # nothing hides what was drawn so
+        self.image.set_content(overlay + self.sheet.marks(self.marked("point")))
         self.told.text = self.sentence(seen)
 
     def marked(self, scope):
@@ -312,11 +313,12 @@ class Page:
         (picture, at), index = self.point, self.routing.expert_index
         row, column = divmod(at, round(index.shape[1] ** 0.5))
         chances = self.routing.logits[picture, at].softmax(-1).tolist()
+        verb = "took" if chances[seen] == max(chances) else "was given"
         others = ", ".join(f"{expert}: {chance:.2f}" for expert, chance in enumerate(chances) if expert != seen)
         shares = 100 * (index[picture] == seen).float().mean(), 100 * (index == seen).float().mean()
         return (
-            f"Row {row + 1}, column {column + 1} of picture {picture + 1}: expert {seen} took it, with probability "
-            f"{chances[seen]:.2f} ({others}). It took {shares[0]:.0f} % of this picture and {shares[1]:.0f} % of all."
+            f"Row {row + 1}, column {column + 1} of picture {picture + 1}: expert {seen} {verb} it, with probability "
+            f"{chances[seen]:.2f} ({others}). It has {shares[0]:.0f} % of this picture and {shares[1]:.0f} % of all."
         )
 
     async def force(self, expert):

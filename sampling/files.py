@@ -11,7 +11,7 @@ from common.cli import UserError, first_line
 from data.pairs import Unusable, read_image
 from sampling import latent
 from sampling.pipeline import Pipeline
-from weights.checkpoint import atomically
+from weights.checkpoint import atomically, left_over
 
 KEY = "aurora"  # the PNG's text field; it holds JSON
 INDEX = "pictures.jsonl"  # of a folder: a line for each picture
@@ -90,6 +90,8 @@ def write_each(pipe: Pipeline, prompts, num, seed, psi, folder: Path, checkpoint
         {"file": f"{i:06d}.png", "prompt": prompt, "number": n, "seed": seed, "psi": psi, "checkpoint": checkpoint}
         for i, (prompt, n) in enumerate(itertools.product(prompts, range(num)))
     ]
+    for path in left_over(folder, r"\d+\.png"):
+        path.unlink()
     done = read_index(folder / INDEX, abouts)
     new = 0
     with (folder / INDEX).open("a", encoding="utf-8") as index:
