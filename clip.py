@@ -137,9 +137,7 @@ class FrozenClip(nn.Module):
 
 def _map_blocks(visual):
     """Which blocks the feature maps come from, as open_clip wants it: a quarter of a ViT each; else the last stages."""
-    import open_clip  # not at the top: it takes two seconds, and sampling with our own files needs none of it
-
-    if not isinstance(visual, open_clip.transformer.VisionTransformer):
+    if not hasattr(visual, "transformer"):
         return NUM_MAPS
     depth = len(visual.transformer.resblocks)
     return [depth * part // NUM_MAPS - 1 for part in range(1, NUM_MAPS + 1)]
@@ -151,7 +149,7 @@ def _map_blocks(visual):
 
 def load_clip(spec, device="cpu"):
     """A name in BUILT_IN, a file of save_small, or "MODEL:WEIGHTS" of open_clip, WEIGHTS a tag or a file."""
-    import open_clip
+    import open_clip  # not at the top: it takes two seconds, and sampling with our own files needs none of it
 
     path = BUILT_IN.get(spec, Path(spec))
     if path.is_file():

@@ -58,10 +58,10 @@ def parse_args(argv=None):
     add("--out", type=Path, default=Path("runs/evaluation"), help="folder for evaluation.json and the plot")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     args = parser.parse_args(argv)
+    own = args.checkpoint and args.checkpoint.parent / "clip.safetensors"  # of a run that trained one on its captions
+    args.clip = args.clip or CLIPS.get(args.data) or (str(own) if own and own.is_file() else "small")
     args.checkpoint = args.checkpoint or (SHAPES if args.data == "shapes" else DEMO)
     args.count = args.count or COUNTS.get(args.data, 1000)
-    own = args.checkpoint.parent / "clip.safetensors"  # of a run that trained one on its captions
-    args.clip = args.clip or CLIPS.get(args.data) or (str(own) if own.is_file() else "small")
     return args
 
 

@@ -84,6 +84,8 @@ def read_prompts(args):
         raise UserError(
             'nothing to draw; give a prompt, as: python sample.py "a small red circle on a gray background"'
         )
+    if any(prompt != prompt.encode("utf-8", "replace").decode() for prompt in prompts):
+        raise UserError("a prompt is not UTF-8 text")
     if not all(prompt.strip() for prompt in prompts):
         raise UserError("a prompt is empty; say what to draw")
     return prompts

@@ -63,7 +63,7 @@ def parse_args(argv=None):
     add("--hardware", choices=HARDWARE, default="a100", help="of --plan")
     args = parser.parse_args(argv)
     args.out = args.out or Path("runs") / args.preset
-    args.data = args.data or PRESETS[args.preset].recipe.data
+    args.data = PRESETS[args.preset].recipe.data if args.data is None else args.data
     return args
 
 

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import errno
 import math
+import os
 import signal
 import sys
 
@@ -17,9 +18,14 @@ class UserError(ValueError):
 
 
 def print_on_any_console():
-    """Lets a console without some sign, as cp1252 and ASCII have no ψ, show a question mark rather than an error."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
+    """Lets a console without some sign, as cp1252 and ASCII have no ψ, show a question mark rather than an error.
+
+    Where a stream was closed, as by `>&-`, what is said goes nowhere.
+    """
+    for name in ("stdout", "stderr"):
+        if (stream := getattr(sys, name)) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        elif hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
 
 
@@ -31,8 +37,15 @@ def told_in_one_line():
     print_on_any_console()
     try:
         yield
+        sys.stdout.flush()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except BrokenPipeError:  # who read the output has gone, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except (PermissionError, FileExistsError, IsADirectoryError, NotADirectoryError) as error:
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:
         if error.errno not in DISK_IS_FULL:
@@ -99,6 +112,6 @@ def with_fields(settings, option, assignments):
             changes[name] = float(value) if isinstance(former, float) else value
         except (ValueError, SyntaxError, TypeError):
             changes[name] = None
-        if type(changes[name]) is not type(former):
+        if type(changes[name]) is not type(former) or (isinstance(former, float) and not changes[name] >= 0):
             raise UserError(f"{option} {name}={text}: write {name}=VALUE with a value like {former!r}")
     return dataclasses.replace(settings, **changes)

@@ -1,9 +1,11 @@
 """A folder of images, with a caption beside each."""
 
 import collections
+import errno
 import functools
 import itertools
 import os
+import stat
 from pathlib import Path
 
 import numpy as np
@@ -174,6 +176,8 @@ def walk(path, refuse):
 
 
 def start_of(path, most):
-    """The first bytes of a file. Raises OSError."""
+    """The first bytes of a file. Raises OSError, also for a pipe, whose other end might never write."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
     with open(path, "rb") as file:
         return file.read(most)

@@ -69,6 +69,7 @@ def show(path):
         with Image.open(path) as picture:
             picture.load()
             about = json.loads(picture.text[KEY])
+            about.items()
     except FileNotFoundError:
         raise UserError(f"--show {path}: there is no such file") from None
     except (AttributeError, KeyError):
@@ -90,9 +91,13 @@ def write_each(pipe: Pipeline, prompts, num, seed, psi, folder: Path, checkpoint
         {"file": f"{i:06d}.png", "prompt": prompt, "number": n, "seed": seed, "psi": psi, "checkpoint": checkpoint}
         for i, (prompt, n) in enumerate(itertools.product(prompts, range(num)))
     ]
+    done = read_index(folder / INDEX, abouts)
+    for about in abouts:
+        path = folder / about["file"]
+        if about["file"] not in done and path.exists() and not (is_picture(path) and show(path) == about):
+            raise UserError(f"--each {folder} holds {path.name}, which is not of this command; name another folder")
     for path in left_over(folder, r"\d+\.png"):
         path.unlink()
-    done = read_index(folder / INDEX, abouts)
     new = 0
     with (folder / INDEX).open("a", encoding="utf-8") as index:
         for first in tqdm(range(0, len(abouts), latent.BATCH), unit="batch"):
@@ -113,6 +118,14 @@ def write_each(pipe: Pipeline, prompts, num, seed, psi, folder: Path, checkpoint
     return new
 
 
+def is_picture(path):
+    """Whether a file is a PNG that says how it was made."""
+    try:
+        return bool(show(path))
+    except UserError:
+        return False
+
+
 def read_index(path, abouts):
     """The files that an index names, of those wanted. A last line that was cut off is removed. Raises UserError."""
     if not path.is_file():
@@ -124,9 +137,9 @@ def read_index(path, abouts):
                 about = json.loads(line) if line.endswith(b"\n") else None
             except ValueError:
                 about = {}
-            if about is None:
+            if about is None and line.startswith(b'{"file": "'):
                 break
-            if about != wanted.get(about.get("file")):
+            if not isinstance(about, dict) or about != wanted.get(about.get("file")):
                 raise UserError(f"--each {path.parent} holds pictures of another command; name another folder")
             whole += len(line)
             done.add(about["file"])

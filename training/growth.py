@@ -1,5 +1,4 @@
-"""Progressive training (section 3.3): a resolution is learned when the FID of its samples comes near a reference, stops
-falling, or has had its images.
+"""Progressive training (section 3.3): a resolution is learned when its FID comes near a reference, or stops falling.
 
 The reference is the FID between two disjoint sets of real images, as many on each side as samples are compared with.
 """
@@ -63,6 +62,8 @@ class Growth:
         if not path.is_file():
             return None
         kept = load_tensors(path)
+        if not isinstance(kept, dict) or "samples" not in kept:
+            raise UserError(f"{path} is not a reference FID of train.py; move it elsewhere")
         return kept if kept.get("samples") == self.recipe.fid_samples else None
 
     @torch.no_grad()

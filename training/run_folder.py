@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 import os
 from pathlib import Path
 
@@ -166,7 +167,7 @@ class RunFolder:
         """Opens the log, without the lines of steps after `step`, which are about to be made again."""
         path = self.path / "metrics.jsonl"
         lines = path.read_text("utf-8", "replace").splitlines() if path.exists() else []
-        kept = "".join(line + "\n" for line in lines if 0 < step_of(line) <= step)
+        kept = "".join(line + "\n" for line in lines if step_of(line) <= step)
         checkpoint.atomically(path, lambda temporary: temporary.write_text(kept, "utf-8"))
         self.log_file = path.open("a", encoding="utf-8")
         if self.with_board:
@@ -210,11 +211,12 @@ class RunFolder:
 
 
 def step_of(line):
-    """The step of a line of metrics.jsonl, or 0 for one that was cut off."""
+    """The step of a line of metrics.jsonl; 0 for one that a run did not write, infinity for one that was cut off."""
     try:
-        return json.loads(line)["step"]
+        step = json.loads(line)["step"]
+        return step if isinstance(step, int) else 0
     except (ValueError, KeyError, TypeError):
-        return 0
+        return math.inf if line.startswith('{"step": ') else 0
 
 
 def resolved(identity):

@@ -111,6 +111,8 @@ def load_generator(path, device="cpu", clip_spec=None):
         generator, clip, notes = _load_official(path), OPENAI_CLIP, {}
     if isinstance(clip, str):
         clip = load_clip(clip_spec or clip, device)
+    elif clip_spec:
+        raise UserError(f"--clip {clip_spec}: {path} holds the small CLIP that it was trained with, and takes no other")
     if clip.width != generator.config.clip_width:
         raise UserError(f"{path} needs a CLIP of width {generator.config.clip_width}, and {clip.name} has {clip.width}")
     return generator.to(device).eval().requires_grad_(False), clip.to(device), notes

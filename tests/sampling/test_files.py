@@ -68,3 +68,20 @@ def test_mistakes_are_told_in_one_line(each, run_main, tmp_path):
     assert status == 2 and "no other view" in stderr
     status, _, stderr = run_main(sample.main, "red heart", "--each", tmp_path / "text.png")
     assert status == 2 and "is a file" in stderr
+
+
+@pytest.mark.parametrize("name", ["000001.png", files.INDEX])
+@pytest.mark.parametrize("content", [b"mine", b"[1, 2]\n", b"my notes, without an end of line"])
+def test_a_folder_with_files_of_the_users_is_refused_and_left_alone(each, tmp_path, name, content):
+    (tmp_path / "all").mkdir()
+    (tmp_path / "all" / name).write_bytes(content)
+    status, _, stderr = each("red heart", "--num", 2)
+    assert status == 2 and "name another folder" in stderr and "\n" not in stderr
+    assert (tmp_path / "all" / name).read_bytes() == content
+    assert [path.name for path in (tmp_path / "all").iterdir()] == [name]
+
+
+def test_a_folder_that_may_not_be_written_is_one_line(each, tmp_path):
+    (tmp_path / "all" / files.INDEX).mkdir(parents=True)
+    status, _, stderr = each("red heart", "--num", 2)
+    assert status == 2 and files.INDEX in stderr and "\n" not in stderr
