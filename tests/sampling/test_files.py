@@ -49,8 +49,10 @@ def test_a_killed_folder_is_completed_with_the_same_pictures(each, tmp_path, mon
         (folder / name).unlink()
     index = (folder / files.INDEX).read_text(encoding="utf-8").splitlines(keepends=True)
     (folder / files.INDEX).write_text("".join(index[:6]) + index[6][:20], encoding="utf-8")  # killed within a line
+    (folder / ".000003.png.0123abcd.tmp").touch()  # and within a picture
     assert each(*arguments)[0] == 0
     assert {path.name: path.read_bytes() for path in folder.glob("*.png")} == whole
+    assert not list(folder.glob(".*"))
     assert sorted(about["file"] for about in lines(folder)) == sorted(whole)  # none is missing, none is there twice
     assert all((folder / f"{i:06d}.png").stat().st_mtime_ns == times[f"{i:06d}.png"] for i in (0, 1, 2, 4, 5))
 
