@@ -84,6 +84,23 @@ def test_a_whole_block_sees_nearly_every_sample_once(tmp_path, undecoded):
     assert len(counts) == 1000 and max(counts.values()) <= 13 and min(counts.values()) >= 6
 
 
+def test_ranks_and_workers_read_from_places_of_their_own(tmp_path, undecoded, monkeypatch):
+    """Not the same samples in another order."""
+    monkeypatch.setattr(shards, "BUFFER", 1)
+    source = sources.open_data(write_tar(tmp_path / "0.tar", named(numbered(1000))), 16, seed=0)
+    starts = {seen(source, 1, 4, rank, 2, worker, 2)[0] for rank in range(2) for worker in range(2)}
+    assert len(starts) == 4
+
+
+def test_a_sample_comes_as_often_as_its_weight_says(tmp_path, undecoded):
+    samples = numbered(400)
+    for i, parts in enumerate(samples):
+        parts["json"] = json.dumps({"weight": 0.25} if i % 2 else {}).encode()
+    source = sources.open_data(write_tar(tmp_path / "0.tar", named(samples)), 16, seed=0)
+    captions = seen(source, 500, 4)
+    assert sum(int(caption) % 2 for caption in captions) / len(captions) == pytest.approx(0.2, abs=0.03)
+
+
 def test_commands_reach_every_sample_as_well(tmp_path, undecoded, monkeypatch):
     monkeypatch.setattr(shards, "BLOCK", 1000)
     write_tar(tmp_path / "0.tar", named(numbered(900)))

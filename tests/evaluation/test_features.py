@@ -179,11 +179,16 @@ def test_each_rank_decodes_its_share_alone(shard, monkeypatch):
     assert sorted(numbers) == [0, 1, 2, 3, 5, 6, 7, 8, 9, 10] and numbers[0] == 0 and numbers[5] == 1
 
 
-@pytest.mark.parametrize("kind", ["shapes", "shard"])
+@pytest.mark.parametrize("kind", ["shapes", "shard", "folder"])
 def test_real_features_do_not_depend_on_the_number_of_ranks(kind, shard, tmp_path, monkeypatch):
-    if kind == "shard":
-        write_shard(shard, [{**good(i), "txt": f"picture {i}\nthe {i}th".encode()} for i in range(11)])
-    source = sources.open_data("shapes" if kind == "shapes" else str(shard), 16, seed=0)
+    pairs = [{**good(i), "txt": f"picture {i}\nthe {i}th".encode()} for i in range(11)]
+    write_shard(shard, pairs)
+    (tmp_path / "folder").mkdir()
+    for i, pair in enumerate(pairs):
+        for suffix, content in pair.items():
+            (tmp_path / "folder" / f"{i}.{suffix}").write_bytes(content)
+    spec = {"shapes": "shapes", "shard": str(shard), "folder": str(tmp_path / "folder")}[kind]
+    source = sources.open_data(spec, 16, seed=0)
 
     def work():
         return features.extract_real(source, 5, 16, MEANS)
