@@ -23,6 +23,7 @@ from weights import checkpoint
 
 ROOT = Path(__file__).parent.parent.parent
 START = 600  # seconds that a life may take to make its first step, on a machine that others use too
+STEPS = 5  # that a life may make after its first before it is killed, roughly; every other one ends with a checkpoint
 
 
 def command(ranks, out, steps):
@@ -31,12 +32,17 @@ def command(ranks, out, steps):
     return [sys.executable, *launcher, "train.py", *options.split()]
 
 
-def last_step(out):
+def last_row(out):
     """Of the log, by its last whole line."""
     try:
-        return max((json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()), default=0)
+        rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        return max(rows, key=lambda row: row["step"])
     except (OSError, ValueError, KeyError):
-        return 0
+        return {"step": 0}
+
+
+def last_step(out):
+    return last_row(out)["step"]
 
 
 def kill(out):
@@ -73,7 +79,7 @@ def torture(ranks, kills, steps, folder, seed=0):
                     what = "ended by itself" if ended else f"made no step in {START} s"
                     sys.exit(f"a life {what}, at step {last_step(out)}:\n{Path(output.name).read_text()[-2000:]}")
                 time.sleep(0.01)
-            time.sleep(moments.uniform(0, 1))
+            time.sleep(moments.uniform(0, STEPS * last_row(out)["seconds"]))
             while_saving += bool(list(out.glob("**/*.tmp")))
             kill(out)
             life.wait()
