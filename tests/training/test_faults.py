@@ -6,6 +6,7 @@ where it belongs: hung and killed data workers, vanished shards, hostile images 
 test_pairs.py, kill −9 and two machines by torture.py and two_machines.py.
 """
 
+import contextlib
 import os
 import resource
 
@@ -39,13 +40,22 @@ def state_of(out):
     return state
 
 
-def full_disk():
-    """From here on no file can grow beyond 100 kB, so that a checkpoint fails in the middle, as on a full disk."""
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+def full_disk(room=100_000):
+    """From here on no file can grow beyond `room` bytes, so that a checkpoint fails in the middle, as on a full disk."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, resource.RLIM_INFINITY))
 
 
 def room_again():
-    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    full_disk(resource.RLIM_INFINITY)
+
+
+@contextlib.contextmanager
+def room_afterwards():
+    """Frees the disk before pytest reports the test, as its report may go to a file, too."""
+    try:
+        yield
+    finally:
+        room_again()
 
 
 @pytest.fixture
@@ -61,13 +71,13 @@ def at_step(monkeypatch):
 
         monkeypatch.setattr(train.Run, "step", disturbed)
 
-    yield plan
-    room_again()
+    return plan
 
 
 def test_a_disk_that_is_full_for_a_while(tmp_path, common, expected, at_step, capsys):
     at_step({2: lambda _: full_disk(), 4: lambda _: room_again()})
-    run(*common, "--out", tmp_path / "run", "--steps", 5)
+    with room_afterwards():
+        run(*common, "--out", tmp_path / "run", "--steps", 5)
     assert "a checkpoint could not be written" in capsys.readouterr().out
     assert_identical(state_of(tmp_path / "run"), expected)
     assert not list((tmp_path / "run").glob("**/*.tmp"))
@@ -76,19 +86,20 @@ def test_a_disk_that_is_full_for_a_while(tmp_path, common, expected, at_step, ca
 def test_a_disk_that_stays_full(tmp_path, common, expected, at_step):
     actions = {2: lambda _: full_disk()}
     at_step(actions)
-    with pytest.raises(UserError, match=r"step 5 is not saved; the last good checkpoint: .*00000002-\w+\.pt"):
+    message = r"step 5 is not saved; the last good checkpoint: .*00000002-\w+\.pt"
+    with room_afterwards(), pytest.raises(UserError, match=message):
         run(*common, "--out", tmp_path / "run", "--steps", 5)
-    room_again()
     actions.clear()
     run(*common, "--out", tmp_path / "run", "--steps", 5)
     assert_identical(state_of(tmp_path / "run"), expected)
 
 
 @pytest.mark.parametrize("room", [1000, 300_000], ids=["for nothing", "for the reference"])
-def test_a_disk_that_is_full_from_the_start(tmp_path, common, run_main, at_step, room):
-    resource.setrlimit(resource.RLIMIT_FSIZE, (room, resource.RLIM_INFINITY))
+def test_a_disk_that_is_full_from_the_start(tmp_path, common, run_main, room):
     options = ("--workers", 0, "--device", "cpu", "--steps", 2)
-    status, _, stderr = run_main(train.main, *common, *options, "--out", tmp_path / "run")
+    with room_afterwards():
+        full_disk(room)
+        status, _, stderr = run_main(train.main, *common, *options, "--out", tmp_path / "run")
     assert status == 2 and stderr.splitlines()[-1].startswith("error: ") and "Traceback" not in stderr
     assert "same command again" in stderr and not list((tmp_path / "run").glob("**/*.tmp"))
 
