@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from common import distributed
-from common.cli import HelpFormatter, UserError, finite_number, natural_number, positive_int, told_in_one_line
+from common.cli import HelpFormatter, UserError, finite_number, natural_number, positive_int, reason, told_in_one_line
 from data import sources
 from data.coco import RESIZER, Coco
 from data.scenes import make_scene
@@ -74,7 +74,7 @@ def check(args):
     try:
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"--out {args.out} cannot be written: {error.strerror}") from error
+        raise UserError(f"--out {args.out} cannot be written: {reason(error)}") from error
 
 
 def open_source(args, generator, resolution):
@@ -232,7 +232,7 @@ def conclude(args, result, generator, clip):
         if args.curve:
             plot_curve(result["results"], result["protocol"], args.out / "curve.png")
     except OSError as error:
-        raise UserError(f"--out {args.out} cannot be written: {error.strerror}") from error
+        raise UserError(f"--out {args.out} cannot be written: {reason(error)}") from error
     print(f"All of it, with its protocol: {written.resolve()}" + (", and curve.png beside it" if args.curve else ""))
 
 

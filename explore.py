@@ -341,7 +341,7 @@ def check_address(host, port):
         socket.create_server((host, port)).close()
     except (OSError, OverflowError) as error:
         raise UserError(
-            f"port {port} of {host} cannot be served ({first_line(error)}); choose another --port"
+            f"port {port} of {host} cannot be served ({first_line(error)}); choose another --port, or --host"
         ) from error
 
 

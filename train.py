@@ -90,6 +90,8 @@ class Run:
             self.loop = Loop(self, folder, self.source, args.steps or self.recipe.steps, args)
             if state:
                 self.loop.load(state)
+            if args.init and state:
+                say(f"note: --init {args.init} is not used, as the run in {args.out} goes on")
             elif args.init:
                 self.initialize(args.init)
         self.learner.learn_at(self.growth.active)
@@ -135,8 +137,7 @@ class Run:
             if (self.args.out / "clip.safetensors").is_file():
                 remedy = "they are in held-out captions only"
             say(f"note: this CLIP does not know {len(unknown)} words of these captions, as {min(unknown)}; {remedy}")
-        ranks = distributed.world_size()
-        say(f"Training {self.args.preset} on {self.device}, {ranks} rank(s); all in {self.args.out}")
+        say(f"Training {self.args.preset} on {self.device}, {distributed.world_size()} rank(s); all in {self.args.out}")
 
     # ------------------------------------------------------------------------------------------------------------------
     # What the loop asks of a system.

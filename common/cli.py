@@ -45,7 +45,7 @@ def told_in_one_line():
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except (PermissionError, FileExistsError, IsADirectoryError, NotADirectoryError) as error:
-        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        print(f"error: {error.filename}: {reason(error)}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:
         if error.errno not in DISK_IS_FULL:
@@ -74,30 +74,45 @@ def signals(*names):
     return [getattr(signal, name) for name in names if hasattr(signal, name)]
 
 
+def reason(error):
+    """What an OSError says of a file, in words that fit behind its name."""
+    if isinstance(error, (FileExistsError, NotADirectoryError)):
+        return "a file stands where a folder is needed"
+    return error.strerror or first_line(error)
+
+
 def first_line(error):
     """What an exception says first, in at most 200 characters."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
+def whole_number(text):
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+
+
 def positive_int(text):
     """The type of a command line argument that counts something."""
-    if (number := int(text)) < 1:
+    if (number := whole_number(text)) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a positive number")
     return number
 
 
 def natural_number(text):
     """The type of a command line argument that may also be zero."""
-    if not 0 <= (number := int(text)) < 2**63:
+    if not 0 <= (number := whole_number(text)) < 2**63:
         raise argparse.ArgumentTypeError(f"{text} is negative or too large")
     return number
 
 
 def finite_number(text):
     """The type of a command line argument that multiplies something."""
-    if not math.isfinite(number := float(text)):
-        raise argparse.ArgumentTypeError(f"{text} is not a number to multiply with")
-    return number
+    with contextlib.suppress(ValueError):
+        if math.isfinite(number := float(text)):
+            return number
+    raise argparse.ArgumentTypeError(f"{text!r} is not a number to multiply with")
 
 
 def with_fields(settings, option, assignments):

@@ -26,7 +26,7 @@ import aurora
 import discriminator
 import train
 from clip import load_clip
-from common.cli import HelpFormatter, UserError, positive_int, told_in_one_line
+from common.cli import HelpFormatter, UserError, positive_int, reason, told_in_one_line
 from data.scenes import make_scene, render
 from evaluation import judge
 from evaluation.metrics import extract_clip_features, fid
@@ -249,7 +249,7 @@ def main():
         try:
             args.out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"--out {args.out} cannot be written: {error.strerror}") from error
+            raise UserError(f"--out {args.out} cannot be written: {reason(error)}") from error
         results = run_all(args.only, range(args.seeds), args.images, args.out)
         print(table(results))
         plot(results, args.images, args.out / "ablations.png")

@@ -16,10 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from aurora import Generator
-from common.cli import HelpFormatter, UserError, first_line, natural_number, positive_int, told_in_one_line
+from common.cli import HelpFormatter, UserError, natural_number, positive_int, reason, told_in_one_line
 from data import sources
 from discriminator import Discriminator
 from evaluation.extractors import load_extractor
@@ -35,7 +34,7 @@ from presets import PRESETS
 from sampling import inference, latent
 from sampling.pictures import grid, to_pil
 from training.plan import FlopCounter
-from weights.checkpoint import atomically, load_generator
+from weights.checkpoint import atomically, load_generator, read_safetensors
 
 NEIGHBOURING = {system.__name__: system for system in (StyleGANT, LadaGAN, Muse)}
 PROMPTS = ("red heart", "grinning face", "fox", "hot dog", "red apple", "automobile", "sun", "man astronaut")
@@ -63,11 +62,7 @@ class Entry:
 
 def open_system(path, resolution):
     """A generator_ema.safetensors of Aurora or of a neighbour → Entry. Raises UserError."""
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} cannot be read: {first_line(error)}") from error
+    metadata, _ = read_safetensors(path)
     if (name := metadata.get("system")) in NEIGHBOURING:
         return open_neighbour(NEIGHBOURING[name], path, json.loads(metadata["about"])["notes"])
     return open_aurora(path, resolution)
@@ -288,7 +283,7 @@ def main():
         try:
             args.out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"--out {args.out} cannot be written: {error.strerror}") from error
+            raise UserError(f"--out {args.out} cannot be written: {reason(error)}") from error
         text, results, drawn = compare(args)
         print(text)
         written = json.dumps(results, indent=1, ensure_ascii=False)

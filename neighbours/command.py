@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from clip import load_clip
@@ -24,7 +23,7 @@ from sampling.pictures import grid, to_pil
 from training.loop import Loop
 from training.run_folder import RunFolder
 from training.step import noise_of
-from weights.checkpoint import atomically
+from weights.checkpoint import atomically, read_safetensors
 
 NUM_PICTURES = 24
 IDENTITY = ("data", "clip", "resolution", "batch", "seed", "unconditional")  # options that a run keeps to its end
@@ -172,14 +171,10 @@ def load(system_class, path, device="cpu"):
     """A generator_ema.safetensors of `train` → the system, ready to draw. Raises UserError."""
     if not path.is_file():
         raise UserError(f"no checkpoint at {path}; train one first, or name another by --checkpoint")
-    try:
-        with safe_open(path, "pt") as file:
-            about, written_by = json.loads(file.metadata()["about"]), file.metadata()["system"]
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path} is not a file of this command, or it is damaged ({first_line(error)})") from error
-    if written_by != system_class.__name__:
-        raise UserError(f"{path} was written by {written_by}, not by {system_class.__name__}")
+    metadata, tensors = read_safetensors(path)
+    if (written_by := metadata.get("system")) != system_class.__name__:
+        raise UserError(f"{path} holds {written_by or 'nothing of this command'}, not {system_class.__name__}")
+    about = json.loads(metadata["about"])
     clip = load_clip(about["notes"]["clip"], device)
     system = build(system_class, clip, about["resolution"], torch.device(device), about["unconditional"])
     for name in system.for_sampling:

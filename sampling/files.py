@@ -7,7 +7,7 @@ from pathlib import Path
 from PIL import Image, PngImagePlugin
 from tqdm import tqdm
 
-from common.cli import UserError, first_line
+from common.cli import UserError, first_line, reason
 from data.pairs import Unusable, read_image
 from sampling import latent
 from sampling.pipeline import Pipeline
@@ -29,7 +29,7 @@ def check_writable(path):
         if not existed:
             path.unlink()
     except OSError as error:
-        raise UserError(f"--out {path} cannot be written: {error.strerror}") from error
+        raise UserError(f"--out {path} cannot be written: {reason(error)}") from error
 
 
 def read_picture(path, resolution):

@@ -108,7 +108,7 @@ def test_a_neighbour_stands_where_aurora_stood(tmp_path):
         page.checkpoint.value = broken
         await asyncio.sleep(0)
         await drawn(page)
-        assert "not a generator" in page.note.text
+        assert "is damaged" in page.note.text
 
     visit(script, DEMO, path, broken)
 
@@ -120,7 +120,7 @@ def test_mistakes_are_told_in_one_line(run_main, tmp_path):
         assert status == 2 and f"port {port}" in stderr and "another --port" in stderr and stderr.count("\n") == 0
         free = port
     (tmp_path / "a.safetensors").write_bytes(b"text")
-    for name, says in (("a.safetensors", "not a generator"), ("none.pth", "no checkpoint")):
+    for name, says in (("a.safetensors", "is damaged"), ("none.pth", "no checkpoint")):
         status, _, stderr = run_main(explore.main, "--checkpoint", tmp_path / name, "--port", free, "--device", "cpu")
         assert status == 2 and says in stderr and stderr.count("\n") == 0
     status, _, stderr = run_main(explore.main, "--port", 70_000)

@@ -15,7 +15,7 @@ import numpy as np
 
 from clip import BUILT_IN
 from common import distributed
-from common.cli import UserError, first_line
+from common.cli import UserError, reason
 from common.distributed import say
 from data.sources import NAMES, SHARD_SUFFIXES
 from weights import checkpoint
@@ -69,7 +69,7 @@ class RunFolder:
                 folder.mkdir(parents=True, exist_ok=True)
             self.lock()
         except OSError as error:
-            raise UserError(f"--out {self.path} cannot be written: {error.strerror}") from error
+            raise UserError(f"--out {self.path} cannot be written: {reason(error)}") from error
 
     def lock(self):
         """Keeps other runs out of this folder for as long as this process lives. Raises UserError, OSError."""
@@ -149,9 +149,8 @@ class RunFolder:
 
     def not_written(self, what, error):
         kept = f"the checkpoint {self.last_good.name} is whole" if self.last_good else "there is no checkpoint yet"
-        reason = error.strerror or first_line(error)
         remedy = f"make room on the disk of {self.path}; --keep 1 takes less"
-        return f"note: {what} could not be written ({reason}) and is tried again later; {kept}; {remedy}"
+        return f"note: {what} could not be written ({reason(error)}) and is tried again later; {kept}; {remedy}"
 
     @property
     def generator(self):

@@ -120,10 +120,10 @@ def load_generator(path, device="cpu", clip_spec=None):
 
 def _load_ours(path):
     """→ generator, its small CLIP or the name of a large one, notes."""
+    metadata, state = read_safetensors(path)
+    if "generator" not in metadata:
+        raise UserError(f"{path} holds no generator of Aurora; that of a run is its generator_ema.safetensors")
     try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata()
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         generator = Generator(GeneratorConfig.from_dict(json.loads(metadata["generator"])))
         generator.load_state_dict(without_prefix(state, "generator."))
         clip, kept_ids = metadata["clip"], json.loads(metadata["kept_ids"])
@@ -132,8 +132,17 @@ def _load_ours(path):
             clip = FrozenClip(tower, "small", kept_ids)
             clip.model.load_state_dict(without_prefix(state, "clip."))
         return generator, clip, json.loads(metadata["notes"])
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"{path} is not a generator of train.py, or it is damaged ({first_line(error)})") from error
+
+
+def read_safetensors(path):
+    """→ the metadata, {name: text}, and the tensors, {name: tensor}. Raises UserError."""
+    try:
+        with safe_open(path, "pt") as file:
+            return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is damaged, or no .safetensors ({first_line(error)})") from error
 
 
 def _load_official(path):

@@ -88,7 +88,7 @@ def test_a_small_comparison(run, tmp_path, run_main):
     [
         (["Aurora"], "write NAME=PATH"),
         (["Aurora=nothing"], "no generator at nothing"),
-        ([f"Aurora={SHAPES.parent / 'clip.safetensors'}"], "not a generator of train.py"),
+        ([f"Aurora={SHAPES.parent / 'clip.safetensors'}"], "holds no generator of Aurora"),
         ([f"Aurora={SHAPES}", "--count", 3], "--count 3"),
     ],
 )

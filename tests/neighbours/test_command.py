@@ -15,6 +15,7 @@ from tests.data.test_sources import COLORS, good, jpeg, write_shard
 from tests.training.test_distributed import ROOT, torchrun
 from training.loop import Loop
 from weights import checkpoint
+from weights.checkpoint import DEMO
 
 BATCH, STEPS = 4, 4
 
@@ -86,6 +87,13 @@ def test_a_run_is_not_resumed_with_other_options(tmp_path, learn):
     assert status == 2 and "--unconditional True" in error and error.count("\n") == 0
     status, _, error = learn(Muse, 1, "--out", tmp_path / "other", "--unconditional")
     assert status == 2 and "Muse has no such form" in error
+
+
+@pytest.mark.parametrize(("path", "says"), [(DEMO, "nothing of this command, not Muse"), (__file__, "is damaged")])
+def test_a_foreign_file_is_one_line(run_main, tmp_path, path, says):
+    draw = ("sample", "red heart", "--checkpoint", path, "--out", tmp_path / "picture.png")
+    status, _, error = run_main(lambda: command.main(Muse), *draw)
+    assert status == 2 and says in error and error.count("\n") == 0
 
 
 def test_ranks_stay_equal(tmp_path):

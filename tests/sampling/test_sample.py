@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 import sample
 from sampling import pictures, pipeline, views
-from weights.checkpoint import DEMO, SHAPES, load_generator
+from weights.checkpoint import DEMO, MODELS, SHAPES, load_generator
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -141,16 +141,21 @@ def test_a_bad_checkpoint_is_told_in_one_line(run, tmp_path, name, kind):
         (("--interpolate", "x", ""), "a prompt is empty"),
         (("x", "--latent-walk", "--truncation-sweep"), "not allowed with"),
         (("x", "--prompts", "/missing.txt"), "cannot be read"),
-        (("x", "--prompts", "LATIN1"), "not UTF-8"),
+        (("x", "--prompts", "latin1.txt"), "not UTF-8"),
         (("x", "--out", "/proc/a.png"), "cannot be written"),
         (("x", "--out", "picture.xyz"), "no picture format"),
+        (("x", "--out", "latin1.txt/a.png"), "a file stands where a folder is needed"),
+        (("x", "--checkpoint", MODELS / "judge.safetensors"), "holds no generator of Aurora"),
         (("x", "--num", "0"), "not a positive number"),
+        (("x", "--num", "2.5"), "'2.5' is not a whole number"),
+        (("x", "--truncation", "much"), "'much' is not a number"),
         (("x", "--device", "abacus"), "use auto, cpu, cuda"),
     ],
 )
-def test_mistakes_are_told_in_one_line(run, tmp_path, arguments, says):
-    (tmp_path / "latin1.txt").write_bytes("ein grüner Kreis".encode("latin-1"))
-    status, _, stderr = run(*(tmp_path / "latin1.txt" if a == "LATIN1" else a for a in arguments))
+def test_mistakes_are_told_in_one_line(run, tmp_path, monkeypatch, arguments, says):
+    monkeypatch.chdir(tmp_path)
+    Path("latin1.txt").write_bytes("ein grüner Kreis".encode("latin-1"))
+    status, _, stderr = run(*arguments)
     assert status == 2 and says in stderr.splitlines()[-1] and "Traceback" not in stderr
 
 

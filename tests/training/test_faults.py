@@ -41,7 +41,7 @@ def state_of(out):
 
 
 def full_disk(room=100_000):
-    """From here on no file can grow beyond `room` bytes, so that a checkpoint fails in the middle, as on a full disk."""
+    """From here on no file can grow beyond `room` bytes, so that a checkpoint fails midway, as on a full disk."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (room, resource.RLIM_INFINITY))
 
 

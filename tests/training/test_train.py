@@ -253,6 +253,13 @@ def test_a_new_run_starts_from_the_weights_of_another(tmp_path, small_clip, kind
     assert second.loop.progress.step == 0 and second.growth.active == [4]
 
 
+def test_weights_to_start_from_are_not_silently_ignored_by_a_run_that_goes_on(tmp_path, small_clip, capsys):
+    common = ("--preset", "quick", "--clip", small_clip, "--out", tmp_path / "run")
+    run(*common, "--steps", 1)
+    run(*common, "--steps", 2, "--init", "other.safetensors")
+    assert "--init other.safetensors is not used" in capsys.readouterr().out
+
+
 def test_a_folder_of_ones_own_is_read_by_a_small_clip_trained_first(tmp_path, monkeypatch):
     """Without --clip; it is kept in the run's folder, and a resumed run takes it from there."""
     monkeypatch.setattr("training.small_clip.STEPS", (3, 3))
