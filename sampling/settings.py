@@ -1,5 +1,6 @@
 """All that decides a set of pictures, in one value: what the page of explore.py sets, and draws at every change."""
 
+import functools
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -37,6 +38,12 @@ class Settings:
     forced: Forced | None = None
 
 
+@functools.lru_cache(maxsize=8)
+def read(generator, clip, prompt):
+    """A text → latent.Prompt. The newest are kept, as most changes leave the prompts as they are."""
+    return latent.read(generator, clip, [prompt])
+
+
 def codes(generator, settings):
     """Settings → z [num, z_dim]."""
     steps, rest = divmod(settings.walk, 1)
@@ -55,7 +62,7 @@ def frames(generator, clip, settings):
     if not settings.prompt.strip():
         raise UserError("the prompt is empty; say what to draw")
     z, captions = codes(generator, settings), [settings.prompt] * settings.num
-    first, second = (latent.read(generator, clip, [p]) for p in (settings.prompt, settings.second or settings.prompt))
+    first, second = (read(generator, clip, p) for p in (settings.prompt, settings.second or settings.prompt))
     text = first
     if settings.amount:
         text = views.on_the_way(first, second, [settings.amount], settings.part, "spherical")
