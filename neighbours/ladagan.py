@@ -36,7 +36,7 @@ from neighbours.system import System, load_renamed, minimize, reading
 FIRST, LAST = 8, 32  # the sides of the generator's first and last block
 TOP = 16  # the side at which the discriminator has its block
 LR, BETAS = 2e-4, (0.5, 0.99)  # of both networks
-EMA_DECAY = 0.999
+EMA_HALF_LIFE = 22_000  # images: the decay of 0.999 a step, once 440,000 images are seen
 R1_WEIGHT = 1e-4
 POLICY = ("color", "translation")
 
@@ -290,7 +290,7 @@ class LadaGAN(System):
 
         g_loss = F.softplus(-discriminator(fake, condition)).mean()
         minimize(self.optimizers["generator"], g_loss)
-        self.update_ema(EMA_DECAY)
+        self.update_ema(number, len(images), EMA_HALF_LIFE)
         return {name: value.detach() for name, value in {"d_loss": d_loss, "g_loss": g_loss, **report}.items()}
 
     @torch.no_grad()

@@ -28,6 +28,7 @@ from clip import Text
 from common import distributed
 from neighbours.command import main
 from neighbours.system import minimize
+from training.step import ema_weight
 
 # The VQGAN.
 FACTOR = 4  # pixels along the side of a token
@@ -36,7 +37,7 @@ NUM_CODES, CODE_DIM = 1024, 32
 LOSS_WEIGHTS = {"reconstruction": 1, "perceptual": 0.05, "adversarial": 0.1, "codebook": 1}
 COMMITMENT = 0.25  # within the codebook's loss
 USAGE_DECAY, DEAD = 0.95, 0.05  # a code is dead if it is used less often than this share of the mean
-TOKENIZER_IMAGES = 100_000  # images that the VQGAN learns from; after them it is frozen, and the transformer learns
+TOKENIZER_IMAGES = 40_000  # images that the VQGAN learns from; after them it is frozen, and the transformer learns
 
 # The transformer.
 DIM, NUM_LAYERS, NUM_HEADS = 256, 6, 8
@@ -325,10 +326,10 @@ class Muse:
 
         number: of the step, from 0, which says whose turn it is. The same number, batch and seed do the same.
         """
-        seen = number * len(images)
-        if seen < TOKENIZER_IMAGES:
+        steps = math.ceil(TOKENIZER_IMAGES / (len(images) * distributed.world_size()))
+        if number < steps:
             return self.train_vqgan(images, noise)
-        return self.train_transformer(images, text, noise, seen - TOKENIZER_IMAGES)
+        return self.train_transformer(images, text, noise, number - steps)
 
     def train_vqgan(self, images, noise):
         """A step of the VQGAN, then one of its discriminator (hinge losses)."""
@@ -350,8 +351,8 @@ class Muse:
         report["codes"] = torch.tensor(float(len(tokens.unique())))
         return {name: value.detach() for name, value in report.items()}
 
-    def train_transformer(self, images, text, noise, seen):
-        """A step of the transformer and its running average; seen: images that it has learned from before."""
+    def train_transformer(self, images, text, noise, number):
+        """A step of the transformer, the `number`-th, and of its running average."""
         with torch.no_grad():
             tokens = self.vqgan.encode(images)
         shown = mask_randomly(tokens, noise)
@@ -360,9 +361,8 @@ class Muse:
         masked = shown == MASK
         loss = F.cross_entropy(logits[masked], tokens[masked])  # what the transformer was shown does not count
         minimize(self.optimizers["transformer"], loss)
-        half_life = min(EMA_HALF_LIFE, 0.05 * (seen + len(images)))  # short at first, to forget how it began
+        weight = ema_weight(number, len(images) * distributed.world_size(), EMA_HALF_LIFE)
         with torch.no_grad():
-            weight = 1 - 0.5 ** (len(images) / half_life)
             torch._foreach_lerp_(list(self.ema.parameters()), list(self.transformer.parameters()), weight)
         right = (logits.argmax(-1) == tokens)[masked].float().mean()
         return {"transformer_loss": loss.detach(), "accuracy": right, "masked": masked.float().mean()}

@@ -45,7 +45,7 @@ LAYER_GAIN = math.sqrt(0.5)  # of all layers but those that upsample
 MAX_ACTIVATION = 256  # guards half precision
 
 LR, BETAS = 2e-3, (0.0, 0.99)  # of both networks
-EMA_DECAY = 0.5 ** (32 / 10_000)  # a half-life of 312 steps: of batch · 10/32 thousand images
+EMA_HALF_LIFE = 10_000  # images, at a batch of 32
 POLICY = ("color", "translation", "cutout")
 BLUR_SHARE, BLUR_IMAGES = 1 / 16, 10_000  # σ at the start, of the side; images after which there is none
 GUIDANCE = 0.2
@@ -298,7 +298,7 @@ class StyleGANT(System):
         fake = generator.synthesize(w, noise)
         report = self.compete(number, images, fake, text, noise, self.optimizers["generator"], GUIDANCE)
         generator.update_x_avg(w)
-        self.update_ema(EMA_DECAY)
+        self.update_ema(number, len(images), EMA_HALF_LIFE)
         return report
 
     def compete(self, number, real, fake, text, noise, optimizer, guidance):

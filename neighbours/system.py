@@ -12,6 +12,7 @@ from clip import Text
 from common import distributed
 from common.cli import UserError
 from layers import parameter_groups
+from training.step import ema_weight
 
 RESOLUTIONS = (32, 64)
 
@@ -48,10 +49,11 @@ class System:
         return torch.randn(count, self.networks["generator"].z_dim, generator=noise).to(self.device)
 
     @torch.no_grad()
-    def update_ema(self, decay):
-        """Moves the moving average toward the generator. Buffers are copied."""
+    def update_ema(self, number, batch, half_life):
+        """Moves the moving average toward the generator, as training/step.py does Aurora's. Buffers are copied."""
         ema, generator = self.networks["ema"], self.networks["generator"]
-        torch._foreach_lerp_(list(ema.parameters()), list(generator.parameters()), 1 - decay)
+        weight = ema_weight(number, batch * distributed.world_size(), half_life)
+        torch._foreach_lerp_(list(ema.parameters()), list(generator.parameters()), weight)
         for average, buffer in zip(ema.buffers(), generator.buffers(), strict=True):
             average.copy_(buffer)
 

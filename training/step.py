@@ -156,14 +156,10 @@ class Learner:
 
     @torch.no_grad()
     def update_ema(self, number, w):
-        """Moves the moving average. Its half-life is short at first, or it would remember the initial weights.
-
-        w: the mean of this step's latent codes, [w_dim].
-        """
-        half_life = min(self.recipe.ema_half_life, 0.05 * (number + 1) * self.batch)
-        decay = 0.5 ** (self.batch / max(half_life, 1e-8))
+        """Moves the moving average. w: the mean of this step's latent codes, [w_dim]."""
         self.generator.update_w_avg(distributed.mean(w))
-        torch._foreach_lerp_(list(self.ema.parameters()), list(self.generator.parameters()), 1 - decay)
+        weight = ema_weight(number, self.batch, self.recipe.ema_half_life)
+        torch._foreach_lerp_(list(self.ema.parameters()), list(self.generator.parameters()), weight)
         self.ema.w_avg.copy_(self.generator.w_avg)
 
     def least_used_expert(self, output):
@@ -209,6 +205,14 @@ class Learner:
 
     def weights_are_finite(self):
         return all(p.isfinite().all() for name in NETWORKS for p in getattr(self, name).parameters())
+
+
+def ema_weight(number, batch, half_life):
+    """The weight of step `number`'s parameters in their moving average, whose half-life is so many images.
+
+    It is shorter at first, a twentieth of the images seen, or the average would remember the initial weights.
+    """
+    return 1 - 0.5 ** (batch / max(1e-8, min(half_life, 0.05 * (number + 1) * batch)))
 
 
 def noise_of(*numbers):
