@@ -25,7 +25,7 @@ from sampling.pictures import COLORS
 from sampling.pipeline import Drawn, Pipeline, routers
 from sampling.settings import Forced, Settings
 from sampling.sheet import Sheet
-from weights.checkpoint import DEMO
+from weights.checkpoint import DEMO, generator_of
 
 NEIGHBOURS = {"StyleGANT": "stylegan_t", "LadaGAN": "ladagan", "Muse": "muse"}  # the classes, and where they are
 PARTS = {"both": "global and local text", "global": "global text", "local": "local text"}
@@ -45,7 +45,7 @@ def parse_args(argv=None):
         type=Path,
         nargs="+",
         default=[DEMO],
-        help="to choose from: generator_ema.safetensors of runs, of neighbours/ too, or the authors' aurora_v1.pth",
+        help="to choose from: runs, neighbours' too, their generator_ema.safetensors, or the authors' aurora_v1.pth",
     )
     add(
         "--clip", help="MODEL:WEIGHTS of open_clip, to read a large CLIP from a file; default: what the checkpoint says"
@@ -80,6 +80,7 @@ class Neighbour:
 
 def load_model(args, path):
     """A Pipeline or a Neighbour. Raises UserError."""
+    path = generator_of(path)
     with contextlib.suppress(OSError, SafetensorError), safe_open(path, "pt") as file:
         if name := (file.metadata() or {}).get("system"):
             return Neighbour(path, name)

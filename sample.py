@@ -1,4 +1,4 @@
-"""Draws pictures from text: `python sample.py "a small red circle on a gray background"`.
+"""Draws pictures from text: `python sample.py "red heart"`.
 
 Also looks at the latent space: several seeds or truncations, the way between two prompts, layers that follow different
 prompts, a walk as GIF, and which expert took which point.
@@ -38,7 +38,7 @@ def parse_args(argv=None):
         "--checkpoint",
         type=Path,
         default=DEMO,
-        help="generator_ema.safetensors of a run, or the authors' aurora_v1.pth",
+        help="a run, its generator_ema.safetensors, or the authors' aurora_v1.pth",
     )
     add(
         "--clip", help="MODEL:WEIGHTS of open_clip, to read a large CLIP from a file; default: what the checkpoint says"
@@ -80,14 +80,7 @@ def read_prompts(args):
             raise UserError(f"--prompts {args.prompts} is not UTF-8 text; save it as UTF-8") from None
         except OSError as error:
             raise UserError(f"--prompts {args.prompts} cannot be read: {error.strerror}") from error
-    if not prompts:
-        raise UserError(
-            'nothing to draw; give a prompt, as: python sample.py "a small red circle on a gray background"'
-        )
-    if any(prompt != prompt.encode("utf-8", "replace").decode() for prompt in prompts):
-        raise UserError("a prompt is not UTF-8 text")
-    if not all(prompt.strip() for prompt in prompts):
-        raise UserError("a prompt is empty; say what to draw")
+    latent.check(prompts)
     return prompts
 
 

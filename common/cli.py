@@ -50,7 +50,7 @@ def told_in_one_line():
     except OSError as error:
         if error.errno not in DISK_IS_FULL:
             raise
-        what = f"{error.filename or 'a file'} could not be written: {error.strerror}"
+        what = f"{error.filename or 'a file, or the output,'} could not be written: {error.strerror}"
         print(f"error: {what}; make room on that disk, and give the same command again", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

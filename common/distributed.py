@@ -43,9 +43,8 @@ def start(device_name):
         index = int(os.environ["LOCAL_RANK"]) if launched else device.index or 0
         if index >= torch.cuda.device_count():
             found = torch.cuda.device_count()
-            raise UserError(
-                f"--device {device_name}: number {index} was asked for, and PyTorch finds {found} CUDA devices"
-            )
+            asked = f"--device {device_name}: number {index} was asked for"
+            raise UserError(f"{asked}, and PyTorch finds {found} CUDA devices; use auto, or cpu")
         device = torch.device("cuda", index)
         torch.cuda.set_device(device)
     if launched:

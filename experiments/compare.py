@@ -34,7 +34,7 @@ from presets import PRESETS
 from sampling import inference, latent
 from sampling.pictures import grid, to_pil
 from training.plan import FlopCounter
-from weights.checkpoint import atomically, load_generator, read_safetensors
+from weights.checkpoint import atomically, generator_of, load_generator, read_safetensors
 
 NEIGHBOURING = {system.__name__: system for system in (StyleGANT, LadaGAN, Muse)}
 PROMPTS = ("red heart", "grinning face", "fox", "hot dog", "red apple", "automobile", "sun", "man astronaut")
@@ -101,14 +101,6 @@ def open_neighbour(system_class, path, notes):
 
 def count(*networks):
     return sum(parameter.numel() for network in networks for parameter in network.parameters())
-
-
-def generator_of(path):
-    """The file to sample from, of a run's folder or of itself. Raises UserError."""
-    file = path / "generator_ema.safetensors" if path.is_dir() else path
-    if not file.is_file():
-        raise UserError(f"no generator at {file}; a run writes it with its first checkpoint")
-    return file
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -238,7 +230,7 @@ def picture(entries, args):
 
 def compare(args):
     """→ the tables and the protocol as markdown, their numbers, and the picture."""
-    paths = {name: generator_of(Path(path)) for name, path in args.systems}
+    paths = {name: generator_of(path) for name, path in args.systems}
     entries = {name: open_system(path, args.resolution) for name, path in paths.items()}
     extractors = {name: load_extractor(name, "", torch.device("cpu")) for name in ("efficientnet", "judge")}
     source = sources.open_data(args.data, args.resolution, args.seed)

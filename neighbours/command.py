@@ -23,7 +23,7 @@ from sampling.pictures import grid, to_pil
 from training.loop import Loop
 from training.run_folder import RunFolder
 from training.step import noise_of
-from weights.checkpoint import atomically, read_safetensors
+from weights.checkpoint import atomically, generator_of, read_safetensors
 
 NUM_PICTURES = 24
 IDENTITY = ("data", "clip", "resolution", "batch", "seed", "unconditional")  # options that a run keeps to its end
@@ -169,8 +169,7 @@ def sample(system_class, name, args):
 
 def load(system_class, path, device="cpu"):
     """A generator_ema.safetensors of `train` → the system, ready to draw. Raises UserError."""
-    if not path.is_file():
-        raise UserError(f"no checkpoint at {path}; train one first, or name another by --checkpoint")
+    path = generator_of(path)
     metadata, tensors = read_safetensors(path)
     if (written_by := metadata.get("system")) != system_class.__name__:
         raise UserError(f"{path} holds {written_by or 'nothing of this command'}, not {system_class.__name__}")

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import torch
 
+from common.cli import UserError
 from sampling import inference
 
 NUM_MEAN = 256  # latents behind a prompt's mean code
@@ -17,8 +18,20 @@ class Prompt(NamedTuple):
     local_text: torch.Tensor  # [B, T−1, text_dim]
 
 
+def check(prompts):
+    """Raises UserError unless this is a list of texts, each of which says something."""
+    if not isinstance(prompts, list | tuple) or not prompts:
+        raise UserError('nothing to draw; give a prompt, as "red heart", or several')
+    for prompt in prompts:
+        if not isinstance(prompt, str) or not prompt.strip():
+            raise UserError("a prompt is empty; say what to draw")
+        if prompt != prompt.encode("utf-8", "replace").decode():
+            raise UserError("a prompt is not UTF-8 text")
+
+
 def read(generator, clip, prompts):
-    """A list of texts → Prompt."""
+    """A list of texts → Prompt. Raises UserError, as `check`."""
+    check(prompts)
     text = clip.encode_text(clip.tokenize(prompts))
     return Prompt(*generator.text_head(text.tokens, text.eot))
 

@@ -40,7 +40,7 @@ class Pipeline:
     """A generator and the CLIP that reads its prompts, ready to draw.
 
     The same prompts, seed and psi give the same pictures, to the bit on one machine. psi: the truncation; 1 is all
-    variety, 0 each prompt's mean picture.
+    variety, 0 each prompt's mean picture. Methods raise UserError where an argument cannot be.
     """
 
     def __init__(self, generator: torch.nn.Module, clip: FrozenClip, notes: dict):
@@ -70,12 +70,15 @@ class Pipeline:
     def frames(self, prompts: str | list[str], num=1, seed=0, psi=1.0, numbers=None) -> list[views.Frame]:
         """The latent codes of `sample`, to be changed before they are drawn. numbers: only these of the `num`."""
         prompts = [prompts] if isinstance(prompts, str) else prompts
+        latent.check(prompts)
+        check_whole(num=(num, 1), seed=(seed, 0))
         return views.samples(self.generator, self.clip, prompts, num, seed, psi, numbers)
 
     @torch.no_grad()
     def interpolate(self, start: str, end: str, steps=8, seed=0, psi=1.0, part="both", path="spherical"):
         """PIL pictures on the way from one prompt to another. part, path: see views.interpolation."""
         prompts = start, end
+        check_whole(steps=(steps, 2), seed=(seed, 0))
         frames = views.interpolation(self.generator, self.clip, prompts, seed, psi, steps, part, path)
         return self.draw(frames).pictures
 
@@ -87,6 +90,13 @@ class Pipeline:
     def draw(self, frames: list[views.Frame]) -> Drawn:
         """Frames of views.py → Drawn."""
         return draw(self.generator, frames)
+
+
+def check_whole(**arguments):
+    """Raises UserError where an argument, name=(value, least), is no whole number, or less than the least."""
+    for name, (value, least) in arguments.items():
+        if not isinstance(value, int) or not least <= value < 2**63:
+            raise UserError(f"{name}={value!r}: give a whole number, {least} or more")
 
 
 @torch.no_grad()

@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import torch
 
-from common.cli import UserError
 from sampling import latent, pipeline, views
 
 MOST = latent.BATCH  # pictures at a time, so that forced points are those of one batch
@@ -59,8 +58,6 @@ def codes(generator, settings):
 @torch.no_grad()
 def frames(generator, clip, settings):
     """Settings → a views.Frame for each picture. Raises UserError where there is no prompt."""
-    if not settings.prompt.strip():
-        raise UserError("the prompt is empty; say what to draw")
     z, captions = codes(generator, settings), [settings.prompt] * settings.num
     first, second = (read(generator, clip, p) for p in (settings.prompt, settings.second or settings.prompt))
     text = first

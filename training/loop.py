@@ -214,9 +214,12 @@ class Loop:
         p = self.progress
         if p.skipped.total() or p.rejected:
             causes = ", ".join(f"{count} {cause}" for cause, count in p.skipped.most_common() if count)
-            say(f"Of the data was skipped: {causes or 'nothing'}. {p.rejected} updates were left out as not finite.")
+            say(f"Of the data was skipped, counted at every reading: {causes or 'nothing'}.")
+            say(f"{p.rejected} updates were left out as not finite.")
         self.check_saved()
         ended = "Stopped and saved; the same command resumes the run." if p.step < self.steps else "Done."
+        if p.step > self.steps:
+            ended = f"Nothing was left to do for --steps {self.steps}; more than {p.step} go on."
         say(f"{ended} {p.step} steps. The generator: {self.folder.generator}")
 
     def check_saved(self):

@@ -136,6 +136,8 @@ class RunFolder:
     def compare(self, path, state):
         """A checkpoint's identity must be this run's. Raises UserError; says where the work is shared otherwise."""
         then, now = resolved(state["identity"]), resolved(self.identity)
+        if then.get("system") != now.get("system"):
+            raise UserError(f"the run in {path} is not of this command; give another --out")
         if changed := [name for name in now if then.get(name) != now[name]]:
             options = ", ".join(f"--{name} {then.get(name)}" for name in changed)
             raise UserError(f"the run in {path} was started with {options}; repeat that, or give another --out")

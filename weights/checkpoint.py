@@ -100,12 +100,12 @@ def save_generator(path, generator, clip, resolution, notes):
 def load_generator(path, device="cpu", clip_spec=None):
     """A file of save_generator, or the authors' aurora_v1.pth → (Generator in eval mode, its CLIP, notes).
 
-    The CLIP of a file that holds one has no image tower. clip_spec: another way to get a large CLIP, see load_clip.
-    Raises UserError for a file that is missing, damaged or foreign, and where its CLIP cannot be had.
+    path may also be a run's folder. The CLIP of a file that holds one has no image tower. clip_spec: another way to get
+    a large CLIP, see load_clip. Raises UserError for a file that is missing, damaged or foreign, and where its CLIP
+    cannot be had.
     """
-    if not Path(path).is_file():
-        raise UserError(f"no checkpoint at {path}")
-    if Path(path).suffix == ".safetensors":
+    path = generator_of(path)
+    if path.suffix == ".safetensors":
         generator, clip, notes = _load_ours(path)
     else:
         generator, clip, notes = _load_official(path), OPENAI_CLIP, {}
@@ -116,6 +116,15 @@ def load_generator(path, device="cpu", clip_spec=None):
     if clip.width != generator.config.clip_width:
         raise UserError(f"{path} needs a CLIP of width {generator.config.clip_width}, and {clip.name} has {clip.width}")
     return generator.to(device).eval().requires_grad_(False), clip.to(device), notes
+
+
+def generator_of(path):
+    """A file to draw from, or a run's folder → the file. Raises UserError."""
+    path = Path(path)
+    file = path / "generator_ema.safetensors" if path.is_dir() else path
+    if not file.is_file():
+        raise UserError(f"no checkpoint at {file}; a run writes its first as it starts")
+    return file
 
 
 def _load_ours(path):

@@ -87,7 +87,7 @@ def test_a_small_comparison(run, tmp_path, run_main):
     ("arguments", "says"),
     [
         (["Aurora"], "write NAME=PATH"),
-        (["Aurora=nothing"], "no generator at nothing"),
+        (["Aurora=nothing"], "no checkpoint at nothing"),
         ([f"Aurora={SHAPES.parent / 'clip.safetensors'}"], "holds no generator of Aurora"),
         ([f"Aurora={SHAPES}", "--count", 3], "--count 3"),
     ],

@@ -12,6 +12,7 @@ import sample
 from common.cli import UserError
 from sampling import pictures
 from sampling.pipeline import Pipeline, forced, routers
+from weights.checkpoint import MODELS
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -39,6 +40,27 @@ def test_the_command_draws_what_the_interface_draws(pipe, run_main, tmp_path):
     assert Image.open(tmp_path / "a.png").tobytes() == ours.tobytes()
     native = pipe.sample(["red heart", "whale"], num=2, seed=3)
     assert all(np.array_equal(a, b) for a, b in zip(native, drawn.pictures, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (lambda pipe: pipe.sample([]), "nothing to draw"),
+        (lambda pipe: pipe.sample(3), "nothing to draw"),
+        (lambda pipe: pipe.sample(["red heart", 3]), "a prompt is empty"),
+        (lambda pipe: pipe.sample(" "), "a prompt is empty"),
+        (lambda pipe: pipe.sample("red heart", num=0), "num=0: give a whole number, 1 or more"),
+        (lambda pipe: pipe.experts("red heart", num=1.5), "num=1.5: give a whole number"),
+        (lambda pipe: pipe.sample("red heart", seed="a"), "seed='a': give a whole number"),
+        (lambda pipe: pipe.sample("red heart", seed=2**70), "give a whole number, 0 or more"),
+        (lambda pipe: pipe.interpolate("cat face", "dog face", steps=1), "steps=1: give a whole number, 2 or more"),
+        (lambda pipe: pipe.interpolate(["cat face"], "dog face"), "a prompt is empty"),
+        (lambda _: Pipeline.load(MODELS), "no checkpoint at"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(pipe, call, says):
+    with pytest.raises(UserError, match=re.escape(says)):
+        call(pipe)
 
 
 def test_interpolation_ends_at_its_prompts(pipe):

@@ -100,6 +100,7 @@ def test_what_a_killed_run_left_is_removed(tmp_path):
     [
         ("no", {}, "holds a run of its own"),
         ("auto", {"seed": 1}, "started with --seed 0"),
+        ("auto", {"system": "muse"}, "not of this command"),
         ("auto", {"data": "emoji", "batch": 8}, "started with --data shapes, --batch 4"),
         ("elsewhere.pt", {}, "holds a run of its own"),
     ],

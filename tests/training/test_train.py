@@ -253,11 +253,12 @@ def test_a_new_run_starts_from_the_weights_of_another(tmp_path, small_clip, kind
     assert second.loop.progress.step == 0 and second.growth.active == [4]
 
 
-def test_weights_to_start_from_are_not_silently_ignored_by_a_run_that_goes_on(tmp_path, small_clip, capsys):
+def test_what_a_run_that_goes_on_cannot_use_is_said(tmp_path, small_clip, capsys):
     common = ("--preset", "quick", "--clip", small_clip, "--out", tmp_path / "run")
-    run(*common, "--steps", 1)
-    run(*common, "--steps", 2, "--init", "other.safetensors")
-    assert "--init other.safetensors is not used" in capsys.readouterr().out
+    run(*common, "--steps", 2)
+    run(*common, "--steps", 1, "--init", "other.safetensors")
+    said = capsys.readouterr().out
+    assert "--init other.safetensors is not used" in said and "Nothing was left to do for --steps 1" in said
 
 
 def test_a_folder_of_ones_own_is_read_by_a_small_clip_trained_first(tmp_path, monkeypatch):
