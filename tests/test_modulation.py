@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision.ops import deform_conv2d
 
 import modulation
@@ -60,6 +61,15 @@ def test_modulated_convolution_scales_activations_as_if_kernels(num_kernels, cha
     assert_same_gradients(ours, naive, inputs)
     freeze(layer)
     torch.testing.assert_close(layer(x, w), naive)
+
+
+def test_products_of_kernels_are_sums():
+    """As matrices, those of the release would be tens of millions of products, each of one row and one column."""
+    layer = modulation.ModulatedConv2d(4, 5, 3, w_dim=6, num_kernels=3).double()
+    with FlopCounterMode(display=False) as counter:
+        found = layer.kernel_products()
+    assert counter.get_total_flops() == 0
+    torch.testing.assert_close(found, torch.einsum("ndcij,ldcij->nldc", layer.weight, layer.weight))
 
 
 def test_upsampling_convolution_is_transposed_convolution_then_filter():

@@ -181,6 +181,20 @@ def test_a_run_is_stopped_while_its_data_stall(monkeypatch):
     assert asked
 
 
+def test_a_stalled_batch_is_not_waited_for_until_its_worker_is_given_up(monkeypatch):
+    """That takes minutes, and a scheduler gives seconds."""
+    monkeypatch.setattr(sources, "WORKER_TIMEOUT", 0)
+
+    class Stalls:
+        def __next__(self):
+            raise RuntimeError("DataLoader timed out after 1 seconds")
+
+    with pytest.raises(Stopped):
+        sources.wait_for(Stalls(), asked_to_stop=lambda: True)
+    with pytest.raises(RuntimeError, match="no batch came"):
+        sources.wait_for(Stalls(), asked_to_stop=lambda: False)
+
+
 def test_a_run_without_workers_is_stopped_while_it_waits_for_its_disk(tmp_path, monkeypatch):
     monkeypatch.setattr("data.batches.PAUSES", (600,))
     source = sources.open_data(str(filled(tmp_path)), 16, seed=0)

@@ -12,7 +12,7 @@ from PIL import Image
 
 from clip import load_clip
 from data import pairs
-from data.pairs import CAUSES, EMPTY, ENCODING, IMAGE, LARGE, SMALL, Tally, Unusable, captions_of, read_image
+from data.pairs import CAUSES, EMPTY, ENCODING, FORMAT, IMAGE, LARGE, SMALL, Tally, Unusable, captions_of, read_image
 from tests.data.test_sources import jpeg
 
 
@@ -87,6 +87,14 @@ def bomb(side):
 def test_what_cannot_be_used_is_told_by_its_cause(content, cause):
     with pytest.raises(Unusable, match=f"^{cause}$"):
         read(content)
+
+
+@pytest.mark.parametrize(("is_built_in", "cause"), [(True, IMAGE), (False, FORMAT)])
+def test_what_this_pillow_cannot_read_is_not_called_broken(monkeypatch, is_built_in, cause):
+    """An AVIF, where Pillow was built without; where it was built with it, such a file is a broken one."""
+    monkeypatch.setattr(pairs.features, "check", lambda _: is_built_in)
+    with pytest.raises(Unusable, match=f"^{cause}$"):
+        read(b"\0\0\0\x20ftypavif" + bytes(50))
 
 
 def test_five_thousand_hostile_images_do_no_harm():

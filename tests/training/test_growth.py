@@ -10,6 +10,7 @@ from clip import load_clip
 from data.batches import Batch
 from presets import PRESETS
 from sampling import latent
+from tests.evaluation.test_features import by_ranks
 from training import growth
 from training.growth import Growth
 from weights.checkpoint import DEMO, load_generator
@@ -60,6 +61,42 @@ def test_the_reference_is_between_two_disjoint_sets_at_each_resolution(tmp_path)
         np.testing.assert_allclose(covariance, np.cov(features[5:10].T), rtol=1e-3, atol=1e-6)
         expected = distance(features[:5], features[5:10])
         assert measured.phase.reference_fid[resolution] == pytest.approx(expected, rel=1e-3)
+
+
+def test_the_ranks_share_the_reference(monkeypatch):
+    """Each reads its own images alone, and all have the result of all."""
+    read = []
+
+    class Shared(Pictures):
+        def evaluation_pairs(self, rank, world_size):
+            for number in range(rank, 14, world_size):
+                read.append(number)
+                yield Batch(self.images[number : number + 1], [f"picture {number}"], {})
+
+    def work():
+        return Growth(RECIPE, [8], Spread(), seed=0).compute_reference(Shared(), lambda: False)
+
+    results = by_ranks(monkeypatch, 2, work)
+    assert sorted(read) == sorted(2 * [*range(10)])  # by_ranks asks twice
+    features = features_at(Pictures.images, 8)
+    for kept in results:
+        assert kept["captions"] == [f"picture {i}" for i in (0, 2, 4, 6, 8)]
+        np.testing.assert_allclose(kept["statistics"][8][0], features[1:10:2].mean(0), rtol=1e-4)
+        assert kept["reference_fid"][8] == pytest.approx(distance(features[0:10:2], features[1:10:2]), rel=1e-3)
+
+
+def test_a_run_is_stopped_while_it_measures_the_reference(tmp_path):
+    read = []
+
+    class Slow(Pictures):
+        def evaluation_pairs(self, rank, world_size):
+            for batch in super().evaluation_pairs(rank, world_size):
+                read.append(len(batch.captions))
+                yield batch
+
+    measured = Growth(RECIPE, [4], Spread(), seed=0)
+    assert not measured.measure_reference(Slow(), tmp_path / "reference.pt", lambda: bool(read))
+    assert read == [4] and not list(tmp_path.iterdir())
 
 
 def test_a_reference_of_other_samples_is_measured_again(tmp_path):

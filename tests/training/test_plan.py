@@ -1,11 +1,13 @@
 """The figures of --plan against real steps of train.py on this CPU."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import attention
+import train
 from clip import BUILT_IN, load_small
 from common.cli import UserError
 from data import sources
@@ -106,6 +108,29 @@ def test_parts_are_the_fewest_that_fit():
     assert memory.parts(32, 80e9) == 2 and memory.parts(32, 38e9) == 8
     with pytest.raises(UserError, match="does not fit"):
         memory.parts(32, 30e9)
+
+
+def test_what_fits_is_chosen_and_what_does_not_is_refused(monkeypatch, capsys):
+    """By the plan at the highest resolution: of 80 GB, 20 and 10 to spare leave room for 25 images of 2 GB."""
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=80e9))
+    monkeypatch.setattr(plan, "estimate", lambda *_: (plan.Memory(fixed=20e9, an_image=2e9), None))
+    run = PRESETS["shapes"], 64, "small", torch.device("cuda", 0), torch.bfloat16
+    assert plan.choose_parts(train.parse_args([]).accumulate, *run) == 4
+    assert "--accumulate 4: parts of 16 images a GPU" in capsys.readouterr().out
+    assert plan.choose_parts(8, *run) == 8
+    with pytest.raises(UserError, match="--accumulate 2 does not fit into this GPU; take 4, or auto"):
+        plan.choose_parts(2, *run)
+
+
+def test_work_is_counted_and_timed_by_its_dtype():
+    with plan.FlopCounter() as counter:
+        for dtype, columns in ((torch.float32, 5), (torch.bfloat16, 7)):
+            torch.ones(2, 3, dtype=dtype) @ torch.ones(3, columns, dtype=dtype)
+    assert counter.by_dtype == {torch.float32: 2 * 2 * 3 * 5, torch.bfloat16: 2 * 2 * 3 * 7}
+    for name, rates in (("a100", (312e12, 19.5e12)), ("h100", (989e12, 67e12))):
+        narrow, wide = (rate * plan.UTILIZATION[t] for rate, t in zip(rates, plan.UTILIZATION, strict=True))
+        seconds = plan.HARDWARE[name].seconds({torch.bfloat16: 6e12, torch.float32: 3e12})
+        assert seconds == pytest.approx(6e12 / narrow + 3e12 / wide)
 
 
 def test_lines_for_people(monkeypatch, planned):

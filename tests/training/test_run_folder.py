@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from common import distributed
 from common.cli import UserError
 from training import run_folder
 from training.run_folder import RunFolder
@@ -203,6 +204,15 @@ def test_a_run_that_is_shared_out_otherwise_says_so(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "note: the run goes on with accumulate 2 instead of 1, workers 4 instead of 1;" in said
     assert opened(tmp_path)[1]["sharing"] == {"accumulate": 1, "workers": 1, "ranks": 1}
+
+
+def test_the_main_rank_alone_holds_a_checkpoint_against_its_digest(tmp_path, monkeypatch):
+    newest = made(tmp_path).last_good
+    monkeypatch.setattr(distributed, "rank", lambda: 1)
+    monkeypatch.setattr(distributed, "broadcast", lambda _: newest)
+    monkeypatch.setattr(checkpoint, "digest", lambda _: pytest.fail("the main rank has read it"))
+    folder, resumed = opened(tmp_path)
+    assert resumed["progress"]["step"] == 2 and folder.last_good == newest
 
 
 def test_a_checkpoint_that_the_disk_does_not_give_is_not_called_damaged(tmp_path, monkeypatch):

@@ -1,5 +1,7 @@
 """One step's parts: who learns, what noise and gradients the parts of a batch get, and the moving average."""
 
+import weakref
+
 import pytest
 import torch
 
@@ -62,6 +64,38 @@ def test_the_gradient_of_a_batch_in_parts_is_the_mean_of_theirs(learner, number)
         if gradient is not None:
             mean = (each[0][name] + each[1][name]) / 2
             torch.testing.assert_close(gradient, mean, rtol=1e-4, atol=1e-4 * float(mean.abs().max() + 1e-6))
+
+
+def test_r1_stands_for_the_steps_without_it(learner, monkeypatch):
+    objective, stands_for = learner.discriminator_loss.forward, []
+    monkeypatch.setattr(learner.discriminator_loss, "forward", lambda *x: stands_for.append(x[-1]) or objective(*x))
+    for number in (0, 1, 16):
+        learner.step(number, learner.prepare(0, number, batches(1, 4)))
+    assert stands_for == [16, 0, 16]
+
+
+class Wrapper:
+    """In the place of DDP, which holds its buckets in cycles."""
+
+    def __init__(self, module):
+        self.module, self.itself = module, self
+
+
+def test_former_wrappers_are_gone_before_the_next_are_built(learner, monkeypatch):
+    wrappers, alive = [], []
+
+    def parallel(module):
+        alive.append(sum(wrapper() is not None for wrapper in wrappers))
+        wrapper = Wrapper(module)
+        wrappers.append(weakref.ref(wrapper))
+        return wrapper
+
+    with monkeypatch.context() as patch:
+        patch.setattr(learner, "parallel", parallel)
+        for active in ([4], [4, 8]):
+            learner.learn_at(active)
+    learner.learn_at([4, 8])
+    assert alive == [0, 1, 0, 1]
 
 
 def test_every_image_of_a_step_has_noise_of_its_own_however_the_batch_is_divided(learner, monkeypatch):

@@ -159,7 +159,7 @@ def test_a_stage_ends_at_the_reference_fid_or_when_it_stops_falling(tmp_path, sm
 
 
 @pytest.mark.parametrize("kind", ["folder", "shards"])
-def test_it_trains_on_a_folder_and_on_shards(tmp_path, small_clip, kind):
+def test_it_trains_on_a_folder_and_on_shards(tmp_path, small_clip, capsys, kind):
     source = tmp_path / "data"
     source.mkdir()
     for i in range(12):
@@ -175,6 +175,8 @@ def test_it_trains_on_a_folder_and_on_shards(tmp_path, small_clip, kind):
     run("--preset", "quick", "--clip", small_clip, "--out", out, "--data", source, "--steps", 6)
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert len(rows) == 6 and rows[-1]["skipped"] >= 1 and rows[-1]["rejected"] == 0
+    holds = {"folder": "13 images have a caption in a .txt", "shards": "among them 13 images with a caption"}
+    assert holds[kind] in capsys.readouterr().out
 
 
 def test_shards_with_too_few_pairs_are_one_clear_line(tmp_path, small_clip):
