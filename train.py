@@ -44,7 +44,7 @@ def parse_args(argv=None):
     add("--batch", type=positive_int, help="global batch, over all ranks (default: the preset's)")
     add("--accumulate", type=auto_or_positive, default="auto", help="parts to make each batch in; auto: as a GPU needs")
     add("--seed", type=natural_number, default=0, help="of weights, data and noise")
-    add("--resume", default="auto", help="auto: resume the run in --out, if there is one; no; or a checkpoint of it")
+    add("--resume", default="auto", help="auto: the run in --out; moved: its data lie elsewhere; no; or a checkpoint")
     add("--clip", help="train (a small one, on these captions), small, emoji, a small one's file, or MODEL:WEIGHTS of "
         "open_clip (default: the preset's; a small preset on other data: train)")  # fmt: skip
     add("--set", nargs="+", default=[], metavar="FIELD=VALUE", help="other values of the recipe: lr_generator=1e-3 …")

@@ -41,7 +41,7 @@ class Coco:
         if missing := next((path for path, _ in self.pairs if not path.is_file()), None):
             raise UserError(f"no image {missing}; say with --images where the folder val2014 lies")
 
-    def evaluation(self, batch=64, rank=0, world_size=1):
+    def evaluation_pairs(self, batch=64, rank=0, world_size=1):
         """Batches of a rank's share, which is every world_size-th pair."""
         share = self.pairs[rank::world_size]
         for first in range(0, len(share), batch):

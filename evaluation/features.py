@@ -58,7 +58,7 @@ def gather(labels, features):
 
 
 def extract_real(source, count, resolution, extractors):
-    """Features of the first 2·count images of a source, or of all if it holds fewer.
+    """Features of the first 2·count images of a source, or of all if it holds fewer; those held out come first.
 
     → captions, {extractor: features [N, D]}, and how many pairs were skipped, by cause. Raises UserError if there are
     fewer than `count`.
@@ -68,7 +68,7 @@ def extract_real(source, count, resolution, extractors):
     captions, skipped = [], collections.Counter()
 
     def batches():
-        for batch in source.evaluation(min(BATCH, quota), rank=rank, world_size=world_size) if quota else ():
+        for batch in source.evaluation_pairs(min(BATCH, quota), rank, world_size) if quota else ():
             skipped.update(batch.skipped)
             left = quota - len(captions)
             captions.extend(batch.captions[:left])

@@ -20,6 +20,7 @@ from common.distributed import say
 from data.sources import NAMES, SHARD_SUFFIXES
 from weights import checkpoint
 
+MAY_MOVE = {"data", "clip"}  # options that name files
 GROUPS = {"d_": "discriminator", "lo": "discriminator", "r1": "discriminator", "g_": "generator", "fi": "FID"}
 
 
@@ -110,7 +111,7 @@ class RunFolder:
         held = checkpoint.checkpoints(self.checkpoints)
         if not held:
             self.refuse_foreign()
-        if resume == "auto":
+        if resume in ("auto", "moved"):
             path, state = checkpoint.newest_run(self.checkpoints, say)
         elif held:
             raise UserError(f"--resume {resume}, but {self.path} holds a run of its own; give another --out")
@@ -121,7 +122,7 @@ class RunFolder:
         else:
             path, state = Path(resume), checkpoint.load_run(resume)
         if state:
-            self.compare(path, state)
+            self.compare(path, state, MAY_MOVE if resume == "moved" else ())
         self.tidy()
         return path, state
 
@@ -133,14 +134,17 @@ class RunFolder:
         if names and not self.identity.keys() <= read_json(self.path / "config.json").keys():
             raise UserError(f"{self.path} holds a {names[0]} that no run here made; give another --out")
 
-    def compare(self, path, state):
-        """A checkpoint's identity must be this run's. Raises UserError; says where the work is shared otherwise."""
+    def compare(self, path, state, but=()):
+        """A checkpoint's identity must be this run's, but for some options. Raises UserError; says where the work is
+        shared otherwise.
+        """
         then, now = resolved(state["identity"]), resolved(self.identity)
         if then.get("system") != now.get("system"):
             raise UserError(f"the run in {path} is not of this command; give another --out")
-        if changed := [name for name in now if then.get(name) != now[name]]:
+        if changed := [name for name in now if then.get(name) != now[name] and name not in but]:
             options = ", ".join(f"--{name} {then.get(name)}" for name in changed)
-            raise UserError(f"the run in {path} was started with {options}; repeat that, or give another --out")
+            moved = "; if these files only moved, give --resume moved" if MAY_MOVE.issuperset(changed) else ""
+            raise UserError(f"the run in {path} was started with {options}; repeat that, or give another --out{moved}")
         then = state.get("sharing", {})
         if changed := [name for name in then if name in self.sharing and then[name] != self.sharing[name]]:
             changes = ", ".join(f"{name} {self.sharing[name]} instead of {then[name]}" for name in changed)

@@ -199,6 +199,14 @@ def test_real_features_do_not_depend_on_the_number_of_ranks(kind, shard, tmp_pat
         assert found == captions and torch.equal(values["means"], expected["means"])
 
 
+def test_pairs_held_out_are_evaluated_first(shard, monkeypatch):
+    monkeypatch.setattr(shards, "FEWEST", 1)
+    monkeypatch.setattr(shards, "is_held_out", lambda key: key.endswith(("7", "9")))
+    source = sources.open_data(str(shard), 16, seed=0)
+    captions, _, _ = features.extract_real(source, 2, 16, MEANS)
+    assert [int("".join(filter(str.isdigit, caption))) for caption in captions] == [7, 9, 0, 1]
+
+
 def test_too_few_images_are_told_and_skipped_ones_counted(shard, monkeypatch):
     source = sources.open_data(str(shard), 16, seed=0)
     for captions, values, skipped in by_ranks(monkeypatch, 2, lambda: features.extract_real(source, 9, 16, MEANS)):

@@ -173,8 +173,15 @@ def test_the_same_data_by_another_path_is_the_same_run(tmp_path, monkeypatch):
     monkeypatch.chdir(data)
     for path in (".", "../data/", str(data), "../link"):
         assert opened(tmp_path / "run", identity={"data": path, "clip": f"{path}/clip.safetensors"})[1]
-    with pytest.raises(UserError, match=f"--data {data}"):
+    with pytest.raises(UserError, match=rf"--data {data}.*--resume moved"):
         opened(tmp_path / "run", identity={"data": "..", "clip": "clip.safetensors"})
+
+
+def test_a_data_set_that_moved_is_taken_when_that_is_said_and_another_seed_is_not(tmp_path):
+    made(tmp_path, identity={"data": "/before"})
+    assert opened(tmp_path, "moved", {"data": "/after"})[1]["progress"]["step"] == 2
+    with pytest.raises(UserError, match=r"started with --seed 0; repeat that, or give another --out$"):
+        opened(tmp_path, "moved", {"data": "/after", "seed": 1})
 
 
 @pytest.mark.parametrize(
