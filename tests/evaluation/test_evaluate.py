@@ -216,7 +216,7 @@ def test_coco_end_to_end_on_one_rank_and_on_two(run, tmp_path):
 
 def test_coco_draws_different_images_and_one_caption_of_each(tmp_path):
     source = coco.Coco(write_coco(tmp_path), None, 32, count=5, seed=3)
-    batch = next(source.evaluation())
+    batch = next(source.evaluation_pairs())
     assert batch.images.shape == (6, 3, 32, 32) and len({path for path, _ in source.pairs}) == 6
     for path, caption in source.pairs:
         assert str(make_scene(int(path.stem[-12:]), seed=99).objects[0]) in caption
