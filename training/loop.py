@@ -219,7 +219,7 @@ class Loop:
         self.check_saved()
         ended = "Stopped and saved; the same command resumes the run." if p.step < self.steps else "Done."
         if p.step > self.steps:
-            ended = f"Nothing was left to do for --steps {self.steps}; more than {p.step} go on."
+            ended = f"Nothing was left to do for --steps {self.steps}; give more to go on. The run has"
         say(f"{ended} {p.step} steps. The generator: {self.folder.generator}")
 
     def check_saved(self):
