@@ -19,6 +19,7 @@ from discriminator import Discriminator
 from evaluation.metrics import expert_counts
 from layers import full_precision, parameter_groups, pyramid
 from losses import R1_INTERVAL, DiscriminatorLoss, generator_loss, wrong_captions
+from training.graphs import Graphed
 
 NETWORKS = ("generator", "discriminator", "ema")
 OPTIMIZERS = ("optimizer_g", "optimizer_d")
@@ -65,6 +66,9 @@ class Learner:
         gc.collect()  # DDP's buckets for the former resolutions go before the new ones come
         self.parallel_generator = self.parallel(self.generator)
         self.discriminator_loss = self.parallel(DiscriminatorLoss(self.discriminator, self.clip, self.recipe))
+        # A large network, which recomputes, keeps a GPU busy by itself, and has no memory to spare.
+        one_gpu = self.device.type == "cuda" and torch.cuda.is_available() and distributed.world_size() == 1
+        self.learn = Graphed(self.learn_from) if one_gpu and not self.recipe.recompute else self.learn_from
 
     def parallel(self, module):
         if distributed.world_size() == 1:
@@ -94,21 +98,26 @@ class Learner:
         return parts
 
     def step(self, number, parts):
-        """One step of both networks → {name: scalar}. `rejected` counts the updates left out for a gradient not finite.
+        """One step of both networks → {name: scalar}. `rejected` counts updates left out for a gradient not finite."""
+        report, w = self.learn(parts, R1_INTERVAL if number % R1_INTERVAL == 0 else 0)
+        self.update_ema(number, w)
+        return report
+
+    def learn_from(self, parts, r1_interval):
+        """What step does, but for the moving average → its report, and the mean of the latent codes, [w_dim].
 
         Both networks learn from the same pictures, so these are drawn once. Where gradients are accumulated they are
         drawn twice: the graphs of all parts together would take the memory that is to be saved.
         """
-        r1_interval = R1_INTERVAL if number % R1_INTERVAL == 0 else 0
         with torch.set_grad_enabled(len(parts) == 1):
             outputs = [self.draw(part) for part in parts]
         d_report = self.discriminator_step(parts, outputs, r1_interval)
         with frozen(self.discriminator):
             g_report = self.generator_step(parts, outputs)
-        self.update_ema(number, torch.stack([full_precision(output.w.detach()).mean(0) for output in outputs]).mean(0))
+        w = torch.stack([full_precision(output.w.detach()).mean(0) for output in outputs]).mean(0)
         rejected = d_report.pop("rejected") + g_report.pop("rejected")
         share = torch.stack([self.least_used_expert(output) for output in outputs]).min()
-        return {**d_report, **g_report, "expert_min_share": share, "rejected": rejected}
+        return {**d_report, **g_report, "expert_min_share": share, "rejected": rejected}, w
 
     def draw(self, part):
         with self.autocast():
@@ -188,7 +197,7 @@ class Learner:
             if then != now:
                 changed[name] = max(then), max(now)
             for group, lr in zip(optimizer.param_groups, now, strict=True):
-                group["lr"] = lr
+                group["lr"], group["capturable"] = lr, self.device.type == "cuda"
         return changed
 
     def load_weights(self, weights):
@@ -221,7 +230,9 @@ def noise_of(*numbers):
 
 
 def adam(network, lr):
-    return torch.optim.Adam(parameter_groups(network, lr), betas=(0.0, 0.99), fused=True)
+    """Capturable: a CUDA graph may hold its step."""
+    on_gpu = next(network.parameters()).is_cuda
+    return torch.optim.Adam(parameter_groups(network, lr), betas=(0.0, 0.99), fused=True, capturable=on_gpu)
 
 
 def update(optimizer, reports, prefix):

@@ -1,0 +1,62 @@
+"""Steps played back from CUDA graphs, beside the same steps launched kernel by kernel."""
+
+import pytest
+import torch
+
+from clip import load_clip
+from common import distributed
+from data import sources
+from losses import R1_INTERVAL
+from presets import PRESETS, fitted_to
+from training.graphs import WARM_UP
+from training.step import OPTIMIZERS, Learner
+
+STEPS = WARM_UP * R1_INTERVAL + 4  # the last but three is the first step with R1 that is played back
+
+
+def learner_after(steps, lr, eager):
+    """→ the learner, and the reports of its steps."""
+    device = distributed.start("cuda")
+    clip = load_clip("small", device)
+    preset = fitted_to(PRESETS["shapes"], clip.width, clip.map_shapes)
+    torch.manual_seed(0)
+    learner = Learner(preset, clip, device, torch.float32, batch=4)
+    for network in (learner.generator, learner.discriminator):
+        for parameter in network.parameters():
+            if not parameter.any():
+                parameter.data.normal_(std=0.1)  # else to-RGB, which starts at zero, would hide most of the network
+    learner.learn_at([4, 8])
+    if eager:
+        learner.learn = learner.learn_from
+    for name in OPTIMIZERS:
+        for group in getattr(learner, name).param_groups:
+            group["lr"] *= lr
+    batches = sources.loader(sources.open_data("shapes", 8, seed=0), 0, 4, 0)
+    reports = []
+    for number in range(steps):
+        report = learner.step(number, learner.prepare(0, number, [next(batches)]))
+        reports.append({name: value.item() for name, value in report.items()})
+    return learner, reports
+
+
+@pytest.mark.gpu
+def test_losses_and_gradients_are_those_of_the_step():
+    """Weights stay as they are: where they change, rounding soon sends a point to another expert."""
+    (one, expected), (other, found) = (learner_after(STEPS, 0, eager) for eager in (True, False))
+    assert len(other.learn.recorded) == 2  # without R1 and with it
+    for row, same in zip(expected, found, strict=True):
+        assert row == pytest.approx(same, rel=1e-3, abs=1e-4)
+    for name in OPTIMIZERS:
+        for a, b in zip(getattr(one, name).state.values(), getattr(other, name).state.values(), strict=True):
+            for moment in ("exp_avg", "exp_avg_sq"):  # the last gradient, and the mean of all squares
+                assert (a[moment] - b[moment]).norm() <= 1e-3 * a[moment].norm() + 1e-6
+
+
+@pytest.mark.gpu
+def test_a_step_that_is_played_back_learns():
+    learner, _ = learner_after(WARM_UP + 2, 1, eager=False)
+    before = [p.detach().clone() for p in learner.generator.mapping.parameters()]
+    batch = next(sources.loader(sources.open_data("shapes", 8, seed=1), 0, 4, 0))
+    report = learner.step(WARM_UP + 2, learner.prepare(0, WARM_UP + 2, [batch]))
+    assert len(learner.learn.recorded) == 1 and all(value.isfinite() for value in report.values())
+    assert not any(torch.equal(a, b) for a, b in zip(before, learner.generator.mapping.parameters(), strict=True))
