@@ -46,11 +46,11 @@ async def drawn(page):
 def test_the_page_shows_what_the_pipeline_draws():
     async def script(user, page):
         expected = Pipeline.load(device="cpu").sample("red heart", num=4, seed=0)
-        assert page.image.source == Sheet(4, 32).joined(expected)
+        assert page.image.source == Sheet(4, 64).joined(expected)
         page.prompt.value = "a mauve whale"
         await asyncio.sleep(0)
         await drawn(page)
-        assert page.image.source != Sheet(4, 32).joined(expected) and "mauve" in page.note.text
+        assert page.image.source != Sheet(4, 64).joined(expected) and "mauve" in page.note.text
         page.prompt.value = "word " * 500
         await asyncio.sleep(0)
         await drawn(page)
@@ -67,7 +67,7 @@ def test_a_point_tells_its_expert_and_can_be_given_to_another():
     async def script(user, page):
         page.router.value = "8.0.0"
         await asyncio.sleep(0)
-        page.click(SimpleNamespace(image_x=18, image_y=17))
+        page.click(SimpleNamespace(image_x=36, image_y=34))
         before, picture = int(page.routing.expert_index[0, 36]), page.image.source
         assert f"Row 5, column 5 of picture 1: expert {before} took it" in page.told.text
         await page.force((before + 1) % 4)
@@ -82,7 +82,7 @@ def test_a_point_tells_its_expert_and_can_be_given_to_another():
 
 def test_more_like_a_picture_keeps_it():
     async def script(user, page):
-        page.click(SimpleNamespace(image_x=32 + 2 + 5, image_y=5))
+        page.click(SimpleNamespace(image_x=64 + 2 + 5, image_y=5))
         second = page.drawn.images[1]
         page.more_like_this()
         await asyncio.sleep(0)

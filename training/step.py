@@ -62,8 +62,8 @@ class Learner:
         for modules in (self.discriminator.stages, self.discriminator.heads):
             for resolution in self.resolutions:
                 modules[str(resolution)].requires_grad_(resolution in active)
-        self.parallel_generator = self.discriminator_loss = None
-        gc.collect()  # DDP's buckets for the former resolutions go before the new ones come
+        self.parallel_generator = self.discriminator_loss = self.learn = None
+        gc.collect()  # DDP's buckets and graphs of the former resolutions go before the new ones come
         self.parallel_generator = self.parallel(self.generator)
         self.discriminator_loss = self.parallel(DiscriminatorLoss(self.discriminator, self.clip, self.recipe))
         # A large network, which recomputes, keeps a GPU busy by itself, and has no memory to spare.

@@ -42,7 +42,7 @@ def test_the_first_picture(tmp_path):
     environment = os.environ | ascii_only
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert "32?32" in done.stdout and str(tmp_path / "a.png") in done.stdout
+    assert "64?64" in done.stdout and str(tmp_path / "a.png") in done.stdout
     picture = Image.open(tmp_path / "a.png")
     assert picture.width > 4 * 128 and picture.height > 128
 
@@ -166,7 +166,7 @@ def test_mistakes_are_told_in_one_line(run, tmp_path, monkeypatch, arguments, sa
         (("a red circle", "--truncation-sweep"), 6, 1),
         (("--interpolate", "a red circle", "a large blue star", "--steps", 5), 5, 1),
         (("--interpolate", "a red circle", "a star", "--part", "local", "--path", "linear"), 8, 1),
-        (("--mix", "a red circle on a white background", "a blue star on a black background"), 7, 1),
+        (("--mix", "a red circle on a white background", "a blue star on a black background"), 8, 1),
         (("a red circle", "--latent-walk", "--steps", 10, "--out", "walk.png"), 8, 2),
     ],
 )

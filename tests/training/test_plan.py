@@ -146,7 +146,7 @@ def test_lines_for_people(monkeypatch, planned):
     hardware, memory = plan.HARDWARE["a100"], [float(row[2]) for row in rows]
     assert memory == [52, 52, 36, 24] and float(rows[0][4]) == 0 < float(rows[1][4])
     assert float(rows[3][5]) > float(rows[1][5]) * hardware.within_node / hardware.between_nodes
-    rate = 312e12 * 0.25
+    rate = 312e12 * 0.1
     assert float(rows[0][3]) == pytest.approx(256 * 1.25e12 / rate, rel=0.01)
     assert float(rows[1][3]) == pytest.approx(32 * 1e12 / rate, rel=0.01)
     while_growing = next(line for line in lines if "while growing, 1 GPUs" in line)
