@@ -20,7 +20,7 @@ from weights.checkpoint import DEMO
 def visit(script, *checkpoints, prompt="red heart"):
     """Opens the page and runs script(user, page)."""
     args = explore.parse_args(["--device", "cpu"])
-    pages = []
+    pages, failures = [], []
 
     def root():
         pages.append(explore.Page(functools.cache(functools.partial(explore.load_model, args)), checkpoints, prompt))
@@ -28,10 +28,15 @@ def visit(script, *checkpoints, prompt="red heart"):
     async def session():
         async with user_simulation(root) as user:
             await user.open("/")
-            await drawn(pages[0])
-            await script(user, pages[0])
+            try:
+                await drawn(pages[0])
+                await script(user, pages[0])
+            except Exception as error:  # raised here it would leave the page's tasks behind, which never end
+                failures.append(error)
 
     asyncio.run(session())
+    for failure in failures:
+        raise failure
 
 
 async def drawn(page):

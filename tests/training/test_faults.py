@@ -181,7 +181,7 @@ def test_a_checkpoint_that_holds_code(tmp_path, common, expected):
 
 def test_kills_at_random_moments(tmp_path):
     """The short form of torture.py."""
-    torture(ranks=1, kills=2, steps=30, folder=tmp_path)
+    torture(ranks=1, kills=2, steps=20, folder=tmp_path)
 
 
 def test_symptoms_are_told_once_when_they_last():
