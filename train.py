@@ -203,7 +203,7 @@ def main():
     args = parse_args()
     with told_in_one_line():
         if args.plan:
-            print("Going through steps with empty tensors; about two minutes for a large preset …", flush=True)
+            print("Going through steps with empty tensors; some minutes for a large preset …", flush=True)
             preset = preset_of(args)
             clip, batch = args.clip or preset.recipe.clip_model, args.batch or preset.recipe.batch
             for line in plan(args.preset, preset, clip, batch, args.gpus, HARDWARE[args.hardware], args.workers):
