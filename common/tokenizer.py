@@ -18,6 +18,6 @@ def _module():
 def load_tokenizer(context_length):
     """A SimpleTokenizer of open_clip: texts → token ids [B, context_length]; it also has `encode` and `vocab_size`."""
     tokenizer = _module().SimpleTokenizer(context_length=context_length)
-    # Training meets the same captions again and again, and to clean and split one takes 0.1 ms, which a GPU waits for.
+    # Training meets the same captions again and again. A GPU would wait while each is cleaned and split once more.
     tokenizer.encode = functools.lru_cache(2**16)(tokenizer.encode)
     return tokenizer

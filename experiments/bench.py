@@ -44,6 +44,7 @@ from sampling import inference
 from sampling.inference import DTYPES
 from train import Run
 from train import parse_args as training_args
+from training.graphs import WARM_UP
 from weights.checkpoint import SHAPES, load_generator
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -164,6 +165,9 @@ def training_step(preset, batch, number, device):
         run = Run(training_args(args), device)
     run.learner.learn_at(run.learner.resolutions)
     images = next(sources.loader(run.source, 0, batch, 0))
+    if device.type == "cuda":  # so that a graph is recorded, where train.py takes one
+        for other in (0, 1) * (WARM_UP + 1):
+            run.step(other, [images])
 
     def step(images=images):
         run.step(number, [images])

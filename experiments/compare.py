@@ -1,6 +1,6 @@
 """Holds text-to-image systems against each other: what they cost, and how good their pictures are.
 
-    python -m experiments.compare Aurora=models/emoji.safetensors StyleGAN-T=runs/stylegan_t \\
+    python -m experiments.compare Aurora=runs/emoji StyleGAN-T=runs/stylegan_t \\
         LadaGAN=runs/ladagan Muse=runs/muse
 
 A system is Aurora, or one of neighbours/, as a run's folder or its generator_ema.safetensors. All draw the same

@@ -67,8 +67,9 @@ class Learner:
         self.parallel_generator = self.parallel(self.generator)
         self.discriminator_loss = self.parallel(DiscriminatorLoss(self.discriminator, self.clip, self.recipe))
         # A large network, which recomputes, keeps a GPU busy by itself, and has no memory to spare.
-        one_gpu = self.device.type == "cuda" and torch.cuda.is_available() and distributed.world_size() == 1
-        self.learn = Graphed(self.learn_from) if one_gpu and not self.recipe.recompute else self.learn_from
+        alone = torch.cuda.is_available() and self.device.type == "cuda" and not distributed.is_launched()
+        recorded = alone and not self.recipe.recompute
+        self.learn = Graphed(self.learn_from, (0, R1_INTERVAL)) if recorded else self.learn_from
 
     def parallel(self, module):
         if distributed.world_size() == 1:
@@ -197,7 +198,8 @@ class Learner:
             if then != now:
                 changed[name] = max(then), max(now)
             for group, lr in zip(optimizer.param_groups, now, strict=True):
-                group["lr"], group["capturable"] = lr, self.device.type == "cuda"
+                group["lr"], group["capturable"] = lr, self.device.type == "cuda"  # a checkpoint of a CPU says False
+        self.learn_at(self.active)  # a graph holds the former averages and rates
         return changed
 
     def load_weights(self, weights):

@@ -1,17 +1,45 @@
 """Steps played back from CUDA graphs, beside the same steps launched kernel by kernel."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from torch.utils import _pytree as pytree
 
 from clip import load_clip
 from common import distributed
 from data import sources
 from losses import R1_INTERVAL
 from presets import PRESETS, fitted_to
-from training.graphs import WARM_UP
+from training.graphs import WARM_UP, Graphed
 from training.step import OPTIMIZERS, Learner
 
-STEPS = WARM_UP * R1_INTERVAL + 4  # the last but three is the first step with R1 that is played back
+STEPS = WARM_UP * R1_INTERVAL + 4  # the last but three is the first that is played back, with R1
+
+
+class Replayed(Graphed):
+    """Without a GPU: what is recorded is a call that writes into its first result."""
+
+    def __init__(self, function, variants):
+        self.function, self.calls, self.recorded, self.eager = function, dict.fromkeys(variants, 0), {}, []
+
+    def on_a_side_stream(self, tensors, variant):
+        self.eager.append(variant)
+        return self.function(tensors, variant)
+
+    def record(self, tensors, variant):
+        inputs = pytree.tree_map(torch.clone, tensors)
+        result = torch.full_like(inputs["x"][0], torch.nan)
+        replay = SimpleNamespace(replay=lambda: result.copy_(self.function(inputs, variant)))
+        return replay, pytree.tree_leaves(inputs), result
+
+
+def test_all_variants_warm_up_before_any_is_recorded():
+    graphed = Replayed(lambda tensors, factor: factor * tensors["x"][0] + tensors["y"], (2, 3))
+    for number in range(40):
+        x, y, factor = torch.randn(4), torch.randn(()), 3 if number % 8 == 0 else 2
+        torch.testing.assert_close(graphed({"x": [x], "y": y}, factor), factor * x + y)
+    assert len(graphed.eager) == 3 * 8 and len(graphed.recorded) == 2
 
 
 def learner_after(steps, lr, eager):
@@ -54,9 +82,9 @@ def test_losses_and_gradients_are_those_of_the_step():
 
 @pytest.mark.gpu
 def test_a_step_that_is_played_back_learns():
-    learner, _ = learner_after(WARM_UP + 2, 1, eager=False)
+    learner, _ = learner_after(STEPS, 1, eager=False)
     before = [p.detach().clone() for p in learner.generator.mapping.parameters()]
     batch = next(sources.loader(sources.open_data("shapes", 8, seed=1), 0, 4, 0))
-    report = learner.step(WARM_UP + 2, learner.prepare(0, WARM_UP + 2, [batch]))
-    assert len(learner.learn.recorded) == 1 and all(value.isfinite() for value in report.values())
+    report = learner.step(STEPS, learner.prepare(0, STEPS, [batch]))
+    assert all(value.isfinite() for value in report.values())
     assert not any(torch.equal(a, b) for a, b in zip(before, learner.generator.mapping.parameters(), strict=True))
