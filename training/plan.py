@@ -33,7 +33,7 @@ from presets import fitted_to
 from training.step import Learner, Part
 
 # The share of the peak rates that is reached. On an H200, which has an H100's rates, steps of aurora-64 in parts of 16
-# take 1.38 s on average, 1.40 s by these; how the two share that time is a guess. So are the bytes of a GPU to leave for
+# take 1.38 s on average, 1.40 s by these; how the two share that time is a guess. So are the bytes to leave for
 # CUDA's context, NCCL's buffers and fragmentation, and the pictures of 256×256 that a data worker reads in a second.
 UTILIZATION = {torch.bfloat16: 0.1, torch.float32: 0.2}
 RESERVED = 10e9
