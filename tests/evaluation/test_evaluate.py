@@ -199,13 +199,13 @@ def test_the_curve_is_a_point_for_each_truncation_and_a_plot(run, tmp_path, monk
 
 def test_coco_end_to_end_on_one_rank_and_on_two(run, tmp_path):
     annotations = write_coco(tmp_path)
-    status, said, stderr = run("--data", annotations, "--count", 6, "--resolution", 64)
+    status, said, stderr = run("--data", annotations, "--count", 6, "--resolution", 96)
     assert status == 0, stderr
-    assert "Pillow's Lanczos" in said and "resized to 64×64" in said and "captions_val2014.json" in said
+    assert "Pillow's Lanczos" in said and "resized to 96×96" in said and "captions_val2014.json" in said
     one = json.loads((tmp_path / "out" / "evaluation.json").read_text())["results"]
     command = [
         sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "evaluate.py",
-        "--data", annotations, "--count", "6", "--resolution", "64", "--device", "cpu", "--out", tmp_path / "two",
+        "--data", annotations, "--count", "6", "--resolution", "96", "--device", "cpu", "--out", tmp_path / "two",
     ]  # fmt: skip
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
@@ -260,7 +260,7 @@ def test_mistakes_are_told_in_one_line(run, tmp_path):
 
 def test_fewer_images_than_asked_and_identical_sets(run, tmp_path):
     for i in range(5):
-        Image.new("RGB", (32, 32), (40 * i, 0, 0)).save(tmp_path / f"{i}.png")
+        Image.new("RGB", (64, 64), (40 * i, 0, 0)).save(tmp_path / f"{i}.png")
         (tmp_path / f"{i}.txt").write_text("a red square")
     status, _, stderr = run("--data", tmp_path, "--count", 9)
     assert status == 2 and "holds 5 usable images" in stderr
@@ -281,7 +281,7 @@ def test_on_emoji_there_are_held_out_pairs_and_styles(run, tmp_path, monkeypatch
     status, said, stderr = run("--data", "emoji", "--clip", "emoji", "--count", 8, "--resolution", 16)
     assert status == 0, stderr
     for words in (
-        "its own output at 16×16", "from 32×32 averaged down", "held-out pairs, tone", "held-out pairs, style",
+        "its own output at 16×16", "from 64×64 averaged down", "held-out pairs, tone", "held-out pairs, style",
         "Two styles or more", "right on",
     ):  # fmt: skip
         assert words in said

@@ -35,7 +35,7 @@ def run(code, timeout):
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_experiment_runs(name):
-    short = re.sub(r"\AN = \d+", "N = 17", EXPERIMENTS[name])
+    short = re.sub(r"\AN = \d+", "N = 33", EXPERIMENTS[name])
     assert short != EXPERIMENTS[name]
     assert run(short, timeout=120).strip()
 
