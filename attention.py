@@ -10,7 +10,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from layers import float32_region, full_precision, recomputed
 
-MAP_ENTRIES = {"cpu": 2**19, "cuda": 2**26}  # of attention maps in memory at a time; a CPU's cache holds 2**19
+MAP_ENTRIES = {"cpu": 2**19, "cuda": 2**26}  # of the attention map in memory at a time; 2**19 fit a CPU's cache
 
 
 def split_heads(x, num_heads):
@@ -38,9 +38,9 @@ def l2_attention(q, k, v):
     size = MAP_ENTRIES[q.device.type]
     maps, rows = max(1, size // (n * t)), max(1, size // t)  # in a block: whole maps, or rows of one
     with float32_region(q):
-        q, k, v = (full_precision(x).flatten(0, 1) for x in (q, k, v))  # [B·heads, N or T, …]
-        groups = zip(q.split(maps), k.split(maps), v.split(maps), strict=True)
-        h = [[recomputed(attend, part, k, v) for part in q.split(rows, dim=1)] for q, k, v in groups]
+        q, k, v = (full_precision(x).flatten(0, 1).split(maps) for x in (q, k, v))  # each [≤ maps, N or T, …]
+        groups = zip(q, k, v, strict=True)
+        h = [[recomputed(attend, some, ks, vs) for some in qs.split(rows, dim=1)] for qs, ks, vs in groups]
     return torch.cat([torch.cat(parts, dim=1) for parts in h]).unflatten(0, batch).to(dtype)
 
 

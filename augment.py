@@ -1,18 +1,17 @@
 """Differentiable augmentation (DiffAugment, Zhao et al. 2020): where pictures are few, the discriminator sees real and
 generated ones through the same random changes, so that it cannot learn the real ones by heart.
 
-Every change is one of an image as a whole and so the same at each resolution of a pyramid. What it leaves empty is
-grey, which no change of a generator's own would look like: it shows what was changed, and the generator, whose pictures
-are changed too, has no reason to draw it.
+Every change is one of an image as a whole, and so the same at each resolution of a pyramid. What it leaves empty is
+filled with grey. The generator's pictures are changed too, so it gains nothing by drawing grey.
 """
 
 import torch
 import torch.nn.functional as F
 
-NUM_CHANCES = 8  # Each image is changed by so many uniform random numbers.
-MAX_SHIFT = 1 / 8  # Images are shifted by at most this share of their side,
-MAX_SCALE = 1.2  # enlarged or shrunk at most this much,
-CUTOUT = 1 / 2  # and lose a square whose side is this share of theirs.
+NUM_CHANCES = 8  # uniform random numbers that decide how an image is changed
+MAX_SHIFT = 1 / 8  # as a share of the side
+MAX_SCALE = 1.2  # the largest enlargement; 1/MAX_SCALE is the smallest
+CUTOUT = 1 / 2  # the side of the grey square, as a share of the image's
 
 
 def augment(pyramid, policy, chances):

@@ -211,11 +211,6 @@ class Output:
     w: torch.Tensor  # [B, w_dim], or [B, L, w_dim] as given to `synthesis`
     routings: dict[str, Routing]  # of every router, by "resolution.block.depth"
 
-    @property
-    def routes(self):
-        """The expert of each feature point, [B, N], by the same names."""
-        return {name: routing.expert_index for name, routing in self.routings.items()}
-
 
 class SynthesisLevel(nn.Module):
     """All blocks of one resolution, and its to-RGB."""
@@ -252,11 +247,10 @@ class Synthesis(nn.Module):
 
     def __init__(self, config: GeneratorConfig):
         super().__init__()
-        lowest, *higher = config.levels
-        levels = [SynthesisLevel(config, lowest, StartBlock(config, lowest))]
-        for below, level in zip(config.levels, higher, strict=False):
-            levels.append(SynthesisLevel(config, level, UpsamplingBlock(config, level, below.channels)))
-        self.levels = nn.ModuleList(levels)
+        lowest = config.levels[0]
+        self.levels = nn.ModuleList([SynthesisLevel(config, lowest, StartBlock(config, lowest))])
+        for below, level in itertools.pairwise(config.levels):
+            self.levels.append(SynthesisLevel(config, level, UpsamplingBlock(config, level, below.channels)))
         self.recompute = False  # gradient checkpointing: whether each level runs again in the backward pass
 
     @property

@@ -64,6 +64,9 @@ class FrozenClip(nn.Module):
         self.context_length = model.positional_embedding.shape[0]
         self.width = model.positional_embedding.shape[1]
         self.tokenizer = load_tokenizer(self.context_length)
+        if kept_ids is not None:
+            self.row = torch.zeros(self.tokenizer.vocab_size, dtype=torch.long, device="cpu")  # of each id
+            self.row[kept_ids] = torch.arange(1, len(kept_ids) + 1, device="cpu")
         mean = getattr(model.visual, "image_mean", None) or OPENAI_MEAN
         std = getattr(model.visual, "image_std", None) or OPENAI_STD
         for buffer, value in (("mean", mean), ("std", std)):  # of the pixels it was trained on
@@ -81,9 +84,7 @@ class FrozenClip(nn.Module):
         """Captions → token ids [B, context_length], overlong ones cut. Safe on any text, e.g. with emoji."""
         ids = self.tokenizer([SPECIAL.sub(" ", caption) for caption in captions])
         if self.kept_ids is not None:
-            row = torch.zeros(self.tokenizer.vocab_size, dtype=torch.long)
-            row[self.kept_ids] = torch.arange(1, len(self.kept_ids) + 1)
-            ids = row[ids]  # the order is kept, so the end of the text still has the largest number
+            ids = self.row[ids]  # the order is kept, so the end of the text still has the largest number
         return ids.to(self.device)
 
     def unknown_words(self, caption):
@@ -96,6 +97,10 @@ class FrozenClip(nn.Module):
     def num_tokens_cut(self, caption):
         """How many tokens of a caption do not fit between the start and the end of the text."""
         return max(0, len(self.tokenizer.encode(SPECIAL.sub(" ", caption))) + 2 - self.context_length)
+
+    def read(self, captions):
+        """Captions → Text."""
+        return self.encode_text(self.tokenize(captions))
 
     @torch.no_grad()  # not inference_mode: these enter a training graph
     def encode_text(self, ids):
@@ -224,6 +229,6 @@ def load_small(path):
         clip = new_small(vocabulary_of(path))
         with safe_open(path, "pt") as file:
             clip.model.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
-    except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (SafetensorError, IndexError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"{path} is not a small CLIP, as training/small_clip.py writes it, or it is damaged") from error
     return clip

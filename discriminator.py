@@ -18,8 +18,7 @@ from text import TextHead
 
 RESIDUAL_GAIN, ATTN_GAIN = 0.4, 0.3  # Of branches only: a scaled x would shrink at every block.
 LOGIT_GAIN = 0.25  # At 1, one step of Adam changes a prediction by more than another caption does.
-CLIP = "clip"  # Stands for a stage in the keys of maps and logits that come from CLIP's feature maps.
-CLIP_HEAD = "0"  # The name of its head in checkpoints, among the resolutions.
+CLIP = "clip"  # stands for a stage, where maps and logits come from CLIP's feature maps
 
 
 def squared_l2_attention(qk, v):
@@ -157,7 +156,7 @@ class Discriminator(nn.Module):
             width = below.channels if below else level.channels
             heads[str(resolution)] = Head(width, config.text_dim, config.head_layers)
         width = config.clip_channels
-        heads[CLIP_HEAD] = Head(width, config.text_dim, config.head_layers)
+        heads[CLIP] = Head(width, config.text_dim, config.head_layers)
         self.map_readers = nn.ModuleList(MapReader(*shape, width) for shape in config.clip_maps)
         self.stages, self.heads = nn.ModuleDict(stages), nn.ModuleDict(heads)
 
@@ -193,7 +192,7 @@ class Discriminator(nn.Module):
         logits = {}
         for stage in dict.fromkeys(stage for _, stage in maps):
             keys = [key for key in maps if key[1] == stage]
-            head = self.heads[CLIP_HEAD if stage == CLIP else str(stage)]
+            head = self.heads[str(stage)]
             # All inputs that passed this stage, as one batch.
             outputs = head(torch.cat([maps[key] for key in keys]), text.repeat(len(keys), 1)).chunk(len(keys))
             logits |= dict(zip(keys, outputs, strict=True))

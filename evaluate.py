@@ -18,7 +18,17 @@ from pathlib import Path
 import torch
 
 from common import distributed
-from common.cli import HelpFormatter, UserError, finite_number, natural_number, positive_int, reason, told_in_one_line
+from common.cli import (
+    HelpFormatter,
+    UserError,
+    finite_number,
+    make_folder,
+    natural_number,
+    positive_int,
+    reason,
+    told_in_one_line,
+)
+from common.disk import atomically
 from data import sources
 from data.coco import RESIZER, Coco
 from data.scenes import make_scene
@@ -28,7 +38,7 @@ from evaluation.extractors import efficientnet_styles, load_extractor
 from evaluation.features import embed, extract_generated, extract_real, own_resolution
 from evaluation.metrics import CANDIDATES, NEIGHBOURS, compare_images, compare_texts, fid, fid_of_halves
 from sampling import inference
-from weights.checkpoint import DEMO, SHAPES, atomically, load_generator
+from weights.checkpoint import DEMO, SHAPES, load_generator
 
 UNSEEN = 333_334  # a seed of scenes that no run with a usual one draws from
 CURVE = (0.2, 0.4, 0.6, 0.7, 0.8, 0.9, 1.0)
@@ -71,10 +81,7 @@ def check(args):
         raise UserError(f"--count {args.count}: FID, precision and recall need {NEIGHBOURS + 1} images or more")
     if args.clip.partition(":")[0] in ("inception", "efficientnet"):
         raise UserError(f"--clip {args.clip} reads no text; give small or MODEL:WEIGHTS of open_clip")
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {args.out} cannot be written: {reason(error)}") from error
+    make_folder(args.out)
 
 
 def open_source(args, generator, resolution):
@@ -135,12 +142,11 @@ def describe_real(args, captions, skipped, extractors):
 
 def measure_emoji(args, generator, clip, source, resolution, extractors, device):
     """Held-out pairs and styles over seeds, printed → what evaluation.json holds of them."""
-    common = generator, clip, source
-    settings = args.truncation, args.seed, resolution
-    held_out = emoji.held_out_r_precision(*common, *settings, extractors[args.clip])
+    drawn = generator, clip, source, args.truncation, args.seed, resolution
+    held_out = emoji.held_out_r_precision(*drawn, extractors[args.clip])
     for kind, (share, of_real, number) in held_out.items():
         distributed.say(f"R-precision of held-out pairs, {kind}: {share:.3f} of {number} (real images: {of_real:.3f})")
-    styles = emoji.styles_over_seeds(*common, args.count, *settings, efficientnet_styles(device))
+    styles = emoji.styles_over_seeds(*drawn, args.count, efficientnet_styles(device))
     distributed.say(
         f"Two styles or more in {emoji.SEEDS} images of a name alone: {100 * styles['two styles']:.1f} % of "
         f"{styles['names']} names (if all were of one style, the classifier's mistakes would make it "
@@ -157,7 +163,8 @@ def measure(args, generator, clip, captions, real, resolution, extractors, devic
     """
     real_features = real[args.features].to(device)
     others = real_features[args.count :]
-    texts = embed(extractors[args.clip], captions := captions[: args.count])
+    captions = captions[: args.count]
+    texts = embed(extractors[args.clip], captions)
     points = []
     for psi in CURVE if args.curve else [args.truncation]:
         fake = extract_generated(generator, clip, captions, psi, args.seed, resolution, extractors)
@@ -175,10 +182,9 @@ def measure(args, generator, clip, captions, real, resolution, extractors, devic
 def evaluate(args, device):
     with distributed.together():
         check(args)
-    generator, clip, _ = load_generator(args.checkpoint, device, args.text_clip)
-    inference.prepare(generator)
-    resolution = args.resolution or generator.config.levels[-1].resolution
-    with distributed.together():
+        generator, clip, _ = load_generator(args.checkpoint, device, args.text_clip)
+        inference.prepare(generator)
+        resolution = args.resolution or generator.config.levels[-1].resolution
         source, resizer = open_source(args, generator, resolution)
         options = {args.clip: "--clip", args.features: "--features"}  # one where they are the same
         extractors = {spec: load_extractor(spec, option, device) for spec, option in options.items()}

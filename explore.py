@@ -6,9 +6,7 @@ machine alone, unless --host says otherwise, and needs no network.
 
 import argparse
 import asyncio
-import contextlib
 import functools
-import importlib
 import os
 import socket
 from concurrent.futures import ThreadPoolExecutor
@@ -16,8 +14,8 @@ from pathlib import Path
 
 import torch
 from nicegui import ui
-from safetensors import SafetensorError, safe_open
 
+from common import distributed
 from common.cli import HelpFormatter, UserError, first_line, positive_int, told_in_one_line
 from neighbours import command
 from sampling import inference, latent, settings, views
@@ -27,7 +25,6 @@ from sampling.settings import Forced, Settings
 from sampling.sheet import Sheet
 from weights.checkpoint import DEMO, generator_of
 
-NEIGHBOURS = {"StyleGANT": "stylegan_t", "LadaGAN": "ladagan", "Muse": "muse"}  # the classes, and where they are
 PARTS = {"both": "global and local text", "global": "global text", "local": "local text"}
 SCOPES = {"point": "this point", "picture": "all of its expert's here", "all": "all of its expert's, in every picture"}
 NO_ROUTER = "none"
@@ -64,16 +61,12 @@ def parse_args(argv=None):
 class Neighbour:
     """A system of neighbours/. It draws by prompt, seed and number; what else a Settings says is Aurora's."""
 
-    def __init__(self, path, name):
-        if name not in NEIGHBOURS:
-            raise UserError(f"{path} was written by {name}, which is not known here")
-        system_class = getattr(importlib.import_module(f"neighbours.{NEIGHBOURS[name]}"), name)
-        self.name, self.system = name, command.load(system_class, path)
-        self.clip = self.system.clip
+    def __init__(self, system):
+        self.name, self.system, self.clip = type(system).__name__, system, system.clip
 
     @torch.no_grad()
     def draw(self, wanted):
-        text = self.clip.encode_text(self.clip.tokenize([wanted.prompt]))
+        text = self.clip.read([wanted.prompt])
         images = self.system.sample(text, wanted.seed, wanted.num)
         return Drawn(images.clamp(-1, 1), [wanted.prompt] * wanted.num, {})
 
@@ -81,9 +74,9 @@ class Neighbour:
 def load_model(args, path):
     """A Pipeline or a Neighbour. Raises UserError."""
     path = generator_of(path)
-    with contextlib.suppress(OSError, SafetensorError), safe_open(path, "pt") as file:
-        if name := (file.metadata() or {}).get("system"):
-            return Neighbour(path, name)
+    if system_class := command.system_of(path):
+        system, _ = command.load(system_class, path, distributed.start(args.device))
+        return Neighbour(system)
     return Pipeline.load(path, args.device, args.dtype, args.clip)
 
 
@@ -262,7 +255,8 @@ class Page:
 
     async def reroute(self):
         """Another router is looked at."""
-        self.point, was_forced, self.forced = None, self.forced, None
+        was_forced = self.forced
+        self.point = self.forced = None
         routing = self.routing
         count = routing.logits.shape[-1] if routing else 0
         for row in (self.legend, self.takers):

@@ -17,9 +17,9 @@ def lrelu(x):
     return F.leaky_relu(x, 0.2).mul_(math.sqrt(2))
 
 
-def rms_norm(x, eps=1e-8):
+def rms_norm(x):
     """Divides each vector [..., C] by its root mean square."""
-    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-8)
 
 
 def full_precision(x):

@@ -61,7 +61,7 @@ def feature_maps(discriminator, clip, pyramid):
     return discriminator.maps(pyramid, clip.see(pyramid[max(pyramid)])[1])
 
 
-def r1_penalty(discriminator, clip, pyramid, tokens, eot, gamma, scales, early=EARLY_ADVERSARIAL):
+def r1_penalty(discriminator, clip, pyramid, tokens, eot, gamma, scales):
     """R1 (Mescheder et al. 2018) on real images with their captions, in float32: a scalar.
 
     For every image of the pyramid: its scale · γ_r/2 · ‖gradient of its predictions by its pixels‖², γ_r = gamma ·
@@ -71,7 +71,7 @@ def r1_penalty(discriminator, clip, pyramid, tokens, eot, gamma, scales, early=E
         pyramid = {r: full_precision(x.detach()).requires_grad_() for r, x in pyramid.items()}
         code = discriminator.encode_text(full_precision(tokens), eot)
         logits = discriminator.score(feature_maps(discriminator, clip, pyramid), code)
-        weights = prediction_weights(logits, early, dict.fromkeys(pyramid, 1))
+        weights = prediction_weights(logits, EARLY_ADVERSARIAL, dict.fromkeys(pyramid, 1))
         score = sum(weights[key] * x.mean(1).sum() for key, x in logits.items())
         gradients = torch.autograd.grad(score, list(pyramid.values()), create_graph=True)
         norms = {r: g.square().sum((1, 2, 3)).mean() for r, g in zip(pyramid, gradients, strict=True)}

@@ -30,7 +30,7 @@ class ModulatedLinear(nn.Module):
         style = self.style(w)
         with float32_region(x):
             gain = torch.rsqrt(F.linear(style.square(), full_precision(self.weight).square()) + 1e-8)
-        if len(self.weight) < x.shape[1]:  # D < N: a sample's kernel is smaller than its activations, so that is scaled
+        if len(self.weight) < x.shape[1]:  # D < N: scale a sample's kernel, which is smaller than its activations
             kernels = self.weight * style[:, None] * gain[..., None]  # [B, D, C]
             return torch.baddbmm(self.bias, x, kernels.mT)
         return torch.addcmul(self.bias, F.linear(x * style[:, None], self.weight), gain[:, None])

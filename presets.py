@@ -68,7 +68,7 @@ class DiscriminatorConfig:
     head_layers: int = 4  # modulated 1×1 convolutions of each ψ
     lr_mul: float = 0.01  # of the text head
     clip_maps: tuple[tuple[int, int], ...] = ((1024, 16),) * 4  # (channels, side) of the frozen CLIP's feature maps
-    clip_channels: int = 512  # that each of them is read into
+    clip_channels: int = 512  # width of what the discriminator reads from each of them
 
 
 @dataclass(frozen=True)
@@ -89,8 +89,6 @@ class Recipe:
     matching_weight_discriminator: float = 1.0
     matching_weight_generator: float = 1.0
     fid_factor: float = 1.5  # κ: a resolution is done when FID ≤ κ · reference FID
-    clip_model: str = OPENAI_CLIP  # the default of --clip
-    data: str = "emoji"  # the default of --data
     augment: tuple[str, ...] = ()  # what the discriminator sees pictures through, see augment.py
     recompute: bool = False  # gradient checkpointing: the generator's levels again in the backward pass, for memory
 
@@ -100,6 +98,8 @@ class Preset:
     generator: GeneratorConfig
     discriminator: DiscriminatorConfig
     recipe: Recipe
+    clip_model: str = OPENAI_CLIP  # the default of --clip
+    data: str = "emoji"  # the default of --data
 
 
 # What the small presets share, as tried on the built-in scenes. Attention and experts stand where layout is decided.
@@ -178,8 +178,9 @@ PRESETS = {
         ), num_heads=4, head_dim=24, **SMALL_DISCRIMINATOR),
         Recipe(
             steps=60_000, batch=32, images_per_phase={4: 0, 8: 0, 16: 96_000, 32: 1_000_000}, ema_half_life=10_000,
-            fid_samples=1024, fid_every=16_000, fid_factor=1.0, r1_gamma=4.0, clip_model="emoji", **SMALL_RECIPE,
+            fid_samples=1024, fid_every=16_000, fid_factor=1.0, r1_gamma=4.0, **SMALL_RECIPE,
         ),
+        clip_model="emoji",
     ),
     # The test bed: the built-in scenes at 32×32.
     "shapes": Preset(
@@ -197,8 +198,9 @@ PRESETS = {
         ), num_heads=2, head_dim=32, **SMALL_DISCRIMINATOR),
         Recipe(
             steps=20_000, batch=32, images_per_phase={4: 0, 8: 0, 16: 256_000}, ema_half_life=5_000, fid_samples=512,
-            fid_every=4_000, r1_gamma=16.0, clip_model="small", data="shapes", **SMALL_RECIPE,
+            fid_every=4_000, r1_gamma=16.0, **SMALL_RECIPE,
         ),
+        clip_model="small", data="shapes",
     ),
 }
 # fmt: on

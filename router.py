@@ -15,13 +15,18 @@ class Routing(NamedTuple):
     expert_index: torch.Tensor  # [B, N], int64: the one expert that takes the point
     gate: torch.Tensor  # [B, N]: that expert's probability; it scales the output, and so gradients reach the router
 
+    def sent_to(self, expert_index):
+        """The same, but for the experts that take the points, [B, N]; their probabilities are the gate."""
+        gate = self.logits.softmax(-1).gather(-1, expert_index[..., None])[..., 0]
+        return Routing(self.logits, expert_index, gate)
+
 
 class Router(Float32):
     """Top-1 routing of feature points u [B, N, C] under the latent code w [B, w_dim] (section 3.2, figure 2).
 
     u comes from cross-attention and has seen the text already. w brings text and noise once more: it scales the
     channels of u, and so sends the same feature to other experts under another prompt. All of it is in float32, as
-    rounded logits would send points to other experts.
+    rounded logits would send points to other experts. That logits pass lrelu is as in the release.
     """
 
     def __init__(self, dim, num_experts, w_dim):

@@ -130,8 +130,8 @@ def check_view(args, prompts):
     if args.interpolate and args.steps < 2:
         raise UserError("--steps 1: a way has two ends; take 2 or more")
     others = args.seeds, args.truncation_sweep, args.interpolate, args.mix, args.latent_walk, args.like
-    if args.each and any(others):
-        raise UserError("--each draws prompts, and no other view")
+    if args.each and any((*others, args.experts)):
+        raise UserError("--each draws pictures of prompts, and no other view")
     if args.latent_walk and len(prompts) > 1:
         raise UserError(f"--latent-walk shows one prompt, and {len(prompts)} were given")
 
@@ -159,7 +159,7 @@ def check_files(args):
     if args.each and args.each.exists() and not args.each.is_dir():
         raise UserError(f"--each {args.each} is a file; name a folder")
     if not args.each:
-        files.check_writable(args.out)
+        files.check_picture(args.out)
 
 
 def main():

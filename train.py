@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from augment import POLICIES
 from clip import BUILT_IN, load_clip
 from common import distributed
 from common.cli import HelpFormatter, UserError, first_line, natural_number, positive_int, told_in_one_line, with_fields
@@ -59,11 +60,11 @@ def parse_args(argv=None):
     add("--workers", type=natural_number, default=1, help="processes that load data, for each rank; 0: the rank itself")
     add("--tensorboard", action="store_true", help="also write what `tensorboard --logdir OUT` shows")
     add("--plan", action="store_true", help="no training: what it would take, computed for GPUs, see training/plan.py")
-    add("--gpus", type=positive_int, default=64, help="of --plan, beside 1, 8 and 64")
+    add("--gpus", type=positive_int, help="of --plan, beside 1, 8 and 64")
     add("--hardware", choices=HARDWARE, default="a100", help="of --plan")
     args = parser.parse_args(argv)
     args.out = args.out or Path("runs") / args.preset
-    args.data = PRESETS[args.preset].recipe.data if args.data is None else args.data
+    args.data = PRESETS[args.preset].data if args.data is None else args.data
     return args
 
 
@@ -72,10 +73,12 @@ class Run:
 
     def __init__(self, args, device):
         self.args, self.device = args, device
-        self.preset = preset_of(args)
-        self.recipe = self.preset.recipe
-        self.batch, clip = args.batch or self.recipe.batch, args.clip or default_clip(args.data, self.recipe)
-        self.parts = choose_parts(args.accumulate, self.preset, self.batch, clip, device, dtype_of(args.dtype, device))
+        with distributed.together():
+            self.preset = preset_of(args)
+            self.recipe = self.preset.recipe
+            self.batch, clip = args.batch or self.recipe.batch, args.clip or default_clip(args.data, self.preset)
+            dtype = dtype_of(args.dtype, device)
+            self.parts = choose_parts(args.accumulate, self.preset, self.batch, clip, device, dtype)
         identity = {"preset": args.preset, "data": args.data, "batch": self.batch, "seed": args.seed, "clip": clip}
         sharing = {"accumulate": self.parts, "workers": args.workers}
         if args.caption_key:
@@ -87,7 +90,7 @@ class Run:
             ensure_small_clip(clip, args.data, args.caption_key, args.seed, device)
         with distributed.together():
             self.build(clip)
-            self.loop = Loop(self, folder, self.source, args.steps or self.recipe.steps, args)
+            self.loop = Loop(self, folder, self.source, args, args.steps or self.recipe.steps)
             if state:
                 self.loop.load(state)
             if args.init and state:
@@ -131,7 +134,7 @@ class Run:
 
     def introduce(self):
         arguments = {name: str(value) for name, value in vars(self.args).items()}
-        self.loop.introduce(arguments | {"recipe": dataclasses.asdict(self.recipe)})
+        self.loop.introduce(arguments | {"steps": self.loop.steps, "recipe": dataclasses.asdict(self.recipe)})
         if unknown := {word for caption in self.growth.captions for word in self.clip.unknown_words(caption)}:
             remedy = "for such data take another: --clip train, or --clip ViT-B-32-quickgelu:openai"
             if (self.args.out / "clip.safetensors").is_file():
@@ -166,10 +169,10 @@ class Run:
     def draw_samples(self):
         """A grid of fixed prompts and fixed z, by the moving average, and how the experts share the points."""
         captions, ema = self.growth.captions[:NUM_PICTURES], self.learner.ema
-        text = self.clip.encode_text(self.clip.tokenize(captions))
+        text = self.clip.read(captions)
         z = torch.randn(len(captions), ema.config.z_dim, generator=torch.Generator().manual_seed(1))
         output = ema(z.to(self.device), text.tokens, text.eot, self.growth.active[-1])
-        loads = {name: count / count.sum() for name, count in expert_counts(ema.config, output.routes).items()}
+        loads = {name: count / count.sum() for name, count in expert_counts(output.routings).items()}
         return grid([to_pil(image) for image in output.image], captions, columns=8), loads
 
     def weights_are_finite(self):
@@ -180,10 +183,10 @@ class Run:
         checkpoint.save_generator(path, self.learner.ema, self.clip, resolution, notes | {"resolution": resolution})
 
     def state_dict(self):
-        return {"stage": vars(self.growth.phase), **self.learner.state_dict()}
+        return {"phase": vars(self.growth.phase), **self.learner.state_dict()}
 
     def load_state_dict(self, state):
-        self.growth.phase = Phase(**state["stage"])
+        self.growth.phase = Phase(**state["phase"])
         for name, (then, now) in self.learner.load_state_dict(state).items():
             say(f"note: the learning rate of {name} was {then:g}, and the recipe now says {now:g}, which is taken")
 
@@ -191,12 +194,15 @@ class Run:
 def preset_of(args):
     """The preset, its recipe changed by --set. Raises UserError."""
     preset = PRESETS[args.preset]
-    return dataclasses.replace(preset, recipe=with_fields(preset.recipe, "--set", args.set))
+    recipe = with_fields(preset.recipe, "--set", args.set)
+    if unknown := set(recipe.augment) - POLICIES.keys():
+        raise UserError(f"--set augment: no {', '.join(sorted(unknown))} here; choose of {', '.join(POLICIES)}")
+    return dataclasses.replace(preset, recipe=recipe)
 
 
-def default_clip(data, recipe):
-    """The recipe's CLIP, or "train" where that is a small one and --data is not what it was trained on."""
-    return "train" if recipe.clip_model in BUILT_IN and data != recipe.data else recipe.clip_model
+def default_clip(data, preset):
+    """The preset's CLIP, or "train" where that is a small one and --data is not what it was trained on."""
+    return "train" if preset.clip_model in BUILT_IN and data != preset.data else preset.clip_model
 
 
 def main():
@@ -205,7 +211,7 @@ def main():
         if args.plan:
             print("Going through steps with empty tensors; some minutes for a large preset …", flush=True)
             preset = preset_of(args)
-            clip, batch = args.clip or preset.recipe.clip_model, args.batch or preset.recipe.batch
+            clip, batch = args.clip or preset.clip_model, args.batch or preset.recipe.batch
             for line in plan(args.preset, preset, clip, batch, args.gpus, HARDWARE[args.hardware], args.workers):
                 print(line, flush=True)
             return

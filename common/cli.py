@@ -39,7 +39,8 @@ def told_in_one_line():
         yield
         sys.stdout.flush()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if str(error):  # else another rank tells it
+            print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except BrokenPipeError:  # who read the output has gone, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -86,6 +87,26 @@ def first_line(error):
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
+def check_file(path):
+    """Makes the folder of a file and tries to write it: rather before the work than after. Raises UserError."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        existed = path.exists()
+        path.open("ab").close()
+        if not existed:
+            path.unlink()
+    except OSError as error:
+        raise UserError(f"--out {path} cannot be written: {reason(error)}") from error
+
+
+def make_folder(path):
+    """Makes a folder to write into, where there is none. Raises UserError."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {path} cannot be written: {reason(error)}") from error
+
+
 def whole_number(text):
     try:
         return int(text)
@@ -127,6 +148,15 @@ def with_fields(settings, option, assignments):
             changes[name] = float(value) if isinstance(former, float) else value
         except (ValueError, SyntaxError, TypeError):
             changes[name] = None
-        if type(changes[name]) is not type(former) or (isinstance(former, float) and not changes[name] >= 0):
+        if not is_like(changes[name], former):
             raise UserError(f"{option} {name}={text}: write {name}=VALUE with a value like {former!r}")
     return dataclasses.replace(settings, **changes)
+
+
+def is_like(value, former):
+    """Whether a value can stand where another stood: of its type, not negative, and of the same keys if it has any."""
+    if type(value) is not type(former):
+        return False
+    if isinstance(former, dict):
+        return value.keys() == former.keys() and all(is_like(value[key], former[key]) for key in former)
+    return not isinstance(former, int | float) or value >= 0  # NaN is not

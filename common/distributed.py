@@ -161,18 +161,18 @@ def collect(value):
 
 @contextlib.contextmanager
 def together():
-    """A UserError that one rank meets ends all of them, and the main one tells it."""
-    message = ""
+    """A UserError that one rank meets ends all of them. The main one tells it; the others raise it without words."""
+    met = None
     try:
         yield
     except UserError as error:
         if not dist.is_initialized():
             raise
-        message = str(error)
+        met = error
     if not dist.is_initialized():
         return
-    failed = torch.tensor(float(bool(message)), device="cuda" if dist.get_backend() == "nccl" else "cpu")
+    failed = torch.tensor(float(met is not None), device="cuda" if dist.get_backend() == "nccl" else "cpu")
     dist.all_reduce(failed, dist.ReduceOp.MAX)
     if failed:
-        messages = collect(message)
-        raise UserError(next(filter(None, messages))) if is_main() else SystemExit(2)
+        messages = collect(str(met or ""))
+        raise UserError(next(filter(None, messages)) if is_main() else "")

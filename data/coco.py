@@ -10,7 +10,7 @@ from PIL import Image
 from torchvision.transforms.functional import center_crop
 
 from common.cli import UserError, first_line
-from data.sources import Batch
+from data.batches import Batch
 
 RESIZER = f"centre crop, then Pillow's Lanczos (Pillow {Image.__version__})"
 

@@ -27,9 +27,7 @@ from tqdm import tqdm
 
 SIZE = 64
 PACKAGES = {"noto": "emoji-datasource-google", "twemoji": "emoji-datasource-twitter", "fluent": "fluentui-emoji"}
-NAMES = (
-    "emojibase-data"  # the names of Unicode's CLDR, which mend those of the standard: "red", not "heavy black heart"
-)
+NAMES = "emojibase-data"  # names by Unicode's CLDR, which mend the standard's: "red", not "heavy black heart"
 TONES = ("light", "medium-light", "medium", "medium-dark", "dark")
 HELD_OUT_TONES, HELD_OUT_STYLES = 60, 40
 

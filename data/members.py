@@ -13,6 +13,7 @@ import signal
 import subprocess
 import tarfile
 import tempfile
+import zlib
 from pathlib import Path
 
 from data.pairs import DUPLICATE, IMAGE_SUFFIXES, MAX_FACTS, MAX_FILE, MAX_TEXT
@@ -28,7 +29,7 @@ FETCH = {  # how a URL is read: the command, before the URL and after it
     "s3": (["aws", "s3", "cp"], ["-"]),
     "gs": (["gcloud", "storage", "cat"], []),
 }
-ERRORS = (OSError, EOFError, tarfile.TarError, gzip.zlib.error)  # of a shard that cannot be read, or not to its end
+ERRORS = (OSError, EOFError, tarfile.TarError, zlib.error)  # what reading a shard may raise
 
 
 class Piped(io.RawIOBase):

@@ -227,7 +227,7 @@ def render(scenes, resolution):
     return torch.from_numpy(pixels.mean((3, 5)) * 2 - 1)
 
 
-def vocabulary():
+def all_words():
     """Every word that a caption can hold."""
     phrases = [phrase for phrasings, *_ in RELATIONS.values() for phrase in phrasings]
     phrases += [template.format(objects="", background="") for template in TEMPLATES]

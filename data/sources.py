@@ -48,8 +48,9 @@ def open_data(spec, resolution, seed, caption_key=None):
     if spec == "emoji":
         return Shards([str(EMOJI)], resolution, seed)
     if not os.path.isdir(spec):
-        shards = expand_shards(spec)
-        return (Shards if shards else Folder)(shards or spec, resolution, seed, caption_key)
+        if shards := expand_shards(spec):
+            return Shards(shards, resolution, seed, caption_key)
+        return Folder(spec, resolution, seed, caption_key)
     if not (shards := shards_in(spec)):
         return Folder(spec, resolution, seed, caption_key)
     if pairs := Search(spec, caption_key).pairs:
@@ -193,8 +194,6 @@ class Scenes:
         for step in steps:
             indices = sample_indices(step, batch, rank, world_size)
             yield self.draw([scene_or_twin(i, 3 * self.seed) for i in indices])
-
-    holds_out = True
 
     def describe(self):
         """What there is, in lines for the user."""

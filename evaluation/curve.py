@@ -2,7 +2,7 @@
 
 import matplotlib.pyplot as plt
 
-from weights.checkpoint import atomically
+from common.disk import atomically
 
 
 def plot_curve(points, protocol, path):

@@ -64,7 +64,7 @@ def styled_caption(captions):
 # Styles over seeds.
 
 
-def styles_over_seeds(generator, clip, source, count, psi, seed, resolution, extractor):
+def styles_over_seeds(generator, clip, source, psi, seed, resolution, count, extractor):
     """How many styles appear in SEEDS images of a name alone, for up to count/SEEDS names, by a classifier of style.
 
     → {"two styles": the share of names with two or more, "by mistake": the share that would seem to have two if all

@@ -53,7 +53,7 @@ def small_clip(spec, device):
         return clip.encode_image(pixels.to(device).float() / 127.5 - 1)
 
     def texts(captions):
-        return clip.encode_text(clip.tokenize(captions)).embedding
+        return clip.read(captions).embedding
 
     path = BUILT_IN.get(spec, Path(spec))
     return Extractor(f"small CLIP ({path.name}), resized to 32 by antialiased bicubic", images, texts)

@@ -12,7 +12,6 @@ from tqdm import tqdm
 from common import distributed
 from common.cli import UserError
 from data.pairs import DUPLICATE, SHARD
-from evaluation import metrics
 from layers import resize
 from sampling import latent
 
@@ -94,7 +93,7 @@ def extract_generated(generator, clip, captions, psi, seed, resolution, extracto
     """
     share = slice(distributed.rank(), None, distributed.world_size())
     z, own = latent.noise(generator, len(captions), seed)[share], own_resolution(generator, resolution)
-    outputs = metrics.generate(generator, clip, captions[share], z, own, psi, BATCH)
+    outputs = latent.generate(generator, clip, captions[share], z, own, psi, BATCH)
     pixels = (to_pixels(output.image, resolution) for output in outputs)
     return gather(captions[share], extract(pixels, extractors, -(-len(z) // BATCH)))[1]
 
@@ -104,3 +103,27 @@ def embed(extractor, captions):
     """The embeddings [N, D] of captions, on the CPU."""
     parts = (captions[i : i + BATCH] for i in range(0, len(captions), BATCH))
     return torch.cat([extractor.texts(part).cpu() for part in parts])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The features that training measures its FID in.
+
+
+@torch.no_grad()
+def extract_clip_features(clip, images):
+    """The CLIP's embeddings [B, D] of images [B, 3, R, R] in [−1, 1], in float32."""
+    return clip.encode_image(images).float()
+
+
+def extract_fake_features(generator, clip, captions, resolution, seed):
+    """CLIP features [N, D] of one generated image for each caption at a resolution; z comes from the seed.
+
+    Each rank generates a share of the images, and all ranks return the features of all.
+    """
+    z = latent.noise(generator, len(captions), seed)
+    share = -(-len(captions) // distributed.world_size())
+    # Every rank takes an equal share, the last ones wrapping around, so that the features can be gathered.
+    mine = torch.arange(distributed.rank() * share, (distributed.rank() + 1) * share) % len(captions)
+    outputs = latent.generate(generator, clip, [captions[i] for i in mine], z[mine], resolution)
+    features = [extract_clip_features(clip, output.image.clamp(-1, 1)) for output in outputs]
+    return distributed.gather(torch.cat(features))[: len(captions)]

@@ -15,13 +15,14 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm import tqdm
 
-from common.cli import HelpFormatter, UserError, told_in_one_line
+from clip import MODELS
+from common.cli import HelpFormatter, check_file, told_in_one_line
+from common.disk import atomically
 from data.scenes import BACKGROUNDS, COLORS, HELD_OUT, RADII, RELATIONS, SEEN, SHAPES, SIZES, make_scene, render
 from evaluation import metrics
 from sampling import latent
-from weights.checkpoint import atomically
 
-WEIGHTS = Path(__file__).parent.parent / "models" / "judge.safetensors"
+WEIGHTS = MODELS / "judge.safetensors"
 RESOLUTIONS = (16, 32)  # below, a small shape is a dot
 ARRANGEMENTS = ("one object", "side by side", "one above the other")
 OBJECT = {"shape": list(SHAPES), "color": list(COLORS), "size": list(SIZES)}
@@ -164,9 +165,9 @@ def generate(generator, clip, captions, seed):
     """Images for N captions [N, 3, R, R], and the share of the points that each expert took, {router: [E]}."""
     z = latent.noise(generator, len(captions), seed)
     images, totals = [], {}
-    for output in metrics.generate(generator, clip, captions, z):
+    for output in latent.generate(generator, clip, captions, z):
         images.append(output.image.clamp(-1, 1).cpu())
-        for name, counts in metrics.expert_counts(generator.config, output.routes).items():
+        for name, counts in metrics.expert_counts(output.routings).items():
             totals[name] = totals.get(name, 0) + counts.cpu()
     return torch.cat(images), {name: total / total.sum() for name, total in totals.items()}
 
@@ -208,8 +209,7 @@ def main():
     parser.add_argument("--out", type=Path, default=WEIGHTS)
     args = parser.parse_args()
     with told_in_one_line():
-        if not args.out.parent.is_dir():
-            raise UserError(f"--out {args.out}: there is no folder {args.out.parent}")
+        check_file(args.out)
         trained = train()
         atomically(args.out, lambda temporary: save_file(trained.state_dict(), temporary))
 

@@ -1,13 +1,9 @@
-"""What is measured: FID, precision, recall, CLIP score and R-precision, as formulas of features; and the features that
-training measures its FID in.
-"""
+"""What is measured: FID, precision, recall, CLIP score and R-precision by formulas of features; shares of experts."""
 
 import torch
 import torch.nn.functional as F
 
-from common import distributed
 from common.cli import UserError
-from sampling import latent
 
 NEIGHBOURS = 3  # of precision and recall
 CANDIDATES = 100  # captions of which R-precision asks for the right one
@@ -109,50 +105,6 @@ def compare_texts(images, texts, captions):
     return {"CLIP score": clip_score(images, texts), "R-precision": hits.double().mean().item()}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Generated images, and the features that training measures its FID in.
-
-
-@torch.no_grad()
-def generate(generator, clip, captions, z, resolution=None, psi=1.0, batch=64):
-    """Yields the generator's Output for every `batch` of N captions and of their z [N, z_dim].
-
-    resolution: the one to stop at, by default the highest. psi: the truncation; 1 is none.
-    """
-    for first in range(0, len(captions), batch):
-        prompt = latent.read(generator, clip, captions[first : first + batch])
-        w = generator.mapping(z[first : first + batch].to(clip.device), prompt.global_text)
-        if psi != 1:
-            w = latent.truncate(w, latent.mean_code(generator, prompt.global_text), psi)
-        yield generator.synthesis(w, prompt.local_text, resolution)
-
-
-def count_points(expert_index, num_experts):
-    """How many feature points each expert takes: indices of any shape → [E]. No host sync, which bincount needs."""
-    return (expert_index.flatten()[:, None] == torch.arange(num_experts, device=expert_index.device)).sum(0)
-
-
-def expert_counts(config, routes):
-    """How many points each expert took, {router: [E]}, from the routes of an aurora.Output."""
-    experts = {level.resolution: level.num_experts for level in config.levels}
-    return {name: count_points(index, experts[int(name.split(".")[0])]) for name, index in routes.items()}
-
-
-@torch.no_grad()
-def extract_clip_features(clip, images):
-    """The CLIP's embeddings [B, D] of images [B, 3, R, R] in [−1, 1], in float32."""
-    return clip.encode_image(images).float()
-
-
-def extract_fake_features(generator, clip, captions, resolution, seed):
-    """CLIP features [N, D] of one generated image for each caption at a resolution; z comes from the seed.
-
-    Each rank generates a share of the images, and all ranks return the features of all.
-    """
-    z = latent.noise(generator, len(captions), seed)
-    share = -(-len(captions) // distributed.world_size())
-    # Every rank takes an equal share, the last ones wrapping around, so that the features can be gathered.
-    mine = torch.arange(distributed.rank() * share, (distributed.rank() + 1) * share) % len(captions)
-    outputs = generate(generator, clip, [captions[i] for i in mine], z[mine], resolution)
-    features = [extract_clip_features(clip, output.image.clamp(-1, 1)) for output in outputs]
-    return distributed.gather(torch.cat(features))[: len(captions)]
+def expert_counts(routings):
+    """How many points each expert took, {router: [E]}, from the routings of an aurora.Output."""
+    return {name: F.one_hot(r.expert_index, r.logits.shape[-1]).sum((0, 1)) for name, r in routings.items()}

@@ -26,16 +26,17 @@ import aurora
 import discriminator
 import train
 from clip import load_clip
-from common.cli import HelpFormatter, UserError, positive_int, reason, told_in_one_line
+from common.cli import HelpFormatter, UserError, make_folder, positive_int, told_in_one_line
+from common.disk import atomically
 from data.scenes import make_scene, render
 from evaluation import judge
-from evaluation.metrics import extract_clip_features, fid
+from evaluation.features import extract_clip_features
+from evaluation.metrics import fid
 from layers import Linear
 from modulation import ModulatedConv2d, ModulatedLinear
 from neighbours.ladagan import AdditiveAttention
 from presets import PRESETS
 from router import Router
-from weights.checkpoint import atomically
 
 BATCH = 32
 COUNT = 500  # prompts of each kind that the judge is asked about
@@ -57,13 +58,13 @@ def base(images):
     preset = PRESETS["shapes"]
     *lower, highest = preset.generator.levels[:3]
     levels = (*lower, dataclasses.replace(highest, num_kernels=2))
-    # The stages end by their images: the FID that may end one earlier would make the variants' schedules differ.
-    stages = {"images_per_phase": {4: 0, 8: images // 4}, "fid_every": 2 * images, "fid_samples": 64}
+    # The phases end by their images: the FID that may end one earlier would make the variants' schedules differ.
+    phases = {"images_per_phase": {4: 0, 8: images // 4}, "fid_every": 2 * images, "fid_samples": 64}
     return dataclasses.replace(
         preset,
         generator=dataclasses.replace(preset.generator, levels=levels),
         discriminator=dataclasses.replace(preset.discriminator, levels=preset.discriminator.levels[:3]),
-        recipe=dataclasses.replace(preset.recipe, **stages),
+        recipe=dataclasses.replace(preset.recipe, **phases),
     )
 
 
@@ -246,10 +247,7 @@ def main():
             raise UserError(f"no variant {min(unknown)!r}; choose from: {', '.join(VARIANTS)}")
         if args.images < BATCH:
             raise UserError(f"--images {args.images}: a step takes {BATCH}")
-        try:
-            args.out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"--out {args.out} cannot be written: {reason(error)}") from error
+        make_folder(args.out)
         results = run_all(args.only, range(args.seeds), args.images, args.out)
         print(table(results))
         plot(results, args.images, args.out / "ablations.png")

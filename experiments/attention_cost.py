@@ -13,12 +13,12 @@ import matplotlib.pyplot as plt
 import torch
 
 from aurora import ModulatedSelfAttention
-from common.cli import HelpFormatter, UserError, told_in_one_line
+from common.cli import HelpFormatter, check_file, told_in_one_line
+from common.disk import atomically
 from experiments.stopwatch import peak_memory, processor_seconds
 from neighbours.ladagan import AdditiveAttention
 from presets import PRESETS
 from training.plan import FlopCounter
-from weights.checkpoint import atomically
 
 SIDES = (8, 16, 32, 64, 128)
 MEASURES = ("GFLOP", "processor time, ms", "peak memory, MB")
@@ -61,8 +61,7 @@ def main():
     parser.add_argument("--out", type=Path, default=Path("attention.png"))
     args = parser.parse_args()
     with told_in_one_line():
-        if not args.out.parent.is_dir():
-            raise UserError(f"--out {args.out}: there is no folder {args.out.parent}")
+        check_file(args.out)
         torch.manual_seed(0)
         attentions, dim = networks()
         results = {name: [] for name in attentions}

@@ -16,7 +16,6 @@ import functools
 import io
 import itertools
 import json
-import math
 import os
 import statistics
 import subprocess
@@ -30,16 +29,16 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
-from attention import l2_attention
+from attention import attend, l2_attention
 from aurora import Generator
 from common import distributed
-from common.cli import HelpFormatter, UserError, positive_int, told_in_one_line
+from common.cli import HelpFormatter, UserError, check_file, positive_int, told_in_one_line
 from data import sources
 from data.scenes import make_scene, render
 from experiments.stopwatch import HEAD, Machine, Note
 from experts import Experts, expert, routed_experts, sliced_experts
 from presets import PRESETS, Level
-from router import Router, Routing
+from router import Router
 from sampling import inference
 from sampling.inference import DTYPES
 from train import Run
@@ -78,7 +77,7 @@ def rounding(machine):
     """What bfloat16 changes in a picture, by the same routes, and how many points take another by themselves."""
     generator, clip, _ = load_generator(SHAPES, machine.device)
     captions = next(sources.loader(sources.open_data("shapes", 32, seed=0), 0, 64, 0)).captions
-    text = clip.encode_text(clip.tokenize(captions))
+    text = clip.read(captions)
     latents = torch.randn(64, generator.config.z_dim, device=machine.device)
     yield compare_dtypes("the demo model, 64 captions", generator, latents, text.tokens, text.eot)
     generator = new_generator(PRESETS["aurora-64"].generator, machine.device)
@@ -95,11 +94,12 @@ def compare_dtypes(name, generator, *inputs):
     narrow = inference.prepare(copy.deepcopy(generator), torch.bfloat16)
     routers = [module for module in narrow.modules() if isinstance(module, Router)]
     with inference.autocast(narrow):
-        routes = narrow.synthesis(exact.w, local_text).routes
-        for router, route in zip(routers, exact.routes.values(), strict=True):
-            router.register_forward_hook(replayed(route))
+        taken = narrow.synthesis(exact.w, local_text).routings
+        for router, routing in zip(routers, exact.routings.values(), strict=True):
+            router.register_forward_hook(replayed(routing.expert_index))
         rounded = narrow.synthesis(exact.w, local_text).image
-    moved = torch.cat([(routes[name] != route).flatten() for name, route in exact.routes.items()]).float().mean().item()
+    moved = [taken[name].expert_index != routing.expert_index for name, routing in exact.routings.items()]
+    moved = torch.cat([x.flatten() for x in moved]).float().mean().item()
     error = (rounded - exact.image).abs().max().item()
     span = (exact.image.max() - exact.image.min()).item()
     return Note(
@@ -110,11 +110,7 @@ def compare_dtypes(name, generator, *inputs):
 
 def replayed(route):
     """A hook that makes a Router send points [B, N] where `route` says."""
-
-    def hook(_, inputs, routing):
-        return Routing(routing.logits, route, routing.logits.softmax(-1).gather(-1, route[..., None])[..., 0])
-
-    return hook
+    return lambda _, inputs, routing: routing.sent_to(route)
 
 
 @torch.no_grad()
@@ -336,9 +332,7 @@ def attention(machine):
 
 def plain_attention(q, k, v):
     """What l2_attention computes, with the whole map in memory."""
-    square_q, square_k = (x.square().sum(-1, keepdim=True) for x in (q, k))
-    distance = (square_q - 2 * q @ k.mT + square_k.mT).clamp(min=1e-12).sqrt()
-    return (-distance / math.sqrt(q.shape[-1])).softmax(-1) @ v
+    return attend(*(x.flatten(0, 1) for x in (q, k, v)))
 
 
 def forward_and_backward(function, *leaves):
@@ -369,6 +363,8 @@ def main():
     parser.add_argument("--out", type=Path, help="a .json file for the figures")
     args = parser.parse_args()
     with told_in_one_line():
+        if args.out:
+            check_file(args.out)
         torch.manual_seed(0)
         device = distributed.start(args.device)
         machine = Machine(device, args.seconds)

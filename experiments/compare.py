@@ -18,27 +18,25 @@ from pathlib import Path
 import torch
 
 from aurora import Generator
-from common.cli import HelpFormatter, UserError, natural_number, positive_int, reason, told_in_one_line
+from common.cli import HelpFormatter, UserError, make_folder, natural_number, positive_int, told_in_one_line
+from common.disk import atomically
 from data import sources
 from discriminator import Discriminator
 from evaluation.extractors import load_extractor
 from evaluation.features import BATCH, embed, extract, extract_real, own_resolution, to_pixels
-from evaluation.metrics import NEIGHBOURS, clip_score, compare_images, compare_texts, fid, fid_of_halves, generate
+from evaluation.metrics import NEIGHBOURS, clip_score, compare_images, compare_texts, fid, fid_of_halves
 from experiments.curves import read_log
 from experiments.stopwatch import peak_memory, processor_seconds
-from neighbours.command import load
-from neighbours.ladagan import LadaGAN
+from neighbours.command import load, system_of
 from neighbours.muse import Muse
-from neighbours.stylegan_t import StyleGANT
 from presets import PRESETS
 from sampling import inference, latent
 from sampling.pictures import grid, to_pil
 from training.plan import FlopCounter
-from weights.checkpoint import atomically, generator_of, load_generator, read_safetensors
+from weights.checkpoint import generator_of, load_generator
 
-NEIGHBOURING = {system.__name__: system for system in (StyleGANT, LadaGAN, Muse)}
 PROMPTS = ("red heart", "grinning face", "fox", "hot dog", "red apple", "automobile", "sun", "man astronaut")
-TRUNCATIONS, SEEDS = (1.0, 0.5, 0.0), 8  # of the second table; pictures of each prompt there
+TRUNCATIONS, SEEDS = (1.0, 0.5, 0.0), 8  # the rows of the second table, and pictures of each prompt in it
 OTHERS = "Fréchet distance to other real pictures"
 
 
@@ -62,10 +60,8 @@ class Entry:
 
 def open_system(path, resolution):
     """A generator_ema.safetensors of Aurora or of a neighbour → Entry. Raises UserError."""
-    metadata, _ = read_safetensors(path)
-    if (name := metadata.get("system")) in NEIGHBOURING:
-        return open_neighbour(NEIGHBOURING[name], path, json.loads(metadata["about"])["notes"])
-    return open_aurora(path, resolution)
+    system_class = system_of(path)
+    return open_neighbour(system_class, path) if system_class else open_aurora(path, resolution)
 
 
 def open_aurora(path, resolution):
@@ -76,7 +72,7 @@ def open_aurora(path, resolution):
     @torch.no_grad()
     def draw(captions, seed, *psi):
         z = latent.noise(generator, len(captions), seed)
-        (output,) = generate(generator, clip, captions, z, own, *psi, batch=len(captions))
+        (output,) = latent.generate(generator, clip, captions, z, own, *psi, batch=len(captions))
         return output.image.clamp(-1, 1)
 
     trained = None
@@ -86,12 +82,12 @@ def open_aurora(path, resolution):
     return Entry(draw, True, count(generator), trained, notes)
 
 
-def open_neighbour(system_class, path, notes):
-    system = load(system_class, path)
+def open_neighbour(system_class, path):
+    system, notes = load(system_class, path)
 
     @torch.no_grad()
     def draw(captions, seed, *psi):
-        text = system.clip.encode_text(system.clip.tokenize(captions))
+        text = system.clip.read(captions)
         return system.sample(text, seed, 1, *psi)
 
     learning = [network for name, network in system.networks.items() if name != "ema"]
@@ -272,10 +268,7 @@ def main():
     with told_in_one_line():
         if args.count <= NEIGHBOURS:
             raise UserError(f"--count {args.count}: precision and recall need {NEIGHBOURS + 1} pictures or more")
-        try:
-            args.out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"--out {args.out} cannot be written: {reason(error)}") from error
+        make_folder(args.out)
         text, results, drawn = compare(args)
         print(text)
         written = json.dumps(results, indent=1, ensure_ascii=False)

@@ -13,10 +13,10 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 from PIL import Image, ImageDraw
 
-from common.cli import HelpFormatter, UserError, positive_int, told_in_one_line
+from common.cli import HelpFormatter, UserError, check_file, positive_int, told_in_one_line
+from common.disk import atomically
 from sampling import lettering
 from sampling.pictures import CELL, MARGIN
-from weights.checkpoint import atomically
 
 PANELS = {
     "FID by the CLIP in use": ("fid", "reference_fid"),
@@ -92,6 +92,7 @@ def main():
     parser.add_argument("--out", type=Path, default=Path("curves.png"))
     args = parser.parse_args()
     with told_in_one_line():
+        check_file(args.out)
         if args.pictures:
             timeline(args.run, args.pictures, args.out)
         else:

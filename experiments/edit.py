@@ -15,7 +15,7 @@ import torch
 from common.cli import HelpFormatter, positive_int, told_in_one_line
 from neighbours.command import load
 from neighbours.muse import Muse
-from sampling.files import check_writable, read_picture, save
+from sampling.files import check_picture, read_picture, save
 from sampling.pictures import grid, to_pil
 
 COLUMNS = ("the picture", "its tokens", "middle drawn anew", "border drawn anew", "changed anywhere")
@@ -45,12 +45,9 @@ def main():
     add("--out", type=Path, default=Path("edit.png"))
     args = parser.parse_args()
     with told_in_one_line():
-        check_writable(args.out)
-        system = load(Muse, args.checkpoint)
-        image, text = (
-            read_picture(args.picture, system.resolution),
-            system.clip.encode_text(system.clip.tokenize([args.prompt])),
-        )
+        check_picture(args.out)
+        system, _ = load(Muse, args.checkpoint)
+        image, text = read_picture(args.picture, system.resolution), system.clip.read([args.prompt])
         panels = [to_pil(x) for seed in range(args.num) for x in edits(system, image, text, seed)]
         drawn = grid(panels, COLUMNS * args.num, len(COLUMNS), f"“{args.prompt}”")
         save([drawn], args.out, {name: str(value) for name, value in vars(args).items()})

@@ -12,14 +12,14 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from common.cli import HelpFormatter, UserError, natural_number, told_in_one_line
+from common.cli import HelpFormatter, check_file, natural_number, told_in_one_line
+from common.disk import atomically
 from data import sources
 from evaluation.extractors import load_extractor
 from evaluation.features import BATCH, real_pixels, to_pixels
-from evaluation.metrics import generate
 from sampling import inference, latent
 from sampling.pictures import grid, to_pil
-from weights.checkpoint import DEMO, atomically, load_generator
+from weights.checkpoint import DEMO, load_generator
 
 NEAREST = 3
 MOST = 50_000  # training pictures, as the built-in scenes have no end
@@ -40,7 +40,7 @@ def panels(generator, clip, prompts, source, seed, extractor):
     """→ PIL images and their captions, a row for each prompt: the generated picture, then its NEAREST neighbours."""
     resolution = generator.config.levels[-1].resolution
     z = latent.noise(generator, len(prompts), seed)
-    made = torch.cat([output.image for output in generate(generator, clip, prompts, z)]).clamp(-1, 1)
+    made = torch.cat([output.image for output in latent.generate(generator, clip, prompts, z)]).clamp(-1, 1)
     examples = list(itertools.islice(source.examples(), MOST))
     pixels = torch.cat([real_pixels(image[None], resolution) for image, _ in examples])
     cosines, indices = nearest(extract(extractor, to_pixels(made, resolution)), extract(extractor, pixels))
@@ -60,8 +60,7 @@ def main():
     parser.add_argument("--out", type=Path, default=Path("nearest.png"))
     args = parser.parse_args()
     with told_in_one_line():
-        if not args.out.parent.is_dir():
-            raise UserError(f"--out {args.out}: there is no folder {args.out.parent}")
+        check_file(args.out)
         generator, clip, _ = load_generator(args.checkpoint)
         source = sources.open_data(args.data, generator.config.levels[-1].resolution, args.seed)
         extractor = load_extractor("efficientnet", "", torch.device("cpu"))

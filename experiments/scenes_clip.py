@@ -11,15 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import open_clip
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
 from clip import BUILT_IN, FrozenClip, new_small, save_small
-from common.cli import HelpFormatter, UserError, natural_number, told_in_one_line
-from data.scenes import OF_ANY, OF_TWO, make_scene, make_twin, named_all_ways, render, scene_or_twin, vocabulary
-from training.small_clip import RESOLUTIONS, UNKNOWN, contrast, mislead
+from common.cli import HelpFormatter, check_file, natural_number, told_in_one_line
+from data.scenes import OF_ANY, OF_TWO, all_words, make_scene, make_twin, named_all_ways, render, scene_or_twin
+from training.small_clip import RESOLUTIONS, UNKNOWN, learn, vocabulary
 
 
 @dataclass(frozen=True)
@@ -40,13 +39,6 @@ COURSES = (
 )
 
 
-def vocabulary_ids():
-    """The token ids that captions of the built-in scenes use, with padding, start and end of the text."""
-    tokenizer = open_clip.SimpleTokenizer()
-    ids = {i for word in vocabulary() for i in tokenizer.encode(word)}
-    return sorted(ids | {0, tokenizer.sot_token_id, tokenizer.eot_token_id})
-
-
 def train_small(device="cpu", courses=COURSES, batch=128, seed=0):
     """Trains the small CLIP on the built-in scenes with open_clip's own loss; the same seed gives the same weights.
 
@@ -59,7 +51,7 @@ def train_small(device="cpu", courses=COURSES, batch=128, seed=0):
     """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        clip = new_small(vocabulary_ids()).to(device)
+        clip = new_small(vocabulary([all_words()])).to(device)
         clip.model.requires_grad_(True).train()
         first = 0
         progress = tqdm(total=sum(course.steps for course in courses), desc="training the small CLIP", unit="step")
@@ -71,8 +63,7 @@ def train_small(device="cpu", courses=COURSES, batch=128, seed=0):
 
 def take(course, clip, first, batch, seed, progress):
     """One course, its scenes those of the collection `seed` from the number `first` on."""
-    model = clip.model
-    optimizer = torch.optim.AdamW(model.parameters(), lr=course.lr, betas=(0.9, 0.98), weight_decay=0.1)
+    optimizer = torch.optim.AdamW(clip.model.parameters(), lr=course.lr, betas=(0.9, 0.98), weight_decay=0.1)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, course.lr, total_steps=course.steps, pct_start=0.1)
     named = named_all_ways(seed, course.named)
     order_starts, order_ends = course.order
@@ -86,20 +77,11 @@ def take(course, clip, first, batch, seed, progress):
         share = batch // len(RESOLUTIONS)
         images = [render(scenes[n * share : (n + 1) * share], r) for n, r in enumerate(RESOLUTIONS)]
         images = [part.to(clip.device) for part in images]
-        ids = clip.tokenize([scene.caption for scene in scenes])
-        unknown = torch.rand(ids.shape, device=clip.device) < (0 if about_order else UNKNOWN)
-        ids[unknown & (ids > 1) & (ids < len(clip.kept_ids) - 1)] = 0
-        text_features = model.encode_text(ids, normalize=True)
+        reach, unknown = None, 0 if about_order else UNKNOWN
         if step >= order_ends:
             least, most = course.misled
             reach = least + (most - least) * (step - order_ends) / (course.steps - order_ends)
-            images = mislead(clip, images, text_features.detach(), reach)
-        loss = contrast(clip, images, text_features)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        model.logit_scale.data.clamp_(max=4.6052)  # ln 100, as CLIP
+        loss = learn(clip, optimizer, schedule, images, [scene.caption for scene in scenes], unknown, reach)
         progress.set_postfix(loss=f"{loss.item():.2f}", refresh=False)
         progress.update()
 
@@ -112,7 +94,7 @@ def twin_accuracy(clip, difference, resolution, count=500, seed=10**6):
     pairs = [(a, make_twin(a, difference, rng)) for a in scenes if a.relation or difference in OF_ANY]
     scenes, twins = zip(*[(a, b) for a, b in pairs if a.caption != b.caption], strict=True)
     images = F.normalize(clip.encode_image(render(scenes, resolution)), dim=-1)
-    own, other = (clip.encode_text(clip.tokenize([s.caption for s in side])).embedding for side in (scenes, twins))
+    own, other = (clip.read([s.caption for s in side]).embedding for side in (scenes, twins))
     return ((images * (own - other)).sum(1) > 0).float().mean().item()
 
 
@@ -122,8 +104,7 @@ def main():
     parser.add_argument("--out", type=Path, default=BUILT_IN["small"])
     args = parser.parse_args()
     with told_in_one_line():
-        if not args.out.parent.is_dir():
-            raise UserError(f"--out {args.out}: there is no folder {args.out.parent}")
+        check_file(args.out)
     clip = train_small(seed=args.seed)
     save_small(clip, args.out)
     for difference in dict.fromkeys([*OF_TWO, *OF_ANY]):

@@ -5,26 +5,31 @@ python neighbours/stylegan_t.py sample "red heart" --num 6
 """
 
 import argparse
+import importlib
+import inspect
 import json
 import sys
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from clip import load_clip
 from common import distributed
-from common.cli import HelpFormatter, UserError, first_line, natural_number, positive_int, told_in_one_line
+from common.cli import HelpFormatter, UserError, natural_number, positive_int, told_in_one_line
+from common.disk import atomically
 from common.distributed import say
 from data import sources
 from neighbours.system import RESOLUTIONS
-from sampling.files import check_writable, save
+from sampling.files import check_picture, save
 from sampling.pictures import grid, to_pil
 from training.loop import Loop
 from training.run_folder import RunFolder
 from training.step import noise_of
-from weights.checkpoint import atomically, generator_of, read_safetensors
+from weights.checkpoint import generator_of, read_safetensors
 
+SYSTEMS = {"StyleGANT": "stylegan_t", "LadaGAN": "ladagan", "Muse": "muse"}  # the classes, and where they are
 NUM_PICTURES = 24
 IDENTITY = ("data", "clip", "resolution", "batch", "seed", "unconditional")  # options that a run keeps to its end
 
@@ -78,7 +83,7 @@ class Trained:
     def step(self, number, batches):
         (batch,) = batches
         clip, ranks = self.system.clip, distributed.world_size()
-        text = clip.encode_text(clip.tokenize(batch.captions))
+        text = clip.read(batch.captions)
         noise = noise_of(self.args.seed, number * ranks + distributed.rank())
         return self.system.step(number, batch.images.to(self.device), text, noise)
 
@@ -87,7 +92,7 @@ class Trained:
 
     def draw_samples(self):
         clip = self.system.clip
-        images = self.system.sample(clip.encode_text(clip.tokenize(self.captions)), seed=1, count=1)
+        images = self.system.sample(clip.read(self.captions), seed=1, count=1)
         return grid([to_pil(image) for image in images], self.captions, columns=8), {}
 
     def weights_are_finite(self):
@@ -113,16 +118,13 @@ class Trained:
                 x.load_state_dict(state[kind][name])
 
 
-def options_of(unconditional):
-    """The options of a system's constructor that only some systems have."""
-    return {"unconditional": True} if unconditional else {}
-
-
 def build(system_class, clip, resolution, device, unconditional):
-    try:
-        return system_class(clip, resolution, device, **options_of(unconditional))
-    except TypeError as error:
-        raise UserError(f"--unconditional: {system_class.__name__} has no such form ({first_line(error)})") from error
+    """A system as its options say. Raises UserError where it has no unconditional form."""
+    if not unconditional:
+        return system_class(clip, resolution, device)
+    if "unconditional" not in inspect.signature(system_class).parameters:
+        raise UserError(f"--unconditional: {system_class.__name__} has no such form")
+    return system_class(clip, resolution, device, unconditional=True)
 
 
 def as_texts(args):
@@ -134,18 +136,20 @@ def train(system_class, name, args):
     device = distributed.start("auto")
     try:
         with distributed.losses_told():
-            if args.batch % distributed.world_size():
-                raise UserError(f"--batch {args.batch} cannot be shared by {distributed.world_size()} ranks")
+            with distributed.together():
+                if args.batch % distributed.world_size():
+                    raise UserError(f"--batch {args.batch} cannot be shared by {distributed.world_size()} ranks")
             identity = {option: getattr(args, option) for option in IDENTITY}
             folder = RunFolder(args.out, {"system": name, **identity}, sharing={"workers": args.workers})
             state = folder.state("auto")
             torch.manual_seed(args.seed)
-            system = build(system_class, load_clip(args.clip, device), args.resolution, device, args.unconditional)
-            source = sources.open_data(args.data, args.resolution, args.seed)
-            captions = next(source.evaluation(NUM_PICTURES)).captions
-            loop = Loop(Trained(system, args, captions), folder, source, sys.maxsize, args)
-            if state:
-                loop.load(state)
+            with distributed.together():
+                system = build(system_class, load_clip(args.clip, device), args.resolution, device, args.unconditional)
+                source = sources.open_data(args.data, args.resolution, args.seed)
+                captions = next(source.evaluation(NUM_PICTURES)).captions
+                loop = Loop(Trained(system, args, captions), folder, source, args, minutes=args.minutes)
+                if state:
+                    loop.load(state)
             with loop.stopping_when_asked():
                 loop.introduce(as_texts(args))
                 say(f"Training {name} on {device}, {distributed.world_size()} rank(s); all in {args.out}")
@@ -157,9 +161,9 @@ def train(system_class, name, args):
 
 @torch.no_grad()
 def sample(system_class, name, args):
-    check_writable(args.out)
-    system = load(system_class, args.checkpoint)
-    text = system.clip.encode_text(system.clip.tokenize(args.prompt))
+    check_picture(args.out)
+    system, _ = load(system_class, args.checkpoint)
+    text = system.clip.read(args.prompt)
     images = system.sample(text, args.seed, args.num)
     captions = [prompt for prompt in args.prompt for _ in range(args.num)]
     picture = grid([to_pil(image) for image in images], captions, columns=args.num)
@@ -167,8 +171,20 @@ def sample(system_class, name, args):
     print(f"{len(images)} pictures by {args.checkpoint}, drawn in {args.out.resolve()}")
 
 
+def system_of(path):
+    """The class of the system that wrote a file, or None where none of this folder did. Raises UserError."""
+    try:
+        with safe_open(path, "pt") as file:
+            name = (file.metadata() or {}).get("system")
+    except (OSError, SafetensorError):  # whoever reads it next says what is wrong
+        return None
+    if name and name not in SYSTEMS:
+        raise UserError(f"{path} was written by {name}, which is not known here")
+    return getattr(importlib.import_module(f"neighbours.{SYSTEMS[name]}"), name) if name else None
+
+
 def load(system_class, path, device="cpu"):
-    """A generator_ema.safetensors of `train` → the system, ready to draw. Raises UserError."""
+    """A generator_ema.safetensors of `train` → the system, ready to draw, and its run's notes. Raises UserError."""
     path = generator_of(path)
     metadata, tensors = read_safetensors(path)
     if (written_by := metadata.get("system")) != system_class.__name__:
@@ -180,4 +196,4 @@ def load(system_class, path, device="cpu"):
         prefix = f"{name}."
         own = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
         system.networks[name].load_state_dict(own)
-    return system
+    return system, about["notes"]

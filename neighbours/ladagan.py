@@ -31,7 +31,8 @@ from augment import NUM_CHANCES, augment
 from layers import float32_region, full_precision, rms_norm
 from losses import R1_INTERVAL
 from neighbours.command import main
-from neighbours.system import System, load_renamed, minimize, reading
+from neighbours.system import System, minimize
+from weights.renaming import load_renamed, reading
 
 FIRST, LAST = 8, 32  # the sides of the generator's first and last block
 TOP = 16  # the side at which the discriminator has its block

@@ -48,7 +48,7 @@ ADAM = dict(lr=5e-4, betas=(0.9, 0.99), fused=True)  # of all networks
 # Decoding.
 MASK = -1  # in place of a token that is not known
 STEPS = 24
-TEMPERATURE = 4.5  # of the noise on the confidence, at the start
+TEMPERATURE = 4.5  # scales the noise on the confidence at the first step
 GUIDANCE = 3.0
 EDIT_SHARE, EDIT_ITERATIONS, EDIT_GUIDANCE, EDIT_TOP_K = 0.08, 100, 4.0, 3
 
@@ -121,20 +121,21 @@ class Codebook(nn.Module):
 
     @torch.no_grad()
     def restart(self, z, tokens, noise):
-        """Counts a batch's tokens, over all ranks, and moves dead codes to vectors of the batch drawn at random.
+        """Moves dead codes to vectors of a batch drawn at random, over all ranks → how many codes the batch uses.
 
         At the start all are dead but for those that the first batch uses, so that batch places them. A code without
         vectors has no gradient, and would never come back by itself.
         """
         z, tokens = distributed.gather(z), distributed.gather(tokens)
-        share = tokens.flatten().bincount(minlength=len(self.codes)) / tokens.numel()
+        share = F.one_hot(tokens.flatten(), len(self.codes)).float().mean(0)
         self.usage.lerp_(share * len(self.codes), 1 - USAGE_DECAY)
         dead = self.usage < DEAD
         points = z.movedim(1, -1).flatten(0, -2)
         drawn = torch.randint(len(points), (len(self.codes),), generator=noise, device=noise.device)
-        drawn = distributed.broadcast(drawn.to(z.device))  # the noise of each rank is its own
+        drawn = distributed.broadcast(drawn).to(z.device)  # the noise of each rank is its own
         self.codes.copy_(torch.where(dead[:, None], points[drawn], self.codes))
         self.usage.masked_fill_(dead, 1.0)
+        return (share > 0).sum()
 
 
 class VQGAN(nn.Module):
@@ -344,11 +345,10 @@ class Muse:
         }
         report["vqgan_loss"] = sum(weight * report[name] for name, weight in LOSS_WEIGHTS.items())
         minimize(self.optimizers["vqgan"], report["vqgan_loss"])
-        self.vqgan.codebook.restart(z.detach(), tokens, noise)
+        report["codes"] = self.vqgan.codebook.restart(z.detach(), tokens, noise)
         real, fake = self.discriminator(images), self.discriminator(reconstructed.detach())
         report["discriminator_loss"] = F.relu(1 - real).mean() + F.relu(1 + fake).mean()
         minimize(self.optimizers["discriminator"], report["discriminator_loss"])
-        report["codes"] = torch.tensor(float(len(tokens.unique())))
         return {name: value.detach() for name, value in report.items()}
 
     def train_transformer(self, images, text, noise, number):
@@ -358,13 +358,13 @@ class Muse:
         shown = mask_randomly(tokens, noise)
         told = uniform(text.eot.shape, noise, images.device) >= TEXT_DROP
         logits = self.transformer(shown, text._replace(tokens=text.tokens * told[:, None, None]))
-        masked = shown == MASK
-        loss = F.cross_entropy(logits[masked], tokens[masked])  # what the transformer was shown does not count
+        masked = shown == MASK  # what the transformer was shown does not count
+        loss = F.cross_entropy(logits.flatten(0, -2), tokens.masked_fill(~masked, -1).flatten(), ignore_index=-1)
         minimize(self.optimizers["transformer"], loss)
         weight = ema_weight(number, len(images) * distributed.world_size(), EMA_HALF_LIFE)
         with torch.no_grad():
             torch._foreach_lerp_(list(self.ema.parameters()), list(self.transformer.parameters()), weight)
-        right = (logits.argmax(-1) == tokens)[masked].float().mean()
+        right = ((logits.argmax(-1) == tokens) & masked).sum() / masked.sum()
         return {"transformer_loss": loss.detach(), "accuracy": right, "masked": masked.float().mean()}
 
     def sample(self, text, seed, count):

@@ -37,7 +37,8 @@ from layers import Float32, Linear, lrelu, rms_norm, upsample
 from modulation import Affine, ModulatedConv2d, ToRGB, UpsamplingConv2d
 from neighbours.command import main
 from neighbours.features import efficientnet
-from neighbours.system import System, load_renamed, minimize, reading
+from neighbours.system import System, minimize
+from weights.renaming import load_renamed, reading
 
 FIRST = 8  # the lowest resolution
 CHANNELS = {8: 256, 16: 128, 32: 64, 64: 32}  # of the size for a CPU
@@ -304,7 +305,7 @@ class StyleGANT(System):
     def compete(self, number, real, fake, text, noise, optimizer, guidance):
         """One step of the discriminator, then one of the optimizer of what made the fake images, guided by CLIP."""
         discriminator, c = self.networks["discriminator"], text.embedding
-        sigma = blur_sigma(number * len(real), self.resolution)
+        sigma = blur_sigma(number * len(real) * distributed.world_size(), self.resolution)
         chances = torch.rand(2, len(real), NUM_CHANCES, generator=noise)
         with torch.no_grad():
             real_taps = self.see(real, sigma, chances[0])

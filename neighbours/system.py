@@ -1,10 +1,6 @@
-"""What the adversarial systems of this folder share: their networks and optimizers, the moving average, sampling, and
-the reading of their authors' weights.
-"""
+"""What the adversarial systems of this folder share: their networks and optimizers, the moving average, sampling."""
 
-import contextlib
 import copy
-import re
 
 import torch
 
@@ -71,34 +67,3 @@ def minimize(optimizer, loss):
     loss.backward(inputs=parameters)
     distributed.average_gradients(parameters)
     optimizer.step()
-
-
-@contextlib.contextmanager
-def reading(what):
-    """Raises ValueError, in one line, where a state dict turns out not to be what it is read as."""
-    try:
-        yield
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"this is not the authors' state of {what}, or not all of it: {reason}") from error
-
-
-def load_renamed(network, state, renames):
-    """Puts the authors' tensors into a network, under our names, in our shapes, at our scale → it, in eval mode.
-
-    renames: regular expressions and what replaces them, applied in order to every name; what becomes "" is left out.
-    """
-    ours, translated = network.state_dict(), {}
-    for name, value in state.items():
-        for pattern, replacement in renames:
-            name = re.sub(pattern, replacement, name)
-        if name:
-            value = torch.as_tensor(value).float()
-            same_numbers = name in ours and value.squeeze().shape == ours[name].squeeze().shape
-            translated[name] = value.reshape(ours[name].shape) if same_numbers else value
-    for prefix, module in network.named_modules():
-        for name, scale in getattr(module, "lr_scale", {}).items():  # they multiply weights by this when they use them
-            if (name := f"{prefix}.{name}") in translated:
-                translated[name] = translated[name] * scale
-    network.load_state_dict(translated)
-    return network.eval()

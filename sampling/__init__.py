@@ -1,3 +1,5 @@
-"""From a prompt to pictures: text and noise → w (`latent.py`), lists of frames to look at (`views.py`), labelled grids
-and animations (`pictures.py`), and what is computed once before sampling (`inference.py`).
+"""From a prompt to pictures. `latent.py` goes from text and noise to w and on to images, `inference.py` computes once
+what does not change, `views.py` lists frames to look at, `pictures.py` and `lettering.py` lay them out, `files.py` has
+their files. `pipeline.py` is all of it from Python, `inversion.py` fits codes to a picture, `settings.py` and
+`sheet.py` are for the page of explore.py.
 """

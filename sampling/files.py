@@ -7,29 +7,22 @@ from pathlib import Path
 from PIL import Image, PngImagePlugin
 from tqdm import tqdm
 
-from common.cli import UserError, first_line, reason
+from common.cli import UserError, check_file, first_line
+from common.disk import atomically, left_over
 from data.pairs import Unusable, read_image
 from sampling import latent
 from sampling.pipeline import Pipeline
-from weights.checkpoint import atomically, left_over
 
 KEY = "aurora"  # the PNG's text field; it holds JSON
 INDEX = "pictures.jsonl"  # of a folder: a line for each picture
 FRAME_MS = 80  # of an animation
 
 
-def check_writable(path):
-    """Fails before the work rather than after it."""
+def check_picture(path):
+    """As check_file, of a picture. Raises UserError."""
     if Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:
         raise UserError(f"--out {path}: no picture format is called {path.suffix or 'so'}; use .png or .jpg")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        existed = path.exists()
-        path.open("ab").close()
-        if not existed:
-            path.unlink()
-    except OSError as error:
-        raise UserError(f"--out {path} cannot be written: {reason(error)}") from error
+    check_file(path)
 
 
 def read_picture(path, resolution):
@@ -94,7 +87,7 @@ def write_each(pipe: Pipeline, prompts, num, seed, psi, folder: Path, checkpoint
     done = read_index(folder / INDEX, abouts)
     for about in abouts:
         path = folder / about["file"]
-        if about["file"] not in done and path.exists() and not (is_picture(path) and show(path) == about):
+        if about["file"] not in done and path.exists() and how_made(path) != about:
             raise UserError(f"--each {folder} holds {path.name}, which is not of this command; name another folder")
     for path in left_over(folder, r"\d+\.png"):
         path.unlink()
@@ -118,12 +111,12 @@ def write_each(pipe: Pipeline, prompts, num, seed, psi, folder: Path, checkpoint
     return new
 
 
-def is_picture(path):
-    """Whether a file is a PNG that says how it was made."""
+def how_made(path):
+    """As show, but None for a file that does not say."""
     try:
-        return bool(show(path))
+        return show(path)
     except UserError:
-        return False
+        return None
 
 
 def read_index(path, abouts):

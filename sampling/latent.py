@@ -32,7 +32,7 @@ def check(prompts):
 def read(generator, clip, prompts):
     """A list of texts → Prompt. Raises UserError, as `check`."""
     check(prompts)
-    text = clip.encode_text(clip.tokenize(prompts))
+    text = clip.read(prompts)
     return Prompt(*generator.text_head(text.tokens, text.eot))
 
 
@@ -58,8 +58,15 @@ def mean_code(generator, global_text):
     return codes.unflatten(0, (-1, NUM_MEAN)).mean(1)
 
 
-def truncate(w, mean, psi):
-    """w̄_c + ψ(w − w̄_c): toward the prompt's own mean, where it is most typical and varies least."""
+def codes(generator, z, global_text, psi):
+    """z [B, z_dim] and the global text of as many prompts, or of one for all → w [B, w_dim] at truncation ψ.
+
+    w̄_c + ψ(w − w̄_c): toward the prompt's own mean, where it is most typical and varies least.
+    """
+    w = generator.mapping(z, global_text.expand(len(z), -1))
+    if psi == 1:
+        return w
+    mean = mean_code(generator, global_text)
     return mean + psi * (w - mean)
 
 
@@ -71,5 +78,17 @@ def pictures(generator, w, local_text):
 def outputs(generator, w, local_text):
     """Yields the synthesis network's Output for every BATCH codes."""
     with inference.autocast(generator):
-        for codes, text in zip(w.split(BATCH), local_text.split(BATCH), strict=True):
-            yield generator.synthesis(codes, text)
+        for part, text in zip(w.split(BATCH), local_text.split(BATCH), strict=True):
+            yield generator.synthesis(part, text)
+
+
+@torch.no_grad()
+def generate(generator, clip, captions, z, resolution=None, psi=1.0, batch=64):
+    """Yields the generator's Output for every `batch` of N captions and of their z [N, z_dim].
+
+    resolution: the one to stop at, by default the highest. psi: the truncation; 1 is none.
+    """
+    for first in range(0, len(captions), batch):
+        prompt = read(generator, clip, captions[first : first + batch])
+        w = codes(generator, z[first : first + batch].to(clip.device), prompt.global_text, psi)
+        yield generator.synthesis(w, prompt.local_text, resolution)

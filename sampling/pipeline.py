@@ -133,9 +133,7 @@ def forced(generator, name, points, expert):
         raise UserError(f"there is no expert {expert}; router {name} has {count}")
 
     def redirect(_, inputs, routing):
-        index = torch.where(points, expert, routing.expert_index)
-        gate = routing.logits.softmax(-1).gather(-1, index[..., None])[..., 0]
-        return Routing(routing.logits, index, gate)
+        return routing.sent_to(torch.where(points, expert, routing.expert_index))
 
     handle = known[name].register_forward_hook(redirect)
     try:

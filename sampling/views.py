@@ -22,11 +22,9 @@ class Frame(NamedTuple):
 
 def frames(generator, z, text, psi, captions):
     """z [B, z_dim] and as many prompts (a Prompt of one row serves all) → a Frame for each caption."""
-    global_text, local_text = (t.expand(len(z), *t.shape[1:]) for t in text)
-    w = generator.mapping(z, global_text)
-    if psi != 1:
-        w = latent.truncate(w, latent.mean_code(generator, text.global_text), psi)
+    w = latent.codes(generator, z, text.global_text, psi)
     ws = w[:, None].expand(-1, generator.synthesis.num_layers, -1)
+    local_text = text.local_text.expand(len(z), -1, -1)
     return [Frame(*frame) for frame in zip(ws, local_text, captions, strict=True)]
 
 

@@ -14,14 +14,14 @@ from clip import (
     save_small,
 )
 from common.cli import UserError
-from data.scenes import make_scene
-from experiments.scenes_clip import vocabulary_ids
+from data.scenes import all_words, make_scene
+from training.small_clip import vocabulary
 
 
 @pytest.fixture(scope="module")
 def small():
     torch.manual_seed(0)
-    return new_small(vocabulary_ids())
+    return new_small(vocabulary([all_words()]))
 
 
 @pytest.fixture(scope="module")

@@ -86,7 +86,7 @@ def test_the_fid_of_training_and_overfitting(device):
     learner = learner_of()
     growth = Growth(dataclasses.replace(learner.recipe, fid_samples=BATCH), learner.resolutions, learner.clip, seed=0)
     kept = growth.compute_reference(Source(), asked_to_stop=lambda: False)
-    growth.captions, growth.statistics, growth.phase.reference_fid = (
+    growth.captions, growth.statistics, growth.reference_fid = (
         kept[name] for name in ("captions", "statistics", "reference_fid")
     )
     assert "fid" in growth.evaluate(learner.ema)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from discriminator import CLIP, CLIP_HEAD, Discriminator, MapReader, squared_l2_attention
+from discriminator import CLIP, Discriminator, MapReader, squared_l2_attention
 from presets import PRESETS
 
 
@@ -116,7 +116,7 @@ def test_every_active_parameter_gets_a_gradient(discriminator):
         sum(x.mean() for x in discriminator(images(resolutions=resolutions), clip_maps(), *text()).values()).backward()
         for name, parameter in discriminator.named_parameters():
             module, resolution = name.split(".")[:2]
-            active = module in ("text_head", "map_readers") or resolution in (CLIP_HEAD, *map(str, resolutions))
+            active = module in ("text_head", "map_readers") or resolution in (CLIP, *map(str, resolutions))
             assert (parameter.grad is not None) == active, name
 
 

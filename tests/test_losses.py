@@ -20,11 +20,11 @@ from augment import NUM_CHANCES, augment
 from aurora import Generator, Output
 from clip import FrozenClip, new_small
 from common import distributed
-from data.scenes import make_scene, render
-from discriminator import CLIP, CLIP_HEAD, Discriminator
-from experiments.scenes_clip import vocabulary_ids
+from data.scenes import all_words, make_scene, render
+from discriminator import CLIP, Discriminator
 from presets import PRESETS
 from router import Routing
+from training.small_clip import vocabulary
 
 
 def softplus(x):
@@ -63,7 +63,7 @@ def test_wrong_captions_are_the_next_that_differ():
 @pytest.fixture(scope="module")
 def clip():
     torch.manual_seed(0)
-    return new_small(vocabulary_ids())
+    return new_small(vocabulary([all_words()]))
 
 
 @pytest.fixture
@@ -121,7 +121,7 @@ def batch_of(count):
 
 def test_clip_loss_is_symmetric_info_nce_at_every_resolution(clip):
     images, captions = batch_of(5)
-    text = clip.encode_text(clip.tokenize(captions))
+    text = clip.read(captions)
     pyramid = {8: torch.nn.functional.interpolate(images, 8, mode="area"), 16: images}
     expected = []
     for image in pyramid.values():
@@ -140,7 +140,7 @@ def test_clip_loss_is_symmetric_info_nce_at_every_resolution(clip):
 def test_clip_loss_reaches_the_images_and_not_clip(clip):
     images, captions = batch_of(4)
     images.requires_grad_()
-    text = clip.encode_text(clip.tokenize(captions))
+    text = clip.read(captions)
     losses.clip_loss(clip, {16: clip.encode_image(images)}, text.embedding, {16: 1.0}).backward()
     assert images.grad.abs().sum() > 0
     assert all(p.grad is None and not p.requires_grad for p in clip.parameters())
@@ -219,10 +219,10 @@ def objectives():
         level.requires_grad_(level.resolution <= 8)
     for modules in (discriminator.stages, discriminator.heads):
         for resolution, module in modules.items():
-            module.requires_grad_(resolution in ("4", "8", CLIP_HEAD))
+            module.requires_grad_(resolution in ("4", "8", CLIP))
     images, captions = batch_of(6)
     captions[1] = captions[0]
-    clip = new_small(vocabulary_ids())
+    clip = new_small(vocabulary([all_words()]))
     real = {r: torch.nn.functional.interpolate(images, r, mode="area") for r in (4, 8)}
     fake = {r: torch.randn(6, 3, r, r) * 0.3 for r in (4, 8)}
     return generator, discriminator, clip, real, fake, captions, torch.randn(6, preset.generator.z_dim)

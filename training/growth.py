@@ -3,15 +3,17 @@
 The reference is the FID between two disjoint sets of real images, as many on each side as samples are compared with.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
 from common import distributed
 from common.cli import UserError
-from evaluation.metrics import extract_clip_features, extract_fake_features, fid, frechet_distance, statistics
+from common.disk import atomically
+from evaluation.features import extract_clip_features, extract_fake_features
+from evaluation.metrics import fid, frechet_distance, statistics
 from layers import resize
-from weights.checkpoint import atomically, load_tensors, write_digested
+from weights.checkpoint import load_tensors, write_digested
 
 PATIENCE = 10  # evaluations without a better FID after which a phase ends
 
@@ -24,7 +26,6 @@ class Phase:
     images: int = 0  # real ones seen at this resolution
     best_fid: float = float("inf")  # at this resolution
     evaluations_since_best: int = 0
-    reference_fid: dict[int, float] = field(default_factory=dict)
 
 
 class Growth:
@@ -53,8 +54,9 @@ class Growth:
             if kept and distributed.is_main():
                 atomically(path, lambda temporary: write_digested(kept, temporary))
         if kept:
-            self.captions, self.statistics = kept["captions"], kept["statistics"]
-            self.phase.reference_fid = kept["reference_fid"]
+            self.captions, self.statistics, self.reference_fid = (
+                kept[name] for name in ("captions", "statistics", "reference_fid")
+            )
         return bool(kept)
 
     def read_reference(self, path):
@@ -104,7 +106,7 @@ class Growth:
         value = distributed.broadcast(value)  # the same, to the last bit
         phase.evaluations_since_best = 0 if value < phase.best_fid else phase.evaluations_since_best + 1
         phase.best_fid = min(phase.best_fid, value)
-        return {"fid": value, "reference_fid": phase.reference_fid[resolution]}
+        return {"fid": value, "reference_fid": self.reference_fid[resolution]}
 
     def reason_to_grow(self):
         """Why this resolution is done with, in words, or None."""
@@ -112,7 +114,7 @@ class Growth:
         if resolution == self.resolutions[-1]:
             return None
         reasons = {
-            "it is near the reference": phase.best_fid <= self.recipe.fid_factor * phase.reference_fid[resolution],
+            "it is near the reference": phase.best_fid <= self.recipe.fid_factor * self.reference_fid[resolution],
             "it stopped falling": phase.evaluations_since_best >= PATIENCE,
             "that took its images": phase.images >= self.recipe.images_per_phase[resolution],
         }
@@ -122,7 +124,7 @@ class Growth:
         """The best FID of the active resolution beside its reference, in words."""
         phase = self.phase
         measured = "not measured" if phase.best_fid == float("inf") else f"{phase.best_fid:.3g}"
-        return f"FID {measured}, reference {phase.reference_fid[self.active[-1]]:.3g}"
+        return f"FID {measured}, reference {self.reference_fid[self.active[-1]]:.3g}"
 
     def grow(self):
-        self.phase = Phase(self.phase.number + 1, reference_fid=self.phase.reference_fid)
+        self.phase = Phase(self.phase.number + 1)

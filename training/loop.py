@@ -27,6 +27,7 @@ from training.guard import Guard
 class System(Protocol):
     """What the loop asks of the networks that learn."""
 
+    device: torch.device
     batch: int  # images of a step, over all ranks
     parts: int  # that a batch is made in, where gradients are accumulated
 
@@ -69,11 +70,14 @@ class Progress:
 
 
 class Loop:
-    """Takes a system through its steps. options: the arguments of train.py that say how often to save and draw."""
+    """Takes a system through its steps, until they are done or its minutes are over, whichever is first.
 
-    def __init__(self, system, folder, source, steps, options):
-        self.system, self.folder, self.source, self.steps, self.options = system, folder, source, steps, options
-        self.minutes = getattr(options, "minutes", None) or math.inf
+    options: the arguments of train.py that say how often to save and draw.
+    """
+
+    def __init__(self, system, folder, source, options, steps=math.inf, minutes=math.inf):
+        self.system, self.folder, self.source, self.options = system, folder, source, options
+        self.steps, self.minutes = steps, minutes
         self.progress, self.guard = Progress(), Guard(say)
         self.asked_to_stop = self.stopping = False
 
@@ -85,10 +89,11 @@ class Loop:
         p, system, options = self.progress, self.system, self.options
         share = p.step * system.parts, system.batch // system.parts, options.workers
         batches = sources.loader(self.source, *share, asked_to_stop=lambda: self.asked_to_stop)
-        total = self.steps if self.steps < sys.maxsize else None
+        total = self.steps if self.steps < math.inf else None
         bar = tqdm(total=total, initial=p.step, unit="step", disable=not distributed.is_main(), dynamic_ncols=True)
         self.folder.open_log(p.step)
         saved_at = time.monotonic()
+        self.stopping = self.out_of_time
         while p.step < self.steps and not self.stopping:
             started, cpu_started, phase = time.perf_counter(), time.process_time(), system.phase
             if (made := self.next_batches(batches)) is None:
@@ -128,14 +133,15 @@ class Loop:
         p.step, p.rejected = p.step + 1, p.rejected + rejected
         if rejected:
             say(f"step {p.step}: {rejected} update(s) left out, as a gradient was not finite")
-        self.guard.watch(report, rejected, self.folder.last_good)
+        with distributed.together() if rejected else contextlib.nullcontext():
+            self.guard.watch(report, rejected, self.folder.last_good)
         return report | self.system.after_step(p.step)
 
     def reduce(self, scalars, skipped):
         """Scalars of this rank → their means over ranks. Skipped pairs are summed; where one rank stops, all do."""
         names = [*scalars, *CAUSES, "stop"]
         device = next(iter(scalars.values())).device
-        stop = self.asked_to_stop or self.progress.seconds > 60 * self.minutes
+        stop = self.asked_to_stop or self.out_of_time
         mine = torch.tensor([*(skipped[cause] for cause in CAUSES), stop], dtype=torch.float32)
         values = torch.cat([torch.stack([value.detach().float() for value in scalars.values()]), mine.to(device)])
         report = dict(zip(names, distributed.mean(values).tolist(), strict=True))
@@ -143,6 +149,10 @@ class Loop:
         for cause in CAUSES:
             self.progress.skipped[cause] += round(distributed.world_size() * report.pop(cause))
         return report
+
+    @property
+    def out_of_time(self):
+        return self.progress.seconds > 60 * self.minutes
 
     @contextlib.contextmanager
     def stopping_when_asked(self):
@@ -204,8 +214,8 @@ class Loop:
 
     def introduce(self, config):
         """Writes the configuration, and a checkpoint of the start. Raises UserError where that cannot be written."""
-        config |= self.folder.identity | {"steps": self.steps, "world_size": distributed.world_size()}
-        self.folder.write_config(config | {"torch": torch.__version__})
+        config |= self.folder.identity | {"world_size": distributed.world_size(), "torch": torch.__version__}
+        self.folder.write_config(config)
         if not self.folder.last_good:
             self.save()
             self.check_saved()
@@ -217,8 +227,10 @@ class Loop:
             say(f"Of the data was skipped, counted at every reading: {causes or 'nothing'}.")
             say(f"{p.rejected} updates were left out as not finite.")
         self.check_saved()
-        ended = "Stopped and saved; the same command resumes the run." if p.step < self.steps else "Done."
-        if p.step > self.steps:
+        ended = "Done." if p.step == self.steps else "Stopped and saved; the same command resumes the run."
+        if self.out_of_time:
+            ended = f"Its {self.minutes} minutes are over; give more by --minutes to go on."
+        elif p.step > self.steps:
             ended = f"Nothing was left to do for --steps {self.steps}; give more to go on. The run has"
         say(f"{ended} {p.step} steps. The generator: {self.folder.generator}")
 

@@ -10,7 +10,7 @@ from common.distributed import say
 from layers import pyramid
 
 COUNT = 128  # images of each kind
-LIMIT = 0.5  # of `overfitting`, from where on it is told
+LIMIT = 0.5  # warn once `overfitting` is above this
 
 
 class OverfittingWatch:
@@ -52,4 +52,4 @@ def first_pairs(batches, clip):
     """The first batch of a source's pairs → images [B, 3, R, R] and clip.Text, on the CLIP's device; None of none."""
     if (batch := next(batches, None)) is None:
         return None
-    return batch.images.to(clip.device), clip.encode_text(clip.tokenize(batch.captions))
+    return batch.images.to(clip.device), clip.read(batch.captions)

@@ -38,7 +38,8 @@ from training.step import Learner, Part
 UTILIZATION = {torch.bfloat16: 0.1, torch.float32: 0.2}
 RESERVED = 10e9
 DECODED = 300
-WIDTHS = (5, 14, 12, 12, 10, 10, 10, 10, 10)  # of the table's columns
+REHEARSED = 4  # images of a rehearsed step
+WIDTHS = (5, 14, 12, 12, 10, 10, 10, 10, 10)  # the table's columns, in characters
 
 
 @dataclass(frozen=True)
@@ -227,23 +228,30 @@ class Memory:
 
 
 def estimate(preset, clip_model, dtype=torch.bfloat16, resolution=None):
-    """Rehearsals of 2 and of 4 images tell what depends on the batch → Memory, and the rehearsal of 4."""
-    few, more = (rehearse(preset, clip_model, images, dtype, resolution=resolution) for images in (2, 4))
-    an_image = (more.peak_with_r1 - few.peak_with_r1) / 2
+    """Two rehearsals tell what depends on the batch → Memory, and the rehearsal of REHEARSED images."""
+    batches = (2, REHEARSED)
+    few, more = (rehearse(preset, clip_model, images, dtype, resolution=resolution) for images in batches)
+    an_image = (more.peak_with_r1 - few.peak_with_r1) / (REHEARSED - 2)
     return Memory(few.peak_with_r1 - 2 * an_image, an_image), more
 
 
-def of_an_image(rehearsal, images=4):
-    """{dtype: FLOP} of an image, a step with R1 counted as one in R1_INTERVAL."""
+def of_an_image(rehearsal):
+    """{dtype: FLOP} of an image of REHEARSED, a step with R1 counted as one in R1_INTERVAL."""
     plain, with_r1 = rehearsal.flop, rehearsal.flop_with_r1
-    return {t: (plain.get(t, 0) + (n - plain.get(t, 0)) / R1_INTERVAL) / images for t, n in with_r1.items()}
+    return {t: (plain.get(t, 0) + (n - plain.get(t, 0)) / R1_INTERVAL) / REHEARSED for t, n in with_r1.items()}
 
 
 def plan(name, preset, clip_model, batch, gpus, hardware, workers):
-    """The lines of `train.py --plan`: what a step takes, and a table for 1, 8, 64 and the given number of GPUs."""
+    """The lines of `train.py --plan`: what a step takes, and a table for 1, 8, 64 and a given number of GPUs.
+
+    Raises UserError where those cannot share the batch, or where a step does not fit.
+    """
+    if batch % (gpus or 1):
+        raise UserError(f"--batch {batch} cannot be shared by --gpus {gpus}; choose a multiple")
     *lower, resolution = [level.resolution for level in preset.generator.levels]
     memory, rehearsal = estimate(preset, clip_model)
-    flop, accumulated = of_an_image(rehearsal), of_an_image(rehearse(preset, clip_model, 4, torch.bfloat16, parts=2))
+    in_parts = rehearse(preset, clip_model, REHEARSED, torch.bfloat16, parts=2)
+    flop, accumulated = of_an_image(rehearsal), of_an_image(in_parts)
     yield f"{name} at {resolution}×{resolution} on {hardware.name}, global batch {batch}, CLIP {clip_model}"
     yield "  parameters, M:       " + figures(rehearsal.parameters, 1e6)
     yield "  memory kept, GB:     " + figures(rehearsal.state, 1e9)
@@ -254,12 +262,18 @@ def plan(name, preset, clip_model, batch, gpus, hardware, workers):
     heads = ("GPUs", "--accumulate", "memory, GB", "compute, s", "wire, GB", "wire, s", "data, s", "step, s", "days")
     yield "".join(f"{head:>{width}s}" for head, width in zip(heads, WIDTHS, strict=True)) + "   bound by"
     images = {}  # of a part, by the number of GPUs
-    for number in sorted(n for n in {1, 8, 64, gpus} if batch % n == 0):
+    for number in sorted(n for n in {1, 8, 64, gpus or 1} if batch % n == 0):
         share = batch // number
         images[number] = share // memory.parts(share, hardware.memory)
         compute = share * hardware.seconds(flop if images[number] == share else accumulated)
-        row = share // images[number], memory.of(images[number]), compute, rehearsal.trained, share
-        yield row_of_table(number, *row, preset.recipe.steps, hardware, workers)
+        wire = 2 * (number - 1) / number * 4 * rehearsal.trained  # bytes of an all-reduce of the gradients
+        seconds = {
+            "compute": compute,
+            "the wire": wire / (hardware.within_node if number <= 8 else hardware.between_nodes),
+            "data": share / (DECODED * max(1, workers)),
+        }
+        parts, peak = share // images[number], memory.of(images[number])
+        yield row_of_table(number, parts, peak, wire, seconds, preset.recipe.steps)
     of_phase = {r: estimate(preset, clip_model, resolution=r)[0] for r in lower} | {resolution: memory}
     for number, size in images.items():
         growing = {f"{r}×{r}": of_phase[r].of(size) for r in of_phase}
@@ -271,16 +285,12 @@ def plan(name, preset, clip_model, batch, gpus, hardware, workers):
     yield f"are left free, and a worker reads {DECODED} pictures a second."
 
 
-def row_of_table(number, parts, memory, compute, trained, share, steps, hardware, workers):
-    wire = 2 * (number - 1) / number * 4 * trained
-    seconds = {
-        "compute": compute,
-        "the wire": wire / (hardware.within_node if number <= 8 else hardware.between_nodes),
-        "data": share / (DECODED * max(1, workers)),
-    }
+def row_of_table(gpus, parts, memory, wire, seconds, steps):
+    """memory, wire: bytes. seconds: of a step, by what takes them; they go on at the same time."""
     slowest = max(seconds, key=seconds.get)
-    row = number, parts, memory / 1e9, compute, wire / 1e9, seconds["the wire"], seconds["data"], seconds[slowest]
-    cells = (*row, steps * seconds[slowest] / 86400)
+    step = seconds[slowest]
+    row = (gpus, parts, memory / 1e9, seconds["compute"], wire / 1e9, seconds["the wire"], seconds["data"], step)
+    cells = (*row, steps * step / 86400)
     return "".join(f"{value:{width}.3g}" for value, width in zip(cells, WIDTHS, strict=True)) + f"   {slowest}"
 
 
@@ -304,6 +314,8 @@ def choose_parts(accumulate, preset, batch, clip, device, dtype):
     does not fit, where the ranks cannot share the batch, or where a part would hold no wrong caption.
     """
     ranks = distributed.world_size()
+    if batch % ranks:
+        raise UserError(f"--batch {batch} cannot be shared by {ranks} ranks; choose a multiple")
     parts, fewest = 1 if accumulate == "auto" else accumulate, 1
     if device.type == "cuda":
         memory = torch.cuda.get_device_properties(device).total_memory

@@ -14,14 +14,18 @@ except ImportError:  # Windows has none, so that nothing keeps a second run out 
 import numpy as np
 
 from clip import BUILT_IN
-from common import distributed
+from common import disk, distributed
 from common.cli import UserError, reason
 from common.distributed import say
 from data.sources import NAMES, SHARD_SUFFIXES
 from weights import checkpoint
 
 MAY_MOVE = {"data", "clip"}  # options that name files
-GROUPS = {"d_": "discriminator", "lo": "discriminator", "r1": "discriminator", "g_": "generator", "fi": "FID"}
+GROUPS = {  # of TensorBoard's curves, by how their names begin; others are the run's
+    "discriminator": ("d_", "logits_", "r1", "overfitting"),
+    "generator": ("g_", "expert_"),
+    "FID": ("fid", "reference_fid"),
+}
 
 
 def written(what):
@@ -88,8 +92,8 @@ class RunFolder:
     def tidy(self):
         """Removes what a killed run left unfinished."""
         unfinished = [path for path in self.checkpoints.glob("*.tmp") if checkpoint.UNFINISHED.fullmatch(path.name)]
-        unfinished += checkpoint.left_over(self.path, r"config\.json|metrics\.jsonl|generator_ema\.safetensors")
-        unfinished += checkpoint.left_over(self.path / "samples", r"step_\d{7,}\.png")
+        unfinished += disk.left_over(self.path, r"config\.json|metrics\.jsonl|generator_ema\.safetensors")
+        unfinished += disk.left_over(self.path / "samples", r"step_\d{7,}\.png")
         for path in unfinished:
             path.unlink(missing_ok=True)
 
@@ -165,7 +169,7 @@ class RunFolder:
     @written("config.json")
     def write_config(self, config):
         content = json.dumps(config, indent=2) + "\n"
-        checkpoint.atomically(self.path / "config.json", lambda temporary: temporary.write_text(content, "utf-8"))
+        disk.atomically(self.path / "config.json", lambda temporary: temporary.write_text(content, "utf-8"))
 
     @written("metrics.jsonl")
     def open_log(self, step):
@@ -173,7 +177,7 @@ class RunFolder:
         path = self.path / "metrics.jsonl"
         lines = path.read_text("utf-8", "replace").splitlines() if path.exists() else []
         kept = "".join(line + "\n" for line in lines if step_of(line) <= step)
-        checkpoint.atomically(path, lambda temporary: temporary.write_text(kept, "utf-8"))
+        disk.atomically(path, lambda temporary: temporary.write_text(kept, "utf-8"))
         self.log_file = path.open("a", encoding="utf-8")
         if self.with_board:
             from torch.utils.tensorboard import SummaryWriter  # here, as it takes a second to import
@@ -188,13 +192,14 @@ class RunFolder:
         self.log_file.flush()
         if self.board:
             for name, value in row.items():
-                self.board.add_scalar(f"{GROUPS.get(name[:2], 'run')}/{name}", value, row["step"])
+                group = next((group for group, beginnings in GROUPS.items() if name.startswith(beginnings)), "run")
+                self.board.add_scalar(f"{group}/{name}", value, row["step"])
 
     @written("a picture of samples")
     def write_picture(self, picture, loads, step):
         """A grid of samples, and what share of their points each expert took, {router: [E]}."""
         path = self.path / "samples" / f"step_{step:07d}.png"
-        checkpoint.atomically(path, lambda temporary: picture.save(temporary, "PNG"))
+        disk.atomically(path, lambda temporary: picture.save(temporary, "PNG"))
         if self.board:
             self.board.add_image("samples", np.asarray(picture), step, dataformats="HWC")
             for router, shares in loads.items():

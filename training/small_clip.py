@@ -8,6 +8,7 @@ to read captions and to be told how well a picture fits one.
 
 import argparse
 import itertools
+import math
 import time
 from pathlib import Path
 
@@ -18,11 +19,11 @@ from tqdm import tqdm
 
 from clip import FrozenClip, new_small, save_small
 from common import distributed
-from common.cli import HelpFormatter, UserError, natural_number, positive_int, told_in_one_line
+from common.cli import HelpFormatter, UserError, check_file, natural_number, positive_int, told_in_one_line
+from common.disk import atomically
 from common.distributed import say
 from data import sources
 from layers import resize
-from weights.checkpoint import atomically
 
 RESOLUTIONS = (4, 8, 8, 16, 16, 32, 32, 32)  # of the pictures, an eighth of a batch each: the losses ask about all
 LR = 2e-3
@@ -58,19 +59,8 @@ def train_small_clip(source, steps=None, batch=128, seed=0, device="cpu"):
         for step in tqdm(range(steps), desc="training a small CLIP", unit="step"):
             index, texts = next(batches)
             images = [x.to(device) for x in at_all_resolutions(pixels[index].float() / 127.5 - 1)]
-            ids = clip.tokenize(texts)
-            hidden = (torch.rand(ids.shape) < UNKNOWN).to(device)
-            ids[hidden & (ids > 1) & (ids < len(clip.kept_ids) - 1)] = 0
-            text_features = model.encode_text(ids, normalize=True)
-            if (progress := step / steps) > MISLED_AFTER:
-                reach = REACH * (progress - MISLED_AFTER) / (1 - MISLED_AFTER)
-                images = mislead(clip, images, text_features.detach(), reach)
-            loss = contrast(clip, images, text_features)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            model.logit_scale.data.clamp_(max=4.6052)  # ln 100, as CLIP
+            after = (step / steps - MISLED_AFTER) / (1 - MISLED_AFTER)
+            learn(clip, optimizer, schedule, images, texts, UNKNOWN, REACH * after if after > 0 else None)
     return FrozenClip(model, "small", clip.kept_ids)
 
 
@@ -81,6 +71,23 @@ def ensure_small_clip(path, data, caption_key, seed, device):
             say("First a small CLIP learns to read these captions: about ten minutes on one CPU core.")
             clip = train_small_clip(sources.open_data(data, 32, seed, caption_key), seed=seed, device=device)
             atomically(path, lambda temporary: save_small(clip, temporary))
+
+
+def learn(clip, optimizer, schedule, images, captions, unknown, reach):
+    """One step → its loss. unknown: the share of words to hide. reach: how far to mislead images, or None."""
+    ids = clip.tokenize(captions)
+    hidden = (torch.rand(ids.shape) < unknown).to(ids.device)
+    ids = ids.masked_fill(hidden & (ids > 1) & (ids < len(clip.kept_ids) - 1), 0)  # not padding, start and end
+    text_features = clip.model.encode_text(ids, normalize=True)
+    if reach is not None:
+        images = mislead(clip, images, text_features.detach(), reach)
+    loss = contrast(clip, images, text_features)
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    optimizer.step()
+    schedule.step()
+    clip.model.logit_scale.data.clamp_(max=math.log(100))  # as CLIP
+    return loss
 
 
 def contrast(clip, images, text_features):
@@ -133,7 +140,7 @@ def accuracy(clip, source, count=1000):
     images, captions, _ = next(source.evaluation(count))
     index = list(dict(zip(captions, range(len(captions)), strict=True)).values())
     pictures = F.normalize(torch.cat([clip.encode_image(part) for part in images[index].split(100)]), dim=-1)
-    texts = clip.encode_text(clip.tokenize([captions[i] for i in index])).embedding
+    texts = clip.read([captions[i] for i in index]).embedding
     return ((pictures @ texts.T).argmax(1) == torch.arange(len(index))).float().mean().item(), len(index)
 
 
@@ -145,8 +152,7 @@ def main():
     parser.add_argument("--seed", type=natural_number, default=0)
     args = parser.parse_args()
     with told_in_one_line():
-        if not args.out.parent.is_dir():
-            raise UserError(f"--out {args.out}: there is no folder {args.out.parent}")
+        check_file(args.out)
         started = time.monotonic()
         source = sources.open_data(args.data, 32, args.seed)
         clip = train_small_clip(source, args.steps, seed=args.seed)

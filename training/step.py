@@ -86,16 +86,14 @@ class Learner:
         generator = noise_of(seed, number)
         z = torch.randn(self.batch, self.generator.config.z_dim, generator=generator)  # of all ranks and parts
         chances = torch.rand(self.batch, 2, NUM_CHANCES, generator=generator)
-        parts, ranks = [], distributed.world_size()
-        for i, batch in enumerate(batches):
+        parts, rank, ranks = [], distributed.rank(), distributed.world_size()
+        z = z.unflatten(0, (len(batches), ranks, -1))[:, rank].to(self.device)
+        chances = chances.unflatten(0, (len(batches), ranks, -1))[:, rank].to(self.device)
+        for batch, *noise in zip(batches, z, chances, strict=True):
             ids = self.clip.tokenize(batch.captions)
-            first = distributed.rank() * len(ids)
-            mine = slice(first, first + len(ids))
-            own = slice(i * ranks * len(ids) + mine.start, i * ranks * len(ids) + mine.stop)
             real = pyramid(batch.images.to(self.device), self.active)
-            wrong = wrong_captions(distributed.gather(ids))[mine]
-            text = self.clip.encode_text(ids)
-            parts.append(Part(real, text, wrong, z[own].to(self.device), chances[own].to(self.device)))
+            wrong = wrong_captions(distributed.gather(ids)).unflatten(0, (ranks, -1))[rank]
+            parts.append(Part(real, self.clip.encode_text(ids), wrong, *noise))
         return parts
 
     def step(self, number, parts):
@@ -174,7 +172,7 @@ class Learner:
 
     def least_used_expert(self, output):
         """The smallest share of points that any expert got at any layer in this batch; 1 if all got the same."""
-        counts = expert_counts(self.generator.config, output.routes).values()
+        counts = expert_counts(output.routings).values()
         return torch.stack([output.w.new_ones(()), *(count.min() / count.float().mean() for count in counts)]).min()
 
     # ------------------------------------------------------------------------------------------------------------------

@@ -1,3 +1,4 @@
 """From a file to a network and back: our own files and the states of runs (`checkpoint.py`), the authors' weights
-(`official.py`), and a package's EfficientNet (`efficientnet.py`).
+(`official.py`, `renaming.py`), a package's EfficientNet (`efficientnet.py`), and a small CLIP without its image tower
+(`text_tower.py`).
 """

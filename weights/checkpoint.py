@@ -4,9 +4,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import os
 import re
-import secrets
 import warnings
 import zipfile
 from pathlib import Path
@@ -16,58 +14,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from aurora import Generator
-from clip import SMALL, FrozenClip, load_clip
+from clip import MODELS, SMALL, FrozenClip, load_clip
 from common.cli import UserError, first_line
+from common.disk import atomically, rename
 from presets import OPENAI_CLIP, GeneratorConfig
 from weights.official import is_official, load_official
 from weights.text_tower import TextTower
 
-MODELS = Path(__file__).parent.parent / "models"
 DEMO, SHAPES = MODELS / "emoji.safetensors", MODELS / "shapes.safetensors"
-
-
-def atomically(path, write):
-    """Calls write(temporary path), then renames: whoever reads `path` finds the old file or the new one, whole.
-
-    The file is on the disk before it takes its name, so that this holds where a machine loses power too. Raises OSError
-    where the disk does not take it.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name[:50]}.{secrets.token_hex(4)}.tmp")  # a name that no file has yet
-    try:
-        temporary.touch()
-        mode = temporary.stat().st_mode
-        write(temporary)
-        temporary.chmod(mode)  # safetensors lets the owner alone read its files
-        rename(temporary, path)
-    except SafetensorError as error:  # its word for an error of the disk
-        number = re.search(r"os error (\d+)", str(error))
-        raise OSError(int(number[1]) if number else None, first_line(error), str(path)) from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def left_over(folder, names):
-    """The temporary files that a killed `atomically` left in a folder. names: a pattern of the files it wrote."""
-    ours = re.compile(rf"\.({names})\.[0-9a-f]{{8}}\.tmp")
-    return [path for path in folder.glob(".*.tmp") if ours.fullmatch(path.name)]
-
-
-def rename(temporary, path):
-    """Gives a file its name once it is on the disk."""
-    flush(temporary, os.O_RDWR)  # Windows flushes only what is open for writing
-    os.replace(temporary, path)
-    with contextlib.suppress(OSError):  # Windows opens no folder, and some network disks flush none
-        flush(path.parent, os.O_RDONLY)
-
-
-def flush(path, mode):
-    """Waits until a file, or the list of what a folder holds, is on the disk."""
-    descriptor = os.open(path, mode)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -141,7 +95,7 @@ def _load_ours(path):
             clip = FrozenClip(tower, "small", kept_ids)
             clip.model.load_state_dict(without_prefix(state, "clip."))
         return generator, clip, json.loads(metadata["notes"])
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (IndexError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"{path} is not a generator of train.py, or it is damaged ({first_line(error)})") from error
 
 

@@ -11,6 +11,7 @@ import torch
 
 from aurora import Generator
 from presets import GeneratorConfig, Level
+from weights.renaming import fitted, reading, renamed
 
 NUM_HEADS = 8
 
@@ -58,15 +59,13 @@ def load_official(source):
     if not is_official(source):
         raise ValueError("this is not a checkpoint of the authors' generator: the names in it are others")
     state = source.get("generator_smooth", source.get("generator", source))
-    try:
-        state = {name: torch.as_tensor(value).float() for name, value in state.items()}
+    with reading("Aurora's generator"):
         config, prefixes = read_architecture({name: tuple(value.shape) for name, value in state.items()})
         with torch.device("meta"):
             generator = Generator(config)
-        generator.load_state_dict(translate(state, prefixes, generator), assign=True)
-    except (AttributeError, KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[-200:]
-        raise ValueError(f"not a complete checkpoint of the authors' generator: … {reason}") from error
+        renames = [(f"^{re.escape(theirs)}", prefix) for theirs, prefix in prefixes.items()]
+        translated = stack_experts(renamed(state, renames + RENAMES))
+        generator.load_state_dict(fitted(translated, generator), assign=True)
     return generator.requires_grad_(True).eval()
 
 
@@ -139,34 +138,10 @@ def numbers(shapes, pattern):
     return sorted({int(match[1]) for match in matches if match})
 
 
-def translate(state, prefixes, generator):
-    """Their state dict under our names, in our shapes and at our scale; the experts of a layer become one stack."""
-    ours, translated, experts = generator.state_dict(), {}, {}
-    for name, value in state.items():
-        name = rename(name, prefixes)
-        numbered = re.fullmatch(r"(.*)\[(\d+)\]", name)
-        if numbered:
-            experts.setdefault(numbered[1], {})[int(numbered[2])] = value
-        elif name:
-            translated[name] = value
-    translated |= {name: torch.stack([value for _, value in sorted(stack.items())]) for name, stack in experts.items()}
-    for name, value in translated.items():
-        shape = ours[name].shape
-        if [n for n in value.shape if n > 1] == [n for n in shape if n > 1]:  # they write a matrix as [1, D, C, 1, 1]
-            translated[name] = value.reshape(shape)
-    for prefix, module in generator.named_modules():
-        for name, scale in getattr(module, "lr_scale", {}).items():  # they multiply weights by this when they use them
-            full_name = f"{prefix}.{name}"
-            if full_name in ours:  # a layer without bias still has the bias's scale
-                translated[full_name] = translated[full_name] * scale
-    return translated
-
-
-def rename(name, prefixes):
-    for theirs, prefix in prefixes.items():
-        if name.startswith(theirs):
-            name = prefix + name.removeprefix(theirs)
-            break
-    for pattern, replacement in RENAMES:
-        name = re.sub(pattern, replacement, name)
-    return name
+def stack_experts(translated):
+    """The experts of a layer, whose names end in [0], [1], …, become one stack."""
+    stacks = {}
+    for name in [name for name in translated if name.endswith("]")]:
+        stack, number = re.fullmatch(r"(.*)\[(\d+)\]", name).groups()
+        stacks.setdefault(stack, {})[int(number)] = translated.pop(name)
+    return translated | {name: torch.stack([value for _, value in sorted(x.items())]) for name, x in stacks.items()}

@@ -17,11 +17,11 @@ from data.scenes import (
     SEEN,
     SHAPES,
     SIZES,
+    all_words,
     make_scene,
     make_twin,
     named_all_ways,
     render,
-    vocabulary,
 )
 
 SCENES = [make_scene(i) for i in range(2000)]
@@ -48,7 +48,7 @@ def test_held_out_pairs_are_never_drawn_nor_named():
 
 
 def test_captions_name_what_is_there():
-    words = set(vocabulary())
+    words = set(all_words())
     for scene in SCENES:
         for o in scene.objects:
             assert f"{o.size} {o.color} {o.shape}" in scene.caption

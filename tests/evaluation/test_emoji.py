@@ -81,7 +81,7 @@ def test_styles_over_seeds_of_a_generator_that_knows_one(source, monkeypatch):
 
     for drawn, share in ((one_style, 0), (by_seed, 1)):
         monkeypatch.setattr(emoji, "extract_generated", drawn)
-        found = emoji.styles_over_seeds(None, None, source, 16, 1.0, 0, 32, MEANS)
+        found = emoji.styles_over_seeds(None, None, source, 1.0, 0, 32, 16, MEANS)
         assert found["two styles"] == share and found["names"] == 2 and found["by mistake"] == 0
 
 

@@ -15,7 +15,7 @@ from common import distributed
 from common.cli import UserError
 from data import shards, sources
 from data.scenes import make_scene, render
-from evaluation import extractors, features, metrics
+from evaluation import extractors, features
 from evaluation.extractors import Extractor
 from sampling import latent
 from tests.data.test_sources import good, write_shard
@@ -123,7 +123,7 @@ def test_a_lower_output_of_the_generator_is_taken_as_it_is(demo, resolution, own
     features.extract_generated(*demo, captions, 1.0, 7, resolution, spy)
     assert features.own_resolution(demo[0], resolution) == own
     z = latent.noise(demo[0], 2, seed=7)
-    (output,) = metrics.generate(*demo, captions, z)
+    (output,) = latent.generate(*demo, captions, z)
     assert torch.equal(seen[0], features.to_pixels(output.pyramid[own], resolution))
     assert seen[0].shape == (2, 3, resolution, resolution)
     features.extract_real(sources.open_data("shapes", own, 0), 4, resolution, spy)
@@ -139,14 +139,14 @@ def test_real_images_are_averaged_down():
 def test_pictures_do_not_depend_on_how_many_are_drawn_at_a_time(demo):
     captions = [make_scene(i).caption for i in range(5)]
     z = latent.noise(demo[0], 5, seed=0)
-    (whole,) = metrics.generate(*demo, captions, z)
-    parts = torch.cat([output.image for output in metrics.generate(*demo, captions, z, batch=2)])
+    (whole,) = latent.generate(*demo, captions, z)
+    parts = torch.cat([output.image for output in latent.generate(*demo, captions, z, batch=2)])
     torch.testing.assert_close(parts, whole.image, atol=1e-4, rtol=1e-4)
 
 
 def test_truncation_to_nothing_is_the_prompts_mean_picture(demo):
     captions = ["a small red circle on a gray background"] * 2
-    (output,) = metrics.generate(*demo, captions, latent.noise(demo[0], 2, seed=0), psi=0)
+    (output,) = latent.generate(*demo, captions, latent.noise(demo[0], 2, seed=0), psi=0)
     prompt = latent.read(*demo, captions[:1])
     expected = demo[0].synthesis(latent.mean_code(demo[0], prompt.global_text), prompt.local_text).image
     torch.testing.assert_close(output.image, expected.expand(2, -1, -1, -1), atol=1e-4, rtol=1e-4)
@@ -224,7 +224,7 @@ def test_ranks_generate_different_images_and_together_those_of_one(demo, monkeyp
         return features.extract_generated(*demo, captions, 1.0, 0, 16, MEANS)["means"]
 
     def in_training():
-        return metrics.extract_fake_features(demo[0], clip, captions, 16, seed=0)
+        return features.extract_fake_features(demo[0], clip, captions, 16, seed=0)
 
     for work in (generated, in_training):
         expected = work()

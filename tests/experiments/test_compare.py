@@ -49,7 +49,7 @@ def test_training_is_counted_up_to_the_generator(run):
 def test_sampling_is_the_ema_and_counted_as_pytorch_does(run):
     folder, system = run
     entry = compare.open_system(compare.generator_of(folder), 32)
-    text = system.clip.encode_text(system.clip.tokenize(PROMPTS))
+    text = system.clip.read(PROMPTS)
     for psi in (1.0, 0.5):
         torch.testing.assert_close(entry.draw(PROMPTS, 3, psi), system.sample(text, 3, 1, psi))
     with FlopCounterMode(display=False) as counter:

@@ -30,7 +30,7 @@ def test_the_middle_is_a_quarter_of_the_picture():
 
 def test_a_hole_and_a_border_are_drawn_anew_and_the_rest_stays(system, monkeypatch):
     """By the tokens: the decoder, which sees their neighbours, is taken out of the way."""
-    text = system.clip.encode_text(system.clip.tokenize(["red heart"]))
+    text = system.clip.read(["red heart"])
     image = torch.rand(3, 32, 32) * 2 - 1
     decoded = []
     monkeypatch.setattr(system.vqgan, "decode", lambda tokens: decoded.append(tokens) or torch.zeros(1, 3, 32, 32))

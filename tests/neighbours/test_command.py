@@ -39,7 +39,7 @@ def learn(monkeypatch, run_main):
     monkeypatch.setattr(muse, "TOKENIZER_IMAGES", 2 * BATCH)
 
     def learn(system, steps, *options):
-        monkeypatch.setattr(command, "Loop", lambda a, b, c, _, options: Loop(a, b, c, steps, options))
+        monkeypatch.setattr(command, "Loop", lambda *args, **_: Loop(*args, steps=steps))
         always = ("--batch", BATCH, "--workers", 0)
         return run_main(lambda: command.main(system), "train", *always, *options)
 

@@ -189,7 +189,7 @@ def clip():
 
 @pytest.fixture(scope="module")
 def text(clip):
-    return clip.encode_text(clip.tokenize(["red heart", "cat", "sun", "tree"]))
+    return clip.read(["red heart", "cat", "sun", "tree"])
 
 
 def states(system):

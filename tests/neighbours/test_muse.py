@@ -131,7 +131,7 @@ def test_only_masked_tokens_count(monkeypatch, drop):
     monkeypatch.setattr(muse, "TEXT_DROP", drop)
     torch.manual_seed(0)
     system = Muse(load_clip("emoji"), 16, CPU)
-    images, text = torch.rand(4, 3, 16, 16) * 2 - 1, system.clip.encode_text(system.clip.tokenize(["cat"] * 4))
+    images, text = torch.rand(4, 3, 16, 16) * 2 - 1, system.clip.read(["cat"] * 4)
     tokens = system.vqgan.encode(images)
     shown = mask_randomly(tokens, seeded(5))
     told = text._replace(tokens=(1 - drop) * text.tokens)
@@ -260,7 +260,7 @@ def learn(monkeypatch):
         system = Muse(load_clip("emoji"), 16, CPU)
         images = F.interpolate(torch.rand(8, 3, 2, 2, generator=seeded()) * 2 - 1, size=16)
         words = ["red heart", "cat", "dog", "flag", "sun", "tree", "blue heart", "face"]
-        text = system.clip.encode_text(system.clip.tokenize(words))
+        text = system.clip.read(words)
         reports = [system.step(number, images, text, seeded(number)) for number in range(2 * steps)]
         return system, images, text, reports
 

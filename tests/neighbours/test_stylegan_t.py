@@ -304,6 +304,14 @@ def test_a_step_depends_on_its_generator_alone(clip, ids):
     assert reports[0] == reports[1]
 
 
+def test_the_blur_fades_by_the_images_of_all_ranks(system, clip, ids, monkeypatch):
+    sigmas = set()
+    monkeypatch.setattr(stylegan_t, "blur", lambda images, sigma: sigmas.add(sigma) or images)
+    monkeypatch.setattr(stylegan_t.distributed, "world_size", lambda: 4)
+    system.step(100, *batch(clip, ids), torch.Generator().manual_seed(1))
+    assert sigmas == {stylegan_t.blur_sigma(100 * len(ids) * 4, 32)}
+
+
 def test_the_reported_loss_is_adversarial_and_guidance(system, clip, ids):
     report = system.step(0, *batch(clip, ids), torch.Generator().manual_seed(1))
     assert report["g_loss"].item() == pytest.approx((report["g_adversarial"] + 0.2 * report["g_clip"]).item())

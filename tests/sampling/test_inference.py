@@ -9,7 +9,6 @@ import torch
 from aurora import Generator
 from common.cli import UserError
 from layers import Float32
-from router import Routing
 from sampling import inference
 
 
@@ -39,7 +38,7 @@ def test_freezing_changes_no_picture(generator, batch):
     before = generator(*arguments)
     after = inference.prepare(generator, torch.float64)(*arguments)
     torch.testing.assert_close(after.image, before.image)
-    assert all(torch.equal(after.routes[name], before.routes[name]) for name in before.routes)
+    assert all(torch.equal(after.routings[n].expert_index, r.expert_index) for n, r in before.routings.items())
 
 
 def test_bfloat16_keeps_routing_and_latent_codes_in_float32(generator):
@@ -53,17 +52,15 @@ def test_bfloat16_keeps_routing_and_latent_codes_in_float32(generator):
     assert router.to_logits.weight.dtype == torch.float32 and half.mapping.layers[0].weight.dtype == torch.float32
 
 
-def replay(monkeypatch, generator, routes):
-    """Makes the routers of a generator send every point where `routes` says, with their own gates."""
-    for name, route in routes.items():
+def replay(monkeypatch, generator, routings):
+    """Makes the routers of a generator send every point where `routings` say, with their own gates."""
+    for name, routing in routings.items():
         level, block, depth = (int(part) for part in name.split("."))
         level = next(x for x in generator.synthesis.levels if x.resolution == level)
         router = level.attentions[block].blocks[depth].router
 
-        def routed(u, w, decide=router.forward, route=route):
-            logits = decide(u, w).logits
-            gate = logits.softmax(-1).gather(-1, route[..., None])[..., 0]
-            return Routing(logits, route, gate)
+        def routed(u, w, decide=router.forward, route=routing.expert_index):
+            return decide(u, w).sent_to(route)
 
         monkeypatch.setattr(router, "forward", routed)
 
@@ -73,7 +70,7 @@ def test_bfloat16_draws_the_same_pictures_by_the_same_routes(generator, monkeypa
     half = inference.prepare(copy.deepcopy(generator), torch.bfloat16)
     with torch.no_grad():
         exact = generator(*arguments)
-        replay(monkeypatch, half, exact.routes)
+        replay(monkeypatch, half, exact.routings)
         local_text = half.text_head(*arguments[1:])[1]
         with inference.autocast(half):
             rounded = half.synthesis(exact.w, local_text)

@@ -9,10 +9,10 @@ import torch
 from PIL import Image
 
 import sample
+from clip import MODELS
 from common.cli import UserError
 from sampling import pictures
 from sampling.pipeline import Pipeline, forced, routers
-from weights.checkpoint import MODELS
 
 ROOT = Path(__file__).parent.parent.parent
 

@@ -12,8 +12,9 @@ from PIL import Image, ImageColor
 from safetensors.torch import save_file
 
 import sample
+from clip import MODELS
 from sampling import pictures, pipeline, views
-from weights.checkpoint import DEMO, MODELS, SHAPES, load_generator
+from weights.checkpoint import DEMO, SHAPES, load_generator
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -77,7 +78,7 @@ def test_truncation_goes_toward_the_prompts_own_mean(demo):
     assert not torch.allclose(means[:1], other, atol=0.1)
     spread = [draw(generator, clip, prompt, 8, 1, psi).std(0).mean() for psi in (0.0, 0.5, 1.0)]
     assert spread[0] < spread[1] < spread[2]
-    text = clip.encode_text(clip.tokenize([prompt]))
+    text = clip.read([prompt])
     z = torch.randn(1, generator.config.z_dim, generator=torch.Generator().manual_seed(1))
     image = generator(z, text.tokens, text.eot).image.clamp(-1, 1)
     torch.testing.assert_close(draw(generator, clip, prompt, 1, seed=1), image, rtol=1e-3, atol=1e-3)

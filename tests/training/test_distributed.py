@@ -16,9 +16,10 @@ ROOT = Path(__file__).parent.parent.parent
 
 
 def torchrun(ranks, *command, **options):
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    """A command by so many ranks, which one alone needs no launcher for."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [*launcher, *map(str, command)]
+    command = [sys.executable, *launcher, *map(str, command)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, env=environment, **options)
 
 
@@ -49,11 +50,15 @@ def differences(a, b):
     return {name: (b[name] - a[name]).abs() for name in a}
 
 
-def test_a_mistake_is_told_once_by_all_ranks_together(tmp_path):
+@pytest.mark.parametrize("mistake", [("--data", "empty"), ("--batch", "3")])
+def test_a_mistake_is_told_once_by_all_ranks_together(tmp_path, mistake):
     """Also where one rank alone sees it."""
-    (tmp_path / "data").mkdir()
-    done = torchrun(2, "train.py", "--device", "cpu", "--data", tmp_path / "data", "--out", tmp_path / "run")
-    assert done.returncode != 0 and done.stderr.count("error: --data") == 1
+    option, value = mistake
+    if option == "--data":
+        value = tmp_path / value
+        value.mkdir()
+    done = torchrun(2, "train.py", "--device", "cpu", "--out", tmp_path / "run", option, value)
+    assert done.returncode != 0 and done.stderr.count(f"error: {option}") == 1, done.stderr
 
 
 @pytest.mark.parametrize(

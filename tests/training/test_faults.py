@@ -9,29 +9,54 @@ test_pairs.py, kill −9 and two machines by torture.py and two_machines.py.
 import contextlib
 import os
 import resource
+import shutil
 
 import pytest
 import torch
 
 import train
 from common.cli import UserError
-from tests.training.test_train import assert_identical, quick_preset, run, small_clip  # noqa: F401 - fixtures
+from tests.training.test_train import (  # noqa: F401 - some are fixtures
+    assert_identical,
+    quick_preset,
+    run,
+    set_quick_preset,
+    small_clip,
+)
 from tests.training.torture import torture
 from training import guard
 from training.step import Learner
 from weights import checkpoint
 
 
-@pytest.fixture
-def common(small_clip, tmp_path):  # noqa: F811
+@pytest.fixture(scope="module")
+def common(small_clip):  # noqa: F811
     """The arguments of every run here."""
     return ("--preset", "quick", "--clip", small_clip, "--sample-every", 100, "--save-every", 1)
 
 
+@pytest.fixture(scope="module")
+def undisturbed(common, tmp_path_factory):
+    """The folder of a run that nothing happened to."""
+    out = tmp_path_factory.mktemp("undisturbed")
+    with pytest.MonkeyPatch.context() as patch:
+        set_quick_preset(patch)
+        run(*common, "--out", out, "--steps", 5, "--keep", 9)
+    return out
+
+
 @pytest.fixture
-def expected(common, tmp_path):
-    run(*common, "--out", tmp_path / "undisturbed", "--steps", 5)
-    return state_of(tmp_path / "undisturbed")
+def expected(undisturbed):
+    return state_of(undisturbed)
+
+
+@pytest.fixture
+def three_steps(undisturbed, tmp_path):
+    """The same run's folder as it was after its third step."""
+    out = shutil.copytree(undisturbed, tmp_path / "run")
+    for path in checkpoint.checkpoints(out / "checkpoints")[:2]:
+        path.unlink()
+    return out
 
 
 def state_of(out):
@@ -105,13 +130,19 @@ def test_a_disk_that_is_full_from_the_start(tmp_path, common, run_main, room):
 
 
 @pytest.mark.parametrize("tenths", range(10))
-def test_a_checkpoint_cut_short(tmp_path, common, expected, tenths):
-    run(*common, "--out", tmp_path / "run", "--steps", 3)
-    path = checkpoint.checkpoints(tmp_path / "run" / "checkpoints")[0]
+def test_a_checkpoint_cut_short_is_put_aside(three_steps, tenths):
+    path, before = checkpoint.checkpoints(three_steps / "checkpoints")[:2]
     path.write_bytes(path.read_bytes()[: path.stat().st_size * tenths // 10])
-    run(*common, "--out", tmp_path / "run", "--steps", 5)
+    assert checkpoint.newest_run(path.parent, print)[0] == before
     assert path.with_name(f"{path.name}.damaged").exists()
-    assert_identical(state_of(tmp_path / "run"), expected)
+
+
+def test_a_run_goes_on_from_the_checkpoint_before(three_steps, common, expected):
+    path = checkpoint.checkpoints(three_steps / "checkpoints")[0]
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    run(*common, "--out", three_steps, "--steps", 5)
+    assert path.with_name(f"{path.name}.damaged").exists()
+    assert_identical(state_of(three_steps), expected)
 
 
 def test_a_bit_of_a_checkpoint_flipped(tmp_path):
@@ -162,20 +193,18 @@ def test_data_that_is_nan_costs_one_update(tmp_path, common, monkeypatch, capsys
     assert training.weights_are_finite() and state_of(tmp_path)["progress"]["step"] == 5
 
 
-def test_a_checkpoint_that_holds_code(tmp_path, common, expected):
-    run(*common, "--out", tmp_path / "run", "--steps", 3)
-
+def test_a_checkpoint_that_holds_code(tmp_path, three_steps, common, expected):
     class Hostile:
         def __reduce__(self):
             return (os.mkdir, (str(tmp_path / "executed"),))
 
-    folder = tmp_path / "run" / "checkpoints"
+    folder = three_steps / "checkpoints"
     torch.save({name: Hostile() for name in ("identity", "progress", "discriminator")}, folder / "hostile")
     path = (folder / "hostile").rename(folder / f"00000004-{checkpoint.digest(folder / 'hostile')}.pt")
     with pytest.raises(UserError, match="holds code, which is not run"):
         checkpoint.load_run(path)
-    run(*common, "--out", tmp_path / "run", "--steps", 5)
-    assert_identical(state_of(tmp_path / "run"), expected)
+    run(*common, "--out", three_steps, "--steps", 5)
+    assert_identical(state_of(three_steps), expected)
     assert not (tmp_path / "executed").exists()
 
 

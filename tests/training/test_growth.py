@@ -60,7 +60,7 @@ def test_the_reference_is_between_two_disjoint_sets_at_each_resolution(tmp_path)
         np.testing.assert_allclose(mean, features[5:10].mean(0), rtol=1e-4)
         np.testing.assert_allclose(covariance, np.cov(features[5:10].T), rtol=1e-3, atol=1e-6)
         expected = distance(features[:5], features[5:10])
-        assert measured.phase.reference_fid[resolution] == pytest.approx(expected, rel=1e-3)
+        assert measured.reference_fid[resolution] == pytest.approx(expected, rel=1e-3)
 
 
 def test_the_ranks_share_the_reference(monkeypatch):
@@ -118,13 +118,13 @@ def test_the_fid_is_of_the_generators_output_at_the_active_resolution(phase):
     for level in generator.synthesis.levels:
         for parameter in level.to_rgb.parameters():
             parameter *= 3  # so that there is something to cut
-    text = clip.encode_text(clip.tokenize(captions))
+    text = clip.read(captions)
     image = generator(latent.noise(generator, 5, seed=3), text.tokens, text.eot, resolution).image
     assert image.shape[-1] == resolution and image.abs().max() > 1
     fake = clip.encode_image(image.clamp(-1, 1)).double().numpy()
     real = {r: np.random.default_rng(r).normal(size=(9, fake.shape[1])) for r in (4, 8, 16, 32)}
     measured.statistics = {r: (torch.tensor(x.mean(0)), torch.tensor(np.cov(x.T))) for r, x in real.items()}
-    measured.phase.reference_fid = {r: float(r) for r in real}
+    measured.reference_fid = {r: float(r) for r in real}
     report = measured.evaluate(generator)
     assert report["reference_fid"] == resolution
     assert report["fid"] == pytest.approx(distance(fake, real[resolution]), rel=1e-4)
@@ -132,7 +132,7 @@ def test_the_fid_is_of_the_generators_output_at_the_active_resolution(phase):
 
 def test_the_best_fid_is_kept_and_evaluations_since_are_counted(monkeypatch):
     measured = Growth(RECIPE, [4, 8], None, seed=0)
-    measured.captions, measured.statistics, measured.phase.reference_fid = [], {4: None}, {4: 1.0}
+    measured.captions, measured.statistics, measured.reference_fid = [], {4: None}, {4: 1.0}
     monkeypatch.setattr(growth, "extract_fake_features", lambda *_: torch.zeros(2, 2))
     for value, best, since in ((5, 5, 0), (3, 3, 0), (4, 3, 1), (3, 3, 2), (2, 2, 0)):
         monkeypatch.setattr(growth, "frechet_distance", lambda *_, value=value: float(value))

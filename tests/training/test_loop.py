@@ -1,5 +1,6 @@
 """The loop with a system that does nothing: what it saves, and when."""
 
+import itertools
 from collections import Counter
 from types import SimpleNamespace
 
@@ -11,6 +12,9 @@ from training import loop
 from training.run_folder import RunFolder
 from weights import checkpoint
 
+LOSS = {"d_loss": torch.zeros(())}
+OPTIONS = SimpleNamespace(workers=0, sample_every=100, save_every=100, save_minutes=15, keep=3)
+
 
 class Idle:
     """A system that learns nothing."""
@@ -18,7 +22,7 @@ class Idle:
     batch, parts, phase, device = 2, 1, "idle", torch.device("cpu")
 
     def step(self, number, batches):
-        return {"d_loss": torch.zeros(())}
+        return LOSS
 
     def after_step(self, number):
         return {}
@@ -28,6 +32,9 @@ class Idle:
 
     def state_dict(self):
         return {}
+
+    def load_state_dict(self, state):
+        pass
 
     def draw_samples(self):
         return Image.new("RGB", (4, 4)), {}
@@ -44,7 +51,26 @@ def test_a_run_that_is_stopped_while_its_data_stall_is_saved(tmp_path, monkeypat
     monkeypatch.setattr(loop.sources, "loader", stalling)
     folder = RunFolder(tmp_path, {"seed": 0})
     folder.state("auto")
-    options = SimpleNamespace(workers=0, sample_every=100, save_every=100, save_minutes=15, keep=3)
-    loop.Loop(Idle(), folder, None, 9, options).run()
+    loop.Loop(Idle(), folder, None, OPTIONS, steps=9).run()
     assert folder.saved_step == 3
     assert checkpoint.newest_run(folder.checkpoints, print)[1]["progress"]["step"] == 3
+
+
+def test_a_run_whose_minutes_are_over_makes_no_step_more(tmp_path, monkeypatch, capsys):
+    batches = itertools.repeat(Batch(None, [], Counter()))
+    monkeypatch.setattr(loop.sources, "loader", lambda *_, **__: batches)
+    folder = RunFolder(tmp_path, {"seed": 0})
+    folder.state("auto")
+    for minutes, steps in ((1, 2), (1, 2), (3, 4)):  # stopped in the step after; begun again; given more
+        run = loop.Loop(Idle(), folder, None, OPTIONS, minutes=minutes)
+        if checkpoint.checkpoints(folder.checkpoints):
+            run.load(checkpoint.newest_run(folder.checkpoints, print)[1])
+        run.system.after_step = lambda number, run=run: take_a_minute(run.progress)
+        run.run()
+        run.conclude()
+        assert run.progress.step == steps and f"Its {minutes} minutes are over" in capsys.readouterr().out
+
+
+def take_a_minute(progress):
+    progress.seconds += 61
+    return {}

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from common import distributed
+from common import disk, distributed
 from common.cli import UserError
 from training import run_folder
 from training.run_folder import RunFolder
@@ -240,7 +240,7 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on(tmp_path, monkeypatch, caps
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "atomically", full)
+    monkeypatch.setattr(disk, "atomically", full)
     monkeypatch.setattr(checkpoint, "save_run", full)
     folder.write_config(CONFIG)
     folder.open_log(2)

@@ -16,7 +16,7 @@ from training.small_clip import contrast, draw_batches, mislead, train_small_cli
 def test_misled_pictures_fit_their_captions_less_and_stay_near():
     clip = load_clip("small")
     scenes = [scene_or_twin(i, 9) for i in range(32)]
-    text = clip.encode_text(clip.tokenize([scene.caption for scene in scenes])).embedding
+    text = clip.read([scene.caption for scene in scenes]).embedding
     images = [render(scenes[:16], 16), render(scenes[16:], 32)]
     misled = mislead(clip, images, text, 0.3)
     assert all((a - b).abs().max() <= 0.3 for a, b in zip(images, misled, strict=True))
@@ -35,7 +35,7 @@ def folder(tmp_path):
 
 def test_it_learns_the_captions_of_a_folder(folder):
     clip = train_small_clip(folder, steps=60, batch=16)
-    first, second = (clip.encode_text(clip.tokenize([text])).embedding for text in ("red sky", "blue sky"))
+    first, second = (clip.read([text]).embedding for text in ("red sky", "blue sky"))
     images = {
         name: torch.tensor(COLORS[name]).view(1, 3, 1, 1).expand(1, 3, 32, 32) * 2 - 1 for name in ("red", "blue")
     }

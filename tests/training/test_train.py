@@ -18,14 +18,14 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import train
 from clip import new_small, save_small
 from common.cli import UserError
-from data.scenes import BACKGROUNDS, COLORS
-from experiments.scenes_clip import vocabulary_ids
+from data.scenes import BACKGROUNDS, COLORS, all_words
 from presets import PRESETS
 from sampling import views
 from sampling.pipeline import draw
 from tests.data.test_sources import good, jpeg, write_shard
 from training import loop
 from training.growth import PATIENCE
+from training.small_clip import vocabulary
 from training.step import update
 from weights import checkpoint
 from weights.checkpoint import load_generator
@@ -38,12 +38,16 @@ def small_clip(tmp_path_factory):
     """The file of a small CLIP with random weights, which tells words apart as well."""
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("clip") / "clip.safetensors"
-    save_small(new_small(vocabulary_ids()), path)
+    save_small(new_small(vocabulary([all_words()])), path)
     return path
 
 
 @pytest.fixture(autouse=True)
 def quick_preset(monkeypatch):
+    set_quick_preset(monkeypatch)
+
+
+def set_quick_preset(monkeypatch):
     """`quick`: the networks of `shapes`, growing every two steps of four images."""
     shapes_preset = PRESETS["shapes"]
     recipe = dataclasses.replace(
@@ -72,7 +76,7 @@ def test_a_run_stopped_and_resumed_is_the_run_uninterrupted(tmp_path, small_clip
         run(*common, "--out", tmp_path / "parts", "--steps", steps)
     whole, parts = (checkpoint.newest_run(tmp_path / name / "checkpoints", print)[1] for name in ("whole", "parts"))
     assert all(state["progress"].pop("seconds") > 0 for state in (whole, parts))  # all else is the same
-    assert whole["stage"] == parts["stage"] and whole["stage"]["number"] == 2
+    assert whole["phase"] == parts["phase"] and whole["phase"]["number"] == 2
     assert_identical(parts, whole)
     logs = [
         [
@@ -120,7 +124,7 @@ def test_a_run_leaves_what_it_promises(tmp_path, small_clip):
     assert config["preset"] == "quick" and config["recipe"]["batch"] == 4
     generator, clip, notes = load_generator(tmp_path / "generator_ema.safetensors")
     assert generator.config.levels[-1].resolution == 8 == notes["resolution"] and notes["images"] == 12
-    text = clip.encode_text(clip.tokenize(["a small red circle"]))
+    text = clip.read(["a small red circle"])
     z = torch.randn(1, generator.config.z_dim)
     expected = training.learner.ema(z, text.tokens, text.eot, 8).image
     torch.testing.assert_close(generator(z, text.tokens, text.eot).image, expected)
@@ -144,11 +148,11 @@ def test_an_update_that_is_not_finite_changes_nothing():
     assert all(state["step"] == 2 and state["exp_avg_sq"].isfinite().all() for state in optimizer.state.values())
 
 
-def test_a_stage_ends_at_the_reference_fid_or_when_it_stops_falling(tmp_path, small_clip):
+def test_a_phase_ends_at_the_reference_fid_or_when_it_stops_falling(tmp_path, small_clip):
     training = run("--preset", "quick", "--clip", small_clip, "--out", tmp_path, "--steps", 1)
     growth, factor = training.growth, 1.5
     growth.recipe = dataclasses.replace(training.recipe, fid_factor=factor)
-    growth.phase.images, growth.phase.reference_fid[4], growth.phase.best_fid = 0, 1.0, factor * 1.01
+    growth.phase.images, growth.reference_fid[4], growth.phase.best_fid = 0, 1.0, factor * 1.01
     assert growth.reason_to_grow() is None
     growth.phase.best_fid = factor * 0.99
     assert "reference" in growth.reason_to_grow()
@@ -239,6 +243,11 @@ def test_a_new_learning_rate_is_taken_on_resume_and_told(tmp_path, small_clip, c
     assert "learning rate of optimizer_g was" in capsys.readouterr().out
 
 
+def test_an_unknown_augmentation_is_refused():
+    with pytest.raises(UserError, match="no blur here; choose of color, translation"):
+        train.preset_of(train.parse_args(["--set", "augment=('blur', 'color')"]))
+
+
 @pytest.mark.parametrize("kind", ["generator", "checkpoint"])
 def test_a_new_run_starts_from_the_weights_of_another(tmp_path, small_clip, kind):
     common = ("--preset", "quick", "--clip", small_clip, "--sample-every", 100)
@@ -281,9 +290,9 @@ def test_a_folder_of_ones_own_is_read_by_a_small_clip_trained_first(tmp_path, mo
 
 def test_the_reference_is_kept_in_the_folder_of_the_run(tmp_path, small_clip, monkeypatch):
     common = ("--preset", "quick", "--clip", small_clip, "--out", tmp_path, "--sample-every", 100)
-    reference = run(*common, "--steps", 1).growth.phase.reference_fid
+    reference = run(*common, "--steps", 1).growth.reference_fid
     monkeypatch.setattr(train.Growth, "compute_reference", lambda *_: pytest.fail("it is in the run's folder"))
-    assert run(*common, "--steps", 2).growth.phase.reference_fid == reference
+    assert run(*common, "--steps", 2).growth.reference_fid == reference
 
 
 # ----------------------------------------------------------------------------------------------------------------------
