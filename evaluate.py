@@ -1,4 +1,4 @@
-"""Measures a generator as the field does: FID, precision and recall, CLIP score, R-precision, each with its protocol.
+"""Measures a generator: Fréchet distance, precision and recall, CLIP score, R-precision, each with its protocol.
 
     python evaluate.py                             # the emoji model
     python evaluate.py --data shapes --curve       # the scenes' model, at several truncations, with a plot
@@ -6,7 +6,8 @@
     torchrun --nproc-per-node 8 evaluate.py --checkpoint aurora_v1.pth \\
         --data annotations/captions_val2014.json --count 30000 --features inception --clip ViT-g-14:laion2b_s34b_b88k
 
-One picture is generated for the caption of each real image. On the built-in scenes a classifier also says what is right
+The features are an EfficientNet's; with --features inception the distance is the FID of the field. One picture is
+generated for the caption of each real image. On the built-in scenes a classifier also says what is right
 in the pictures. On the emoji there are also held-out pairs, and the number of styles over seeds.
 """
 

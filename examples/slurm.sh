@@ -5,6 +5,7 @@
 #
 # Five minutes before the time limit SLURM sends SIGUSR1. It goes to torchrun and on to train.py, which finishes its step,
 # saves and exits. The requeued job resumes the run. The folder of --out must be on a file system that all nodes share.
+# torchrun must know --signals-to-handle and --shutdown-timeout, as that of PyTorch 2.14 does.
 
 #SBATCH --job-name=aurora
 #SBATCH --nodes=8

@@ -60,6 +60,8 @@ def plot(rows, path):
         panel.legend(fontsize=8)
         panel.set_xlabel("images; dashed: the resolution grew", fontsize=8)
     panels[0, 0].set_yscale("log")
+    panels[0, 0].yaxis.set_major_formatter("{x:g}")
+    panels[0, 0].yaxis.set_minor_formatter("{x:g}")
     figure.tight_layout()
     atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=110))
 

@@ -65,9 +65,27 @@ def test_no_point_at_all():
     compare(leaves, tolerance=0)
 
 
-def test_half_precision_rounds_as_it_must():
-    """In float16, as the interpreter multiplies no bfloat16: eight times as exact."""
-    compare(tensors_of(16, 4, torch.arange(37) % 4, torch.float16), tolerance=3e-2 / 8)
+def compare_with_pytorch(leaves):
+    """In half precision an entry may be far off where large terms cancel. How far is rounding's doing, PyTorch's own
+    operators show: no result or gradient may miss float64 by more than twice what theirs does at most, or on average
+    by more than theirs and a quarter.
+    """
+    (oracle, oracle_leaves), ours, theirs = plain(*leaves), routed_experts(*leaves), sliced_experts(*leaves)
+    upstream = torch.randn_like(oracle).to(ours.dtype)
+    learned = [x for x in leaves if x.is_floating_point()]
+    gradients = [torch.autograd.grad(result, learned, upstream.to(result.device)) for result in (ours, theirs)]
+    exact = torch.autograd.grad(oracle, oracle_leaves, upstream.to(oracle))
+    for a, b, c in zip((ours, *gradients[0]), (theirs, *gradients[1]), (oracle, *exact), strict=True):
+        our_error, their_error = (x.cpu().double() - c for x in (a, b))
+        assert their_error.norm() < 0.01 * c.norm()
+        assert our_error.abs().max() <= 2 * their_error.abs().max()
+        assert our_error.norm() <= 1.25 * their_error.norm()
+
+
+def test_half_precision_errs_no_more_than_pytorch():
+    """In float16, as the interpreter multiplies no bfloat16."""
+    compare_with_pytorch(tensors_of(16, 4, torch.arange(37) % 4, torch.float16))
+    compare_with_pytorch(tensors_of(64, 2, torch.tensor([0] * 49 + [1]), torch.float16))  # one has a single point
 
 
 def test_gradients_are_of_the_route_that_was_recomputed():
@@ -81,6 +99,7 @@ def test_gradients_are_of_the_route_that_was_recomputed():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 3e-2)])
-def test_kernels_at_full_width_on_a_gpu(dtype, tolerance):
-    compare(tensors_of(512, 16, torch.randint(16, (3000,)) ** 2 // 15, dtype), tolerance)
+def test_kernels_at_full_width_on_a_gpu():
+    leaves = tensors_of(512, 16, torch.randint(16, (3000,)) ** 2 // 15)
+    compare(leaves, 1e-4)
+    compare_with_pytorch([x.detach().bfloat16().requires_grad_() if x.is_floating_point() else x for x in leaves])
