@@ -27,8 +27,7 @@ from evaluation.features import BATCH, embed, extract, extract_real, own_resolut
 from evaluation.metrics import NEIGHBOURS, clip_score, compare_images, compare_texts, fid, fid_of_halves
 from experiments.curves import read_log
 from experiments.stopwatch import peak_memory, processor_seconds
-from neighbours.command import load, system_of
-from neighbours.muse import Muse
+from neighbours.command import load, system_of, takes
 from presets import PRESETS
 from sampling import inference, latent
 from sampling.pictures import grid, to_pil
@@ -92,7 +91,7 @@ def open_neighbour(system_class, path):
 
     learning = [network for name, network in system.networks.items() if name != "ema"]
     sampling = [system.networks[name] for name in system.for_sampling]
-    return Entry(draw, system_class is not Muse, count(*sampling), count(*learning), notes)
+    return Entry(draw, takes(system.sample, "truncation"), count(*sampling), count(*learning), notes)
 
 
 def count(*networks):

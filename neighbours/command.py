@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from clip import load_clip
 from common import distributed
-from common.cli import HelpFormatter, UserError, natural_number, positive_int, told_in_one_line
+from common.cli import HelpFormatter, UserError, finite_number, natural_number, positive_int, told_in_one_line
 from common.disk import atomically
 from common.distributed import say
 from data import sources
@@ -59,6 +59,7 @@ def main(system_class):
     add("prompt", nargs="+", help="one or more texts, each in quotes")
     add("--num", type=positive_int, default=4, help="pictures for each prompt")
     add("--seed", type=natural_number, default=0)
+    add("--truncation", type=finite_number, default=1.0, help="1 is all variety, 0 each prompt's mean picture")
     add("--checkpoint", type=Path, default=Path("runs") / name / "generator_ema.safetensors")
     add("--out", type=Path, default=Path("sample.png"))
     sampling.set_defaults(run=sample)
@@ -122,9 +123,14 @@ def build(system_class, clip, resolution, device, unconditional):
     """A system as its options say. Raises UserError where it has no unconditional form."""
     if not unconditional:
         return system_class(clip, resolution, device)
-    if "unconditional" not in inspect.signature(system_class).parameters:
+    if not takes(system_class, "unconditional"):
         raise UserError(f"--unconditional: {system_class.__name__} has no such form")
     return system_class(clip, resolution, device, unconditional=True)
+
+
+def takes(function, parameter):
+    """Whether a function, or a class's constructor, has a parameter, which not all systems' have."""
+    return parameter in inspect.signature(function).parameters
 
 
 def as_texts(args):
@@ -163,8 +169,10 @@ def train(system_class, name, args):
 def sample(system_class, name, args):
     check_picture(args.out)
     system, _ = load(system_class, args.checkpoint)
-    text = system.clip.read(args.prompt)
-    images = system.sample(text, args.seed, args.num)
+    if args.truncation != 1 and not takes(system.sample, "truncation"):
+        raise UserError(f"--truncation: {system_class.__name__} has none")
+    truncation = {} if args.truncation == 1 else {"truncation": args.truncation}
+    images = system.sample(system.clip.read(args.prompt), args.seed, args.num, **truncation)
     captions = [prompt for prompt in args.prompt for _ in range(args.num)]
     picture = grid([to_pil(image) for image in images], captions, columns=args.num)
     save([picture], args.out, as_texts(args))

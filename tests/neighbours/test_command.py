@@ -79,6 +79,8 @@ def test_a_run_resumes_to_the_last_bit_and_draws(tmp_path, data, learn, run_main
     draw = ("sample", "red heart", "--num", 2, "--checkpoint", generator, "--out", picture)
     status, said, error = run_main(lambda: command.main(system), *draw)
     assert status == 0 and said.startswith("2 pictures") and picture.is_file(), error
+    status, _, error = run_main(lambda: command.main(system), *draw, "--truncation", 0.5)
+    assert (status, error) == ((2, "error: --truncation: Muse has none") if system is Muse else (0, ""))
 
 
 def test_a_run_is_not_resumed_with_other_options(tmp_path, learn):
