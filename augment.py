@@ -8,10 +8,18 @@ filled with grey. The generator's pictures are changed too, so it gains nothing 
 import torch
 import torch.nn.functional as F
 
+from common.cli import UserError
+
 NUM_CHANCES = 8  # uniform random numbers that decide how an image is changed
 MAX_SHIFT = 1 / 8  # as a share of the side
 MAX_SCALE = 1.2  # the largest enlargement; 1/MAX_SCALE is the smallest
 CUTOUT = 1 / 2  # the side of the grey square, as a share of the image's
+
+
+def check(policy):
+    """Raises UserError for names that POLICIES has not."""
+    if unknown := [name for name in policy if name not in POLICIES]:
+        raise UserError(f"--set augment: there is no {', '.join(map(str, unknown))}; choose of {', '.join(POLICIES)}")
 
 
 def augment(pyramid, policy, chances):

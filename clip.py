@@ -64,9 +64,6 @@ class FrozenClip(nn.Module):
         self.context_length = model.positional_embedding.shape[0]
         self.width = model.positional_embedding.shape[1]
         self.tokenizer = load_tokenizer(self.context_length)
-        if kept_ids is not None:
-            self.row = torch.zeros(self.tokenizer.vocab_size, dtype=torch.long, device="cpu")  # of each id
-            self.row[kept_ids] = torch.arange(1, len(kept_ids) + 1, device="cpu")
         mean = getattr(model.visual, "image_mean", None) or OPENAI_MEAN
         std = getattr(model.visual, "image_std", None) or OPENAI_STD
         for buffer, value in (("mean", mean), ("std", std)):  # of the pixels it was trained on
@@ -84,7 +81,9 @@ class FrozenClip(nn.Module):
         """Captions → token ids [B, context_length], overlong ones cut. Safe on any text, e.g. with emoji."""
         ids = self.tokenizer([SPECIAL.sub(" ", caption) for caption in captions])
         if self.kept_ids is not None:
-            ids = self.row[ids]  # the order is kept, so the end of the text still has the largest number
+            row = torch.zeros(self.tokenizer.vocab_size, dtype=torch.long)
+            row[self.kept_ids] = torch.arange(1, len(self.kept_ids) + 1)
+            ids = row[ids]  # the order is kept, so the end of the text still has the largest number
         return ids.to(self.device)
 
     def unknown_words(self, caption):

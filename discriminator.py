@@ -155,9 +155,8 @@ class Discriminator(nn.Module):
             stages[str(resolution)] = Stage(config, level, step)
             width = below.channels if below else level.channels
             heads[str(resolution)] = Head(width, config.text_dim, config.head_layers)
-        width = config.clip_channels
-        heads[CLIP] = Head(width, config.text_dim, config.head_layers)
-        self.map_readers = nn.ModuleList(MapReader(*shape, width) for shape in config.clip_maps)
+        heads[CLIP] = Head(config.clip_channels, config.text_dim, config.head_layers)
+        self.map_readers = nn.ModuleList(MapReader(*shape, config.clip_channels) for shape in config.clip_maps)
         self.stages, self.heads = nn.ModuleDict(stages), nn.ModuleDict(heads)
 
     def encode_text(self, tokens, eot):

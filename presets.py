@@ -179,8 +179,7 @@ PRESETS = {
         Recipe(
             steps=60_000, batch=32, images_per_phase={4: 0, 8: 0, 16: 96_000, 32: 1_000_000}, ema_half_life=10_000,
             fid_samples=1024, fid_every=16_000, fid_factor=1.0, r1_gamma=4.0, **SMALL_RECIPE,
-        ),
-        clip_model="emoji",
+        ), clip_model="emoji",
     ),
     # The test bed: the built-in scenes at 32×32.
     "shapes": Preset(
@@ -199,8 +198,7 @@ PRESETS = {
         Recipe(
             steps=20_000, batch=32, images_per_phase={4: 0, 8: 0, 16: 256_000}, ema_half_life=5_000, fid_samples=512,
             fid_every=4_000, r1_gamma=16.0, **SMALL_RECIPE,
-        ),
-        clip_model="small", data="shapes",
+        ), clip_model="small", data="shapes",
     ),
 }
 # fmt: on

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
-from augment import POLICIES
-from clip import BUILT_IN, load_clip
+from augment import check as check_augment
+from clip import load_clip
 from common import distributed
 from common.cli import HelpFormatter, UserError, first_line, natural_number, positive_int, told_in_one_line, with_fields
 from common.distributed import say
@@ -25,9 +25,9 @@ from sampling.pictures import grid, to_pil
 from training.growth import Growth, Phase
 from training.loop import Loop
 from training.overfitting import OverfittingWatch
-from training.plan import HARDWARE, auto_or_positive, choose_parts, plan
+from training.plan import HARDWARE, auto_or_positive, choose_parts, print_plan
 from training.run_folder import RunFolder
-from training.small_clip import ensure_small_clip
+from training.small_clip import clip_for, ensure_small_clip
 from training.step import Learner
 from weights import checkpoint
 
@@ -76,13 +76,12 @@ class Run:
         with distributed.together():
             self.preset = preset_of(args)
             self.recipe = self.preset.recipe
-            self.batch, clip = args.batch or self.recipe.batch, args.clip or default_clip(args.data, self.preset)
-            dtype = dtype_of(args.dtype, device)
-            self.parts = choose_parts(args.accumulate, self.preset, self.batch, clip, device, dtype)
+            self.batch, clip = args.batch or self.recipe.batch, args.clip or clip_for(args.data, self.preset)
+            self.dtype = dtype_of(args.dtype, device)
+            self.parts = choose_parts(args.accumulate, self.preset, self.batch, clip, device, self.dtype)
         identity = {"preset": args.preset, "data": args.data, "batch": self.batch, "seed": args.seed, "clip": clip}
+        identity["caption-key"] = args.caption_key
         sharing = {"accumulate": self.parts, "workers": args.workers}
-        if args.caption_key:
-            identity["caption-key"] = args.caption_key
         folder = RunFolder(args.out, identity, args.tensorboard, sharing)
         state = folder.state(args.resume)
         if clip == "train":
@@ -104,7 +103,7 @@ class Run:
         args, self.clip = self.args, load_clip(str(clip), self.device)
         preset = fitted_to(self.preset, self.clip.width, self.clip.map_shapes)
         torch.manual_seed(args.seed)
-        self.learner = Learner(preset, self.clip, self.device, dtype_of(args.dtype, self.device), self.batch)
+        self.learner = Learner(preset, self.clip, self.device, self.dtype, self.batch)
         self.growth = Growth(self.recipe, self.learner.resolutions, self.clip, args.seed)
         self.source = sources.open_data(args.data, self.learner.resolutions[-1], args.seed, args.caption_key)
 
@@ -195,26 +194,15 @@ def preset_of(args):
     """The preset, its recipe changed by --set. Raises UserError."""
     preset = PRESETS[args.preset]
     recipe = with_fields(preset.recipe, "--set", args.set)
-    if unknown := set(recipe.augment) - POLICIES.keys():
-        raise UserError(f"--set augment: no {', '.join(sorted(unknown))} here; choose of {', '.join(POLICIES)}")
+    check_augment(recipe.augment)
     return dataclasses.replace(preset, recipe=recipe)
-
-
-def default_clip(data, preset):
-    """The preset's CLIP, or "train" where that is a small one and --data is not what it was trained on."""
-    return "train" if preset.clip_model in BUILT_IN and data != preset.data else preset.clip_model
 
 
 def main():
     args = parse_args()
     with told_in_one_line():
         if args.plan:
-            print("Going through steps with empty tensors; some minutes for a large preset …", flush=True)
-            preset = preset_of(args)
-            clip, batch = args.clip or preset.clip_model, args.batch or preset.recipe.batch
-            for line in plan(args.preset, preset, clip, batch, args.gpus, HARDWARE[args.hardware], args.workers):
-                print(line, flush=True)
-            return
+            return print_plan(args, preset_of(args))
         device = distributed.start(args.device)
         try:
             with distributed.losses_told():

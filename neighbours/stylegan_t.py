@@ -366,7 +366,6 @@ RENAMES = [
     (r"^(levels\.\d+\.(?:up|layers\.\d+))\.(weight|bias|affine)", r"\1.conv.\2"),
     (r"^(levels\..*)\.affine\.proj\.", r"\1.style."),
 ]
-
 HEAD_RENAMES = [
     (r"^main\.0\.", "pointwise."),
     (r"^main\.1\.fn\.", "mixing."),

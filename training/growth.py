@@ -54,9 +54,8 @@ class Growth:
             if kept and distributed.is_main():
                 atomically(path, lambda temporary: write_digested(kept, temporary))
         if kept:
-            self.captions, self.statistics, self.reference_fid = (
-                kept[name] for name in ("captions", "statistics", "reference_fid")
-            )
+            self.captions, self.statistics = kept["captions"], kept["statistics"]
+            self.reference_fid = kept["reference_fid"]
         return bool(kept)
 
     def read_reference(self, path):

@@ -285,6 +285,14 @@ def plan(name, preset, clip_model, batch, gpus, hardware, workers):
     yield f"are left free, and a worker reads {DECODED} pictures a second."
 
 
+def print_plan(args, preset):
+    """args: those of train.py. Raises UserError."""
+    print("Going through steps with empty tensors; some minutes for a large preset …", flush=True)
+    clip, batch = args.clip or preset.clip_model, args.batch or preset.recipe.batch
+    for line in plan(args.preset, preset, clip, batch, args.gpus, HARDWARE[args.hardware], args.workers):
+        print(line, flush=True)
+
+
 def row_of_table(gpus, parts, memory, wire, seconds, steps):
     """memory, wire: bytes. seconds: of a step, by what takes them; they go on at the same time."""
     slowest = max(seconds, key=seconds.get)

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from clip import FrozenClip, new_small, save_small
+from clip import BUILT_IN, FrozenClip, new_small, save_small
 from common import distributed
 from common.cli import HelpFormatter, UserError, check_file, natural_number, positive_int, told_in_one_line
 from common.disk import atomically
@@ -62,6 +62,11 @@ def train_small_clip(source, steps=None, batch=128, seed=0, device="cpu"):
             after = (step / steps - MISLED_AFTER) / (1 - MISLED_AFTER)
             learn(clip, optimizer, schedule, images, texts, UNKNOWN, REACH * after if after > 0 else None)
     return FrozenClip(model, "small", clip.kept_ids)
+
+
+def clip_for(data, preset):
+    """The preset's CLIP, or "train" where that is a small one and --data is not what it was trained on."""
+    return "train" if preset.clip_model in BUILT_IN and data != preset.data else preset.clip_model
 
 
 def ensure_small_clip(path, data, caption_key, seed, device):

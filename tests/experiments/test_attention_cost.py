@@ -24,4 +24,4 @@ def test_the_command_prints_a_table_and_draws_it(tmp_path, monkeypatch, run_main
     status, said, error = run_main(attention_cost.main, "--out", tmp_path / "attention.png")
     assert status == 0 and said.count("| additive |") == 2, error
     assert Image.open(tmp_path / "attention.png").width > 1000
-    assert run_main(attention_cost.main, "--out", tmp_path / "none" / "attention.png")[0] == 2
+    assert run_main(attention_cost.main, "--out", "/proc/none/attention.png")[0] == 2

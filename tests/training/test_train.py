@@ -244,7 +244,7 @@ def test_a_new_learning_rate_is_taken_on_resume_and_told(tmp_path, small_clip, c
 
 
 def test_an_unknown_augmentation_is_refused():
-    with pytest.raises(UserError, match="no blur here; choose of color, translation"):
+    with pytest.raises(UserError, match="there is no blur; choose of color, translation"):
         train.preset_of(train.parse_args(["--set", "augment=('blur', 'color')"]))
 
 
