@@ -120,6 +120,9 @@ def test_what_fits_is_chosen_and_what_does_not_is_refused(monkeypatch, capsys):
     assert plan.choose_parts(8, *run) == 8
     with pytest.raises(UserError, match="--accumulate 2 does not fit into this GPU; take 4, or auto"):
         plan.choose_parts(2, *run)
+    monkeypatch.setattr(plan.distributed, "world_size", lambda: 128)
+    with pytest.raises(UserError, match="--batch 64 cannot be shared by 128 ranks"):
+        plan.choose_parts("auto", *run)
 
 
 def test_work_is_counted_and_timed_by_its_dtype():
@@ -153,3 +156,5 @@ def test_lines_for_people(monkeypatch, planned):
     assert "4×4 24, 8×8 28, 16×16 36, 32×32 52" in while_growing
     with pytest.raises(UserError, match="does not fit"):
         list(plan.plan("quick", quick, "small", 256, 16, dataclasses.replace(hardware, memory=1e6), workers=1))
+    with pytest.raises(UserError, match="--batch 256 cannot be shared by --gpus 48"):
+        list(plan.plan("quick", quick, "small", 256, 48, hardware, workers=1))
