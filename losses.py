@@ -19,8 +19,7 @@ from layers import float32_region, full_precision
 R1_INTERVAL = 16  # R1 is computed in one step of 16, and counts 16 times there (StyleGAN2, section 4.1).
 # Weights of every prediction but the last, relative to that one.
 EARLY_ADVERSARIAL, EARLY_MATCHING = 0.01, 0.05
-# Weights of a router's two losses, the release's.
-Z_LOSS_WEIGHT = LOAD_BALANCING_WEIGHT = 0.001
+Z_LOSS_WEIGHT = 0.001  # the release's
 
 
 def scale_weights(resolutions, lower):
@@ -109,11 +108,11 @@ def load_balancing_loss(logits, expert_index):
     return num_experts * (share * probability).sum(-1).mean()
 
 
-def moe_loss(output):
-    """Both losses of every router of an aurora.Output, weighed as in the release and summed: a scalar."""
+def moe_loss(output, balance_weight):
+    """Both losses of every router of an aurora.Output, weighed and summed: a scalar."""
     losses = (
         Z_LOSS_WEIGHT * z_loss(routing.logits)
-        + LOAD_BALANCING_WEIGHT * load_balancing_loss(routing.logits, routing.expert_index)
+        + balance_weight * load_balancing_loss(routing.logits, routing.expert_index)
         for routing in output.routings.values()
     )
     return sum(losses, start=output.w.new_zeros(()))  # zero where there is no router, as at 4×4
@@ -191,7 +190,7 @@ def generator_loss(output, text, wrong, chances, discriminator, clip, recipe):
     matching = (logistic_loss(wrong_logits, -1, EARLY_MATCHING, scales) * is_wrong).mean()
     embeddings = dict(zip(output.pyramid, embeddings.chunk(len(output.pyramid)), strict=True))
     alignment = clip_loss(clip, embeddings, text.embedding, scales)
-    moe = moe_loss(output)
+    moe = moe_loss(output, recipe.balance_weight)
     loss = adversarial + recipe.matching_weight_generator * matching + recipe.clip_weight * alignment + moe
     report = {"g_adversarial": adversarial, "g_matching": matching, "g_clip": alignment, "g_moe": moe}
     return {"loss": loss, **report}

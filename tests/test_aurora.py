@@ -103,7 +103,7 @@ def test_every_active_parameter_gets_a_gradient(generator):
     for resolution in (4, 8, 16):
         generator.zero_grad(set_to_none=True)
         output = generator(*inputs(generator.config), resolution=resolution)
-        (moe_loss(output) + sum(image.square().mean() for image in output.pyramid.values())).backward()
+        (moe_loss(output, 0.001) + sum(image.square().mean() for image in output.pyramid.values())).backward()
         active = {
             name
             for i, level in enumerate(generator.config.levels)
@@ -151,7 +151,7 @@ def test_recomputing_levels_changes_no_gradient(generator_config):
     gradients = []
     for generator.synthesis.recompute in (False, True):
         output = generator(z, tokens, torch.tensor([3, 6]))
-        loss = sum(image.square().sum() for image in output.pyramid.values()) + moe_loss(output)
+        loss = sum(image.square().sum() for image in output.pyramid.values()) + moe_loss(output, 0.001)
         gradients.append(torch.autograd.grad(loss, list(generator.parameters())))
     for kept, recomputed in zip(*gradients, strict=True):
         assert torch.equal(kept, recomputed)

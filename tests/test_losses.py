@@ -191,8 +191,8 @@ def test_a_thousandth_of_both_losses_of_every_router_is_added():
         for routing in routings.values()
     )
     output = Output(image=None, pyramid={}, w=torch.zeros(2, 4).double(), routings=routings)
-    torch.testing.assert_close(losses.moe_loss(output), expected)
-    assert losses.moe_loss(dataclasses.replace(output, routings={})) == 0
+    torch.testing.assert_close(losses.moe_loss(output, 0.001), expected)
+    assert losses.moe_loss(dataclasses.replace(output, routings={}), 0.001) == 0
 
 
 def test_wrong_captions_are_found_on_other_ranks_and_own_ones_count_nothing(monkeypatch):
@@ -332,7 +332,7 @@ def test_both_objectives_are_the_sum_of_their_parts():
     embeddings = {r: clip.encode_image(x) for r, x in output.pyramid.items()}
     alignment = losses.clip_loss(clip, embeddings, text.embedding, weight).item()
     expected = adversarial + recipe.matching_weight_generator * matching + recipe.clip_weight * alignment
-    assert report["loss"].item() == pytest.approx(expected + losses.moe_loss(output).item(), rel=1e-4)
+    assert report["loss"].item() == pytest.approx(expected + losses.moe_loss(output, 0.001).item(), rel=1e-4)
     assert math.isfinite(report["loss"].item())
 
 
