@@ -181,18 +181,18 @@ def test_balanced_routing_costs_one():
     assert losses.load_balancing_loss(logits[:, :1], logits[:, :1].argmax(-1)).item() == pytest.approx(4)
 
 
-def test_a_thousandth_of_both_losses_of_every_router_is_added():
-    """The release's weights; without a router, as at 4×4, there is nothing to add."""
+def test_both_losses_of_every_router_are_added():
+    """A thousandth of the z-loss, as in the release; without a router, as at 4×4, there is nothing to add."""
     routings = {
         name: Routing(torch.randn(2, 5, 3).double(), torch.randint(3, (2, 5)), None) for name in ("8.0.0", "8.0.1")
     }
     expected = sum(
-        0.001 * (losses.z_loss(routing.logits) + losses.load_balancing_loss(routing.logits, routing.expert_index))
+        0.001 * losses.z_loss(routing.logits) + 0.01 * losses.load_balancing_loss(routing.logits, routing.expert_index)
         for routing in routings.values()
     )
     output = Output(image=None, pyramid={}, w=torch.zeros(2, 4).double(), routings=routings)
-    torch.testing.assert_close(losses.moe_loss(output, 0.001), expected)
-    assert losses.moe_loss(dataclasses.replace(output, routings={}), 0.001) == 0
+    torch.testing.assert_close(losses.moe_loss(output, 0.01), expected)
+    assert losses.moe_loss(dataclasses.replace(output, routings={}), 0.01) == 0
 
 
 def test_wrong_captions_are_found_on_other_ranks_and_own_ones_count_nothing(monkeypatch):
@@ -299,7 +299,7 @@ def test_two_ranks_have_the_gradients_of_one_with_the_whole_batch(tmp_path):
 
 def test_both_objectives_are_the_sum_of_their_parts():
     generator, discriminator, clip, real, fake, captions, z = objectives()
-    recipe = PRESETS["shapes"].recipe
+    recipe = dataclasses.replace(PRESETS["shapes"].recipe, balance_weight=1.0)
     ids = clip.tokenize(captions)
     text, wrong = clip.encode_text(ids), losses.wrong_captions(ids)
     report = losses.DiscriminatorLoss(discriminator, clip, recipe)(real, fake, text, wrong, CHANCES, 16)
@@ -332,7 +332,7 @@ def test_both_objectives_are_the_sum_of_their_parts():
     embeddings = {r: clip.encode_image(x) for r, x in output.pyramid.items()}
     alignment = losses.clip_loss(clip, embeddings, text.embedding, weight).item()
     expected = adversarial + recipe.matching_weight_generator * matching + recipe.clip_weight * alignment
-    assert report["loss"].item() == pytest.approx(expected + losses.moe_loss(output, 0.001).item(), rel=1e-4)
+    assert report["loss"].item() == pytest.approx(expected + losses.moe_loss(output, 1.0).item(), rel=1e-4)
     assert math.isfinite(report["loss"].item())
 
 

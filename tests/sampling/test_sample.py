@@ -48,7 +48,7 @@ def test_the_first_picture(tmp_path):
     assert picture.width > 4 * 128 and picture.height > 128
 
 
-@pytest.mark.parametrize(("path", "preset"), [(DEMO, "emoji"), (SHAPES, "shapes")])
+@pytest.mark.parametrize(("path", "preset"), [(DEMO, "emoji-gpu"), (SHAPES, "shapes")])
 def test_the_models_are_small_enough_and_say_where_they_come_from(path, preset):
     assert path.stat().st_size <= 24 * 2**20
     generator, _, notes = load_generator(path)
