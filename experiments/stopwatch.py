@@ -1,5 +1,6 @@
 """How a benchmark measures: a product and a case take turns, so that only their ratio means anything."""
 
+import gc
 import itertools
 import os
 import statistics
@@ -48,6 +49,7 @@ HEAD = f"{'case':60s} {'GFLOP':>10s} {'floor, ms':>11s} {'ours, ms':>11s} {'rati
 
 def peak_memory(function):
     """The bytes that PyTorch's CPU allocator held at most during a call, beyond what it held before."""
+    gc.collect()  # or what others left would be freed during the call, and count against it
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
         function()
     events = (event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]")
