@@ -20,6 +20,8 @@ def main():
     args = parser.parse_args()
     with told_in_one_line():
         path = generator_of(args.generator)
+        if args.out.resolve() == path.resolve():
+            raise UserError(f"--out {args.out} is the generator itself, whose full precision would be lost")
         check_file(args.out)
         metadata, state = read_safetensors(path)
         if "generator" not in metadata:

@@ -31,3 +31,10 @@ def test_what_holds_no_generator_is_refused(run_main, tmp_path):
     assert status == 2 and "holds no generator" in said and not out.exists()
     status, _, said = run_main(half.main, tmp_path, "--out", out)
     assert status == 2 and "no checkpoint" in said
+
+
+def test_the_generator_itself_is_never_overwritten(run_main, tmp_path):
+    path = shutil.copy(SHAPES, tmp_path / "generator_ema.safetensors")
+    status, _, said = run_main(half.main, tmp_path, "--out", path)
+    assert status == 2 and "full precision would be lost" in said
+    assert path.read_bytes() == SHAPES.read_bytes()
