@@ -1,19 +1,13 @@
-"""Every loss against its formula in float64, and the whole of both objectives over two ranks."""
+"""Every loss against its formula in float64. What ranks share is in training/test_distributed.py."""
 
 import copy
 import dataclasses
 import math
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import open_clip
 import pytest
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
 import losses
 from augment import NUM_CHANCES, augment
@@ -205,11 +199,11 @@ def test_wrong_captions_are_found_on_other_ranks_and_own_ones_count_nothing(monk
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Both objectives as training computes them, on one rank and on two.
+# Both objectives as training computes them.
 
 
 def objectives():
-    """Networks of the `shapes` preset up to 8×8, and a global batch of six with one caption twice."""
+    """Networks of the `shapes` preset up to 8×8, and a batch of six with one caption twice."""
     torch.manual_seed(0)
     preset = PRESETS["shapes"]
     generator, discriminator = Generator(preset.generator), Discriminator(preset.discriminator)
@@ -229,72 +223,6 @@ def objectives():
 
 
 CHANCES = torch.rand(6, 2, NUM_CHANCES, generator=torch.Generator().manual_seed(0))
-
-
-def gradients_of_share(rank, world_size):
-    """The gradients that a rank ends up with → {name: gradient} of both networks, and the reports."""
-    generator, discriminator, clip, real, fake, captions, z = objectives()
-    recipe = PRESETS["shapes"].recipe
-    share = slice(rank * 6 // world_size, (rank + 1) * 6 // world_size)
-    ids = clip.tokenize(captions[share])
-    text = clip.encode_text(ids)
-    wrong = losses.wrong_captions(distributed.gather(ids))[share]
-    real, fake = ({r: x[share] for r, x in images.items()} for images in (real, fake))
-    objective_d = losses.DiscriminatorLoss(discriminator, clip, recipe)
-    parallel_generator = generator
-    if world_size > 1:
-        objective_d, parallel_generator = DistributedDataParallel(objective_d), DistributedDataParallel(generator)
-    output = parallel_generator(z[share], text.tokens, text.eot, 8)
-    objective_d(real, fake, text, wrong, CHANCES[share], 16)["loss"].backward()
-    critic = copy.deepcopy(discriminator).requires_grad_(False)
-    losses.generator_loss(output, text, wrong, CHANCES[share, 1], critic, clip, recipe)["loss"].backward()
-    return {
-        f"{network}.{name}": parameter.grad.numpy()
-        for network, module in (("generator", generator), ("discriminator", discriminator))
-        for name, parameter in module.named_parameters()
-        if parameter.grad is not None
-    }
-
-
-def rank_of_two(rank, path):
-    """What each of two processes runs. The first leaves its gradients at a path."""
-    torch.set_num_threads(1)
-    distributed.start("cpu")
-    gradients = gradients_of_share(rank, 2)
-    if rank == 0:
-        np.savez(path, **gradients)
-    distributed.collect(None)  # neither leaves while the other may still need it
-    distributed.stop()
-
-
-def test_two_ranks_have_the_gradients_of_one_with_the_whole_batch(tmp_path):
-    """Adversarial, matching, R1, CLIP and expert losses together; wrong captions across the ranks.
-
-    The ranks are started by hand, with the variables that torchrun sets.
-    """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    together = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    root = Path(__file__).parent.parent
-    workers = []
-    for rank in ("0", "1"):
-        own = {"RANK": rank, "LOCAL_RANK": rank, "PYTHONPATH": str(root)}
-        command = [sys.executable, __file__, rank, str(tmp_path / "two.npz")]
-        workers.append(subprocess.Popen(command, env=os.environ | together | own, cwd=root))
-    try:
-        assert [worker.wait(timeout=120) for worker in workers] == [0, 0]
-    finally:
-        for worker in workers:
-            worker.kill()
-    two = np.load(tmp_path / "two.npz")
-    one = gradients_of_share(0, 1)
-    assert one.keys() == set(two) and any(n.startswith("generator.synthesis.levels.1") for n in one)
-    largest = {
-        network: max(abs(g).max() for n, g in one.items() if n.startswith(network)) for network in ("gen", "dis")
-    }
-    for name, gradient in one.items():
-        np.testing.assert_allclose(two[name], gradient, rtol=1e-4, atol=1e-5 * largest[name[:3]], err_msg=name)
 
 
 def test_both_objectives_are_the_sum_of_their_parts():
@@ -391,7 +319,3 @@ def test_bfloat16_is_safe():
     sum(report["loss"] for report in rounded).backward()
     for module in (generator, discriminator):
         assert all(p.grad.isfinite().all() for p in module.parameters() if p.grad is not None)
-
-
-if __name__ == "__main__":
-    rank_of_two(int(sys.argv[1]), sys.argv[2])

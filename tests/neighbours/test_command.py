@@ -59,8 +59,7 @@ def same(a, b):
     ("system", "kind", "options"),
     [
         (StyleGANT, "shards", []),
-        (LadaGAN, "folder", []),
-        (LadaGAN, "emoji", ["--unconditional"]),
+        (LadaGAN, "folder", ["--unconditional"]),
         (Muse, "emoji", []),
     ],
 )

@@ -18,7 +18,7 @@ from data import sources
 def main(path, dtype, *options):
     torch.set_default_dtype(getattr(torch, dtype))
     device = distributed.start("cpu")
-    arguments = ["--preset", "shapes", "--dtype", "fp32", "--workers", "0", "--batch", "16", "--out", f"{path}.run"]
+    arguments = ["--preset", "shapes", "--dtype", "fp32", "--workers", "0", "--batch", "8", "--out", f"{path}.run"]
     run = train.Run(train.parse_args([*arguments, *options]), device)
     learner = run.learner
     torch.manual_seed(1)

@@ -31,7 +31,7 @@ def gradients(folder, ranks, dtype, *options):
 
 
 def test_gradients_do_not_depend_on_the_number_of_ranks(tmp_path):
-    """4 ranks × 4 = 1 × 16, adversarial, matching, CLIP, R1 and expert losses together, tensor by tensor."""
+    """4 ranks × 2 = 1 × 8, adversarial, matching, CLIP, R1 and expert losses together, tensor by tensor."""
     one, four = (gradients(tmp_path, ranks, "float64") for ranks in (1, 4))
     assert len(one) > 100
     for name, error in differences(one, four).items():
@@ -65,7 +65,7 @@ def test_a_mistake_is_told_once_by_all_ranks_together(tmp_path, mistake):
     "values", ["0", " 2", "2 2 0 127.0.0.1 1", "x 2 0 127.0.0.1 1", "0 2 0  1", "0 2  127.0.0.1 1"]
 )
 def test_an_environment_that_names_half_a_launch_is_refused(monkeypatch, values):
-    """RANK or WORLD_SIZE alone, and what no launcher sets; joining by all of them is tested in test_losses.py."""
+    """RANK or WORLD_SIZE alone, and what no launcher sets; torchrun sets all, above."""
     for name, value in zip(distributed.RANK_VARIABLES, values.split(" "), strict=False):
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match="start all of them by torchrun, or unset RANK and WORLD_SIZE"):
