@@ -37,6 +37,7 @@ from weights.checkpoint import generator_of, load_generator
 PROMPTS = ("red heart", "grinning face", "fox", "hot dog", "red apple", "automobile", "sun", "man astronaut")
 TRUNCATIONS, SEEDS = (1.0, 0.5, 0.0), 8  # the rows of the second table, and pictures of each prompt in it
 OTHERS = "Fréchet distance to other real pictures"
+AS_READ = "the same, seen by what reads captions"
 
 
 @dataclass
@@ -142,11 +143,10 @@ def measure_pictures(entry, captions, real, args, extractors):
 
     made = extract(pixels(), extractors, -(-args.count // BATCH))
     features, seen = (torch.cat(made[name]) for name in ("efficientnet", "judge"))
-    own, others = real["efficientnet"][: args.count], real["efficientnet"][args.count :]
-    result = compare_images(own, features)
+    result = compare_images(real["efficientnet"][: args.count], features)
     return {
         "Fréchet distance": result.pop("FID"),
-        OTHERS: fid(others, features) if len(others) == args.count else None,
+        **distances(real, lambda name, others: fid(others, torch.cat(made[name])), args.count),
         **result,
         **compare_texts(seen, embed(extractors["judge"], captions), captions),
     }
@@ -155,7 +155,19 @@ def measure_pictures(entry, captions, real, args, extractors):
 def measure_real(captions, real, args, extractors):
     """The same of real pictures, as far as it can be told."""
     own = compare_texts(real["judge"][: args.count], embed(extractors["judge"], captions), captions)
-    return {OTHERS: fid_of_halves(real["efficientnet"]), **own}
+    return {**distances(real, lambda name, _: fid_of_halves(real[name]), args.count), **own}
+
+
+def distances(real, distance, count):
+    """Those to other real pictures than the captions' own, by both networks: distance(extractor, their features).
+
+    By two, since a system that learned through one of them is flattered by it (Kynkäänniemi et al. 2022).
+    """
+    result = {}
+    for measure, name in ((OTHERS, "efficientnet"), (AS_READ, "judge")):
+        others = real[name][count:]
+        result[measure] = distance(name, others) if len(others) == count else None
+    return result
 
 
 @torch.no_grad()

@@ -83,6 +83,13 @@ def test_a_small_comparison(run, tmp_path, run_main):
     assert Image.open(tmp_path / "compare.png").width == 2 * 134 + 6
 
 
+def test_a_distance_is_to_the_others_by_each_network():
+    real = {name: torch.randn(8, 3) for name in ("efficientnet", "judge")}
+    asked = compare.distances(real, lambda name, others: (name, others.equal(real[name][4:])), 4)
+    assert asked == {compare.OTHERS: ("efficientnet", True), compare.AS_READ: ("judge", True)}
+    assert compare.distances(real, lambda *_: 1, 5) == {compare.OTHERS: None, compare.AS_READ: None}
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
