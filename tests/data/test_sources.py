@@ -284,9 +284,9 @@ def test_workers_where_there_are_no_signals_of_posix(monkeypatch):
 
 def test_evaluation_scenes_are_not_the_training_ones():
     source = sources.Scenes(8, seed=0)
-    training = {c for batch in take(source, 5, batch=8, rank=0, world_size=1) for c in batch.captions}
+    training = {c for batch in take(source, 20, batch=8, rank=0, world_size=1) for c in batch.captions}
     first = next(source.evaluation(8))
     assert next(source.evaluation(8)).captions == first.captions
-    images = torch.cat([batch.images for batch in take(source, 5, batch=8, rank=0, world_size=1)])
+    images = torch.cat([batch.images for batch in take(source, 20, batch=8, rank=0, world_size=1)])
     assert training and not any((images == image).all((1, 2, 3)).any() for image in first.images)
     assert first.images.isfinite().all()

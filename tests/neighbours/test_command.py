@@ -59,7 +59,8 @@ def same(a, b):
     ("system", "kind", "options"),
     [
         (StyleGANT, "shards", []),
-        (LadaGAN, "folder", ["--unconditional"]),
+        (LadaGAN, "folder", []),
+        (LadaGAN, "emoji", ["--unconditional"]),
         (Muse, "emoji", []),
     ],
 )

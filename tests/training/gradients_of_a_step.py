@@ -1,6 +1,7 @@
 """The gradients of one training step, for test_distributed.py: torchrun gradients_of_a_step.py FILE DTYPE [OPTION …].
 
-A whole step of train.py at the highest resolution, R1 included, with random weights everywhere, zeros included.
+A whole step of train.py at 8×8 and at the highest resolution, R1 included, with random weights everywhere, zeros
+included.
 """
 
 import sys
@@ -25,22 +26,29 @@ def main(path, dtype, *options):
     for network in (learner.generator, learner.discriminator):
         for parameter in network.parameters():
             parameter.data += 0.1 * torch.randn_like(parameter)
-    learner.learn_at(learner.resolutions)
-    for group in learner.optimizer_d.param_groups:
-        group["lr"] = 0.0  # else Adam's first step would make of each gradient its sign
-    batches = sources.loader(run.source, 0, run.batch // run.parts, 0)
-    made = [next(batches) for _ in range(run.parts)]
-    report = run.step(0, [batch._replace(images=batch.images.to(torch.get_default_dtype())) for batch in made])
-    assert report["r1"] > 0 and report["g_clip"] > 0 and report["d_matching"] > 0
-    gradients = {
-        f"{kind}.{name}": parameter.grad
-        for kind, network in (("g", learner.generator), ("d", learner.discriminator))
-        for name, parameter in network.named_parameters()
-        if parameter.grad is not None
-    }
+    gradients = {}
+    for stage in (learner.resolutions[:2], learner.resolutions):
+        learner.learn_at(stage)
+        for group in learner.optimizer_d.param_groups + learner.optimizer_g.param_groups:
+            group["lr"] = 0.0  # else Adam's first step would make of each gradient its sign
+        batches = sources.loader(run.source, 0, run.batch // run.parts, 0)
+        report = run.step(0, [some_alike(next(batches)) for _ in range(run.parts)])
+        assert report["r1"] > 0 and report["g_clip"] > 0 and report["d_matching"] > 0
+        gradients |= {
+            f"{stage[-1]}.{kind}.{name}": parameter.grad.clone()
+            for kind, network in (("g", learner.generator), ("d", learner.discriminator))
+            for name, parameter in network.named_parameters()
+            if parameter.grad is not None
+        }
     if distributed.is_main():
         torch.save(gradients, path)
     distributed.stop()
+
+
+def some_alike(batch):
+    """The batch in the dtype at hand, about half of its captions the same, which are not wrong for one another."""
+    captions = ["a red circle" if len(caption) % 2 else caption for caption in batch.captions]
+    return batch._replace(images=batch.images.to(torch.get_default_dtype()), captions=captions)
 
 
 if __name__ == "__main__":
