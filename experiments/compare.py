@@ -24,7 +24,7 @@ from data import sources
 from discriminator import Discriminator
 from evaluation.extractors import load_extractor
 from evaluation.features import BATCH, embed, extract, extract_real, own_resolution, to_pixels
-from evaluation.metrics import NEIGHBOURS, clip_score, compare_images, compare_texts, fid, fid_of_halves
+from evaluation.metrics import NEIGHBOURS, clip_score, compare_images, compare_texts, fid
 from experiments.curves import read_log
 from experiments.stopwatch import peak_memory, processor_seconds
 from neighbours.command import load, system_of, takes
@@ -141,33 +141,33 @@ def measure_pictures(entry, captions, real, args, extractors):
         for first in range(0, args.count, BATCH):
             yield to_pixels(entry.draw(captions[first : first + BATCH], args.seed + first), args.resolution)
 
-    made = extract(pixels(), extractors, -(-args.count // BATCH))
-    features, seen = (torch.cat(made[name]) for name in ("efficientnet", "judge"))
-    result = compare_images(real["efficientnet"][: args.count], features)
+    parts = extract(pixels(), extractors, -(-args.count // BATCH))
+    made = {name: torch.cat(features) for name, features in parts.items()}
+    result = compare_images(real["efficientnet"][: args.count], made["efficientnet"])
     return {
         "Fréchet distance": result.pop("FID"),
-        **distances(real, lambda name, others: fid(others, torch.cat(made[name])), args.count),
+        **distances_to_others(real, made, args.count),
         **result,
-        **compare_texts(seen, embed(extractors["judge"], captions), captions),
+        **compare_texts(made["judge"], embed(extractors["judge"], captions), captions),
     }
 
 
 def measure_real(captions, real, args, extractors):
     """The same of real pictures, as far as it can be told."""
-    own = compare_texts(real["judge"][: args.count], embed(extractors["judge"], captions), captions)
-    return {**distances(real, lambda name, _: fid_of_halves(real[name]), args.count), **own}
+    own = {name: features[: args.count] for name, features in real.items()}
+    texts = compare_texts(own["judge"], embed(extractors["judge"], captions), captions)
+    return distances_to_others(real, own, args.count) | texts
 
 
-def distances(real, distance, count):
-    """Those to other real pictures than the captions' own, by both networks: distance(extractor, their features).
+def distances_to_others(real, features, count):
+    """From the features of `count` pictures to those of other real ones than the captions' own, by both networks.
 
     By two, since a system that learned through one of them is flattered by it (Kynkäänniemi et al. 2022).
     """
-    result = {}
-    for measure, name in ((OTHERS, "efficientnet"), (AS_READ, "judge")):
-        others = real[name][count:]
-        result[measure] = distance(name, others) if len(others) == count else None
-    return result
+    return {
+        measure: fid(real[name][count:], features[name]) if len(real[name]) == 2 * count else None
+        for measure, name in ((OTHERS, "efficientnet"), (AS_READ, "judge"))
+    }
 
 
 @torch.no_grad()

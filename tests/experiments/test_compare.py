@@ -84,10 +84,13 @@ def test_a_small_comparison(run, tmp_path, run_main):
 
 
 def test_a_distance_is_to_the_others_by_each_network():
-    real = {name: torch.randn(8, 3) for name in ("efficientnet", "judge")}
-    asked = compare.distances(real, lambda name, others: (name, others.equal(real[name][4:])), 4)
-    assert asked == {compare.OTHERS: ("efficientnet", True), compare.AS_READ: ("judge", True)}
-    assert compare.distances(real, lambda *_: 1, 5) == {compare.OTHERS: None, compare.AS_READ: None}
+    """The others are the same features, moved: the distance is how far, squared."""
+    own = {name: torch.randn(8, 3, dtype=torch.float64) for name in ("efficientnet", "judge")}
+    moved = {"efficientnet": own["efficientnet"] + 1, "judge": own["judge"] + 2}
+    real = {name: torch.cat([torch.randn(8, 3), moved[name]]) for name in own}
+    measured = compare.distances_to_others(real, own, 8)
+    assert measured == {compare.OTHERS: pytest.approx(3), compare.AS_READ: pytest.approx(12)}
+    assert compare.distances_to_others(moved, own, 8) == {compare.OTHERS: None, compare.AS_READ: None}
 
 
 @pytest.mark.parametrize(
