@@ -1,12 +1,14 @@
-"""The frozen CLIP: token features for the networks, embeddings for the CLIP loss and for the FID.
+"""What is frozen: the text encoder that reads captions, and the CLIP that says how well a picture fits one.
 
-Any model of open_clip's CLIP class serves, by name and weights. So that nothing needs downloading there are also small
-ones of the same class, whose words are those of the captions they were trained on (training/small_clip.py).
+Large presets take both from a CLIP of open_clip. Small ones take all-MiniLM-L6-v2, a sentence encoder that reads any
+English, and an image tower that was trained against it (training/small_clip.py), so that nothing needs downloading.
 """
 
+import functools
+import hashlib
 import itertools
-import json
 import logging
+import math
 import re
 import warnings
 from pathlib import Path
@@ -15,94 +17,169 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.nn.utils.rnn import pad_sequence
 
 from common.cli import UserError, first_line
-from common.tokenizer import load_tokenizer
-from layers import full_precision
+from layers import full_precision, rms_norm
 
-SMALL = dict(
-    embed_dim=64,
-    quick_gelu=True,
-    vision_cfg=dict(image_size=32, layers=[1, 1, 1, 1], width=16, head_width=64),  # CLIP's ResNet sees shapes early
-    text_cfg=dict(context_length=24, width=128, heads=4, layers=2),
-)
 MODELS = Path(__file__).parent / "models"
+MINILM = MODELS / "minilm"
 BUILT_IN = {
-    "small": MODELS / "clip.safetensors",
     "emoji": MODELS / "emoji_clip.safetensors",
     "judge": MODELS / "judge_clip.safetensors",  # No generator is trained against it.
 }
+SMALL_WIDTH = 128  # of a small CLIP's embeddings
+SMALL_TOWER = dict(layers=[1, 1, 1, 1], output_dim=SMALL_WIDTH, heads=8, image_size=32, width=16)  # sees shapes early
 OPENAI_MEAN, OPENAI_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of its pixels
 NUM_MAPS = 4  # The discriminator looks at so many feature maps of an image.
-SPECIAL = re.compile(r"<(start|end)_of_text>")  # The tokenizer takes these for its own marks, so captions lose them.
 
 
 class Text(NamedTuple):
-    """What CLIP says about a batch of captions."""
+    """What a text encoder says about a batch of captions."""
 
     tokens: torch.Tensor  # [B, T, width] features of every token, after the last norm
-    eot: torch.Tensor  # [B] index of the end-of-text token
+    eot: torch.Tensor  # [B] index of the token that stands for the whole text, the last one of it
     embedding: torch.Tensor  # [B, D], of unit length
 
 
-class FrozenClip(nn.Module):
-    """A CLIP whose weights never change; gradients pass through it to the images.
+# ----------------------------------------------------------------------------------------------------------------------
+# Text encoders. Each has a name, a width and a context length, and reads captions.
 
-    model: an open_clip.CLIP, or another model with the same attributes. name: "small", or "MODEL:WEIGHTS", by which
-    load_clip finds it again. kept_ids: of a small one, the sorted token ids that have rows in its embedding table, from
-    row 1 on; all others share row 0, the unknown word. None: every id has its row.
+
+class MiniLM(nn.Module):
+    """all-MiniLM-L6-v2 (Wang et al. 2020, trained on pairs of sentences by sentence-transformers): a BERT of 6 layers.
+
+    The last token of a caption carries its sentence code, the mean over tokens, as the end of the text does in CLIP.
+    Features have unit RMS as CLIP's have. What is beyond the end of a caption is zero.
     """
 
-    def __init__(self, model, name, kept_ids=None):
+    name = "all-MiniLM-L6-v2"
+    width = 384
+    context_length = 32  # tokens; the model could read 512, and the networks would compute with all of them
+    KEPT = 2**16  # captions that are remembered, as training meets the same ones again
+
+    def __init__(self):
         super().__init__()
-        self.model = model.eval().requires_grad_(False)
-        self.name = name
-        self.kept_ids = kept_ids
-        self.context_length = model.positional_embedding.shape[0]
-        self.width = model.positional_embedding.shape[1]
-        self.tokenizer = load_tokenizer(self.context_length)
-        mean = getattr(model.visual, "image_mean", None) or OPENAI_MEAN
-        std = getattr(model.visual, "image_std", None) or OPENAI_STD
-        for buffer, value in (("mean", mean), ("std", std)):  # of the pixels it was trained on
-            self.register_buffer(buffer, torch.tensor(value).view(3, 1, 1), persistent=False)
+        self.words, self.positions, self.types = (nn.Embedding(n, self.width) for n in (30522, 512, 2))
+        self.norm = nn.LayerNorm(self.width, 1e-12)
+        layer = nn.TransformerEncoderLayer(self.width, 12, 4 * self.width, 0.0, "gelu", 1e-12, batch_first=True)
+        self.layers = nn.TransformerEncoder(layer, 6, enable_nested_tensor=False)
+        self.eval().requires_grad_(False)
+        self.known = {}  # caption: its Text, without padding
+
+    @functools.cached_property
+    def tokenizer(self):
+        from tokenizers import Tokenizer  # here: a model without weights, as in a plan, reads nothing
+
+        tokenizer = Tokenizer.from_file(str(MINILM / "tokenizer.json"))
+        tokenizer.enable_truncation(self.context_length)
+        tokenizer.enable_padding(length=self.context_length)
+        return tokenizer
 
     def train(self, mode=True):
         """Stays in eval mode, as part of a network in training too."""
         return super().train(False)
 
-    @property
-    def device(self):
-        return self.model.positional_embedding.device
+    def tokenize(self, captions):
+        """Captions → token ids [B, context_length], zero beyond the end, overlong ones cut."""
+        ids = [encoding.ids for encoding in self.tokenizer.encode_batch(list(captions))]
+        return torch.tensor(ids, device=self.words.weight.device)
+
+    def num_tokens_cut(self, caption):
+        """How many tokens of a caption are left out."""
+        return sum(len(more.ids) - more.ids.count(0) - 2 for more in self.tokenizer.encode(caption).overflowing)
+
+    def encode(self, ids):
+        """Token ids [B, T] → Text."""
+        there = ids != 0
+        length = there.sum(1)
+        x = self.words(ids) + self.positions.weight[: ids.shape[1]] + self.types.weight[0]
+        x = self.layers(self.norm(x), src_key_padding_mask=~there) * there[..., None]
+        embedding = F.normalize(x.sum(1), dim=-1)
+        last = torch.arange(ids.shape[1], device=ids.device) == length[:, None] - 1
+        tokens = torch.where(last[..., None], embedding[:, None], x)
+        return Text(rms_norm(tokens) * there[..., None], length - 1, embedding)
+
+    @torch.no_grad()
+    def read(self, captions):
+        """Captions → Text."""
+        if new := [caption for caption in dict.fromkeys(captions) if caption not in self.known]:
+            if len(self.known) + len(new) > self.KEPT:
+                self.known.clear()
+                new = list(dict.fromkeys(captions))
+            ids = self.tokenize(new)
+            text = self.encode(ids[:, : int((ids != 0).sum(1).max())])
+            for caption, tokens, eot, embedding in zip(new, *text, strict=True):
+                self.known[caption] = Text(tokens[: eot + 1].half(), eot, embedding)  # half, as the weights' file
+        tokens, eot, embedding = zip(*(self.known[caption] for caption in captions), strict=True)
+        tokens = pad_sequence(tokens, batch_first=True).float()
+        tokens = F.pad(tokens, (0, 0, 0, self.context_length - tokens.shape[1]))
+        return Text(tokens, torch.stack(eot), torch.stack(embedding))
+
+
+MINILM_NAMES = {  # of BERT's tensors: nn.TransformerEncoder's
+    "embeddings.word_embeddings": "words",
+    "embeddings.position_embeddings": "positions",
+    "embeddings.token_type_embeddings": "types",
+    "embeddings.LayerNorm": "norm",
+    "encoder.layer": "layers.layers",
+    "attention.output.dense": "self_attn.out_proj",
+    "attention.output.LayerNorm": "norm1",
+    "intermediate.dense": "linear1",
+    "output.dense": "linear2",
+    "output.LayerNorm": "norm2",
+}
+
+
+@functools.cache
+def load_minilm():
+    """The text encoder of the small presets. Raises UserError if its files are damaged."""
+    path = MINILM / "model.safetensors"
+    try:
+        tensors = {}
+        for name, value in load_file(path).items():
+            for theirs, ours in MINILM_NAMES.items():
+                name = name.replace(theirs, ours)
+            tensors[name] = value.float()
+        for name in [name for name in tensors if ".attention.self.query." in name]:
+            parts = [tensors.pop(name.replace("query", part)) for part in ("query", "key", "value")]
+            tensors[name.replace("attention.self.query.", "self_attn.in_proj_")] = torch.cat(parts)
+        encoder = MiniLM()
+        encoder.load_state_dict(tensors)
+        encoder.tokenizer  # noqa: B018 - reads its file
+    except Exception as error:  # safetensors, torch and tokenizers raise many kinds
+        raise UserError(f"{MINILM} is damaged or incomplete ({first_line(error)}); get it again") from error
+    return encoder
+
+
+class ClipText(nn.Module):
+    """The text tower of a CLIP of open_clip."""
+
+    SPECIAL = re.compile(r"<(start|end)_of_text>")  # The tokenizer takes these for its own marks: captions lose them.
+
+    def __init__(self, model, name):
+        super().__init__()
+        self.model, self.name = model, name
+        self.context_length, self.width = model.positional_embedding.shape
+        from open_clip import SimpleTokenizer
+
+        self.tokenizer = SimpleTokenizer(context_length=self.context_length)
+        # Training meets the same captions again. A GPU would wait while each is cleaned and split once more.
+        self.tokenizer.encode = functools.lru_cache(2**16)(self.tokenizer.encode)
 
     def tokenize(self, captions):
         """Captions → token ids [B, context_length], overlong ones cut. Safe on any text, e.g. with emoji."""
-        ids = self.tokenizer([SPECIAL.sub(" ", caption) for caption in captions])
-        if self.kept_ids is not None:
-            row = torch.zeros(self.tokenizer.vocab_size, dtype=torch.long)
-            row[self.kept_ids] = torch.arange(1, len(self.kept_ids) + 1)
-            ids = row[ids]  # the order is kept, so the end of the text still has the largest number
-        return ids.to(self.device)
-
-    def unknown_words(self, caption):
-        """The words of a caption that this CLIP has never seen, in order."""
-        if self.kept_ids is None:
-            return []
-        kept, words = set(self.kept_ids), SPECIAL.sub(" ", caption).lower().split()
-        return [word for word in dict.fromkeys(words) if not kept.issuperset(self.tokenizer.encode(word))]
+        ids = self.tokenizer([self.SPECIAL.sub(" ", caption) for caption in captions])
+        return ids.to(self.model.positional_embedding.device)
 
     def num_tokens_cut(self, caption):
         """How many tokens of a caption do not fit between the start and the end of the text."""
-        return max(0, len(self.tokenizer.encode(SPECIAL.sub(" ", caption))) + 2 - self.context_length)
+        return max(0, len(self.tokenizer.encode(self.SPECIAL.sub(" ", caption))) + 2 - self.context_length)
 
-    def read(self, captions):
-        """Captions → Text."""
-        return self.encode_text(self.tokenize(captions))
-
-    @torch.no_grad()  # not inference_mode: these enter a training graph
-    def encode_text(self, ids):
+    def encode(self, ids):
         """Token ids [B, T] → Text."""
         m = self.model
         x = m.token_embedding(ids) + m.positional_embedding
@@ -111,6 +188,64 @@ class FrozenClip(nn.Module):
         embedding = tokens[torch.arange(len(ids), device=ids.device), eot] @ m.text_projection
         return Text(tokens, eot, F.normalize(embedding, dim=-1))
 
+    @torch.no_grad()  # not inference_mode: these enter a training graph
+    def read(self, captions):
+        """Captions → Text."""
+        return self.encode(self.tokenize(captions))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# CLIP.
+
+
+class FrozenClip(nn.Module):
+    """A text encoder and an image tower that never change; gradients pass through the tower to the images.
+
+    visual: an image tower of open_clip. projection: from the encoder's embeddings to those of captions. log_scale: a
+    scalar, the logarithm of what cosines are multiplied by. name: what a run's files call it.
+    """
+
+    def __init__(self, text, visual, projection, log_scale, name):
+        super().__init__()
+        self.text, self.visual, self.projection, self.log_scale = text, visual, projection, log_scale
+        self.name = name
+        self.eval().requires_grad_(False)
+        mean, std = getattr(visual, "image_mean", None), getattr(visual, "image_std", None)
+        for buffer, value in (("mean", mean or OPENAI_MEAN), ("std", std or OPENAI_STD)):  # of pixels it learned from
+            self.register_buffer(buffer, torch.tensor(value).view(3, 1, 1), persistent=False)
+
+    def train(self, mode=True):
+        """Stays in eval mode, as part of a network in training too."""
+        return super().train(False)
+
+    @property
+    def device(self):
+        return self.mean.device
+
+    @property
+    def width(self):
+        """Of the features of tokens."""
+        return self.text.width
+
+    @property
+    def logit_scale(self):
+        return self.log_scale.exp()
+
+    def tokenize(self, captions):
+        """Captions → token ids [B, context_length]."""
+        return self.text.tokenize(captions)
+
+    def read(self, captions):
+        """Captions → Text, whose embeddings are to be compared with those of images."""
+        return self.projected(self.text.read(captions))
+
+    def encode_text(self, ids):
+        """Token ids [B, T] → Text, as `read`."""
+        return self.projected(self.text.encode(ids))
+
+    def projected(self, text):
+        return text._replace(embedding=F.normalize(self.projection(text.embedding), dim=-1))
+
     def encode_image(self, *images):
         """Images [B, 3, R, R] in [−1, 1], also several batches of different R → embeddings [B, D] of all in a row."""
         return self.see(*images)[0]
@@ -118,25 +253,21 @@ class FrozenClip(nn.Module):
     def see(self, *images):
         """As encode_image, → the embeddings and four feature maps [B, C, side, side], from shallow to deep."""
         images = torch.cat([self.preprocess(batch) for batch in images])
-        seen = self.model.forward_intermediates(images, image_indices=_map_blocks(self.model.visual), normalize=False)
+        seen = self.visual.forward_intermediates(images, indices=_map_blocks(self.visual))
         return seen["image_features"], seen["image_intermediates"]
 
     def preprocess(self, images):
         """Images [B, 3, R, R] in [−1, 1], resized and normalized as this CLIP expects."""
-        images = F.interpolate((images + 1) / 2, self.model.visual.image_size, mode="bicubic", antialias=True)
+        images = F.interpolate((images + 1) / 2, self.visual.image_size, mode="bicubic", antialias=True)
         return ((images - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
 
     @property
     def map_shapes(self):
         """The (C, side) of each of the feature maps."""
-        side = self.model.visual.image_size
+        side = self.visual.image_size
         side = side[0] if isinstance(side, tuple) else side
-        maps = self.see(self.model.positional_embedding.new_zeros(1, 3, side, side))[1]
+        maps = self.see(self.mean.new_zeros(1, 3, side, side))[1]
         return tuple((x.shape[1], x.shape[2]) for x in maps)
-
-    @property
-    def logit_scale(self):
-        return self.model.logit_scale.exp()
 
 
 def _map_blocks(visual):
@@ -147,21 +278,28 @@ def _map_blocks(visual):
     return [depth * part // NUM_MAPS - 1 for part in range(1, NUM_MAPS + 1)]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Getting one.
+def from_open_clip(model, name):
+    """A model of open_clip's CLIP class → FrozenClip."""
+    return FrozenClip(ClipText(model, name), model.visual, nn.Identity(), model.logit_scale, name)
 
 
 def load_clip(spec, device="cpu"):
     """A name in BUILT_IN, a file of save_small, or "MODEL:WEIGHTS" of open_clip, WEIGHTS a tag or a file."""
-    import open_clip  # not at the top: it takes two seconds, and sampling with our own files needs none of it
-
     path = BUILT_IN.get(spec, Path(spec))
     if path.is_file():
         return fold_batch_norms(load_small(path)).to(device)
+    import open_clip  # not at the top: it takes two seconds, and sampling with our own files needs none of it
+
     model = create(spec, "--clip")
     if not isinstance(model, open_clip.CLIP):
         raise UserError(f"--clip {spec}: only models of OpenAI's CLIP architecture serve, as ViT-L-14-quickgelu:openai")
-    return fold_batch_norms(FrozenClip(model, spec)).to(device)
+    return fold_batch_norms(from_open_clip(model, spec)).to(device)
+
+
+def load_text(name, device="cpu"):
+    """The text encoder that a generator's file names: MiniLM, or the one in "MODEL:WEIGHTS" of open_clip."""
+    text = load_minilm() if name == MiniLM.name else load_clip(name).text
+    return text.to(device)
 
 
 def create(spec, option):
@@ -181,7 +319,7 @@ def create(spec, option):
         reason = first_line(error)
         raise UserError(
             f"{option} {spec}: the weights cannot be had ({reason}). Download them where there is a network and pass "
-            f"the file as {option} {model_name}:PATH, or use the built-in small CLIP: {option} small"
+            f"the file as {option} {model_name}:PATH, or use a small CLIP: {option} emoji"
         ) from error
     finally:
         logging.disable(logging.NOTSET)
@@ -190,44 +328,63 @@ def create(spec, option):
 
 def fold_batch_norms(clip):
     """The same CLIP, with the batch norms of a ResNet in the convolutions before them: half the time on a CPU."""
-    for module in clip.model.visual.modules():
+    for module in clip.visual.modules():
         for (conv_name, conv), (norm_name, norm) in itertools.pairwise(list(module.named_children())):
             if isinstance(norm, nn.BatchNorm2d):
                 setattr(module, conv_name, fuse_conv_bn_eval(conv, norm))
                 setattr(module, norm_name, nn.Identity())
-    clip.model.visual.to(memory_format=torch.channels_last)
+    clip.visual.to(memory_format=torch.channels_last)
     return clip
-
-
-def new_small(kept_ids):
-    """A small CLIP with random weights and a row for each id in kept_ids, after the row of the unknown word."""
-    import open_clip
-
-    text_cfg = {**SMALL["text_cfg"], "vocab_size": len(kept_ids) + 1}
-    return FrozenClip(open_clip.CLIP(**{**SMALL, "text_cfg": text_cfg}), "small", kept_ids)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The small one on disk.
+# The small CLIP: MiniLM, a projection, and an image tower as in CLIP's ResNets.
 
 
-def save_small(clip, path):
-    """Writes a small CLIP as safetensors, its vocabulary in the metadata."""
-    save_file(clip.model.state_dict(), path, {"kept_ids": json.dumps(clip.kept_ids)})
+def new_small(text):
+    """A small CLIP whose tower and projection have random weights. text: a MiniLM."""
+    from open_clip.modified_resnet import ModifiedResNet
+
+    log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))  # CLIP's start
+    return FrozenClip(text, ModifiedResNet(**SMALL_TOWER), nn.Linear(text.width, SMALL_WIDTH), log_scale, "small")
 
 
-def vocabulary_of(path):
-    """The token ids that the small CLIP in a file knows."""
-    with safe_open(path, "pt") as file:
-        return json.loads(file.metadata()["kept_ids"])
+def small_state(clip):
+    """What a small CLIP has learned: all but the text encoder."""
+    return {name: value for name, value in clip.state_dict().items() if not name.startswith("text.")}
+
+
+def digest_of(tensors):
+    """Sixteen digits that tell a small CLIP's weights."""
+    sha256 = hashlib.sha256()
+    for _, value in sorted(tensors.items()):
+        sha256.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return sha256.hexdigest()[:16]
+
+
+def save_small(clip, path, metadata):
+    """Writes a small CLIP as safetensors. metadata: {name: text}, from what it was made."""
+    save_file(small_state(clip), path, metadata)
 
 
 def load_small(path):
-    """Reads what save_small wrote. Raises UserError on any other file."""
+    """Reads what save_small wrote; its name holds the digest of its weights. Raises UserError on any other file."""
     try:
-        clip = new_small(vocabulary_of(path))
-        with safe_open(path, "pt") as file:
-            clip.model.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
-    except (SafetensorError, IndexError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        state = load_file(path)
+        clip = new_small(load_minilm())
+        lost = clip.load_state_dict(state, strict=False)
+        if lost.unexpected_keys or any(not name.startswith("text.") for name in lost.missing_keys):
+            raise KeyError(lost)
+    except (SafetensorError, KeyError, RuntimeError) as error:
         raise UserError(f"{path} is not a small CLIP, as training/small_clip.py writes it, or it is damaged") from error
+    clip.name = f"small CLIP {digest_of(state)}"
     return clip
+
+
+def made_from(path):
+    """From what a small CLIP's file was made, {name: text}; {} for a file that does not say."""
+    try:
+        with safe_open(path, "pt") as file:
+            return file.metadata() or {}
+    except SafetensorError:
+        return {}

@@ -80,6 +80,24 @@ class Downsample(nn.Module):
         return lrelu(self.conv(x))
 
 
+def with_batch_std(x, group=4):
+    """Maps [N, C, H, W] with one more channel: how much those of a group differ (StyleGAN, section 2 of ProGAN)."""
+    group = math.gcd(group, len(x))
+    deviation = (full_precision(x).unflatten(0, (-1, group)).var(1, correction=0) + 1e-8).sqrt().mean((1, 2, 3))
+    return torch.cat([x, deviation.repeat_interleave(group)[:, None, None, None].expand_as(x[:, :1]).to(x.dtype)], 1)
+
+
+class LastStep(nn.Module):
+    """Flatten, told how much images differ that stand next to each other in a batch."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.flatten = Flatten(channels + 1, channels)
+
+    def forward(self, x):
+        return self.flatten(with_batch_std(x))
+
+
 class Flatten(nn.Module):
     """The last stride: a convolution over the whole map, [B, C, side, side] → [B, D, 1, 1]."""
 
@@ -151,7 +169,8 @@ class Discriminator(nn.Module):
         stages, heads = {}, {}
         for resolution, level in levels.items():
             below = levels.get(resolution // 2)
-            step = Downsample(level.channels, below.channels) if below else Flatten(level.channels, level.channels)
+            last = LastStep(level.channels) if config.batch_std else Flatten(level.channels, level.channels)
+            step = Downsample(level.channels, below.channels) if below else last
             stages[str(resolution)] = Stage(config, level, step)
             width = below.channels if below else level.channels
             heads[str(resolution)] = Head(width, config.text_dim, config.head_layers)

@@ -108,6 +108,14 @@ def load_balancing_loss(logits, expert_index):
     return num_experts * (share * probability).sum(-1).mean()
 
 
+def mode_seeking_loss(first, second):
+    """1 / mean |first − second| of images [B, 3, R, R] of the same captions under other z (Mao et al. 2019).
+
+    The distance between the z, by which the authors divide, is nearly the same for all pairs, and left out.
+    """
+    return 1 / (full_precision(first - second).abs().mean() + 1e-3)
+
+
 def moe_loss(output, balance_weight):
     """Both losses of every router of an aurora.Output, weighed and summed: a scalar."""
     losses = (
@@ -165,10 +173,11 @@ class DiscriminatorLoss(nn.Module):
         return {"loss": loss, **report}
 
 
-def generator_loss(output, text, wrong, chances, discriminator, clip, recipe):
-    """What the generator minimizes: adversarial + matching + multi-level CLIP + mixture of experts.
+def generator_loss(output, other, text, wrong, chances, discriminator, clip, recipe):
+    """What the generator minimizes: adversarial + matching + multi-level CLIP + mixture of experts + mode seeking.
 
-    output: aurora.Output for the captions of text; wrong as above; chances [B, …] of the augmentation; the
+    output: aurora.Output for the captions of text; other: one of a low resolution, for the same captions and other z,
+    or None where the recipe does not ask for it; wrong as above; chances [B, …] of the augmentation; the
     discriminator frozen as the clip is.
     → {name: scalar}, `loss` to be minimized.
     """
@@ -193,6 +202,10 @@ def generator_loss(output, text, wrong, chances, discriminator, clip, recipe):
     moe = moe_loss(output, recipe.balance_weight)
     loss = adversarial + recipe.matching_weight_generator * matching + recipe.clip_weight * alignment + moe
     report = {"g_adversarial": adversarial, "g_matching": matching, "g_clip": alignment, "g_moe": moe}
+    if other is not None:
+        resolution = max(other.pyramid)
+        report["g_mode_seeking"] = mode_seeking_loss(output.pyramid[resolution], other.pyramid[resolution])
+        loss = loss + recipe.mode_seeking_weight * report["g_mode_seeking"]
     return {"loss": loss, **report}
 
 

@@ -65,6 +65,7 @@ class DiscriminatorConfig:
     text_layers: int = 4
     num_heads: int = 8
     head_dim: int = 64
+    batch_std: bool = False  # whether the last stage also sees how much the images of a batch differ (StyleGAN)
     head_layers: int = 4  # modulated 1×1 convolutions of each ψ
     lr_mul: float = 0.01  # of the text head
     clip_maps: tuple[tuple[int, int], ...] = ((1024, 16),) * 4  # (channels, side) of the frozen CLIP's feature maps
@@ -89,6 +90,7 @@ class Recipe:
     matching_weight_discriminator: float = 1.0
     matching_weight_generator: float = 1.0
     balance_weight: float = 0.001  # of the routers' load-balancing loss; the release's
+    mode_seeking_weight: float = 0.0  # of the term that asks for other pictures under other z
     fid_factor: float = 1.5  # κ: a resolution is done when FID ≤ κ · reference FID
     augment: tuple[str, ...] = ()  # what the discriminator sees pictures through, see augment.py
     recompute: bool = False  # gradient checkpointing: the generator's levels again in the backward pass, for memory
@@ -110,11 +112,11 @@ SMALL_RECIPE = dict(
     lr_generator=5e-3, lr_discriminator=8e-3, lower_scales=0.02, clip_weight=0.2, matching_weight_generator=0.1
 )
 SMALL_GENERATOR = dict(
-    mapping_layers=2, clip_width=128, text_dim=128, text_layers=1, lr_mul=0.3, residual_gain=0.7, attn_gain=1.0
+    mapping_layers=2, clip_width=384, text_dim=128, text_layers=1, lr_mul=0.3, residual_gain=0.7, attn_gain=1.0
 )
 # fmt: off
 SMALL_DISCRIMINATOR = dict(
-    clip_width=128, text_dim=128, text_layers=1, head_layers=2, lr_mul=0.1, clip_channels=128,
+    clip_width=384, text_dim=128, text_layers=1, head_layers=2, lr_mul=0.1, clip_channels=128,
     clip_maps=((64, 8), (128, 4), (256, 2), (512, 1)),
 )
 

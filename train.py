@@ -46,7 +46,7 @@ def parse_args(argv=None):
     add("--accumulate", type=auto_or_positive, default="auto", help="parts to make each batch in; auto: as a GPU needs")
     add("--seed", type=natural_number, default=0, help="of weights, data and noise")
     add("--resume", default="auto", help="auto: the run in --out; moved: its data lie elsewhere; no; or a checkpoint")
-    add("--clip", help="train (a small one, on these captions), small, emoji, a small one's file, or MODEL:WEIGHTS of "
+    add("--clip", help="train (a small one, on these pairs), emoji, a small one's file, or MODEL:WEIGHTS of "
         "open_clip (default: the preset's; a small preset on other data: train)")  # fmt: skip
     add("--set", nargs="+", default=[], metavar="FIELD=VALUE", help="other values of the recipe: lr_generator=1e-3 …")
     add("--init", type=Path, help="start a new run from these weights: a generator_ema.safetensors, or a checkpoint")
@@ -134,11 +134,6 @@ class Run:
     def introduce(self):
         arguments = {name: str(value) for name, value in vars(self.args).items()}
         self.loop.introduce(arguments | {"steps": self.loop.steps, "recipe": dataclasses.asdict(self.recipe)})
-        if unknown := {word for caption in self.growth.captions for word in self.clip.unknown_words(caption)}:
-            remedy = "for such data take another: --clip train, or --clip ViT-B-32-quickgelu:openai"
-            if (self.args.out / "clip.safetensors").is_file():
-                remedy = "they are in held-out captions only"
-            say(f"note: this CLIP does not know {len(unknown)} words of these captions, as {min(unknown)}; {remedy}")
         say(f"Training {self.args.preset} on {self.device}, {distributed.world_size()} rank(s); all in {self.args.out}")
 
     # ------------------------------------------------------------------------------------------------------------------

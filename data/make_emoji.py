@@ -1,15 +1,13 @@
-"""Makes `emoji.tar.gz` from four npm packages: one shard of captioned pictures, as img2dataset writes it.
+"""Makes `emoji.tar.gz` from npm packages: one shard of captioned vector pictures, laid out as img2dataset writes it.
 
-    npm pack emoji-datasource-google emoji-datasource-twitter fluentui-emoji emojibase-data
-    pip install resvg-py
-    python data/make_emoji.py FOLDER      # the folder with the four .tgz files
+    npm pack emojibase-data @iconify-json/{noto,noto-v1,twemoji,fluent-emoji-flat,emojione,fxemoji,streamline-emojis}
+    python data/make_emoji.py FOLDER      # the folder with the .tgz files
 
-Every picture is `key.webp`, 64×64 on white, with `key.txt` and `key.json`. The lines of a `.txt` are captions, of which
-each use of the picture draws one: half of them leave the style open. The `.json` holds the name, style, category, skin
-tone and source; `weight`, the share of the passes over the shard that use the picture, which makes all names equally
-frequent although people come in up to 26 skin tones; and `held_out`, "tone" or "style" for the pairs kept for
-evaluation, of which each part is seen in other pictures. The shard is compressed, as half of a tar of small files is
-empty.
+Every picture is `key.svg` with `key.txt` and `key.json`. Each use of a picture draws one line of its `.txt`: the name,
+what people call it, or a short phrase; one line in five names the style. In the `.json`, `aurora_weight` is the chance
+that a pass over the shard uses the picture, so that every name is equally frequent although people come in up to 26
+skin tones. `aurora_held_out` marks what training never sees: "tone" and "style" are pairs whose parts are seen in other
+pictures, "name" is a name that is seen in no picture.
 """
 
 import argparse
@@ -22,14 +20,24 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
-from tqdm import tqdm
 
-SIZE = 64
-PACKAGES = {"noto": "emoji-datasource-google", "twemoji": "emoji-datasource-twitter", "fluent": "fluentui-emoji"}
-NAMES = "emojibase-data"  # names by Unicode's CLDR, which mend the standard's: "red", not "heavy black heart"
+NAMES = "emojibase-data"  # Unicode's names and tags, in English
+# npm's name of a set: its name in captions. Fluent's other set, in colour gradients, takes ten times as long to draw.
+STYLES = {
+    "noto": "noto",
+    "noto-v1": "old noto",
+    "twemoji": "twemoji",
+    "fluent-emoji-flat": "fluent",
+    "emojione": "emojione",
+    "fxemoji": "firefox",
+    "streamline-emojis": "streamline",
+}
+GROUPS = ("smileys", "people", "component", "nature", "food", "travel", "activities", "objects", "symbols", "flags")
+IMAGINABLE = ("smileys", "nature", "food", "travel", "activities", "objects")  # whose held-out names can be made up
 TONES = ("light", "medium-light", "medium", "medium-dark", "dark")
-HELD_OUT_TONES, HELD_OUT_STYLES = 60, 40
+HELD_OUT_TONES, HELD_OUT_STYLES, HELD_OUT_NAMES = 60, 40, 60
+MAX_TAGS = 5  # of an emoji that are drawn as captions
+COMMON = 40  # names; a tag that more of them share, such as "flag" or "person", says too little
 
 
 @dataclass
@@ -38,31 +46,22 @@ class Emoji:
 
     name: str  # in plain words, without the tone
     tone: str  # "dark skin tone", or "" for the yellow default
-    aliases: tuple[str, ...]
-    category: str
+    tags: tuple[str, ...]  # other words for it
+    group: str
     code: str  # as "1f469-1f3ff-200d-1f680"
 
 
-class Package:
-    """The files of one .tgz that npm packed."""
-
-    def __init__(self, folder, name):
-        (path,) = folder.glob(f"{name}-[0-9]*.tgz")
-        self.name = path.stem
-        self.files = {}
-        with tarfile.open(path) as tar:
-            for member in tar:
-                if "/img/" not in member.name or re.search(r"/img/\w+/64/", member.name):  # no sprite sheets
-                    self.files[member.name.removeprefix("package/")] = (
-                        member.isfile() and tar.extractfile(member).read()
-                    )
-
-    def json(self, path):
-        return json.loads(self.files[path])
+def read_package(folder, name, *paths):
+    """JSON files of a .tgz that npm packed → their contents, {} for a missing one, and the version."""
+    (archive,) = folder.glob(f"{name}-[0-9]*.tgz")
+    with tarfile.open(archive) as tar:
+        there = set(tar.getnames())
+        files = [f"package/{path}" for path in paths]
+        return [json.load(tar.extractfile(file)) if file in there else {} for file in files], archive.stem
 
 
 def plain(label):
-    """A name of CLDR as one would say it: "flag: Côte d’Ivoire" → "flag of côte d'ivoire"."""
+    """A name of Unicode as one would say it: "flag: Côte d’Ivoire" → "flag of côte d'ivoire"."""
     label = label.lower().replace("’", "'").replace("“", "").replace("”", "").replace("!", "")
     label = re.sub(r"^flag: ", "flag of ", label).replace("keycap: ", "keycap ")
     if re.search(r"o'clock$|-thirty$", label):
@@ -76,117 +75,115 @@ def tone_of(label, base):
     return " and ".join(tones) + " skin tone" if tones else ""
 
 
-def read_emoji(names, datasource):
-    """Every emoji that Unicode names, from emojibase-data, with other names from emoji-datasource → list of Emoji."""
-    short_names = {key(entry["unified"]): entry["short_names"] for entry in datasource.json("emoji.json")}
-    categories = {key(entry["unified"]): entry["category"] for entry in datasource.json("emoji.json")}
-    taken = Counter(plain(entry["label"]) for entry in names.json("en/data.json"))
-    emoji = []
-    for entry in names.json("en/data.json"):
-        code, name = key(entry["hexcode"]), plain(entry["label"])
-        if code not in categories or categories[code] == "Component":
+def code_of(hexcode):
+    """A sequence of code points without the selector of emoji presentation, which the sets write differently."""
+    return hexcode.lower().replace("-fe0f", "")
+
+
+def read_emoji(entries):
+    """The entries of emojibase-data → {code: Emoji}, and {slug: code} by their names."""
+    emoji, code_of_slug = {}, {}
+    shared = Counter(tag for entry in entries for tag in entry.get("tags", ()))
+    for entry in entries:
+        if "group" not in entry or GROUPS[entry["group"]] == "component":
             continue
-        others = (n.replace("_", " ").replace("-", " ") for n in short_names[code])
-        aliases = tuple(n for n in others if re.fullmatch(r"[a-z]{3,}( [a-z]{2,})*", n) and n != name and not taken[n])
-        aliases = tuple(n for n in aliases if not n.startswith("flag "))
+        name = plain(entry["label"])
+        tags = [tag for tag in entry.get("tags", ()) if tag != name and shared[tag] <= COMMON]
+        tags = tuple(tag for tag in tags if re.fullmatch(r"[a-z][a-z' -]{2,}", tag))  # no signs, no country codes
         for variation in (entry, *entry.get("skins", ())):
-            tone = tone_of(variation["label"], entry["label"])
-            emoji.append(Emoji(name, tone, aliases, categories[code], key(variation["hexcode"])))
-    return emoji
+            code, tone = code_of(variation["hexcode"]), tone_of(variation["label"], entry["label"])
+            emoji[code] = Emoji(name, tone, tags, GROUPS[entry["group"]], code)
+            code_of_slug[slug_of(variation["label"])] = code
+    return emoji, code_of_slug
 
 
-def key(code):
-    """A sequence of code points without the selector of emoji presentation, which the packages set differently."""
-    return code.lower().replace("-fe0f", "")
+def slug_of(name):
+    """What the sets' names of an emoji have in common: "Flag: Japan", "flag-for-japan" → "flagjapan"."""
+    name = re.sub(r"-\d+$", "", name.lower()).replace("flag-for-flag", "flag").replace("flag-for", "flag")
+    return re.sub(r"skin.tone|[^a-z0-9]", "", name)
 
 
-def datasource_pictures(package):
-    """{code: PNG} of an emoji-datasource package."""
-    return {key(Path(path).stem): data for path, data in package.files.items() if path.endswith(".png")}
-
-
-def fluent_pictures(package, emoji):
-    """{code: SVG} of fluentui-emoji, whose files are named by CLDR: "woman-astronaut-medium-dark.svg"."""
+def draw_set(icons):
+    """The icons.json of a set → {its name of a picture: the picture as SVG}."""
     pictures = {}
-    for e in emoji:
-        slug = re.sub(r"[^a-z0-9]+", "-", e.name.replace("'", "")).strip("-")
-        tone = e.tone.removesuffix(" skin tone") or "default"
-        for stem in (slug, f"{slug}-{tone}") if not e.tone else (f"{slug}-{tone}",):
-            if data := package.files.get(f"icons/modern/{stem}.svg"):
-                pictures[e.code] = data
+    for name, icon in icons["icons"].items():
+        box = [icon.get(side, icons.get(side, default)) for side, default in BOX.items()]
+        pictures[name] = SVG.format(box=" ".join(map(str, box)), body=icon["body"])
     return pictures
 
 
-def rasterize(data):
-    """A PNG or SVG → RGB, SIZE × SIZE, on white."""
-    if data.lstrip()[:4] in (b"<svg", b"<?xm"):
-        import resvg_py  # here, as nothing else needs it
-
-        data = resvg_py.svg_to_bytes(svg_string=data.decode(), width=4 * SIZE, height=4 * SIZE, skip_system_fonts=True)
-    image = Image.open(io.BytesIO(data)).convert("RGBA")
-    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.resize((SIZE, SIZE), Image.Resampling.LANCZOS)
+BOX = {"left": 0, "top": 0, "width": 16, "height": 16}  # Iconify's defaults
+SVG = '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" viewBox="{box}">{body}</svg>'
 
 
-def captions(emoji, style):
-    """The lines of a .txt: half without the style; where there are other names, one line in four is such a one."""
-    aliases = emoji.aliases[:1]
-    lines = [emoji.name] * (3 if aliases else 1) + list(aliases)
-    lines = [f"{line}, {emoji.tone}" if emoji.tone else line for line in lines]
-    return lines + [f"{line}, {style} style" for line in lines]
+def with_article(phrase):
+    return f"{'an' if phrase[0] in 'aeiou' else 'a'} {phrase}"
+
+
+def captions(emoji, style, rng):
+    """The lines of a .txt: of ten, eight leave the style open, and four of these are not the name."""
+    tags = list(rng.permutation(emoji.tags))[:MAX_TAGS] or [emoji.name]
+    head = emoji.name.split()[-1]  # "grinning face": a happy face
+    phrases = [with_article(f"{tag} {head}") for tag in tags if head not in tag and head.isalpha()] or tags
+    lines = [emoji.name, emoji.name, with_article(emoji.name), f"{emoji.name}, {tags[0]}"]
+    lines += [tags[0], tags[-1], ", ".join(tags[:2]), phrases[0]]
+    lines += [f"{emoji.name}, {style} style", f"{tags[len(tags) // 2]}, {style} style"]
+    return [f"{line}, {emoji.tone}" if emoji.tone else line for line in lines]
 
 
 def hold_out(pairs, rng):
-    """{(code, style): "tone" or "style"} of some pairs; each name, tone and style is seen in other pictures."""
-    variations, styles = defaultdict(list), defaultdict(list)
+    """Pairs (Emoji, style) → {(code, style): "tone", "style" or "name"} of those that training never sees."""
+    styles, variations = defaultdict(list), defaultdict(set)
     for e, style in pairs:
         styles[e.code].append(style)
-        if e.tone in [f"{tone} skin tone" for tone in TONES] and e.code not in variations[e.name]:
-            variations[e.name].append(e.code)
-    toned = [name for name, codes in variations.items() if len(codes) == len(TONES)]
-    single = [e.code for e, _ in pairs if e.name not in variations and len(styles[e.code]) == len(PACKAGES)]
-    single = list(dict.fromkeys(single))
-    held_out = {}
+        if e.tone in [f"{tone} skin tone" for tone in TONES]:
+            variations[e.name].add(e.code)
+    toned = sorted(name for name, codes in variations.items() if len(codes) == len(TONES))
+    single = [e for e in {e.code: e for e, _ in pairs}.values() if not variations[e.name] and len(styles[e.code]) >= 4]
+    names = rng.permutation([e.code for e in single if e.group in IMAGINABLE])[:HELD_OUT_NAMES]
+    held_out = {(code, style): "name" for code in names for style in styles[code]}
     for name in rng.choice(toned, HELD_OUT_TONES, replace=False):
-        code = rng.choice(variations[name])
+        code = rng.choice(sorted(variations[name]))
         held_out |= {(code, style): "tone" for style in styles[code]}
-    for code in rng.choice(single, HELD_OUT_STYLES, replace=False):
+    for code in rng.choice([e.code for e in single if e.code not in names], HELD_OUT_STYLES, replace=False):
         held_out[code, rng.choice(styles[code])] = "style"
     return held_out
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="with the .tgz files of the four packages")
+    parser.add_argument("folder", type=Path, help="with the .tgz files of the packages")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "emoji.tar.gz")
     args = parser.parse_args()
-    packages = {style: Package(args.folder, name) for style, name in PACKAGES.items()}
-    emoji = read_emoji(Package(args.folder, NAMES), packages["noto"])
-    pictures = {
-        "noto": datasource_pictures(packages["noto"]),
-        "twemoji": datasource_pictures(packages["twemoji"]),
-        "fluent": fluent_pictures(packages["fluent"], emoji),
-    }
-    pairs = [(e, style) for e in emoji for style in PACKAGES if e.code in pictures[style]]
+    (entries,), _ = read_package(args.folder, NAMES, "en/data.json")
+    emoji, code_of_slug = read_emoji(entries)
+    sets = {}
+    for package, style in STYLES.items():
+        (icons, chars), source = read_package(args.folder, f"iconify-json-{package}", "icons.json", "chars.json")
+        code_of_slug |= {slug_of(name): code_of(code) for code, name in chars.items() if code_of(code) in emoji}
+        sets[style] = draw_set(icons), source
+    pictures = {}  # (code, style): the first picture of the set that has this name
+    for style, (drawn, _) in sets.items():
+        for name, svg in sorted(drawn.items()):
+            if code := code_of_slug.get(slug_of(name)):
+                pictures.setdefault((code, style), svg)
+    pairs = [(emoji[code], style) for code, style in sorted(pictures)]
     rng = np.random.default_rng(0)
     held_out = hold_out(pairs, rng)
     of_name, styles = Counter(e.name for e, _ in pairs), defaultdict(set)
     for e, style in pairs:
         styles[e.name].add(style)
     with tarfile.open(args.out, "w:gz") as tar:
-        for number, index in enumerate(tqdm(rng.permutation(len(pairs)), desc="rasterizing", unit="picture")):
+        for number, index in enumerate(rng.permutation(len(pairs))):
             e, style = pairs[index]
-            webp = io.BytesIO()
-            rasterize(pictures[style][e.code]).save(webp, "WEBP", quality=90, method=6)
-            facts = {name: value for name, value in asdict(e).items() if name != "aliases"}
-            facts |= {"style": style, "source": packages[style].name, "held_out": held_out.get((e.code, style))}
-            facts["weight"] = round(len(styles[e.name]) / of_name[e.name], 4)
-            text = "\n".join(captions(e, style)) + "\n"
-            parts = {"webp": webp.getvalue(), "txt": text.encode(), "json": json.dumps(facts).encode()}
-            for suffix, data in parts.items():
+            facts = asdict(e) | {"style": style, "source": sets[style][1]}
+            facts["aurora_held_out"] = held_out.get((e.code, style))
+            facts["aurora_weight"] = round(len(styles[e.name]) / of_name[e.name], 4)
+            text = "\n".join(captions(e, style, rng)) + "\n"
+            for suffix, data in (("svg", pictures[e.code, style]), ("txt", text), ("json", json.dumps(facts))):
                 member = tarfile.TarInfo(f"{number:09d}.{suffix}")
-                member.size = len(data)
-                tar.addfile(member, io.BytesIO(data))
+                member.size = len(data.encode())
+                tar.addfile(member, io.BytesIO(data.encode()))
     counts = Counter(style for _, style in pairs)
     print(f"{len(pairs)} pictures, {dict(counts)}, of {len(of_name)} names; held out: {Counter(held_out.values())}")
 

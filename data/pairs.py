@@ -6,20 +6,23 @@ or as long as a book. A pair is made fit for training, or it is skipped, and cou
 
 import codecs
 import collections
+import functools
 import io
 import json
 
 import numpy as np
+import resvg_py
 import torch
 from PIL import Image, ImageOps, features
 
 from common.cli import UserError
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")  # in any case
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".svg")
 MAX_FILE = 2**28  # bytes of an image that are read
 MAX_PIXELS = 2**26  # of an image; more is a mistake or an attack
 MAX_CAPTION = 1000  # characters; no CLIP reads as many, and tokenizing a novel takes minutes
 MAX_TEXT = 16 * MAX_CAPTION  # bytes of a caption file that are read
+MAX_HEAD = 1000  # bytes in which an SVG says that it is one
 MAX_FACTS = 2**20  # bytes of a .json that are read
 WINDOW = 200  # pairs; if most of so many in a row are unusable, the source is given up
 
@@ -145,7 +148,9 @@ def captions_of(data):
 def read_image(file, resolution):
     """An image file → its centre square [3, R, R] in [−1, 1]. Raises Unusable."""
     try:
-        image = decode(file, resolution)
+        head = file.read(MAX_HEAD).lstrip()
+        file.seek(0)
+        image = render(file.read(), resolution) if head.startswith((b"<svg", b"<?xml")) else decode(file, resolution)
     except Unusable:
         raise
     except Exception as error:  # Pillow stumbles over broken files in every way there is
@@ -154,6 +159,15 @@ def read_image(file, resolution):
         raise Unusable(FORMAT if unread else IMAGE) from error
     image = ImageOps.fit(image, (resolution, resolution), Image.Resampling.LANCZOS)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
+
+
+def render(svg, resolution):
+    """The bytes of an SVG → RGB on white, its shorter side at the resolution. Raises what resvg raises."""
+    draw = functools.partial(resvg_py.svg_to_bytes, svg.decode(), background="white", skip_system_fonts=True)
+    image = Image.open(io.BytesIO(draw(width=resolution)))
+    if image.height < resolution:  # a wide picture
+        image = Image.open(io.BytesIO(draw(height=resolution)))
+    return image.convert("RGB")
 
 
 def is_avif(head):

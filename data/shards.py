@@ -78,7 +78,7 @@ class Shards(Evaluated):
             raise UserError(f"--data: not one usable pair in {len(self.urls)} shard(s) from {self.urls[0]}: {causes}")
         self.kinds = collections.Counter(suffix or "no suffix" for _, suffix, _ in found)
         self.fields = sorted({field for _, suffix, data in found if suffix == ".json" for field in facts_of(data)})
-        self.names_held_out = "held_out" in self.fields
+        self.names_held_out = "aurora_held_out" in self.fields
         number = len({key for key, *_ in found})
         self.holds_out = self.names_held_out or number >= FEWEST or len(found) == LOOKED_AT
         images, captions = ({k for k, suffix, _ in found if suffix in kinds} for kinds in self.wanted[:2])
@@ -136,7 +136,7 @@ class Shards(Evaluated):
         """Whether a sample is of the part that is held out, or of the other."""
         key, parts = sample
         if self.names_held_out:
-            return bool(facts_of(parts.get(".json")).get("held_out")) == held_out
+            return bool(facts_of(parts.get(".json")).get("aurora_held_out")) == held_out
         return (self.holds_out and is_held_out(key)) == held_out
 
     def example(self, sample):
@@ -213,6 +213,6 @@ def shuffled(samples, rng):
 
 
 def weight_of(sample):
-    """The chance that a sample is taken where it is met: the `weight` in its .json, by default 1."""
-    weight = facts_of(sample[1].get(".json")).get("weight", 1)
+    """The chance that a sample is taken where it is met: the `aurora_weight` in its .json, by default 1."""
+    weight = facts_of(sample[1].get(".json")).get("aurora_weight", 1)
     return weight if isinstance(weight, int | float) else 1

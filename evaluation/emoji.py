@@ -1,132 +1,92 @@
-"""What can be measured on the emoji alone: whether held-out pairs are drawn right, and whether the style is left open.
+"""What can be measured on the emoji alone: whether words are drawn as what they name, and how much seeds differ.
 
-data/make_emoji.py says what is held out, and writes the captions. The plain name comes first; a caption that names the
-style ends with it, as "boy, dark skin tone, fluent style".
+data/make_emoji.py says which pictures are held out, and why.
 """
 
-import itertools
-import re
+import gzip
+import io
+import json
+import tarfile
+from collections import Counter, defaultdict
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 
-from common import distributed
-from evaluation.features import BATCH, embed, extract, extract_generated, gather, real_pixels
+from data.pairs import read_image
+from data.sources import EMOJI
+from evaluation.features import embed, extract_generated
 from evaluation.metrics import own_caption_first
+from layers import resize
+from sampling import latent
 
-STYLE = re.compile(r", (\w+) style$")
-TONE = re.compile(r" skin tone\b")
-SEEDS = 8  # images of each name, of which the styles are counted
-TRAINING_SHARE = 0.8  # of the names, for the classifier of style
-WEIGHT_DECAY = 1e-2
-
-
-def extract_examples(source, held_out, label_of, resolution, extractors):
-    """Features of all examples of which label_of(captions) is not None → labels, {extractor: features [N, D]}."""
-    labels = []
-
-    def batches():
-        examples = source.examples(held_out, distributed.rank(), distributed.world_size())
-        labelled = ((image, label) for image, captions in examples if (label := label_of(captions)) is not None)
-        while some := list(itertools.islice(labelled, BATCH)):
-            images, new = zip(*some, strict=True)
-            labels.extend(new)
-            yield real_pixels(torch.stack(images), resolution)
-
-    return gather(labels, extract(batches(), extractors))
+SEEDS = 8  # pictures of each name, of which the variety is measured
+FEWEST = 4  # real pictures of a name, to be compared with
+SIDE = 8  # pixels, at which pictures differ in shapes and colours, and flaws do not count
+WORDS = 400  # names, and tags, that are drawn
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Held-out pairs.
+def read_emoji(path=EMOJI):
+    """→ (facts, svg) of every picture in the shard: what its .json says, and the bytes of its .svg."""
+    with gzip.open(path) as file, tarfile.open(fileobj=file) as tar:
+        svg = None
+        for member in tar:
+            if member.name.endswith(".svg"):
+                svg = tar.extractfile(member).read()
+            elif member.name.endswith(".json"):
+                yield json.load(tar.extractfile(member)), svg
 
 
-def held_out_r_precision(generator, clip, source, psi, seed, resolution, reader):
-    """The R-precision of the held-out pairs: {kind: (of generated images, of the real ones, number of pairs)}.
+def questions(emoji, seed):
+    """The facts of all pictures → (kind, prompt, answer) of what is asked.
 
-    kind: "tone", "style", or "all". reader: the Extractor that embeds images and captions. The captions name the style,
-    as a pair held out in its style is new only in that. The 99 others are captions of held-out pairs too.
+    Of a prompt's picture, the answer is to be nearer than other answers: of a name and of a tag that one name alone
+    has, the name; of a pair held out, its caption.
     """
-    captions, real = extract_examples(source, True, styled_caption, resolution, {"reader": reader})
-    fake = extract_generated(generator, clip, captions, psi, seed, resolution, {"reader": reader})
-    texts = embed(reader, captions)
-    hits = [own_caption_first(side["reader"], texts, captions).double() for side in (fake, real)]
-    tone = torch.tensor([bool(TONE.search(caption)) for caption in captions])
-    kinds = {"tone": tone, "style": ~tone, "all": torch.ones_like(tone)}
-    return {kind: (*(hit[of].mean().item() for hit in hits), of.sum().item()) for kind, of in kinds.items()}
+    rng = np.random.default_rng(seed)
+    seen = {facts["name"] for facts in emoji if facts["aurora_held_out"] != "name"}
+    tags = {(tag, facts["name"]) for facts in emoji for tag in facts["tags"] if facts["name"] in seen}
+    shared = Counter(tag for tag, _ in tags)
+    asked = [("names", name, name) for name in rng.permutation(sorted(seen))[:WORDS].tolist()]
+    own = sorted(pair for pair in tags if shared[pair[0]] == 1)
+    asked += [("tags", *own[i]) for i in rng.permutation(len(own))[:WORDS]]
+    held_out = {"name": "{name}", "style": "{name}, {style} style", "tone": "{name}, {tone}"}
+    for kind, form in held_out.items():
+        prompts = {form.format(**facts) for facts in emoji if facts["aurora_held_out"] == kind}
+        asked += [(f"held-out {kind}s", prompt, prompt) for prompt in sorted(prompts)]
+    return asked
 
 
-def styled_caption(captions):
-    """The first caption that names the style."""
-    return next(filter(STYLE.search, captions))
+def r_precision(generator, text, asked, psi, seed, resolution, reader):
+    """{kind: (R-precision, number)} of `questions`. reader: the Extractor that embeds images and captions."""
+    kinds, prompts, answers = zip(*asked, strict=True)
+    images = extract_generated(generator, text, list(prompts), psi, seed, resolution, {"reader": reader})["reader"]
+    hits = own_caption_first(images, embed(reader, answers), list(answers)).double()
+    of_kind = {kind: [i for i, other in enumerate(kinds) if other == kind] for kind in dict.fromkeys(kinds)}
+    return {kind: (hits[rows].mean().item(), len(rows)) for kind, rows in of_kind.items()}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Styles over seeds.
+def spread(images):
+    """The mean distance between two of some images [N, 3, SIDE, SIDE], as the RMS over pixels and channels."""
+    points = images.flatten(1)
+    return (torch.pdist(points) / points.shape[1] ** 0.5).mean().item()
 
 
-def styles_over_seeds(generator, clip, source, psi, seed, resolution, count, extractor):
-    """How many styles appear in SEEDS images of a name alone, for up to count/SEEDS names, by a classifier of style.
-
-    → {"two styles": the share of names with two or more, "by mistake": the share that would seem to have two if all
-    images had one, "accuracy": of the classifier on real images, "names": their number}. The classifier is trained on
-    real images of other names, in the extractor's features at this resolution.
+@torch.no_grad()
+def variety(generator, text, emoji, psi, seed, names=200):
+    """How much SEEDS pictures of one name differ, as a share of how much real ones differ → the share, and the number
+    of names. emoji: of `read_emoji`, a list.
     """
-    accuracy, classify, names = train_classifier(source, resolution, extractor)
-    names = names[: max(1, count // SEEDS)]
-    captions = [name for name in names for _ in range(SEEDS)]
-    fake = extract_generated(generator, clip, captions, psi, seed, resolution, {"styles": extractor})
-    return {
-        "two styles": share_with_two(classify(fake["styles"]).unflatten(0, (-1, SEEDS))),
-        "by mistake": 1 - accuracy**SEEDS,
-        "accuracy": accuracy,
-        "names": len(names),
-    }
-
-
-def share_with_two(styles):
-    """The share of rows of integers [N, SEEDS] that hold two different ones or more."""
-    return (styles != styles[:, :1]).any(1).double().mean().item()
-
-
-def train_classifier(source, resolution, extractor):
-    """A classifier of the style of an emoji without skin tone, trained on TRAINING_SHARE of the names.
-
-    → its accuracy on real images of the other names, the function from features [N, D] to styles [N] as integers, and
-    those of the other names that training shows in all styles.
-    """
-    labels, features = extract_examples(source, False, name_and_style, resolution, {"styles": extractor})
-    features, names = features["styles"], sorted({name for name, _ in labels})
-    styles = sorted({style for _, style in labels})
-    order = torch.randperm(len(names), generator=torch.Generator().manual_seed(0)).tolist()
-    trained_on = {names[i] for i in order[: round(TRAINING_SHARE * len(names))]}
-    training = torch.tensor([name in trained_on for name, _ in labels])
-    targets = torch.tensor([styles.index(style) for _, style in labels])
-    classify = logistic_regression(features[training], targets[training])
-    accuracy = (classify(features[~training]) == targets[~training]).double().mean().item()
-    seen = set(labels)
-    others = [names[i] for i in order if names[i] not in trained_on]
-    return accuracy, classify, [name for name in others if all((name, style) in seen for style in styles)]
-
-
-def name_and_style(captions):
-    """An emoji's captions → its name and style; None if it has a skin tone."""
-    return None if TONE.search(captions[0]) else (captions[0], STYLE.search(captions[-1])[1])
-
-
-def logistic_regression(features, targets):
-    """Multinomial logistic regression of targets [N] on standardized features [N, D] → the function that classifies."""
-    mean, std = features.mean(0), features.std(0).clamp(min=1e-6)
-    layer = torch.nn.Linear(features.shape[1], int(targets.max()) + 1)
-    torch.nn.init.zeros_(layer.weight)
-    torch.nn.init.zeros_(layer.bias)
-    inputs = (features - mean) / std
-    optimizer = torch.optim.LBFGS(layer.parameters(), max_iter=100, line_search_fn="strong_wolfe")
-
-    def loss():
-        optimizer.zero_grad()
-        loss = F.cross_entropy(layer(inputs), targets) + WEIGHT_DECAY * layer.weight.square().sum()
-        loss.backward()
-        return loss
-
-    optimizer.step(loss)
-    return lambda features: layer((features - mean) / std).argmax(1)
+    pictures = defaultdict(list)
+    for facts, svg in emoji:
+        if not facts["tone"] and not facts["aurora_held_out"]:
+            pictures[facts["name"]].append(svg)
+    drawn = sorted(name for name, svgs in pictures.items() if len(svgs) >= FEWEST)
+    drawn = np.random.default_rng(seed).permutation(drawn)[:names].tolist()
+    z = latent.noise(generator, SEEDS * len(drawn), seed)
+    captions = [name for name in drawn for _ in range(SEEDS)]
+    images = [resize(o.image.clamp(-1, 1), SIDE) for o in latent.generate(generator, text, captions, z, None, psi)]
+    generated = sum(map(spread, torch.cat(images).cpu().split(SEEDS)))
+    real = 0.0
+    for name in drawn:
+        real += spread(torch.stack([resize(read_image(io.BytesIO(svg), 64)[None], SIDE)[0] for svg in pictures[name]]))
+    return generated / real, len(drawn)

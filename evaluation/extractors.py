@@ -18,7 +18,6 @@ from weights.efficientnet import load_efficientnet
 
 EFFICIENTNET_SIDE = 96  # pixels; the network was trained on 224, which takes five times as long
 ENLARGED = f"resized to {EFFICIENTNET_SIDE} by antialiased bicubic"
-STYLE_STAGES = 4  # of seven
 
 
 class Extractor(NamedTuple):
@@ -56,7 +55,7 @@ def small_clip(spec, device):
         return clip.read(captions).embedding
 
     path = BUILT_IN.get(spec, Path(spec))
-    return Extractor(f"small CLIP ({path.name}), resized to 32 by antialiased bicubic", images, texts)
+    return Extractor(f"{clip.name} ({path.name}), resized to 32 by antialiased bicubic", images, texts)
 
 
 def efficientnet(device):
@@ -67,31 +66,6 @@ def efficientnet(device):
         return network.forward_head(network.forward_features(enlarged(pixels, device)), pre_logits=True)
 
     return Extractor(f"EfficientNet-lite0 of ImageNet, 1280 features, {ENLARGED}", images, None)
-
-
-def efficientnet_styles(device):
-    """Features that tell how something is drawn: statistics of each channel of EfficientNet's stem and lower stages.
-
-    Mean and deviation are those by which Huang & Belongie 2017 change the style of an image; minimum and maximum are
-    added, as they made a classifier of style better.
-    """
-    network = load_efficientnet().to(device, memory_format=torch.channels_last)
-
-    def images(pixels):
-        x = network.bn1(network.conv_stem(enlarged(pixels, device)))
-        statistics = [channel_statistics(x)]
-        for stage in network.blocks[:STYLE_STAGES]:
-            x = stage(x)
-            statistics.append(channel_statistics(x))
-        return torch.cat(statistics, 1)
-
-    return Extractor(f"EfficientNet-lite0 of ImageNet, statistics of lower stages, {ENLARGED}", images, None)
-
-
-def channel_statistics(x):
-    """Maps [B, C, H, W] → mean, standard deviation, minimum and maximum of each channel, [B, 4·C]."""
-    x = x.flatten(2)
-    return torch.cat([x.mean(2), x.std(2), x.amin(2), x.amax(2)], 1)
 
 
 def enlarged(pixels, device):

@@ -265,7 +265,7 @@ class LadaGAN(System):
 
     def __init__(self, clip, resolution, device, unconditional=False):
         self.unconditional = unconditional
-        text_dim = 0 if unconditional else clip.model.text_projection.shape[1]
+        text_dim = 0 if unconditional else clip.read(["text"]).embedding.shape[1]
         generator = Generator(resolution, text_dim=text_dim)
         discriminator = Discriminator(default_channels(resolution), text_dim=text_dim)
         super().__init__(clip, resolution, device, generator, discriminator, LR, BETAS)

@@ -287,7 +287,7 @@ class StyleGANT(System):
 
     def __init__(self, clip, resolution, device, features=None):
         self.features = (features or efficientnet()).to(device)
-        text_dim = clip.model.text_projection.shape[1]
+        text_dim = clip.read(["text"]).embedding.shape[1]
         generator = Generator({r: c for r, c in CHANNELS.items() if r <= resolution}, text_dim=text_dim)
         discriminator = Discriminator(self.features.channels, text_dim)
         super().__init__(clip, resolution, device, generator, discriminator, LR, BETAS)
@@ -333,9 +333,10 @@ class StyleGANT(System):
 
 
 def text_tower(clip):
-    """A copy of a FrozenClip's text encoder, to be trained, and its optimizer."""
-    tower = copy.deepcopy(clip.model).requires_grad_(True)
+    """A copy of a FrozenClip, whose text encoder and projection are to be trained, and its optimizer."""
+    tower = copy.deepcopy(clip)
     tower.visual = None
+    tower.requires_grad_(True)
     return tower, torch.optim.Adam(tower.parameters(), lr=TEXT_LR, betas=BETAS)
 
 
@@ -343,9 +344,9 @@ def step_text_encoder(system, tower, optimizer, number, images, ids, text, noise
     """One step of the second phase (section 3.3): the generator is frozen, and its text encoder learns.
 
     ids [B, T] and text are of the same captions: the discriminator and the guidance go on with the frozen encoder. To
-    sample, put `tower.encode_text(ids, normalize=True)` in the place of the text's embedding. The rest is as in `step`.
+    sample, put `tower.encode_text(ids).embedding` in the place of the text's embedding. The rest is as in `step`.
     """
-    c = tower.encode_text(ids, normalize=True)
+    c = tower.encode_text(ids).embedding
     fake = system.networks["generator"](system.codes(len(images), noise), c, noise=noise)
     return system.compete(number, images, fake, text, noise, optimizer, TEXT_GUIDANCE)
 

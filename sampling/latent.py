@@ -37,12 +37,11 @@ def read(generator, clip, prompts):
 
 
 def remarks(clip, prompt):
-    """What this CLIP cannot take in of a prompt, as sentences."""
+    """What the text encoder cannot take in of a prompt, as sentences."""
     shown = prompt if len(prompt) <= 60 else prompt[:60] + "…"
     if cut := clip.num_tokens_cut(prompt):
-        return [f'"{shown}" is {cut} tokens too long for this CLIP; its end is left out']
-    unknown = clip.unknown_words(prompt)
-    return [f'"{shown}": never seen in training: {", ".join(unknown[:10])}'] if unknown else []
+        return [f'"{shown}" is {cut} tokens too long for this text encoder; its end is left out']
+    return []
 
 
 def noise(generator, count, seed):
@@ -90,5 +89,5 @@ def generate(generator, clip, captions, z, resolution=None, psi=1.0, batch=64):
     """
     for first in range(0, len(captions), batch):
         prompt = read(generator, clip, captions[first : first + batch])
-        w = codes(generator, z[first : first + batch].to(clip.device), prompt.global_text, psi)
+        w = codes(generator, z[first : first + batch].to(generator.w_avg.device), prompt.global_text, psi)
         yield generator.synthesis(w, prompt.local_text, resolution)

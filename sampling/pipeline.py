@@ -13,7 +13,6 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from clip import FrozenClip
 from common import distributed
 from common.cli import UserError
 from router import Routing
@@ -37,13 +36,13 @@ class Drawn:
 
 
 class Pipeline:
-    """A generator and the CLIP that reads its prompts, ready to draw.
+    """A generator and the text encoder that reads its prompts, ready to draw.
 
     The same prompts, seed and psi give the same pictures, to the bit on one machine. psi: the truncation; 1 is all
     variety, 0 each prompt's mean picture. Methods raise UserError where an argument cannot be.
     """
 
-    def __init__(self, generator: torch.nn.Module, clip: FrozenClip, notes: dict):
+    def __init__(self, generator: torch.nn.Module, clip: torch.nn.Module, notes: dict):
         self.generator, self.clip, self.notes = generator, clip, notes
 
     @classmethod

@@ -1,4 +1,4 @@
-"""The frozen CLIP is open_clip's, its small vocabulary and its files are sound."""
+"""The text encoders and the CLIP read and see as their authors' code does; their files are sound."""
 
 import open_clip
 import pytest
@@ -6,55 +6,91 @@ import torch
 
 from clip import (
     BUILT_IN,
-    FrozenClip,
+    ClipText,
+    MiniLM,
     fold_batch_norms,
+    from_open_clip,
     load_clip,
+    load_minilm,
     load_small,
+    load_text,
+    made_from,
     new_small,
     save_small,
 )
 from common.cli import UserError
-from data.scenes import all_words, make_scene
-from training.small_clip import vocabulary
 
 
 @pytest.fixture(scope="module")
 def small():
     torch.manual_seed(0)
-    return new_small(vocabulary([all_words()]))
+    return new_small(load_minilm())
 
 
 @pytest.fixture(scope="module")
-def large():
+def model():
     """A ViT of open_clip with its whole vocabulary, randomly initialized."""
-    model = open_clip.CLIP(
+    return open_clip.CLIP(
         embed_dim=16,
         vision_cfg=dict(image_size=32, layers=8, width=64, head_width=32, patch_size=16),
         text_cfg=dict(context_length=77, vocab_size=49408, width=32, heads=2, layers=2),
     )
-    return FrozenClip(model, "test")
 
 
-def test_text_and_images_are_encoded_as_open_clip_does(large):
+@pytest.fixture(scope="module")
+def large(model):
+    return from_open_clip(model, "test")
+
+
+def test_minilm_gives_the_similarities_of_its_model_card():
+    """https://huggingface.co/sentence-transformers/all-MiniLM-L6-v2: 0.695 and 0.257 to a happy person."""
+    sentences = ["That is a happy person", "That is a happy dog", "Today is a sunny day"]
+    first, *others = load_minilm().read(sentences).embedding
+    assert [round(float(first @ other), 3) for other in others] == [0.695, 0.257]
+
+
+def test_minilm_reads_a_caption_the_same_in_any_company():
+    encoder = load_minilm()
+    encoder.known.clear()
+    alone = encoder.read(["a red heart"])
+    encoder.known.clear()
+    beside = encoder.read(["a slice of pizza with cheese and olives", "a red heart"])
+    torch.testing.assert_close(alone.tokens[0], beside.tokens[1], atol=2e-3, rtol=0)
+    assert torch.equal(encoder.read(["a red heart"]).tokens[0], beside.tokens[1]), "remembered"
+    by_ids = encoder.encode(encoder.tokenize(["a red heart"]))
+    torch.testing.assert_close(by_ids.tokens, alone.tokens, atol=2e-3, rtol=0)
+
+
+def test_the_last_token_of_minilm_is_the_sentence_code_and_nothing_is_beyond_it():
+    text = load_minilm().read(["a red heart", "two dogs playing in the snow"])
+    rows = torch.arange(2)
+    code = torch.nn.functional.normalize(text.tokens[rows, text.eot], dim=-1)
+    torch.testing.assert_close(code, text.embedding, atol=1e-3, rtol=0)
+    assert not text.tokens[0, text.eot[0] + 1 :].any()
+    norms = text.tokens[0, : text.eot[0] + 1].square().mean(-1).sqrt()
+    torch.testing.assert_close(norms, torch.ones_like(norms), atol=1e-3, rtol=0)
+
+
+def test_text_and_images_are_encoded_as_open_clip_does(model, large):
     captions = ["a small red circle", "two dogs, playing in the snow 🐕"]
     ids = large.tokenize(captions)
     assert torch.equal(ids, open_clip.get_tokenizer("ViT-B-32")(captions))
-    text = large.encode_text(ids)
-    torch.testing.assert_close(text.embedding, large.model.encode_text(ids, normalize=True))
+    text = large.read(captions)
+    torch.testing.assert_close(text.embedding, model.encode_text(ids, normalize=True))
     assert text.tokens.shape == (2, 77, 32) and torch.equal(
         ids[torch.arange(2), text.eot], torch.tensor([49407, 49407])
     )
     images = torch.rand(2, 3, 32, 32)
     mean, std = (torch.tensor(t).view(3, 1, 1) for t in (open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD))
-    expected = large.model.encode_image((images - mean) / std)
+    expected = model.encode_image((images - mean) / std)
     torch.testing.assert_close(large.encode_image(images * 2 - 1), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_it_sees_what_the_towers_of_open_clip_compute_on_the_way(small, large):
     """Four feature maps: the stages of a ResNet, every second of the eight blocks of a ViT without its class token."""
     images, outputs = 2 * torch.rand(2, 3, 16, 16) - 1, []
-    visual = large.model.visual
-    for block in [*small.model.visual.children()][-5:-1] + [visual.transformer.resblocks[i] for i in (1, 3, 5, 7)]:
+    visual = large.visual
+    for block in [*small.visual.children()][-5:-1] + [visual.transformer.resblocks[i] for i in (1, 3, 5, 7)]:
         block.register_forward_hook(lambda module, inputs, output: outputs.append(output))
     maps = [x for clip in (small, large) for x in clip.see(images)[1]]
     outputs[4:] = [x[:, 1:].transpose(1, 2).unflatten(2, visual.grid_size) for x in outputs[4:]]
@@ -65,33 +101,26 @@ def test_it_sees_what_the_towers_of_open_clip_compute_on_the_way(small, large):
 
 def test_folded_batch_norms_change_nothing():
     """In float64, for three sizes of images at a time, beside the ResNet as open_clip runs it, size by size."""
-    original, folded = (load_small(BUILT_IN["small"]).double() for _ in range(2))
+    original, folded = (load_small(BUILT_IN["emoji"]) for _ in range(2))
+    for clip in (original, folded):
+        clip.visual.double()
+        clip.mean, clip.std = clip.mean.double(), clip.std.double()
     fold_batch_norms(folded)
-    assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in folded.model.modules())
+    assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in folded.visual.modules())
     images = [2 * torch.rand(2, 3, r, r, dtype=torch.float64) - 1 for r in (8, 16, 32)]
     torch.testing.assert_close(folded.encode_image(*images), torch.cat([original.encode_image(x) for x in images]))
 
 
-def test_the_small_vocabulary_is_the_captions(small):
-    captions = [make_scene(i).caption for i in range(300)]
-    ids = small.tokenize(captions)
-    assert ids.min() > 0  # no unknown word
-    eot = len(small.kept_ids)
-    assert torch.equal(ids.argmax(1), (ids == eot).int().argmax(1)) and ids.max() == eot
-    assert not any(small.unknown_words(caption) for caption in captions)
-    assert small.unknown_words("A Large mauve circle on a gray dragon") == ["mauve", "dragon"]
-    assert len(ids.unique(dim=0)) == len(set(captions))
-
-
 def test_any_text_is_safe(small, large):
+    texts = ["🐉🐉", "word " * 10_000, "a <end_of_text> b [SEP]", "\0", "é" * 300]
     for clip in (small, large):
-        texts = ["", "🐉🐉", "word " * 10_000, "a <end_of_text> b", "\0", "é" * 300]
         ids = clip.tokenize(texts)
-        assert ids.shape == (6, clip.context_length)
-        assert ((ids == ids.max()).sum(1) == 1).all()  # one end of text each
-        assert clip.encode_text(ids).tokens.isfinite().all()
-        assert clip.num_tokens_cut("word " * 10_000) == 10_002 - clip.context_length
-        assert clip.num_tokens_cut("a red circle") == 0
+        assert ids.shape == (5, clip.text.context_length)
+        text = clip.read(texts)
+        assert text.tokens.isfinite().all() and text.embedding.isfinite().all()
+        assert clip.text.num_tokens_cut("word " * 10_000) == 10_002 - clip.text.context_length
+        assert clip.text.num_tokens_cut("a red circle") == 0
+    assert ((ids == ids.max()).sum(1) == 1).all()  # one end of text each
 
 
 def test_it_never_learns_nor_leaves_eval_mode(small):
@@ -100,12 +129,22 @@ def test_it_never_learns_nor_leaves_eval_mode(small):
     assert not any(p.requires_grad for p in small.parameters())
 
 
-def test_a_small_clip_survives_its_file(small, tmp_path):
-    save_small(small, tmp_path / "clip.safetensors")
-    again = load_clip(str(tmp_path / "clip.safetensors"))
-    ids = small.tokenize(["a large cyan star"])
-    assert torch.equal(again.encode_text(ids).tokens, small.encode_text(ids).tokens)
-    assert again.kept_ids == small.kept_ids
+def test_a_small_clip_survives_its_file_and_its_name_tells_its_weights(small, tmp_path):
+    path = tmp_path / "clip.safetensors"
+    save_small(small, path, {"data": "emoji"})
+    again, images = load_small(path), torch.rand(2, 3, 32, 32)
+    assert torch.equal(again.encode_image(images), small.encode_image(images))
+    assert torch.equal(again.read(["a star"]).embedding, small.read(["a star"]).embedding)
+    assert made_from(path) == {"data": "emoji"}
+    other = new_small(MiniLM())
+    save_small(other, path, {})
+    assert load_small(path).name != again.name
+
+
+def test_the_text_encoder_of_a_generator_is_found_by_its_name(monkeypatch, model):
+    assert isinstance(load_text(MiniLM.name), MiniLM)
+    monkeypatch.setattr(open_clip, "create_model", lambda *args, **kwargs: model)
+    assert isinstance(load_text("ViT-L-14-quickgelu:openai"), ClipText)
 
 
 @pytest.mark.parametrize(

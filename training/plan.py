@@ -22,7 +22,7 @@ from torch.utils.flop_counter import flop_registry
 
 import attention
 from augment import NUM_CHANCES
-from clip import BUILT_IN, FrozenClip, new_small, vocabulary_of
+from clip import BUILT_IN, MiniLM, from_open_clip, new_small
 from common import distributed
 from common.cli import UserError, positive_int
 from common.distributed import say
@@ -155,10 +155,11 @@ def rehearse(preset, clip_model, batch, dtype, parts=1, resolution=None):
 def empty_part(learner, size):
     """What a step learns from, of `size` images."""
     side, clip = learner.active[-1], learner.clip
-    text = clip.encode_text(torch.zeros(size, clip.context_length, dtype=torch.long))
+    text = clip.encode_text(torch.zeros(size, clip.text.context_length, dtype=torch.long))
     real = pyramid(torch.empty(size, 3, side, side), learner.active)
     wrong = torch.zeros(size, dtype=torch.long)
-    return Part(real, text, wrong, torch.empty(size, learner.generator.config.z_dim), torch.empty(size, 2, NUM_CHANCES))
+    z, other_z = torch.empty(2, size, learner.generator.config.z_dim)
+    return Part(real, text, wrong, z, other_z, torch.empty(size, 2, NUM_CHANCES))
 
 
 def parameters_and_state(learner, clip):
@@ -192,13 +193,12 @@ def evenly(self, points, expert_index, gate):
 
 def clip_without_weights(spec):
     """The CLIP of a preset or of --clip, by its sizes alone."""
-    path = BUILT_IN["small"] if spec == "train" else BUILT_IN.get(spec, Path(spec))
-    if path.is_file():
-        return new_small(vocabulary_of(path))
+    if spec == "train" or BUILT_IN.get(spec, Path(spec)).is_file():
+        return new_small(MiniLM())
     name = spec.partition(":")[0]
     if name not in open_clip.list_models():
-        raise UserError(f"--clip {spec}: --plan needs a model of open_clip, as ViT-L-14-quickgelu:openai, or small")
-    return FrozenClip(open_clip.CLIP(**open_clip.get_model_config(name)), spec)
+        raise UserError(f"--clip {spec}: --plan needs a model of open_clip, as ViT-L-14-quickgelu:openai, or emoji")
+    return from_open_clip(open_clip.CLIP(**open_clip.get_model_config(name)), spec)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

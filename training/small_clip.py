@@ -1,9 +1,10 @@
-"""A small CLIP for any captioned pictures, trained in minutes on a CPU, where no weights are at hand.
+"""Trains a small CLIP on any captioned pictures, in minutes on a CPU, when no CLIP's weights can be downloaded.
 
     python -m training.small_clip --data emoji --out clip.safetensors
 
-Its words are those of the captions. It is not a judge of anything else, and far from OpenAI's; it is what Aurora needs
-to read captions and to be told how well a picture fits one.
+The text encoder, MiniLM, is frozen and already reads English. An image tower and a projection of sentence codes are
+trained against it, which is locked-image tuning (Zhai et al. 2022) with the towers' parts exchanged. So pictures are
+also found under words that no caption has.
 """
 
 import argparse
@@ -12,22 +13,21 @@ import math
 import time
 from pathlib import Path
 
-import open_clip
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from clip import BUILT_IN, FrozenClip, new_small, save_small
+from clip import BUILT_IN, fold_batch_norms, load_minilm, made_from, new_small, save_small
 from common import distributed
 from common.cli import HelpFormatter, UserError, check_file, natural_number, positive_int, told_in_one_line
 from common.disk import atomically
 from common.distributed import say
 from data import sources
 from layers import resize
+from sampling.inference import dtype_of
 
 RESOLUTIONS = (4, 8, 8, 16, 16, 32, 32, 32)  # of the pictures, an eighth of a batch each: the losses ask about all
 LR = 2e-3
-UNKNOWN = 0.03  # share of words hidden in training, so that the row of the unknown word means "some word"
 MISLED_AFTER = 0.6  # share of the steps after which pictures are misled, see mislead
 REACH = 0.1  # how far at the end
 POOL = 16  # batches drawn at a time; half of them are runs of captions next to each other in the alphabet
@@ -45,23 +45,27 @@ def train_small_clip(source, steps=None, batch=128, seed=0, device="cpu"):
     """
     pairs = list(itertools.islice(source.examples(), MAX_PAIRS))
     if len({line for _, captions in pairs for line in captions}) < 2:
-        raise UserError("a small CLIP cannot be trained: all captions are the same")
+        raise UserError("all captions are the same, and a small CLIP learns from differences; give other captions")
     steps = steps or min(max(len(pairs), STEPS[0]), STEPS[1])
     pixels = torch.stack([((image + 1) * 127.5).round().byte() for image, _ in pairs])
     captions = [lines for _, lines in pairs]
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        clip = new_small(vocabulary(captions)).to(device)
-        model = clip.model.requires_grad_(True).train()
-        optimizer = torch.optim.AdamW(model.parameters(), LR, betas=(0.9, 0.98), weight_decay=0.1)
+        clip = new_small(load_minilm()).to(device)
+        clip.log_scale.requires_grad_(True)
+        for module in (clip.visual, clip.projection):
+            module.requires_grad_(True).train()
+        learned = [parameter for parameter in clip.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(learned, LR, betas=(0.9, 0.98), weight_decay=0.1)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LR, total_steps=steps, pct_start=0.1)
-        batches = draw_batches(captions, batch)
+        batches, codes = draw_batches(captions, batch), sentence_codes(clip.text, captions)
         for step in tqdm(range(steps), desc="training a small CLIP", unit="step"):
             index, texts = next(batches)
             images = [x.to(device) for x in at_all_resolutions(pixels[index].float() / 127.5 - 1)]
             after = (step / steps - MISLED_AFTER) / (1 - MISLED_AFTER)
-            learn(clip, optimizer, schedule, images, texts, UNKNOWN, REACH * after if after > 0 else None)
-    return FrozenClip(model, "small", clip.kept_ids)
+            text_codes = torch.stack([codes[text] for text in texts])
+            learn(clip, optimizer, schedule, images, texts, text_codes, REACH * after if after > 0 else None)
+    return clip.requires_grad_(False).eval()
 
 
 def clip_for(data, preset):
@@ -70,67 +74,81 @@ def clip_for(data, preset):
 
 
 def ensure_small_clip(path, data, caption_key, seed, device):
-    """Trains a small CLIP on the captions of a run's data and writes it to `path`, unless it is there already."""
+    """Trains a small CLIP on a run's data and writes it to `path`, unless one of these data is there already."""
     with distributed.together():
-        if distributed.is_main() and not path.is_file():
-            say("First a small CLIP learns to read these captions: about ten minutes on one CPU core.")
-            clip = train_small_clip(sources.open_data(data, 32, seed, caption_key), seed=seed, device=device)
-            atomically(path, lambda temporary: save_small(clip, temporary))
+        if not distributed.is_main():
+            return
+        source = sources.open_data(data, 32, seed, caption_key)
+        made = {"data": str(data), "caption-key": str(caption_key), "seed": str(seed), "text": load_minilm().name}
+        made["found"] = " ".join(source.describe())
+        if path.is_file() and made_from(path) == made:
+            return
+        say("First a small CLIP learns to see these pictures as their captions say: a few minutes on one CPU core.")
+        clip = train_small_clip(source, seed=seed, device=device)
+        atomically(path, lambda temporary: save_small(clip, temporary, made))
 
 
-def learn(clip, optimizer, schedule, images, captions, unknown, reach):
-    """One step → its loss. unknown: the share of words to hide. reach: how far to mislead images, or None."""
-    ids = clip.tokenize(captions)
-    hidden = (torch.rand(ids.shape) < unknown).to(ids.device)
-    ids = ids.masked_fill(hidden & (ids > 1) & (ids < len(clip.kept_ids) - 1), 0)  # not padding, start and end
-    text_features = clip.model.encode_text(ids, normalize=True)
+@torch.no_grad()
+def sentence_codes(text, captions, batch=256):
+    """Lists of captions → {caption: the text encoder's embedding [D]}. Each is read once, next to others as long."""
+    lines = sorted({line for lines in captions for line in lines}, key=len)
+    codes, device = {}, text.words.weight.device
+    with torch.autocast(device.type, torch.bfloat16, enabled=dtype_of("auto", device) == torch.bfloat16):
+        for first in tqdm(range(0, len(lines), batch), desc="reading captions", unit="batch"):
+            part = lines[first : first + batch]
+            ids = text.tokenize(part)
+            codes |= zip(part, text.encode(ids[:, : (ids != 0).sum(1).max()]).embedding.float(), strict=True)
+    return codes
+
+
+def learn(clip, optimizer, schedule, images, captions, codes, reach):
+    """One step → its loss. codes [B, D]: of the captions. reach: how far to mislead images, or None."""
+    text_features = F.normalize(clip.projection(codes), dim=-1)
+    same = torch.tensor([[a == b for b in captions] for a in captions], device=text_features.device)
     if reach is not None:
-        images = mislead(clip, images, text_features.detach(), reach)
-    loss = contrast(clip, images, text_features)
+        images = mislead(clip, images, text_features.detach(), same, reach)
+    loss = contrast(clip, images, text_features, same)
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     optimizer.step()
     schedule.step()
-    clip.model.logit_scale.data.clamp_(max=math.log(100))  # as CLIP
+    clip.log_scale.data.clamp_(max=math.log(100))  # as CLIP
     return loss
 
 
-def contrast(clip, images, text_features):
-    """open_clip's own loss between captions and images, these as a list of batches of several sizes."""
+def contrast(clip, images, text_features, same):
+    """CLIP's loss between captions and images, these as a list of batches of several sizes.
+
+    same [B, B]: where two captions are equal, each fits the other's image (UniCL, Yang et al. 2022, equation 3).
+    """
     image_features = F.normalize(clip.encode_image(*images), dim=-1)
-    return open_clip.ClipLoss()(image_features, text_features, clip.logit_scale)
+    logits = clip.logit_scale * image_features @ text_features.T
+    targets = same / same.sum(1, keepdim=True)
+    return (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
 
 
-def mislead(clip, images, text_features, reach):
+def mislead(clip, images, text_features, same, reach):
     """The images, every pixel moved so that the captions fit less, by up to `reach` of a range of 2.
 
     One step along the sign of the gradient (Goodfellow et al. 2015). Networks trained on such images have gradients
     that change what people see, not noise that they alone see (Santurkar et al. 2019).
     """
     images = [part.detach().requires_grad_() for part in images]
-    gradients = torch.autograd.grad(contrast(clip, images, text_features), images)
+    gradients = torch.autograd.grad(contrast(clip, images, text_features, same), images)
     amounts = [reach * torch.rand(len(part), 1, 1, 1, device=part.device) for part in images]
     return [(x + amount * g.sign()).detach() for x, amount, g in zip(images, amounts, gradients, strict=True)]
 
 
-def vocabulary(captions):
-    """The token ids in lists of captions, with padding, start and end of the text; sorted."""
-    tokenizer = open_clip.SimpleTokenizer()
-    words = {word for lines in captions for line in lines for word in line.lower().split()}
-    ids = {i for word in words for i in tokenizer.encode(word)}
-    return sorted(ids | {0, tokenizer.sot_token_id, tokenizer.eot_token_id})
-
-
 def draw_batches(captions, batch):
-    """Endless (indices [b], texts) without the same text twice; every other batch is a run of similar texts."""
+    """Endless (indices [batch], texts); every other batch is a run of similar texts."""
     while True:
         pool = torch.randint(len(captions), (POOL * batch,)).tolist()
         drawn = [(captions[i][torch.randint(len(captions[i]), ()).item()], i) for i in pool]
         half = len(drawn) // 2
         arranged = [*drawn[:half], *sorted(drawn[half:])]
         for part in torch.randperm(POOL).tolist():
-            index_of = dict(arranged[part * batch : (part + 1) * batch])
-            yield torch.tensor(list(index_of.values())), list(index_of)
+            texts, index = zip(*arranged[part * batch : (part + 1) * batch], strict=True)
+            yield torch.tensor(index), list(texts)
 
 
 def at_all_resolutions(images):
@@ -151,7 +169,7 @@ def accuracy(clip, source, count=1000):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=HelpFormatter)
-    parser.add_argument("--data", default="emoji", help="emoji, shapes, a folder or shards, as in train.py")
+    parser.add_argument("--data", default="emoji", help="emoji, a folder or shards, as in train.py")
     parser.add_argument("--out", type=Path, required=True, help="the file to write, for --clip of train.py")
     parser.add_argument("--steps", type=positive_int, default=4000)
     parser.add_argument("--seed", type=natural_number, default=0)
@@ -161,8 +179,8 @@ def main():
         started = time.monotonic()
         source = sources.open_data(args.data, 32, args.seed)
         clip = train_small_clip(source, args.steps, seed=args.seed)
-        save_small(clip, args.out)
-        share, count = accuracy(clip, source)
+        save_small(clip, args.out, {"data": args.data, "seed": str(args.seed), "steps": str(args.steps)})
+        share, count = accuracy(fold_batch_norms(clip), source)
     print(
         f"{(time.monotonic() - started) / 60:.0f} minutes; of {count} captions the right one first: {100 * share:.1f} %"
     )

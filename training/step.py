@@ -23,6 +23,7 @@ from training.graphs import Graphed
 
 NETWORKS = ("generator", "discriminator", "ema")
 OPTIMIZERS = ("optimizer_g", "optimizer_d")
+MODE_SEEKING_RESOLUTION = 8
 
 
 class Part(NamedTuple):
@@ -32,6 +33,7 @@ class Part(NamedTuple):
     text: Text  # of their captions
     wrong: torch.Tensor  # [b], from wrong_captions
     z: torch.Tensor  # [b, z_dim]
+    other_z: torch.Tensor  # [b, z_dim], of the pictures that are to differ from those of z
     chances: torch.Tensor  # [b, 2, NUM_CHANCES], of the augmentation of real images and of fake ones
 
 
@@ -84,16 +86,16 @@ class Learner:
     def prepare(self, seed, number, batches):
         """This rank's batches of step `number` → a list of Part. Noise depends on the seed and the step's number."""
         generator = noise_of(seed, number)
-        z = torch.randn(self.batch, self.generator.config.z_dim, generator=generator)  # of all ranks and parts
+        z = torch.randn(self.batch, 2, self.generator.config.z_dim, generator=generator)  # of all ranks and parts
         chances = torch.rand(self.batch, 2, NUM_CHANCES, generator=generator)
         parts, rank, ranks = [], distributed.rank(), distributed.world_size()
         z = z.unflatten(0, (len(batches), ranks, -1))[:, rank].to(self.device)
         chances = chances.unflatten(0, (len(batches), ranks, -1))[:, rank].to(self.device)
-        for batch, *noise in zip(batches, z, chances, strict=True):
+        for batch, codes, chances_of_part in zip(batches, z, chances, strict=True):
             ids = self.clip.tokenize(batch.captions)
             real = pyramid(batch.images.to(self.device), self.active)
             wrong = wrong_captions(distributed.gather(ids)).unflatten(0, (ranks, -1))[rank]
-            parts.append(Part(real, self.clip.encode_text(ids), wrong, *noise))
+            parts.append(Part(real, self.clip.read(batch.captions), wrong, *codes.unbind(1), chances_of_part))
         return parts
 
     def step(self, number, parts):
@@ -122,6 +124,11 @@ class Learner:
         with self.autocast():
             return self.parallel_generator(part.z, part.text.tokens, part.text.eot, self.active[-1])
 
+    def draw_other(self, part):
+        """The part's captions under its other z, at a resolution where shapes and colors are decided already."""
+        low = min(MODE_SEEKING_RESOLUTION, self.active[-1])
+        return self.parallel_generator(part.other_z, part.text.tokens, part.text.eot, low)
+
     def discriminator_step(self, parts, outputs, r1_interval):
         self.optimizer_d.zero_grad(set_to_none=True)
         reports = []
@@ -142,9 +149,9 @@ class Learner:
                 if len(parts) > 1:
                     output = self.draw(part)
                 with self.autocast():
-                    report = generator_loss(
-                        output, part.text, part.wrong, part.chances[:, 1], self.discriminator, self.clip, self.recipe
-                    )
+                    other = self.draw_other(part) if self.recipe.mode_seeking_weight else None
+                    inputs = output, other, part.text, part.wrong, part.chances[:, 1]
+                    report = generator_loss(*inputs, self.discriminator, self.clip, self.recipe)
                 (report["loss"] / len(parts)).backward()
             reports.append(report)
         return {"g_loss": mean_of(reports, "loss"), **update(self.optimizer_g, reports, "g")}
@@ -178,13 +185,15 @@ class Learner:
     # ------------------------------------------------------------------------------------------------------------------
 
     def state_dict(self):
-        return {name: getattr(self, name).state_dict() for name in (*NETWORKS, *OPTIMIZERS)}
+        return {"clip": self.clip.name} | {name: getattr(self, name).state_dict() for name in (*NETWORKS, *OPTIMIZERS)}
 
     def load_state_dict(self, state):
         """Loads what state_dict gave → the learning rates that differ from the recipe's, {optimizer: (then, now)}.
 
         The recipe wins: a run whose losses are not finite is resumed with lower rates.
         """
+        if state["clip"] != self.clip.name:
+            raise ValueError(f"it learned with {state['clip']}, and this is {self.clip.name}")
         changed = {}
         for name in NETWORKS:
             getattr(self, name).load_state_dict(state[name])

@@ -14,12 +14,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from aurora import Generator
-from clip import MODELS, SMALL, FrozenClip, load_clip
+from clip import MODELS, load_text
 from common.cli import UserError, first_line
 from common.disk import atomically, rename
 from presets import OPENAI_CLIP, GeneratorConfig
 from weights.official import is_official, load_official
-from weights.text_tower import TextTower
 
 DEMO, SHAPES = MODELS / "emoji.safetensors", MODELS / "shapes.safetensors"
 
@@ -29,7 +28,7 @@ DEMO, SHAPES = MODELS / "emoji.safetensors", MODELS / "shapes.safetensors"
 
 
 def save_generator(path, generator, clip, resolution, notes):
-    """Writes the levels of a generator up to `resolution`, and of a small CLIP the text tower; of another, its name.
+    """Writes the levels of a generator up to `resolution`, and the names of its text encoder and of its CLIP.
 
     notes: a dict of what is worth knowing about the run, kept in the file's metadata. Raises OSError on a full disk.
     """
@@ -39,37 +38,31 @@ def save_generator(path, generator, clip, resolution, notes):
         names = Generator(config).state_dict().keys()
     state = generator.state_dict()
     tensors = {f"generator.{name}": state[name].contiguous() for name in names}
-    if clip.kept_ids is not None:
-        text_tower = {name: v for name, v in clip.model.state_dict().items() if not name.startswith("visual.")}
-        tensors |= {f"clip.{name}": value.contiguous() for name, value in text_tower.items()}
     metadata = {
         "generator": json.dumps(dataclasses.asdict(config)),
+        "text": clip.text.name,
         "clip": clip.name,
-        "kept_ids": json.dumps(clip.kept_ids),
         "notes": json.dumps(notes),
     }
     atomically(path, lambda temporary: save_file(tensors, temporary, metadata))
 
 
 def load_generator(path, device="cpu", clip_spec=None):
-    """A file of save_generator, or the authors' aurora_v1.pth → (Generator in eval mode, its CLIP, notes).
+    """A file of save_generator, or the authors' aurora_v1.pth → (Generator in eval mode, its text encoder, notes).
 
-    path may also be a run's folder. The CLIP of a file that holds one has no image tower. clip_spec: another way to get
-    a large CLIP, see load_clip. Raises UserError for a file that is missing, damaged or foreign, and where its CLIP
-    cannot be had.
+    path may also be a run's folder. clip_spec: another way to get a large CLIP, see load_clip. Raises UserError for a
+    file that is missing, damaged or foreign, and where its text encoder cannot be had.
     """
     path = generator_of(path)
     if path.suffix == ".safetensors":
-        generator, clip, notes = _load_ours(path)
+        generator, name, notes = _load_ours(path)
     else:
-        generator, clip, notes = _load_official(path), OPENAI_CLIP, {}
-    if isinstance(clip, str):
-        clip = load_clip(clip_spec or clip, device)
-    elif clip_spec:
-        raise UserError(f"--clip {clip_spec}: {path} holds the small CLIP that it was trained with, and takes no other")
-    if clip.width != generator.config.clip_width:
-        raise UserError(f"{path} needs a CLIP of width {generator.config.clip_width}, and {clip.name} has {clip.width}")
-    return generator.to(device).eval().requires_grad_(False), clip.to(device), notes
+        generator, name, notes = _load_official(path), OPENAI_CLIP, {}
+    text = load_text(clip_spec or name, device)
+    if text.width != generator.config.clip_width:
+        width = generator.config.clip_width
+        raise UserError(f"{path} needs a text encoder of width {width}, and {text.name} has {text.width}")
+    return generator.to(device).eval().requires_grad_(False), text, notes
 
 
 def generator_of(path):
@@ -82,19 +75,16 @@ def generator_of(path):
 
 
 def _load_ours(path):
-    """→ generator, its small CLIP or the name of a large one, notes."""
+    """→ generator, the name of its text encoder, notes."""
     metadata, state = read_safetensors(path)
     if "generator" not in metadata:
         raise UserError(f"{path} holds no generator of Aurora; that of a run is its generator_ema.safetensors")
+    if "text" not in metadata:
+        raise UserError(f"{path} is of an earlier version, whose text encoder is gone; train it anew")
     try:
         generator = Generator(GeneratorConfig.from_dict(json.loads(metadata["generator"])))
         generator.load_state_dict(without_prefix(state, "generator."))
-        clip, kept_ids = metadata["clip"], json.loads(metadata["kept_ids"])
-        if kept_ids is not None:
-            tower = TextTower(len(kept_ids) + 1, SMALL["embed_dim"], **SMALL["text_cfg"])
-            clip = FrozenClip(tower, "small", kept_ids)
-            clip.model.load_state_dict(without_prefix(state, "clip."))
-        return generator, clip, json.loads(metadata["notes"])
+        return generator, metadata["text"], json.loads(metadata["notes"])
     except (IndexError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"{path} is not a generator of train.py, or it is damaged ({first_line(error)})") from error
 

@@ -1,102 +1,83 @@
-"""Held-out pairs ask for what is held out, and styles are counted by a classifier that saw other names."""
-
-import io
-import json
-import tarfile
+"""What is asked of the emoji's words, and how variety is measured."""
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
-from data import sources
 from evaluation import emoji
 from evaluation.extractors import Extractor
-from weights.checkpoint import SHAPES, load_generator
-
-SHADES = {"noto": 60, "twemoji": 130, "fluent": 200}  # stand for the styles
 
 
-def write_emoji(path, names=20):
-    """A small shard as data/make_emoji.py writes it; each style is a shade of grey. Two pairs are held out."""
-    rng = np.random.default_rng(0)
-    with tarfile.open(path, "w") as tar:
-        for i in range(names):
-            for style, shade in SHADES.items():
-                tone = ", dark skin tone" if i % 5 == 4 else ""
-                facts = {"held_out": {(0, "noto"): "style", (4, "fluent"): "tone"}.get((i, style))}
-                buffer = io.BytesIO()
-                Image.fromarray(rng.integers(shade - 20, shade + 20, (64, 64, 3), dtype=np.uint8)).save(buffer, "PNG")
-                text = f"name {i}{tone}\nname {i}{tone}, {style} style\n"
-                parts = {"png": buffer.getvalue(), "txt": text.encode(), "json": json.dumps(facts).encode()}
-                for suffix, data in parts.items():
-                    info = tarfile.TarInfo(f"{i:04d}{style}.{suffix}")
-                    info.size = len(data)
-                    tar.addfile(info, io.BytesIO(data))
-    return path
+@pytest.fixture(scope="module")
+def pictures():
+    return list(emoji.read_emoji())
 
 
-@pytest.fixture
-def source(tmp_path):
-    return sources.open_data(str(write_emoji(tmp_path / "emoji.tar")), 32, seed=0)
+def test_every_question_has_one_answer_and_held_out_names_are_never_seen(pictures):
+    facts = [facts for facts, _ in pictures]
+    asked = emoji.questions(facts, seed=0)
+    assert asked == emoji.questions(facts, seed=0)
+    kinds = [kind for kind, _, _ in asked]
+    assert {kind: kinds.count(kind) for kind in kinds} == {
+        "names": 400,
+        "tags": 400,
+        "held-out names": 60,
+        "held-out styles": 40,
+        "held-out tones": 60,
+    }
+    seen = {f["name"] for f in facts if not f["aurora_held_out"]}
+    held_out = {answer for kind, _, answer in asked if kind == "held-out names"}
+    assert not seen & held_out
+    for kind, prompt, answer in asked:
+        if kind == "tags":
+            assert {f["name"] for f in facts if prompt in f["tags"] and f["name"] in seen} == {answer}
 
 
-MEANS = Extractor("mean colors", lambda pixels: pixels.float().mean((2, 3)), None)
+def test_r_precision_is_told_by_kind(monkeypatch):
+    """A reader that sees colors only, a generator that draws three of four prompts in the color of their answer."""
+    colors = {"red": [1.0, 0, 0], "green": [0, 1.0, 0], "blue": [0, 0, 1.0]}
+    asked = [("names", "red", "red"), ("names", "green", "green"), ("tags", "sky", "blue"), ("tags", "grass", "green")]
+    drawn = {"red": "red", "green": "green", "sky": "blue", "grass": "red"}
+
+    def extract(generator, text, prompts, *_):
+        return {"reader": torch.tensor([colors[drawn[prompt]] for prompt in prompts])}
+
+    monkeypatch.setattr(emoji, "extract_generated", extract)
+    reader = Extractor("colors", None, lambda captions: torch.tensor([colors[caption] for caption in captions]))
+    found = emoji.r_precision(None, None, asked, 1.0, 0, 64, reader)
+    assert found == {"names": (1.0, 2), "tags": (0.5, 2)}
 
 
-def test_the_classifier_of_style_is_tested_on_other_names(source, monkeypatch):
-    fitted = []
-    fit = emoji.logistic_regression
-    monkeypatch.setattr(emoji, "logistic_regression", lambda x, y: fitted.append((x, y)) or fit(x, y))
-    accuracy, classify, names = emoji.train_classifier(source, 32, MEANS)
-    assert accuracy == 1
-    order = sorted(SHADES)  # integers stand for the styles in alphabetical order
-    pixels = torch.tensor([SHADES[style] for style in order])[:, None].expand(-1, 3).float()
-    assert classify(pixels).tolist() == [0, 1, 2]
-    labels, features = emoji.extract_examples(source, False, emoji.name_and_style, 32, {"x": MEANS})
-    seen = {tuple(row) for row in fitted[0][0].tolist()}
-    trained_on = {name for (name, _), row in zip(labels, features["x"].tolist(), strict=True) if tuple(row) in seen}
-    assert len(trained_on) == round(0.8 * 16) and not trained_on & set(names)  # 16 names have no skin tone
-    assert "name 0" not in names  # not shown in all styles
+def test_spread_is_the_mean_distance_of_pairs():
+    images = torch.rand(4, 3, 8, 8)
+    pairs = [(a, b) for a in range(4) for b in range(a)]
+    distances = [np.sqrt(np.mean((images[a].numpy() - images[b].numpy()) ** 2)) for a, b in pairs]
+    assert emoji.spread(images) == pytest.approx(np.mean(distances), rel=1e-5)
 
 
-def test_a_classifier_of_what_cannot_be_told_is_no_better_than_chance():
-    torch.manual_seed(0)
-    x, y = torch.randn(600, 2), torch.randint(3, (600,))
-    classify = emoji.logistic_regression(x[:300], y[:300])
-    assert (classify(x[300:]) == y[300:]).float().mean() < 0.5
+def test_variety_is_none_of_equal_pictures_and_one_of_the_real_ones(pictures, monkeypatch):
+    """Stand-ins for a generator: one draws the same picture always, one the pictures of the data themselves."""
 
+    class Output:
+        def __init__(self, image):
+            self.image = image
 
-def test_two_styles_or_more():
-    styles = torch.tensor([[0, 0, 0], [0, 1, 0], [2, 1, 0], [2, 2, 2]])
-    assert emoji.share_with_two(styles) == 0.5
+    names = 5
+    monkeypatch.setattr(emoji.latent, "noise", lambda generator, count, seed: torch.zeros(count, 1))
+    monkeypatch.setattr(
+        emoji.latent, "generate", lambda g, t, captions, *_: [Output(torch.zeros(len(captions), 3, 64, 64))]
+    )
+    assert emoji.variety(None, None, pictures, 1.0, 0, names) == (0.0, names)
 
+    def real(generator, text, captions, *_):
+        for name in dict.fromkeys(captions):
+            svgs = [svg for f, svg in pictures if f["name"] == name and not f["tone"] and not f["aurora_held_out"]]
+            images = torch.stack([emoji.read_image(emoji.io.BytesIO(svg), 64) for svg in svgs])
+            own = emoji.spread(emoji.resize(images, 8))
+            a, b = torch.full((3, 8, 8), -own / 2), torch.full((3, 8, 8), own / 2)
+            share = emoji.SEEDS // 2  # of eight pictures in two kinds, 16 of 28 pairs differ
+            kinds = torch.stack([a] * share + [b] * share) * 28 / 16
+            yield Output(kinds.repeat_interleave(8, 2).repeat_interleave(8, 3))
 
-def test_styles_over_seeds_of_a_generator_that_knows_one(source, monkeypatch):
-    def one_style(_, __, captions, *___):
-        return {"styles": torch.full((len(captions), 3), 130.0)}
-
-    def by_seed(_, __, captions, *___):
-        return {"styles": torch.tensor([60.0, 130.0]).repeat(len(captions) // 2)[:, None].expand(-1, 3)}
-
-    for drawn, share in ((one_style, 0), (by_seed, 1)):
-        monkeypatch.setattr(emoji, "extract_generated", drawn)
-        found = emoji.styles_over_seeds(None, None, source, 1.0, 0, 32, 16, MEANS)
-        assert found["two styles"] == share and found["names"] == 2 and found["by mistake"] == 0
-
-
-def test_held_out_pairs_are_asked_for_by_their_style(source):
-    generator, clip, _ = load_generator(SHAPES)
-    asked = []
-
-    def texts(captions):
-        asked.extend(captions)
-        shades = [SHADES[emoji.STYLE.search(caption)[1]] for caption in captions]
-        return torch.stack([torch.tensor([1.0, shade]) for shade in shades])
-
-    reader = Extractor("", lambda pixels: torch.stack([torch.ones(len(pixels)), MEANS.images(pixels)[:, 0]], 1), texts)
-    found = emoji.held_out_r_precision(generator, clip, source, 1.0, 0, 32, reader)
-    assert sorted(asked) == ["name 0, noto style", "name 4, dark skin tone, fluent style"]
-    assert {kind: number for kind, (_, _, number) in found.items()} == {"tone": 1, "style": 1, "all": 2}
-    assert all(0 <= share <= 1 for share, _, _ in found.values())
-    assert found["all"][1] == pytest.approx((found["tone"][1] + found["style"][1]) / 2)
+    monkeypatch.setattr(emoji.latent, "generate", real)
+    assert emoji.variety(None, None, pictures, 1.0, 0, names)[0] == pytest.approx(1.0, rel=1e-3)

@@ -4,65 +4,126 @@ import itertools
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from clip import load_clip
 from common.cli import UserError
 from data import sources
-from data.scenes import COLORS, render, scene_or_twin
 from tests.data.test_sources import jpeg
-from training.small_clip import contrast, draw_batches, mislead, train_small_clip
+from training.small_clip import contrast, draw_batches, ensure_small_clip, learn, mislead, train_small_clip
+
+COLORS = {"red": (220, 30, 30), "green": (30, 160, 60), "blue": (40, 60, 220), "yellow": (230, 210, 40)}
 
 
-def test_misled_pictures_fit_their_captions_less_and_stay_near():
-    clip = load_clip("small")
-    scenes = [scene_or_twin(i, 9) for i in range(32)]
-    text = clip.read([scene.caption for scene in scenes]).embedding
-    images = [render(scenes[:16], 16), render(scenes[16:], 32)]
-    misled = mislead(clip, images, text, 0.3)
-    assert all((a - b).abs().max() <= 0.3 for a, b in zip(images, misled, strict=True))
-    noise = [x + 0.3 * torch.rand(len(x), 1, 1, 1) * torch.randn_like(x).sign() for x in images]
-    assert contrast(clip, misled, text) > contrast(clip, noise, text) > 0
+def write_pictures(folder, captions):
+    """A picture of one color for each caption that names it."""
+    folder.mkdir(exist_ok=True)
+    for i, lines in enumerate(captions):
+        color = next(color for name, color in COLORS.items() if name in lines)
+        (folder / f"{i}.jpg").write_bytes(jpeg(color))
+        (folder / f"{i}.txt").write_text(lines)
+    return sources.open_data(str(folder), 32, seed=0)
 
 
 @pytest.fixture
-def folder(tmp_path):
-    """Sixteen pictures of one color each."""
-    for i, (name, color) in enumerate(itertools.product(("sky", "wall"), COLORS.items())):
-        (tmp_path / f"{i}.jpg").write_bytes(jpeg(tuple(int(255 * x) for x in color[1])))
-        (tmp_path / f"{i}.txt").write_text(f"{color[0]} {name}\na {name} that is {color[0]}\n")
-    return sources.open_data(str(tmp_path), 32, seed=0)
+def source(tmp_path):
+    places = itertools.product(("sky", "wall"), COLORS)
+    return write_pictures(
+        tmp_path / "data", [f"{color} {place}\na {place} that is {color}\n" for place, color in places]
+    )
 
 
-def test_it_learns_the_captions_of_a_folder(folder):
-    clip = train_small_clip(folder, steps=60, batch=16)
-    first, second = (clip.read([text]).embedding for text in ("red sky", "blue sky"))
-    images = {
-        name: torch.tensor(COLORS[name]).view(1, 3, 1, 1).expand(1, 3, 32, 32) * 2 - 1 for name in ("red", "blue")
-    }
-    red, blue = (clip.encode_image(images[name]) for name in ("red", "blue"))
-    assert (red @ (first - second).T > 0).all() and (blue @ (second - first).T > 0).all()
-    assert not clip.unknown_words("red wall") and clip.unknown_words("zebra") == ["zebra"]
+def flat(name):
+    return torch.tensor(COLORS[name]).view(1, 3, 1, 1).expand(1, 3, 32, 32) / 127.5 - 1
 
 
-def test_the_same_seed_gives_the_same_weights(folder):
-    first, second, other = (train_small_clip(folder, steps=2, batch=8, seed=seed) for seed in (1, 1, 2))
-    state = first.state_dict()
-    assert all(torch.equal(value, second.state_dict()[name]) for name, value in state.items())
-    assert not all(torch.equal(value, other.state_dict()[name]) for name, value in state.items())
+def test_it_learns_captions_and_finds_pictures_under_words_that_no_caption_has(source):
+    clip = train_small_clip(source, steps=60, batch=16)
+    for warm, cold in (("red sky", "blue sky"), ("a scarlet thing", "an azure thing")):
+        difference = clip.read([warm]).embedding - clip.read([cold]).embedding
+        assert clip.encode_image(flat("red")) @ difference.T > 0 > clip.encode_image(flat("blue")) @ difference.T
 
 
-def test_no_text_stands_twice_in_a_batch_and_half_of_the_batches_are_neighbours_in_the_alphabet():
+def test_the_same_seed_gives_the_same_weights(source):
+    first, second, other = (train_small_clip(source, steps=2, batch=8, seed=seed) for seed in (1, 1, 2))
+    state = first.visual.state_dict()
+    assert all(torch.equal(value, second.visual.state_dict()[name]) for name, value in state.items())
+    assert not all(torch.equal(value, other.visual.state_dict()[name]) for name, value in state.items())
+
+
+def test_captions_like_classes_are_learned(tmp_path):
+    """Two captions in a batch of 16: pictures of equal captions are not told apart."""
+    source = write_pictures(tmp_path / "data", ["red", "blue"] * 3 + ["red"] * 6)
+    clip = train_small_clip(source, steps=60, batch=16)
+    difference = clip.read(["red"]).embedding - clip.read(["blue"]).embedding
+    assert (clip.encode_image(flat("red")) - clip.encode_image(flat("blue"))) @ difference.T > 0
+
+
+def test_contrast_is_clips_loss_where_captions_differ_and_shares_its_targets_where_they_are_equal():
+    clip, images = load_clip("emoji"), torch.rand(4, 3, 32, 32) * 2 - 1
+    text = clip.read(["cat", "dog", "sun", "tree"]).embedding
+    logits = clip.logit_scale * F.normalize(clip.encode_image(images), dim=-1) @ text.T
+    own = torch.arange(4)
+    expected = (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
+    torch.testing.assert_close(contrast(clip, [images], text, torch.eye(4, dtype=torch.bool)), expected)
+    text = text[[0, 0, 2, 3]]
+    logits = (clip.logit_scale * F.normalize(clip.encode_image(images), dim=-1) @ text.T).log_softmax(1)
+    rows = [(logits[0, 0] + logits[0, 1]) / 2, (logits[1, 0] + logits[1, 1]) / 2, logits[2, 2], logits[3, 3]]
+    columns = (clip.logit_scale * text @ F.normalize(clip.encode_image(images), dim=-1).T).log_softmax(1)
+    rows += [(columns[0, 0] + columns[0, 1]) / 2, (columns[1, 0] + columns[1, 1]) / 2, columns[2, 2], columns[3, 3]]
+    same = torch.eye(4, dtype=torch.bool)
+    same[0, 1] = same[1, 0] = True
+    torch.testing.assert_close(contrast(clip, [images], text, same), -sum(rows) / 8)
+
+
+def test_misled_pictures_fit_their_captions_less_and_stay_near():
+    clip, captions = load_clip("emoji"), ["red heart", "cat face", "sun", "deciduous tree"] * 4
+    source = sources.open_data("emoji", 32, 0)
+    images, _, _ = next(source.evaluation(16))
+    text = clip.read(captions).embedding
+    same = torch.tensor([[a == b for b in captions] for a in captions])
+    images = [images[:8], images[8:]]
+    misled = mislead(clip, images, text, same, 0.3)
+    assert all((a - b).abs().max() <= 0.3 for a, b in zip(images, misled, strict=True))
+    noise = [x + 0.3 * torch.rand(len(x), 1, 1, 1) * torch.randn_like(x).sign() for x in images]
+    assert contrast(clip, misled, text, same) > contrast(clip, noise, text, same) > 0
+
+
+def test_half_of_the_batches_are_neighbours_in_the_alphabet():
     captions = [[f"{letter}{i:03d}"] for letter in "abcdefgh" for i in range(100)]
     torch.manual_seed(0)
     batches = [texts for _, texts in itertools.islice(draw_batches(captions, 16), 64)]
-    assert all(len(set(texts)) == len(texts) > 4 for texts in batches)
     letters = [len({text[0] for text in texts}) for texts in batches]
     assert sum(count <= 3 for count in letters) == 32  # of the eight letters, all drawn as often
 
 
 def test_captions_that_are_all_the_same_teach_nothing(tmp_path):
-    for i in range(4):
-        (tmp_path / f"{i}.jpg").write_bytes(jpeg((i, 0, 0)))
-        (tmp_path / f"{i}.txt").write_text("a picture")
+    source = write_pictures(tmp_path / "data", ["red"] * 4)
     with pytest.raises(UserError, match="all captions are the same"):
-        train_small_clip(sources.open_data(str(tmp_path), 32, seed=0), steps=2)
+        train_small_clip(source, steps=2)
+
+
+def test_the_clip_of_other_data_is_not_taken(tmp_path, monkeypatch):
+    """It says from what it was made: from another folder, key or seed, or of a folder that grew, it is made anew."""
+    monkeypatch.setattr("training.small_clip.STEPS", (1, 1))
+    path, made = tmp_path / "clip.safetensors", []
+    write_pictures(tmp_path / "a", ["red", "blue", "green"] * 2)
+    write_pictures(tmp_path / "b", ["red", "blue", "yellow"] * 2)
+    for folder, seed in (("a", 0), ("a", 0), ("b", 0), ("b", 1)):
+        ensure_small_clip(path, tmp_path / folder, None, seed, "cpu")
+        made.append(path.read_bytes())
+    write_pictures(tmp_path / "b", ["red", "blue", "yellow"] * 3)
+    ensure_small_clip(path, tmp_path / "b", None, 1, "cpu")
+    assert made[0] == made[1] and len({*made, path.read_bytes()}) == 4
+
+
+def test_a_step_changes_the_tower_and_the_projection_alone(source):
+    clip = train_small_clip(source, steps=1, batch=8)
+    before = {name: value.clone() for name, value in clip.state_dict().items()}
+    clip.projection.requires_grad_(True)
+    optimizer = torch.optim.SGD(clip.projection.parameters(), 1.0)
+    schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
+    images, captions, _ = next(source.evaluation(8))
+    learn(clip, optimizer, schedule, [images], captions, clip.text.read(captions).embedding, None)
+    changed = {name for name, value in clip.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed == {"projection.weight", "projection.bias"}
