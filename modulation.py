@@ -51,27 +51,28 @@ class ModulatedConv2d(nn.Module):
         self.style = Affine(w_dim, in_channels, bias_init=1.0)
         self.kernel_mix = Affine(w_dim, num_kernels, bias_init=1.0) if num_kernels > 1 else None
 
+    def mixed_kernels(self, mix):
+        """mix [B, n] → the kernels [G, D, C, k, k]: G = B, or 1 for a single one that all share."""
+        if self.kernel_mix is None:
+            return self.weight
+        return (mix.to(self.weight.dtype) @ self.weight.flatten(1)).unflatten(1, self.weight.shape[1:])
+
+    def energy(self, kernels, mix):
+        """The squares of the kernels, summed over their taps: [G, D, C].
+
+        Of more samples than pairs of kernels, it is faster to take the products of the pairs.
+        """
+        if len(kernels) <= len(self.weight) ** 2:
+            return torch.linalg.vector_norm(kernels, dim=(-2, -1)).square()
+        return mixed_energy(self.kernel_products(), mix)
+
     def kernel_products(self):
         """⟨Kₙ, Kₗ⟩ of every two kernels, over their taps: [n, n, D, C]. They do not depend on w."""
         return (self.weight[:, None] * self.weight).sum((-2, -1))
 
-    def mixed_kernels(self, w):
-        """The kernels for w [G, D, C, k, k] and their energy, Σ squares over the taps [G, D, C]; G = B, or 1 for all.
-
-        |Σ mₙKₙ|² is Σ mₙmₗ⟨Kₙ, Kₗ⟩, and the products of the kernels are the same for every sample.
-        """
-        products = self.kernel_products()
-        if self.kernel_mix is None:
-            return self.weight, products[0]  # the only kernel, and its square
-        mix = self.kernel_mix(w).softmax(-1)
-        pairs = (mix[:, :, None] * mix[:, None]).flatten(1)  # [B, n·n]
-        energy = (pairs @ products.flatten(0, 1).flatten(1)).unflatten(1, products.shape[2:])
-        kernels = (mix.to(self.weight.dtype) @ self.weight.flatten(1)).unflatten(1, self.weight.shape[1:])
-        return kernels, energy
-
-    def demodulation(self, style, energy):
+    def demodulation(self, style, kernels, mix):
         """[B, D, 1, 1]: one over the norm of each output channel's scaled kernel."""
-        return torch.rsqrt(multiply(energy, style.square()[..., None]) + 1e-8)[..., None]
+        return torch.rsqrt(multiply(self.energy(kernels, mix), style.square()[..., None]) + 1e-8)[..., None]
 
     def convolve(self, x, kernels):
         """x [B, C, H, W] and kernels [G, D, C, k, k] → [B, D, H, W], a group of the convolution for each kernel."""
@@ -84,9 +85,16 @@ class ModulatedConv2d(nn.Module):
         """where: what else `convolve` takes."""
         style = self.style(w)
         with float32_region(w):
-            kernels, energy = self.mixed_kernels(full_precision(w))
-            gain = self.demodulation(style, energy)
+            mix = self.kernel_mix(w).softmax(-1) if self.kernel_mix else None  # [B, n]
+            kernels = self.mixed_kernels(mix)
+            gain = self.demodulation(style, kernels, mix)
         return torch.addcmul(self.bias[:, None, None], self.convolve(x * style[..., None, None], kernels, *where), gain)
+
+
+def mixed_energy(products, mix):
+    """|Σ mₙKₙ|² = Σ mₙmₗ⟨Kₙ, Kₗ⟩ of kernel_products [n, n, D, C] and mix [B, n] → [B, D, C]."""
+    pairs = (mix[:, :, None] * mix[:, None]).flatten(1)  # [B, n·n]
+    return (pairs @ products.flatten(0, 1).flatten(1)).unflatten(1, products.shape[2:])
 
 
 def multiply(matrices, columns):
@@ -120,7 +128,7 @@ class ToRGB(Float32, ModulatedConv2d):
         super().__init__(in_channels, 3, 1, w_dim, num_kernels)
         nn.init.zeros_(self.weight)
 
-    def demodulation(self, style, energy):
+    def demodulation(self, style, kernels, mix):
         return torch.full_like(style[:, :1, None, None], 1 / math.sqrt(style.shape[1]))
 
 
@@ -134,8 +142,8 @@ class TransformationField(ModulatedConv2d):
         super().__init__(in_channels, 27, 3, w_dim)
         self.scales = nn.Parameter(torch.zeros(27))
 
-    def demodulation(self, style, energy):
-        return super().demodulation(style, energy) * self.scales[:, None, None]
+    def demodulation(self, style, kernels, mix):
+        return super().demodulation(style, kernels, mix) * self.scales[:, None, None]
 
     def forward(self, x, w):
         offsets, mask = super().forward(x, w).split([18, 9], dim=1)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from common.cli import UserError, first_line
 from layers import Float32
-from modulation import ModulatedConv2d, UpsamplingConv2d, multiply
+from modulation import ModulatedConv2d, UpsamplingConv2d, mixed_energy, multiply
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -69,7 +69,7 @@ def compiling():
 def freeze(module):
     """Computes once what a ModulatedConv2d computes from its weights alone, which must not change after that."""
     products = module.kernel_products()
-    module.kernel_products = lambda: products
+    module.energy = lambda _, mix: products[0] if mix is None else mixed_energy(products, mix)
     if type(module).convolve is ModulatedConv2d.convolve:
         module.convolve = functools.partial(convolve, module.convolve)
     elif isinstance(module, UpsamplingConv2d) and module.kernel_mix is None:

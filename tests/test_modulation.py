@@ -9,6 +9,7 @@ from torchvision.ops import deform_conv2d
 import modulation
 from sampling.inference import freeze
 from tests.conftest import assert_same_gradients
+from tests.test_attention import peak_memory
 
 torch.manual_seed(0)
 
@@ -49,7 +50,7 @@ def naive_modulated_convolution(layer, x, w, convolve):
 
 
 @pytest.mark.parametrize(("channels", "side"), [(5, 8), (50, 2)], ids=["many points", "many channels"])
-@pytest.mark.parametrize("num_kernels", [1, 3])
+@pytest.mark.parametrize("num_kernels", [1, 2, 3])
 def test_modulated_convolution_scales_activations_as_if_kernels(num_kernels, channels, side):
     """Values and gradients; then frozen, as a convolution and as a matrix product."""
     layer = modulation.ModulatedConv2d(channels, 6, 3, w_dim=7, num_kernels=num_kernels).double()
@@ -95,3 +96,18 @@ def test_modulated_linear_is_a_modulated_1x1_convolution():
     x, w = torch.randn(2, 9, 5), torch.randn(2, 7)
     expected = conv(x.transpose(1, 2)[..., None], w)[..., 0].transpose(1, 2)
     torch.testing.assert_close(linear(x, w), expected)
+
+
+@pytest.mark.parametrize(("num_kernels", "batch"), [(1, 1), (1, 5), (3, 1), (3, 9)])
+def test_of_few_samples_no_kernels_are_multiplied_by_each_other(num_kernels, batch):
+    """To sum the squares over their nine taps takes no memory of the kernels' size."""
+    layer, w = modulation.ModulatedConv2d(96, 96, 3, w_dim=4, num_kernels=num_kernels), torch.randn(batch, 4)
+    with torch.no_grad():
+        mix = layer.kernel_mix(w).softmax(-1) if num_kernels > 1 else None
+        kernels = layer.mixed_kernels(mix)
+        assert peak_memory(lambda: layer.demodulation(layer.style(w), kernels, mix)) < kernels.nbytes / 3
+
+
+def test_to_rgb_needs_no_energy(monkeypatch):
+    monkeypatch.delattr(modulation.ModulatedConv2d, "energy")
+    modulation.ToRGB(8, w_dim=4, num_kernels=3)(torch.randn(20, 8, 2, 2), torch.randn(20, 4))
