@@ -9,6 +9,7 @@ import math
 import os
 import signal
 import sys
+from pathlib import Path
 
 DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # by itself, by a quota, or by a limit on files
 
@@ -31,8 +32,8 @@ def print_on_any_console():
 
 @contextlib.contextmanager
 def told_in_one_line():
-    """Turns a UserError, or a full disk, into a line on stderr and exit status 2. Anything else is a bug and keeps its
-    traceback.
+    """Turns a UserError, and an OSError that names a file, into a line on stderr and exit status 2. Anything else is a
+    bug and keeps its traceback.
     """
     print_on_any_console()
     try:
@@ -45,14 +46,14 @@ def told_in_one_line():
     except BrokenPipeError:  # who read the output has gone, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except (PermissionError, FileExistsError, IsADirectoryError, NotADirectoryError) as error:
-        print(f"error: {error.filename}: {reason(error)}", file=sys.stderr)
-        sys.exit(2)
     except OSError as error:
-        if error.errno not in DISK_IS_FULL:
+        if error.errno in DISK_IS_FULL:
+            what = f"{error.filename or 'a file, or the output,'} could not be written: {error.strerror}"
+            print(f"error: {what}; make room on that disk, and give the same command again", file=sys.stderr)
+        elif error.filename is not None:  # a disk that is read-only, a name too long, a loop of links, …
+            print(f"error: {error.filename}: {reason(error)}", file=sys.stderr)
+        else:
             raise
-        what = f"{error.filename or 'a file, or the output,'} could not be written: {error.strerror}"
-        print(f"error: {what}; make room on that disk, and give the same command again", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
@@ -105,6 +106,17 @@ def make_folder(path):
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out {path} cannot be written: {reason(error)}") from error
+
+
+def a_path(text):
+    """The type of a command line argument that names a file or a folder: "~" is the home folder, "" is a mistake."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("an empty path; name a file or a folder")
+    path = Path(text).expanduser()
+    with contextlib.suppress(OSError):
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise argparse.ArgumentTypeError(f"{text} is neither a file nor a folder")
+    return path
 
 
 def whole_number(text):

@@ -1,6 +1,8 @@
 """The manners of the commands."""
 
+import argparse
 import errno
+import os
 import signal
 import subprocess
 import sys
@@ -8,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from common.cli import signals, told_in_one_line
+from common.cli import a_path, signals, told_in_one_line
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -47,3 +49,20 @@ def test_a_full_disk_is_one_line_and_another_error_keeps_its_traceback(capsys):
 def test_signals_that_a_system_lacks_are_left_out(monkeypatch):
     monkeypatch.delattr(signal, "SIGUSR1")  # as on Windows
     assert signals("SIGTERM", "SIGUSR1") == [signal.SIGTERM]
+
+
+@pytest.mark.parametrize("number", [errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.ENOTDIR])
+def test_what_the_system_says_of_a_file_is_one_line(number, capsys):
+    with pytest.raises(SystemExit) as ended, told_in_one_line():
+        raise OSError(number, os.strerror(number), "out/a.png")
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.startswith("error: out/a.png: ")
+
+
+def test_a_path_knows_the_home_folder_and_refuses_what_no_file_can_be(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert a_path("~/runs/new") == tmp_path / "runs" / "new"
+    os.mkfifo(tmp_path / "pipe")
+    for text in ("", "  ", str(tmp_path / "pipe")):
+        with pytest.raises(argparse.ArgumentTypeError):
+            a_path(text)
