@@ -46,26 +46,29 @@ class Growth:
         They are pairs that training never sees, as far as the source has some. The ranks share the work, and the run
         keeps the result in the file `path`. → whether it is done; else the run was asked to stop. Raises UserError.
         """
+        made_from = {"data": list(source.describe()), "samples": self.recipe.fid_samples}
+        made_from |= {"clip": self.clip.name, "seed": self.seed}
         with distributed.together():
-            kept = self.read_reference(path) if distributed.is_main() else None
+            kept = self.read_reference(path, made_from) if distributed.is_main() else None
         kept = distributed.broadcast(kept)
         if kept is None:
             kept = self.compute_reference(source, asked_to_stop)
             if kept and distributed.is_main():
+                kept["made from"] = made_from
                 atomically(path, lambda temporary: write_digested(kept, temporary))
         if kept:
             self.captions, self.statistics = kept["captions"], kept["statistics"]
             self.reference_fid = kept["reference_fid"]
         return bool(kept)
 
-    def read_reference(self, path):
-        """What an earlier start of this run has kept, or None."""
+    def read_reference(self, path, made_from):
+        """What an earlier start of this run has kept, or None if it was made from other data or with another CLIP."""
         if not path.is_file():
             return None
         kept = load_tensors(path)
-        if not isinstance(kept, dict) or "samples" not in kept:
+        if not isinstance(kept, dict) or "reference_fid" not in kept:
             raise UserError(f"{path} is not a reference FID of train.py; move it elsewhere")
-        return kept if kept.get("samples") == self.recipe.fid_samples else None
+        return kept if kept.get("made from") == made_from else None
 
     @torch.no_grad()
     def compute_reference(self, source, asked_to_stop):
@@ -91,7 +94,6 @@ class Growth:
         half = len(captions) // 2
         every = {r: torch.cat([part for *_, share in shares for part in share[r]]) for r in self.resolutions}
         return {
-            "samples": self.recipe.fid_samples,
             "captions": captions[:half],
             "statistics": {r: statistics(x[half : 2 * half]) for r, x in every.items()},
             "reference_fid": {r: fid(x[:half], x[half : 2 * half]) for r, x in every.items()},

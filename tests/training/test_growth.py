@@ -30,6 +30,9 @@ class Spread:
 
     device = torch.device("cpu")
 
+    def __init__(self, name="spread"):
+        self.name = name
+
     def encode_image(self, images):
         return torch.cat([images.mean((2, 3)), images.std((2, 3))], 1)
 
@@ -38,6 +41,10 @@ class Pictures:
     """A source of 14 random images of 16×16, in batches of four."""
 
     images = torch.randn(14, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    found = "14 random images"
+
+    def describe(self):
+        yield self.found
 
     def evaluation_pairs(self, rank, world_size):
         for first in range(0, 14, 4):
@@ -99,13 +106,23 @@ def test_a_run_is_stopped_while_it_measures_the_reference(tmp_path):
     assert read == [4] and not list(tmp_path.iterdir())
 
 
-def test_a_reference_of_other_samples_is_measured_again(tmp_path):
-    path = tmp_path / "reference.pt"
-    for samples in (5, 6):
+def test_a_reference_of_other_data_samples_clip_or_seed_is_measured_again(tmp_path, monkeypatch):
+    path, made = tmp_path / "reference.pt", []
+
+    def measure(samples=5, clip="spread", seed=0):
         recipe = dataclasses.replace(RECIPE, fid_samples=samples)
-        measured = Growth(recipe, [4], Spread(), seed=0)
-        measured.measure_reference(Pictures(), path)
-        assert len(measured.captions) == samples
+        Growth(recipe, [4], Spread(clip), seed).measure_reference(Pictures(), path)
+        made.append(path.stat().st_mtime_ns)
+
+    measure()
+    measure()
+    assert made[0] == made[1]
+    measure(samples=6)
+    measure(samples=6, clip="another")
+    measure(samples=6, clip="another", seed=1)
+    monkeypatch.setattr(Pictures, "found", "15 random images")
+    measure(samples=6, clip="another", seed=1)
+    assert len(set(made)) == 5
 
 
 @pytest.mark.parametrize("phase", [0, 2])
