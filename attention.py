@@ -10,6 +10,11 @@ from torch.utils.flop_counter import register_flop_formula
 
 from layers import float32_region, full_precision, recomputed
 
+try:
+    from kernels.l2_attention import fused_l2_attention
+except ImportError:  # Triton comes with PyTorch on Linux only
+    fused_l2_attention = None
+
 MAP_ENTRIES = {"cpu": 2**19, "cuda": 2**26}  # of the attention map in memory at a time; 2**19 fit a CPU's cache
 
 
@@ -32,16 +37,28 @@ def l2_attention_plain(q, k, v):
 def l2_attention(q, k, v):
     """What l2_attention_plain computes, in memory that grows with the number of feature points N, not with N².
 
-    The map is made block by block, in float32, and again in the backward pass. The result has the dtype of v.
+    On a GPU a Triton kernel does it, and keeps no map; elsewhere the map is made block by block. Tests hold the three
+    On a GPU a Triton kernel does it, and keeps no map; elsewhere the map is made block by block. The result has the
+    dtype of v.
     """
-    batch, (n, t), dtype = q.shape[:2], (q.shape[2], k.shape[2]), v.dtype
-    size = MAP_ENTRIES[q.device.type]
-    maps, rows = max(1, size // (n * t)), max(1, size // t)  # in a block: whole maps, or rows of one
+    fused = q.is_cuda and fused_l2_attention and q.dtype != torch.float64
+    return fused_l2_attention(q, k, v) if fused else blockwise_l2_attention(q, k, v)
+
+
+def blockwise_l2_attention(q, k, v):
+    """Blocks of the map, one after the other, in float32, and each again in the backward pass."""
+    batch, n, t = q.shape[:2], q.shape[2], k.shape[2]
+    entries = MAP_ENTRIES[q.device.type]
+    maps, rows = max(1, entries // (n * t)), max(1, entries // t)  # in a block: whole maps, or rows of one
+    results = []
     with float32_region(q):
-        q, k, v = (full_precision(x).flatten(0, 1).split(maps) for x in (q, k, v))  # each [≤ maps, N or T, …]
-        groups = zip(q, k, v, strict=True)
-        h = [[recomputed(attend, some, ks, vs) for some in qs.split(rows, dim=1)] for qs, ks, vs in groups]
-    return torch.cat([torch.cat(parts, dim=1) for parts in h]).unflatten(0, batch).to(dtype)
+        groups = zip(*(full_precision(x).flatten(0, 1).split(maps) for x in (q, k, v)), strict=True)
+        for some_q, some_k, some_v in groups:  # each [≤ maps, N or T, …]
+            parts = []
+            for q_rows in some_q.split(rows, dim=1):
+                parts.append(recomputed(attend, q_rows, some_k, some_v))
+            results.append(torch.cat(parts, dim=1))
+    return torch.cat(results).unflatten(0, batch).to(v.dtype)
 
 
 def attend(q, k, v):

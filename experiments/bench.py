@@ -317,17 +317,19 @@ def grouped_experts(points, expert_index, gate, proj_in, bias_in, proj_out, bias
 
 def attention(machine):
     """L2 self-attention of one image, 8 heads of 64, in inference and in training."""
+    dtype = "bf16" if machine.device.type == "cuda" else "fp32"
     for side in (8, 16, 32, 64):
-        leaves = [torch.randn(1, 8, side * side, 64, device=machine.device, requires_grad=True) for _ in range(3)]
-        unreal = [x.detach().to("meta").requires_grad_() for x in leaves]  # whose maps take no memory
+        qkv = torch.randn(3, 1, 8, side * side, 64, device=machine.device, dtype=DTYPES[dtype])
+        leaves = [x.requires_grad_() for x in qkv]
+        unreal = [x.detach().to("meta", torch.float32).requires_grad_() for x in leaves]  # whose maps take no memory
         infer, plain = (
             torch.no_grad()(lambda function=function, leaves=leaves: function(*leaves))
             for function, leaves in ((l2_attention, leaves), (plain_attention, unreal))
         )
-        yield machine.measure(f"attention, {side}×{side}, fp32", infer, "fp32", plain)
+        yield machine.measure(f"attention, {side}×{side}, {dtype}", infer, dtype, plain)
         train = forward_and_backward(l2_attention, *leaves)
         plain = forward_and_backward(plain_attention, *unreal)
-        yield machine.measure(f"attention, {side}×{side}, forward and backward, fp32", train, "fp32", plain)
+        yield machine.measure(f"attention, {side}×{side}, forward and backward, {dtype}", train, dtype, plain)
 
 
 def plain_attention(q, k, v):

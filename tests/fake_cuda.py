@@ -12,11 +12,14 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from kernels import routed
+from kernels import l2_attention, routed
 
 ROOT = Path(__file__).parent.parent
 DEVICE = torch.device("cuda", 1)  # not the current one, which is 0
-KERNELS = ("up_kernel", "down_kernel", "down_backward_kernel", "weight_gradient_kernel")
+KERNELS = {
+    routed: ("up_kernel", "down_kernel", "down_backward_kernel", "weight_gradient_kernel"),
+    l2_attention: ("forward_kernel", "query_backward_kernel", "key_backward_kernel"),
+}
 aten = torch.ops.aten
 
 
@@ -78,10 +81,10 @@ def is_ours(path):
 
 
 @contextlib.contextmanager
-def fake_cuda(kernels=None):
+def fake_cuda(stand_in=None):
     """A FakeCuda in use. Tensors on other devices, the CPU's included, are fake as well.
 
-    kernels: {name: what stands in for the Triton kernel}, by default something that checks the tensors.
+    stand_in: a Triton kernel → what is launched in its place, by default something that checks the tensors.
     """
     device, launcher = FakeCuda(), mock.MagicMock()
     launcher.__getitem__.return_value = device.launch
@@ -99,6 +102,8 @@ def fake_cuda(kernels=None):
             "__format__": lambda x, spec: format(x.item(), spec),
         }.items():
             stack.enter_context(mock.patch.object(FakeTensor, name, value))
-        stack.enter_context(mock.patch.multiple(routed, **(kernels or dict.fromkeys(KERNELS, launcher))))
+        for module, names in KERNELS.items():
+            launched = {name: stand_in(getattr(module, name)) if stand_in else launcher for name in names}
+            stack.enter_context(mock.patch.multiple(module, **launched))
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))  # an index [[0]] makes a tensor in C++
         yield stack.enter_context(device)

@@ -8,15 +8,17 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import DynamicOutputShapeException
 
+import attention
 import evaluate
 from data.batches import Batch
 from evaluation import extractors
+from kernels import l2_attention
 from presets import PRESETS, Preset, fitted_to
 from sampling import inference, views
 from sampling.pipeline import draw
 from training.growth import Growth
 from training.overfitting import OverfittingWatch
-from training.plan import clip_without_weights
+from training.plan import FlopCounter, clip_without_weights
 from training.step import Learner
 
 pytest.importorskip("triton")
@@ -71,6 +73,21 @@ def test_a_step_waits_for_its_batch_alone(device, parts, recompute):
     report = learner.step(0, learner.prepare(0, 0, [batch_of(BATCH // parts)] * parts))
     assert "r1" in report and {value.device for value in report.values()} == {DEVICE}
     assert device.waits == OF_A_BATCH
+
+
+def test_kernels_of_attention_are_launched_where_their_tensors_are(device):
+    """A step does not show it: in place of an operator of ours, PyTorch only makes results of its shapes there."""
+    q, k, v = torch.empty(3, 2, 5, 8, device=DEVICE)
+    out, lse = l2_attention.forward(q, k, v)
+    l2_attention.backward(q, k, v, out, lse, upstream=out)
+
+
+def test_attention_is_fused_there(device):
+    q = torch.empty(1, 2, 5, 8, device=DEVICE, dtype=torch.bfloat16)
+    with FlopCounter() as counter:
+        attention.l2_attention(q, q, q)
+    assert counter.by_dtype == {torch.bfloat16: 2 * 2 * 2 * 5 * 5 * 8}  # a map made in blocks is float32
+    assert attention.l2_attention(*[q.double()] * 3).dtype == torch.float64
 
 
 class Source:

@@ -17,10 +17,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from experts import Experts
-from kernels import routed
-from tests.fake_cuda import DEVICE, KERNELS, fake_cuda
+from kernels import l2_attention, routed
+from tests.fake_cuda import DEVICE, fake_cuda
 
-POINTS, WIDTH, EXPERTS = 4096, 512, 16
+POINTS, WIDTH, EXPERTS, HEADS = 4096, 512, 16, 8
 CAPABILITIES = 80, 86, 90
 
 
@@ -68,14 +68,15 @@ def stack_of(cubin):
 
 def main():
     triton.runtime.driver.set_active(driver := Driver())
-    kernels = {name: Compiled(getattr(routed, name), driver) for name in KERNELS}
     for dtype in (torch.bfloat16, torch.float32):
-        with fake_cuda(kernels), DEVICE:
+        with fake_cuda(lambda kernel: Compiled(kernel, driver)), DEVICE:
             points, gate = torch.empty(POINTS, WIDTH, dtype=dtype), torch.empty(POINTS)
             stacks = [x.to(dtype) for x in Experts(WIDTH, EXPERTS).parameters()]
             leaves = [x.detach().requires_grad_() for x in (points, gate, *stacks)]
             result = routed.routed_experts(leaves[0], torch.empty(POINTS, dtype=torch.long), *leaves[1:])
             torch.autograd.grad(result, leaves, torch.empty_like(result))
+            q, k, v = torch.empty(3, HEADS, POINTS, WIDTH // HEADS, dtype=dtype)
+            l2_attention.backward(q, k, v, *l2_attention.forward(q, k, v), upstream=v)
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ def real(variant):
 def planned(variant):
     preset, dtype, parts = variant
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(attention.MAP_ENTRIES, "cuda", attention.MAP_ENTRIES["cpu"])  # where the real step runs
+        patch.setattr(attention, "fused_l2_attention", None)  # which the real step has no GPU for
         return plan.rehearse(preset, "small", BATCH, dtype, parts)
 
 
@@ -100,6 +100,20 @@ def test_memory_is_that_of_a_step(variant, real, planned, number, kind):
     _, step = real
     kept = sum(planned.state.values()) - planned.state["gradients"]
     assert getattr(planned, kind) == pytest.approx(kept + peak_memory(lambda: step(number)), rel=0.1)
+
+
+def test_in_bfloat16_attention_is_planned_as_on_a_gpu(monkeypatch):
+    """There a Triton kernel makes no map. A rehearsal that comes to it is stopped, as the rest would take seconds."""
+
+    class Reached(Exception):
+        pass
+
+    def kernel(q, k, v):
+        raise Reached
+
+    monkeypatch.setattr(attention, "fused_l2_attention", kernel)
+    with pytest.raises(Reached):
+        plan.rehearse(PRESETS["shapes"], "small", 2, torch.bfloat16, resolution=8)
 
 
 def test_parts_are_the_fewest_that_fit():

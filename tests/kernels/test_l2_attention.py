@@ -1,0 +1,101 @@
+"""The kernels of L2 attention, by Triton's interpreter where there is no GPU, against the formula in float64."""
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from attention import l2_attention_plain, merge_heads
+from training.plan import FlopCounter
+
+pytest.importorskip("triton")
+from kernels.l2_attention import forward_operator, fused_l2_attention
+from tests.kernels.test_routed import DEVICE, assert_errs_no_more, assert_near, assert_same_gradients
+
+
+def tensors_of(batch, heads, n, t, d, scale=1.0, offset=0.0, dtype=torch.float32):
+    """q, k and v as split_heads makes them, not contiguous."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(batch, length, heads, d).transpose(1, 2) for length in (n, t, t))
+    return [x.to(DEVICE, dtype).requires_grad_() for x in (scale * q + offset, scale * k + offset, v)]
+
+
+def plain(*leaves):
+    """The formula in float64 → its result, and the leaves it depends on."""
+    leaves = [x.detach().cpu().double().requires_grad_() for x in leaves]
+    return merge_heads(l2_attention_plain(*leaves)), leaves
+
+
+def compare(leaves, tolerance):
+    """Values and all gradients."""
+    ours, (oracle, oracle_leaves) = merge_heads(fused_l2_attention(*leaves)), plain(*leaves)
+    assert_near(ours, oracle, tolerance)
+    assert_same_gradients(ours, oracle, leaves, oracle_leaves, tolerance)
+
+
+def compare_with_pytorch(leaves):
+    ours, theirs = (merge_heads(function(*leaves)) for function in (fused_l2_attention, l2_attention_plain))
+    assert_errs_no_more(ours, theirs, leaves, *plain(*leaves))
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [(1, 2, 37, 37, 32), (2, 1, 21, 76, 24), (1, 1, 5, 2, 64), (1, 1, 32, 16, 16)],
+    ids=["self", "cross, a width that is no power of two", "two keys", "whole tiles"],
+)
+def test_kernels_are_the_formula(sizes):
+    compare(tensors_of(*sizes), tolerance=1e-5)
+
+
+@pytest.mark.parametrize(("scale", "tolerance"), [(1e-15, 1e-5), (1e-3, 1e-5), (300, 1e-4)])
+def test_distances_of_all_sizes(scale, tolerance):
+    """A logit of a thousand is off by 1e-4 in float32, and its exponential as much."""
+    compare(tensors_of(1, 1, 19, 40, 16, scale), tolerance)
+
+
+def test_where_points_meet_the_distance_has_no_gradient():
+    """Squares of four entries ±1 are exact in float32, so that distances become zero."""
+    *_, v = tensors_of(1, 1, 23, 23, 4)
+    q = torch.randn_like(v).sign().requires_grad_()
+    compare([q, q.detach().clone().requires_grad_(), v], tolerance=1e-5)
+
+
+def test_half_precision_errs_no_more_than_pytorch():
+    """In float16, as the interpreter multiplies no bfloat16. Far from the origin large terms cancel."""
+    compare_with_pytorch(tensors_of(1, 2, 37, 76, 24, dtype=torch.float16))
+    compare_with_pytorch(tensors_of(1, 1, 40, 40, 32, 0.2, 4.0, torch.float16))
+
+
+def test_a_second_derivative_is_refused():
+    q, k, v = tensors_of(1, 1, 3, 3, 16)
+    (gradient,) = torch.autograd.grad(fused_l2_attention(q, k, v).square().sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="l2_attention_backward"):
+        gradient.sum().backward()
+
+
+def test_operators_are_as_they_say():
+    """What PyTorch is told of them: they write to no input, and results without content have the same shapes."""
+    q, k, v = (x.detach().flatten(0, 1).contiguous().requires_grad_() for x in tensors_of(1, 2, 7, 5, 16))
+    torch.library.opcheck(forward_operator, (q, k, v), test_utils=("test_schema", "test_faketensor"))
+
+
+def test_products_are_counted_with_and_without_content():
+    """Two forward; seven backward, as each of two kernels makes the distances and upstream·vᵀ again."""
+
+    def count(dtype):
+        with FlopCounter() as counter:
+            leaves = [torch.ones(1, 2, n, 24, dtype=dtype, device=DEVICE, requires_grad=True) for n in (5, 7, 7)]
+            fused_l2_attention(*leaves).sum().backward()
+        assert [x.grad.shape for x in leaves] == [x.shape for x in leaves]
+        return counter.by_dtype
+
+    expected = (2 + 7) * 2 * 2 * 5 * 7 * 24
+    assert count(torch.float32) == {torch.float32: expected}
+    with FakeTensorMode():
+        assert count(torch.bfloat16) == {torch.bfloat16: expected}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("sizes", [(1, 2, 700, 700, 64), (2, 4, 1000, 76, 64), (1, 4, 256, 256, 24)])
+def test_kernels_at_full_width_on_a_gpu(sizes):
+    compare(tensors_of(*sizes), 1e-4)
+    compare_with_pytorch(tensors_of(*sizes, dtype=torch.bfloat16))
