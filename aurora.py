@@ -222,33 +222,42 @@ class SynthesisLevel(nn.Module):
         self.blocks = nn.ModuleList([first_block, *rest])
         num_attentions = level.num_blocks if level.attn_depth else 0
         self.attentions = nn.ModuleList(AttentionBlock(config, level) for _ in range(num_attentions))
-        self.to_rgb = ToRGB(level.channels, config.w_dim, level.num_kernels)
+        has_rgb = level.resolution in config.resolutions
+        self.to_rgb = ToRGB(level.channels, config.w_dim, level.num_kernels) if has_rgb else None
 
     @property
     def num_layers(self):
         """The number of layers that take a w of their own; to-RGB takes the last one's."""
         return len(self.blocks) + len(self.attentions)
 
-    def forward(self, x, ws, local_text):
-        """x: features of the level below, ws [B, L, w_dim] → features, the RGB of this level, {name: routing}."""
+    def forward(self, x, ws, local_text, encoded=None):
+        """x: features of the level below, ws [B, L, w_dim] → features, the RGB of this level, {name: routing}.
+
+        encoded: of the upsampler, what its way down has made at this resolution; it is added after the first block. A
+        level that has no to-RGB gives None for its RGB.
+        """
         codes, routings = iter(ws.unbind(1)), {}
         for i, block in enumerate(self.blocks):
             w = next(codes)
             x = block(x, w)
+            if i == 0 and encoded is not None:
+                x = (x + encoded) * math.sqrt(0.5)
             if self.attentions:
                 w = next(codes)
                 x, routed = self.attentions[i](x, w, local_text)
                 routings |= {f"{self.resolution}.{i}.{depth}": routing for depth, routing in enumerate(routed)}
-        return x, self.to_rgb(x, w), routings
+        return x, self.to_rgb(x, w) if self.to_rgb else None, routings
 
 
 class Synthesis(nn.Module):
     """w and the local text → images at every resolution, each the upsampled one below plus what its level adds."""
 
-    def __init__(self, config: GeneratorConfig):
+    enlarge = staticmethod(upsample)  # how the image of the level below is doubled
+
+    def __init__(self, config: GeneratorConfig, first_block=StartBlock):
         super().__init__()
         lowest = config.levels[0]
-        self.levels = nn.ModuleList([SynthesisLevel(config, lowest, StartBlock(config, lowest))])
+        self.levels = nn.ModuleList([SynthesisLevel(config, lowest, first_block(config, lowest))])
         for below, level in itertools.pairwise(config.levels):
             self.levels.append(SynthesisLevel(config, level, UpsamplingBlock(config, level, below.channels)))
         self.recompute = False  # gradient checkpointing: whether each level runs again in the backward pass
@@ -259,14 +268,20 @@ class Synthesis(nn.Module):
 
     def forward(self, w, local_text, resolution=None):
         """w [B, w_dim] for all layers, or [B, num_layers, w_dim]; stops at `resolution`, by default the highest."""
+        return self.up(None, {}, None, w, local_text, resolution)
+
+    def up(self, x, encoded, image, w, local_text, resolution):
+        """The way through all levels. Of the upsampler: x, the features to start from; encoded, {resolution: those of
+        the way down}; image, the one to enlarge.
+        """
         ws = w if w.ndim == 3 else w[:, None].expand(-1, self.num_layers, -1)
-        x = image = None
         pyramid, routings = {}, {}
         for level, level_ws in zip(self.levels, ws.split([level.num_layers for level in self.levels], 1), strict=True):
-            inputs = (x, level_ws, local_text)
+            inputs = (x, level_ws, local_text, encoded.get(level.resolution))
             x, rgb, routed = recomputed(level, *inputs) if self.recompute else level(*inputs)
-            image = rgb if image is None else rgb + upsample(image)
-            pyramid[level.resolution] = image
+            if rgb is not None:
+                image = rgb if image is None else rgb + self.enlarge(image)
+                pyramid[level.resolution] = image
             routings |= routed
             if level.resolution == resolution:
                 break
@@ -280,14 +295,14 @@ class Generator(nn.Module):
     the index of the end-of-text token; resolution, the one to stop at while training grows it → Output.
     """
 
-    def __init__(self, config: GeneratorConfig):
+    def __init__(self, config: GeneratorConfig, synthesis=Synthesis):
         super().__init__()
         self.config = config
         self.text_head = TextHead(
             config.clip_width, config.text_dim, config.text_layers, config.num_heads, config.lr_mul, config.mix_tokens
         )
         self.mapping = Mapping(config)
-        self.synthesis = Synthesis(config)
+        self.synthesis = synthesis(config)
         self.register_buffer("w_avg", torch.zeros(config.w_dim))  # over training: a start for sampling/inversion.py
 
     def forward(self, z, tokens, eot, resolution=None):

@@ -11,12 +11,12 @@ import torch
 from torch import nn
 
 from attention import merge_heads, split_heads
-from layers import Conv2d, Linear, float32_region, full_precision, lrelu, rms_norm
+from layers import Conv2d, Downsample, Linear, ResidualBlock, float32_region, full_precision, lrelu, rms_norm
 from modulation import ModulatedLinear
 from presets import DiscriminatorConfig
 from text import TextHead
 
-RESIDUAL_GAIN, ATTN_GAIN = 0.4, 0.3  # Of branches only: a scaled x would shrink at every block.
+ATTN_GAIN = 0.3  # Of the branch only: a scaled x would shrink at every block.
 LOGIT_GAIN = 0.25  # At 1, one step of Adam changes a prediction by more than another caption does.
 CLIP = "clip"  # stands for a stage, where maps and logits come from CLIP's feature maps
 
@@ -52,32 +52,6 @@ class TiedSelfAttention(nn.Module):
         qk, v = (split_heads(project(points), self.num_heads) for project in (self.to_qk, self.to_v))
         h = self.proj_out(merge_heads(squared_l2_attention(qk, v)))
         return x + ATTN_GAIN * h.transpose(1, 2).view_as(x)
-
-
-class ResidualBlock(nn.Module):
-    """Two convolutions beside the identity, [B, C, H, W] → the same shape."""
-
-    def __init__(self, channels):
-        super().__init__()
-        self.conv1 = Conv2d(channels, channels, 3)
-        self.conv2 = Conv2d(channels, channels, 3)
-
-    def forward(self, x):
-        return x + RESIDUAL_GAIN * lrelu(self.conv2(lrelu(self.conv1(x))))
-
-
-class Downsample(nn.Module):
-    """The stride-2 step: a 4×4 convolution of stride 2, [B, C, H, W] → [B, D, H/2, W/2].
-
-    No low-pass filter before it: in small pictures the highest frequencies tell a drawn edge from a smear.
-    """
-
-    def __init__(self, in_channels, out_channels):
-        super().__init__()
-        self.conv = Conv2d(in_channels, out_channels, 4, padding=1, stride=2)
-
-    def forward(self, x):
-        return lrelu(self.conv(x))
 
 
 def with_batch_std(x, group=4):
@@ -119,7 +93,7 @@ class Stage(nn.Module):
         c, attn_depth = level.channels, level.attn_depth
         attentions = (TiedSelfAttention(c, config.num_heads, config.head_dim) for _ in range(attn_depth))
         blocks = (ResidualBlock(c) for _ in range(level.num_blocks))
-        self.from_rgb = Conv2d(3, c, 1)
+        self.from_rgb = Conv2d(3, c, 1) if level.takes_images else None
         self.body = nn.Sequential(*attentions, *blocks, step)
 
 
@@ -154,8 +128,9 @@ class Head(nn.Module):
 class Discriminator(nn.Module):
     """Pyramids {resolution: [B, 3, R, R]} and captions → logits {(input, stage): [B, N]}; larger means more like real.
 
-    A smaller pyramid, as while the generator grows, enters at the stages it has images for. `clip_maps` is what CLIP
-    sees in the highest image, clip.see()[1]: feature maps [B, C, side, side] of the shapes config.clip_maps. The
+    A smaller pyramid, as while the generator grows, enters at the stages it has images for; that of the upsampler has
+    none for the low stages. `clip_maps` is what CLIP sees in the highest image, clip.see()[1]: feature maps
+    [B, C, side, side] of the shapes config.clip_maps; empty for the upsampler, whose judge is not vision-aided. The
     discriminator's own maps hold no text, so to judge the same images under another caption is to run the heads again:
     maps(), then score() twice.
     """
@@ -174,9 +149,11 @@ class Discriminator(nn.Module):
             stages[str(resolution)] = Stage(config, level, step)
             width = below.channels if below else level.channels
             heads[str(resolution)] = Head(width, config.text_dim, config.head_layers)
-        heads[CLIP] = Head(config.clip_channels, config.text_dim, config.head_layers)
+        if config.clip_maps:
+            heads[CLIP] = Head(config.clip_channels, config.text_dim, config.head_layers)
         self.map_readers = nn.ModuleList(MapReader(*shape, config.clip_channels) for shape in config.clip_maps)
         self.stages, self.heads = nn.ModuleDict(stages), nn.ModuleDict(heads)
+        self.resolutions = sorted(levels, reverse=True)
 
     def encode_text(self, tokens, eot):
         """CLIP token features [B, T, clip_width] and eot [B] → the discriminator's own text code t_D [B, text_dim]."""
@@ -195,11 +172,12 @@ class Discriminator(nn.Module):
         CLIP is a stage by itself. It yields a feature point for each of its maps: [B, C, number of maps, 1].
         """
         points = [read(x) for read, x in zip(self.map_readers, clip_maps, strict=True)]
-        maps = {(max(pyramid), CLIP): torch.cat(points, dim=2)}
+        maps = {(max(pyramid), CLIP): torch.cat(points, dim=2)} if points else {}
         entered = {}  # input → its map, on the way down
-        for resolution in sorted(pyramid, reverse=True):
+        for resolution in (r for r in self.resolutions if r <= max(pyramid)):
             stage = self.stages[str(resolution)]
-            entered[resolution] = lrelu(stage.from_rgb(pyramid[resolution]))
+            if resolution in pyramid:
+                entered[resolution] = lrelu(stage.from_rgb(pyramid[resolution]))
             outputs = stage.body(torch.cat([*entered.values()])).chunk(len(entered))
             entered = dict(zip(entered, outputs, strict=True))
             maps |= {(image, resolution): x for image, x in entered.items()}

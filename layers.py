@@ -54,17 +54,16 @@ def recomputed(function, *inputs):
 # Equalized learning rate (Progressive GAN, section 4.1): Adam's steps are equally large for all parameters, and should
 # change all layers by the same share. The paper draws weights from N(0, 1)/lr_mul and multiplies them by lr_mul/√fan_in
 # at every use. Here they are drawn at the scale of their use, and learn at lr_mul/√fan_in times the learning rate. Adam
-# sees the scale of a gradient only in its ε, which is divided by the same, so both are equal. `lr_scale` names what
-# does not learn at the full rate.
+# does not see the scale of a gradient, so both are the same. `lr_scale` names what does not learn at the full rate.
 
 
-def parameter_groups(network, lr, eps=1e-8):
-    """The parameters of a network for Adam, each group at lr times its `lr_scale`, and with eps divided by it."""
+def parameter_groups(network, lr):
+    """The parameters of a network for an optimizer, each group at lr times its `lr_scale`."""
     groups = {}
     for module in network.modules():
         for name, parameter in module.named_parameters(recurse=False):
             groups.setdefault(getattr(module, "lr_scale", {}).get(name, 1.0), []).append(parameter)
-    return [{"params": parameters, "lr": lr * scale, "eps": eps / scale} for scale, parameters in groups.items()]
+    return [{"params": parameters, "lr": lr * scale} for scale, parameters in groups.items()]
 
 
 class Linear(nn.Module):
@@ -94,6 +93,34 @@ class Conv2d(nn.Module):
 
     def forward(self, x):
         return F.conv2d(x, self.weight, self.bias, self.stride, self.padding)
+
+
+class ResidualBlock(nn.Module):
+    """Two plain convolutions beside the identity, [B, C, H, W] → the same shape."""
+
+    BRANCH_GAIN = 0.4  # of the branch only: a scaled x would shrink at every block
+
+    def __init__(self, channels):
+        super().__init__()
+        self.conv1 = Conv2d(channels, channels, 3)
+        self.conv2 = Conv2d(channels, channels, 3)
+
+    def forward(self, x):
+        return x + self.BRANCH_GAIN * lrelu(self.conv2(lrelu(self.conv1(x))))
+
+
+class Downsample(nn.Module):
+    """The stride-2 step: a 4×4 convolution of stride 2, [B, C, H, W] → [B, D, H/2, W/2].
+
+    No low-pass filter before it: in small pictures the highest frequencies tell a drawn edge from a smear.
+    """
+
+    def __init__(self, in_channels, out_channels):
+        super().__init__()
+        self.conv = Conv2d(in_channels, out_channels, 4, padding=1, stride=2)
+
+    def forward(self, x):
+        return lrelu(self.conv(x))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

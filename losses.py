@@ -20,6 +20,7 @@ R1_INTERVAL = 16  # R1 is computed in one step of 16, and counts 16 times there 
 # Weights of every prediction but the last, relative to that one.
 EARLY_ADVERSARIAL, EARLY_MATCHING = 0.01, 0.05
 Z_LOSS_WEIGHT = 0.001  # the release's
+SEEN_BY_CLIP = 64  # Of images above this resolution, which look alike to it, CLIP is shown the largest alone.
 
 
 def scale_weights(resolutions, lower):
@@ -32,6 +33,12 @@ def prediction_weights(logits, early, scales):
     """{(input, stage): weight}: the image's weight, times `early` unless the stage is the last, or CLIP."""
     last = min(stage for _, stage in logits if stage != CLIP)  # the last stage has the lowest resolution
     return {(entered, stage): scales[entered] * (1 if stage in (last, CLIP) else early) for entered, stage in logits}
+
+
+def last_prediction(logits):
+    """Of the highest image after the last stage, [B, N]."""
+    last = min(stage for _, stage in logits if stage != CLIP)
+    return logits[max(image for image, _ in logits), last]
 
 
 def logistic_loss(logits, sign, early, scales):
@@ -56,8 +63,11 @@ def wrong_captions(ids):
 
 
 def feature_maps(discriminator, clip, pyramid):
-    """Discriminator.maps of a pyramid, with what CLIP sees in its highest image (GigaGAN, section 3.4)."""
-    return discriminator.maps(pyramid, clip.see(pyramid[max(pyramid)])[1])
+    """Discriminator.maps of a pyramid, with what CLIP sees in its highest image (GigaGAN, section 3.4), if it reads it.
+
+    The upsampler's does not (section 3.5 there).
+    """
+    return discriminator.maps(pyramid, clip.see(pyramid[max(pyramid)])[1] if discriminator.map_readers else ())
 
 
 def r1_penalty(discriminator, clip, pyramid, tokens, eot, gamma, scales):
@@ -116,6 +126,24 @@ def mode_seeking_loss(first, second):
     return 1 / (full_precision(first - second).abs().mean() + 1e-3)
 
 
+def perceptual_distance(maps, others):
+    """Between the feature maps of images, each point's channels of unit length: LPIPS (Zhang et al. 2018) without its
+    learned weights. Both: lists of [B, C, h, w]; → [B], in 0…4.
+    """
+    pairs = ((F.normalize(full_precision(x), dim=1) for x in pair) for pair in zip(maps, others, strict=True))
+    return torch.stack([(a - b).square().sum(1).mean((1, 2)) for a, b in pairs]).mean(0)
+
+
+def reconstruction_losses(pyramid, real, network, scales):
+    """The upsampler's: how far its images are from the true ones, in pixels (L1, all resolutions weighed) and to the
+    eyes of a frozen network (the highest) → two scalars.
+    """
+    l1 = sum(scales[r] * F.l1_loss(full_precision(image), real[r]) for r, image in pyramid.items())
+    with torch.no_grad():
+        wanted = network(real[max(real)])
+    return l1, perceptual_distance(network(pyramid[max(pyramid)]), wanted).mean()
+
+
 def moe_loss(output, balance_weight):
     """Both losses of every router of an aurora.Output, weighed and summed: a scalar."""
     losses = (
@@ -159,13 +187,13 @@ class DiscriminatorLoss(nn.Module):
         matching = (logistic_loss(wrong_logits, 1, EARLY_MATCHING, scales) * is_wrong.repeat(2)).sum() / batch
         loss = adversarial + self.recipe.matching_weight_discriminator * matching
 
-        last = right_logits[max(real), min(real)].detach()
+        last = last_prediction(right_logits).detach()
         report = {
             "d_adversarial": adversarial,
             "d_matching": matching,
             "logits_real": last[:batch].mean(),
             "logits_fake": last[batch:].mean(),
-            "logits_wrong": wrong_logits[max(real), min(real)][:batch].detach().mean(),
+            "logits_wrong": last_prediction(wrong_logits)[:batch].detach().mean(),
         }
         if r1_interval:
             report["r1"] = r1_penalty(d, self.clip, real, text.tokens, text.eot, self.recipe.r1_gamma, scales)
@@ -173,12 +201,14 @@ class DiscriminatorLoss(nn.Module):
         return {"loss": loss, **report}
 
 
-def generator_loss(output, other, text, wrong, chances, discriminator, clip, recipe):
-    """What the generator minimizes: adversarial + matching + multi-level CLIP + mixture of experts + mode seeking.
+def generator_loss(output, other, text, wrong, chances, discriminator, clip, recipe, real=None, perceptual=None):
+    """What the generator minimizes: adversarial + matching + multi-level CLIP + mixture of experts + mode seeking; and
+    for the upsampler, which is told what it should have made, the distance to that.
 
     output: aurora.Output for the captions of text; other: one of a low resolution, for the same captions and other z,
     or None where the recipe does not ask for it; wrong as above; chances [B, …] of the augmentation; the
-    discriminator frozen as the clip is.
+    discriminator frozen as the clip is. real: the pyramid of the true images, if the recipe compares with them;
+    perceptual: the frozen network that does, from images [B, 3, R, R] to feature maps.
     → {name: scalar}, `loss` to be minimized.
     """
     scales = scale_weights(output.pyramid, recipe.lower_scales)
@@ -186,19 +216,20 @@ def generator_loss(output, other, text, wrong, chances, discriminator, clip, rec
         code = discriminator.encode_text(text.tokens, text.eot)
     wrong_code, is_wrong = choose_wrong(code, wrong)
     pyramid = augment(output.pyramid, recipe.augment, chances)
-    embeddings, clip_maps = clip.see(*output.pyramid.values())  # all in one pass, the highest images last
+    seen = {r: image for r, image in output.pyramid.items() if r <= SEEN_BY_CLIP or r == max(output.pyramid)}
+    embeddings, clip_maps = clip.see(*seen.values())  # all in one pass, the highest images last
     clip_maps = [x[-len(wrong) :] for x in clip_maps]
     if recipe.augment:  # CLIP is asked whether the images as they are fit, the discriminator about changed ones
         clip_maps = clip.see(pyramid[max(pyramid)])[1]
-    maps = discriminator.maps(pyramid, clip_maps)
+    maps = discriminator.maps(pyramid, clip_maps if discriminator.map_readers else ())
     adversarial = logistic_loss(discriminator.score(maps, code), -1, EARLY_ADVERSARIAL, scales).mean()
     # The discriminator calls these images fake under a wrong caption, too, and this term answers it. A wrong caption
     # says nothing about an image, so the generator learns here to look real, whatever it shows. With the loss in the
     # discriminator alone results get worse, with both they get better (GigaGAN, table 1).
     wrong_logits = discriminator.score(maps, wrong_code)
     matching = (logistic_loss(wrong_logits, -1, EARLY_MATCHING, scales) * is_wrong).mean()
-    embeddings = dict(zip(output.pyramid, embeddings.chunk(len(output.pyramid)), strict=True))
-    alignment = clip_loss(clip, embeddings, text.embedding, scales)
+    embeddings = dict(zip(seen, embeddings.chunk(len(seen)), strict=True))
+    alignment = clip_loss(clip, embeddings, text.embedding, scale_weights(seen, recipe.lower_scales))
     moe = moe_loss(output, recipe.balance_weight)
     loss = adversarial + recipe.matching_weight_generator * matching + recipe.clip_weight * alignment + moe
     report = {"g_adversarial": adversarial, "g_matching": matching, "g_clip": alignment, "g_moe": moe}
@@ -206,6 +237,9 @@ def generator_loss(output, other, text, wrong, chances, discriminator, clip, rec
         resolution = max(other.pyramid)
         report["g_mode_seeking"] = mode_seeking_loss(output.pyramid[resolution], other.pyramid[resolution])
         loss = loss + recipe.mode_seeking_weight * report["g_mode_seeking"]
+    if real is not None:
+        report["g_l1"], report["g_perceptual"] = reconstruction_losses(output.pyramid, real, perceptual, scales)
+        loss = loss + recipe.l1_weight * report["g_l1"] + recipe.perceptual_weight * report["g_perceptual"]
     return {"loss": loss, **report}
 
 

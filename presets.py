@@ -44,6 +44,24 @@ class GeneratorConfig:
         """The inverse of dataclasses.asdict, for configurations stored as JSON."""
         return cls(**{**fields, "levels": tuple(Level(**level) for level in fields["levels"])})
 
+    @property
+    def resolutions(self):
+        """Those of the images that it makes, from low to high."""
+        return [level.resolution for level in self.levels]
+
+
+@dataclass(frozen=True)
+class UpsamplerConfig(GeneratorConfig):
+    """All sizes of an upsampler. `levels` are those of the way up; the way down has the same channels."""
+
+    input_resolution: int = 64
+    input_noise: float = 0.1  # standard deviation of the noise on the input, whose range is [−1, 1]
+    encoder_blocks: int = 1  # residual ones of the way down, at each resolution
+
+    @property
+    def resolutions(self):
+        return [level.resolution for level in self.levels if level.resolution > self.input_resolution]
+
 
 @dataclass(frozen=True)
 class DiscriminatorLevel:
@@ -53,6 +71,7 @@ class DiscriminatorLevel:
     channels: int
     num_blocks: int  # of two residual convolutions each
     attn_depth: int = 0
+    takes_images: bool = True  # whether images of this resolution are judged
 
 
 @dataclass(frozen=True)
@@ -91,6 +110,10 @@ class Recipe:
     matching_weight_generator: float = 1.0
     balance_weight: float = 0.001  # of the routers' load-balancing loss; the release's
     mode_seeking_weight: float = 0.0  # of the term that asks for other pictures under other z
+    crop: int = 0  # side of the random crops of its input that the upsampler learns from; 0: it sees whole pictures
+    l1_weight: float = 0.0  # of the distance of pixels to the real picture; of the upsampler
+    perceptual_weight: float = 0.0  # of the perceptual distance to it
+    perceptual_network: str = "efficientnet"  # that measures it, see weights/perceptual.py
     fid_factor: float = 1.5  # κ: a resolution is done when FID ≤ κ · reference FID
     augment: tuple[str, ...] = ()  # what the discriminator sees pictures through, see augment.py
     recompute: bool = False  # gradient checkpointing: the generator's levels again in the backward pass, for memory
@@ -192,6 +215,28 @@ PRESETS = {
         (256, 256, 192, 96, 48), (256, 256, 192, 128, 64), w_dim=256, head_dim=32, batch=64, ema_half_life=20_000,
         images_per_phase={4: 0, 8: 0, 16: 96_000, 32: 450_000}, fid_every=64_000, balance_weight=0.01,
     ),
+    # The second stage on one CPU core: emoji at 256×256.
+    "emoji-256": Preset(
+        UpsamplerConfig(levels=(
+            Level(16, 128, num_blocks=1, attn_depth=1, num_experts=8),
+            Level(32, 96, num_blocks=1, num_kernels=2),
+            Level(64, 48, num_blocks=1, num_kernels=2),
+            Level(128, 32, num_blocks=1),
+            Level(256, 16, num_blocks=1),
+        ), w_dim=128, mapping_dim=128, num_heads=4, head_dim=24, **SMALL_GENERATOR),
+        DiscriminatorConfig(levels=(
+            DiscriminatorLevel(8, 128, num_blocks=0, takes_images=False),
+            DiscriminatorLevel(16, 96, num_blocks=0, attn_depth=1, takes_images=False),
+            DiscriminatorLevel(32, 64, num_blocks=0, takes_images=False),
+            DiscriminatorLevel(64, 48, num_blocks=0, takes_images=False),
+            DiscriminatorLevel(128, 32, num_blocks=0),
+            DiscriminatorLevel(256, 16, num_blocks=0),
+        ), num_heads=4, head_dim=24, **SMALL_DISCRIMINATOR | {"clip_maps": ()}),
+        Recipe(
+            steps=60_000, batch=8, images_per_phase={128: 0}, ema_half_life=2_000, fid_samples=128, fid_every=20_000,
+            r1_gamma=4.0, crop=32, l1_weight=10.0, perceptual_weight=5.0, **SMALL_RECIPE | {"lower_scales": 0.2},
+        ), clip_model="emoji", data="emoji",
+    ),
     # The test bed: the built-in scenes at 32×32.
     "shapes": Preset(
         GeneratorConfig(levels=(
@@ -216,5 +261,6 @@ PRESETS = {
 def fitted_to(preset, clip_width, clip_maps):
     """The preset for another CLIP: the width of its token features, and the (channels, side) of its feature maps."""
     generator = dataclasses.replace(preset.generator, clip_width=clip_width)
+    clip_maps = clip_maps if preset.discriminator.clip_maps else ()
     discriminator = dataclasses.replace(preset.discriminator, clip_width=clip_width, clip_maps=clip_maps)
     return dataclasses.replace(preset, generator=generator, discriminator=discriminator)

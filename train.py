@@ -30,6 +30,7 @@ from training.run_folder import RunFolder
 from training.small_clip import clip_for, ensure_small_clip
 from training.step import Learner
 from weights import checkpoint
+from weights.perceptual import perceptual_network
 
 NUM_PICTURES = 24
 COME_AGAIN = 75  # the exit status of a run that was asked to stop and has saved: EX_TEMPFAIL of sysexits.h
@@ -103,8 +104,9 @@ class Run:
         args, self.clip = self.args, load_clip(str(clip), self.device)
         preset = fitted_to(self.preset, self.clip.width, self.clip.map_shapes)
         torch.manual_seed(args.seed)
-        self.learner = Learner(preset, self.clip, self.device, self.dtype, self.batch)
-        self.growth = Growth(self.recipe, self.learner.resolutions, self.clip, args.seed)
+        perceptual = perceptual_network(self.recipe, self.device)
+        self.learner = Learner(preset, self.clip, self.device, self.dtype, self.batch, perceptual)
+        self.growth = Growth(self.recipe, self.learner.resolutions, self.clip, args.seed, preset.generator)
         self.source = sources.open_data(args.data, self.learner.resolutions[-1], args.seed, args.caption_key)
 
     def initialize(self, path):
@@ -162,10 +164,12 @@ class Run:
     @torch.no_grad()
     def draw_samples(self):
         """A grid of fixed prompts and fixed z, by the moving average, and how the experts share the points."""
-        captions, ema = self.growth.captions[:NUM_PICTURES], self.learner.ema
+        captions, given = self.growth.captions[:NUM_PICTURES], [x[:NUM_PICTURES] for x in self.growth.given]
+        ema = self.learner.ema
         text = self.clip.read(captions)
         z = torch.randn(len(captions), ema.config.z_dim, generator=torch.Generator().manual_seed(1))
-        output = ema(z.to(self.device), text.tokens, text.eot, self.growth.active[-1])
+        given = [images.to(self.device) for images in given]
+        output = ema(*given, z.to(self.device), text.tokens, text.eot, self.growth.active[-1])
         loads = {name: count / count.sum() for name, count in expert_counts(output.routings).items()}
         return grid([to_pil(image) for image in output.image], captions, columns=8), loads
 

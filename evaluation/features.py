@@ -115,8 +115,10 @@ def extract_clip_features(clip, images):
     return clip.encode_image(images).float()
 
 
-def extract_fake_features(generator, clip, captions, resolution, seed):
+def extract_fake_features(generator, clip, captions, resolution, seed, given=()):
     """CLIP features [N, D] of one generated image for each caption at a resolution; z comes from the seed.
+
+    given: of an upsampler, its inputs, see upsampler.given_images.
 
     Each rank generates a share of the images, and all ranks return the features of all.
     """
@@ -124,6 +126,8 @@ def extract_fake_features(generator, clip, captions, resolution, seed):
     share = -(-len(captions) // distributed.world_size())
     # Every rank takes an equal share, the last ones wrapping around, so that the features can be gathered.
     mine = torch.arange(distributed.rank() * share, (distributed.rank() + 1) * share) % len(captions)
-    outputs = latent.generate(generator, clip, [captions[i] for i in mine], z[mine], resolution)
+    captions_of_mine, given = [captions[i] for i in mine], tuple(images[mine] for images in given)
+    batch = max(1, BATCH * 64 // max(64, resolution))  # large images take memory
+    outputs = latent.generate(generator, clip, captions_of_mine, z[mine], resolution, batch=batch, given=given)
     features = [extract_clip_features(clip, output.image.clamp(-1, 1)) for output in outputs]
     return distributed.gather(torch.cat(features))[: len(captions)]

@@ -82,12 +82,14 @@ def outputs(generator, w, local_text):
 
 
 @torch.no_grad()
-def generate(generator, clip, captions, z, resolution=None, psi=1.0, batch=64):
+def generate(generator, clip, captions, z, resolution=None, psi=1.0, batch=64, given=()):
     """Yields the generator's Output for every `batch` of N captions and of their z [N, z_dim].
 
-    resolution: the one to stop at, by default the highest. psi: the truncation; 1 is none.
+    resolution: the one to stop at, by default the highest. psi: the truncation; 1 is none. given: of an upsampler, the
+    images of upsampler.given_images.
     """
     for first in range(0, len(captions), batch):
-        prompt = read(generator, clip, captions[first : first + batch])
-        w = codes(generator, z[first : first + batch].to(generator.w_avg.device), prompt.global_text, psi)
-        yield generator.synthesis(w, prompt.local_text, resolution)
+        part, device = slice(first, first + batch), generator.w_avg.device
+        prompt = read(generator, clip, captions[part])
+        w = codes(generator, z[part].to(device), prompt.global_text, psi)
+        yield generator.synthesis(*(images[part].to(device) for images in given), w, prompt.local_text, resolution)

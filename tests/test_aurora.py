@@ -8,6 +8,7 @@ import torch
 from aurora import Generator
 from losses import moe_loss
 from presets import PRESETS, GeneratorConfig
+from upsampler import new_generator
 
 
 @pytest.fixture
@@ -126,9 +127,9 @@ def test_presets():
     counts = {}
     for name, preset in PRESETS.items():
         with torch.device("meta"):
-            counts[name] = sum(p.numel() for p in Generator(preset.generator).parameters())
-        resolutions = [level.resolution for level in preset.generator.levels]
-        assert resolutions == [level.resolution for level in preset.discriminator.levels]
+            counts[name] = sum(p.numel() for p in new_generator(preset.generator).parameters())
+        resolutions = preset.generator.resolutions
+        assert resolutions == [level.resolution for level in preset.discriminator.levels if level.takes_images]
         assert list(preset.recipe.images_per_phase) == resolutions[:-1]
     assert counts["aurora-64"] == 1_166_329_387
     assert 90e6 < counts["small-64"] < 110e6

@@ -13,6 +13,7 @@ from common.disk import atomically
 from evaluation.features import extract_clip_features, extract_fake_features
 from evaluation.metrics import fid, frechet_distance, statistics
 from layers import resize
+from upsampler import given_images, input_noise
 from weights.checkpoint import load_tensors, write_digested
 
 PATIENCE = 10  # evaluations without a better FID after which a phase ends
@@ -31,8 +32,9 @@ class Phase:
 class Growth:
     """Measures the generator at its active resolution, and decides when to go on to the next."""
 
-    def __init__(self, recipe, resolutions, clip, seed):
-        self.recipe, self.resolutions, self.clip, self.seed = recipe, resolutions, clip, seed
+    def __init__(self, recipe, resolutions, clip, seed, config=None):
+        """config: of the generator, if that is an upsampler, which is to be given images."""
+        self.recipe, self.resolutions, self.clip, self.seed, self.config = recipe, resolutions, clip, seed, config
         self.phase = Phase()
 
     @property
@@ -58,6 +60,7 @@ class Growth:
                 atomically(path, lambda temporary: write_digested(kept, temporary))
         if kept:
             self.captions, self.statistics = kept["captions"], kept["statistics"]
+            self.given = kept.get("given", ())
             self.reference_fid = kept["reference_fid"]
         return bool(kept)
 
@@ -72,22 +75,28 @@ class Growth:
 
     @torch.no_grad()
     def compute_reference(self, source, asked_to_stop):
-        """→ captions, {resolution: (mean, covariance)}, {resolution: reference FID}; {} where a rank was to stop."""
+        """→ captions and, for an upsampler, its inputs; {resolution: (mean, covariance)}, {resolution: reference FID};
+        {} where a rank was to stop.
+        """
         rank, ranks = distributed.rank(), distributed.world_size()
         quota = len(range(rank, 2 * self.recipe.fid_samples, ranks))
-        features, captions = {r: [] for r in self.resolutions}, []
+        features, captions, given = {r: [] for r in self.resolutions}, [], []
+        noise = torch.Generator().manual_seed(self.seed + rank)
         with distributed.together():
             for batch in source.evaluation_pairs(rank=rank, world_size=ranks):
                 images = batch.images[: quota - len(captions)].to(self.clip.device)
                 captions += batch.captions[: len(images)]
+                its_noise = input_noise(self.config, len(images), noise)
+                given += zip(*given_images(self.config, images, its_noise), strict=True)
                 for r in self.resolutions:
                     features[r].append(extract_clip_features(self.clip, resize(images, r)).cpu())
                 if len(captions) == quota or asked_to_stop():
                     break
-        shares = distributed.collect((asked_to_stop(), captions, features))
+        shares = distributed.collect((asked_to_stop(), captions, given, features))
         if any(stopped for stopped, *_ in shares):
             return {}
-        captions = [caption for _, share, _ in shares for caption in share]
+        captions = [caption for _, share, *_ in shares for caption in share]
+        given = [images for *_, share, _ in shares for images in share]
         with distributed.together():
             if len(captions) < 4:
                 raise UserError(f"--data holds {len(captions)} usable pairs; training needs at least 4")
@@ -95,6 +104,7 @@ class Growth:
         every = {r: torch.cat([part for *_, share in shares for part in share[r]]) for r in self.resolutions}
         return {
             "captions": captions[:half],
+            "given": tuple(torch.stack(images).cpu() for images in zip(*given[:half], strict=True)),
             "statistics": {r: statistics(x[half : 2 * half]) for r, x in every.items()},
             "reference_fid": {r: fid(x[:half], x[half : 2 * half]) for r, x in every.items()},
         }
@@ -102,7 +112,7 @@ class Growth:
     def evaluate(self, generator):
         """A generator's FID at the active resolution, beside its reference."""
         phase, resolution = self.phase, self.active[-1]
-        features = extract_fake_features(generator, self.clip, self.captions, resolution, self.seed)
+        features = extract_fake_features(generator, self.clip, self.captions, resolution, self.seed, self.given)
         value = frechet_distance(statistics(features.cpu()), self.statistics[resolution])
         value = distributed.broadcast(value)  # the same, to the last bit
         phase.evaluations_since_best = 0 if value < phase.best_fid else phase.evaluations_since_best + 1

@@ -8,6 +8,7 @@ import torch
 
 from common.distributed import say
 from layers import pyramid
+from upsampler import given_images, input_noise
 
 COUNT = 128  # images of each kind
 LIMIT = 0.5  # warn once `overfitting` is above this
@@ -31,8 +32,10 @@ class OverfittingWatch:
         if self.seen is None or self.held_out is None:
             return {}
         (images, text), noise = self.held_out, torch.Generator().manual_seed(seed)
-        z = torch.randn(len(images), learner.generator.config.z_dim, generator=noise).to(images.device)
-        generated = learner.ema(z, text.tokens, text.eot, learner.active[-1]).pyramid
+        config = learner.generator.config
+        z = torch.randn(len(images), config.z_dim, generator=noise).to(images.device)
+        given = given_images(config, images, input_noise(config, len(images), noise))
+        generated = learner.ema(*given, z, text.tokens, text.eot, learner.active[-1]).pyramid
         seen, held_out = (
             learner.score(pyramid(images, learner.active), text) for images, text in (self.seen, self.held_out)
         )

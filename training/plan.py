@@ -31,6 +31,8 @@ from layers import pyramid
 from losses import R1_INTERVAL
 from presets import fitted_to
 from training.step import Learner, Part
+from upsampler import given_images, input_noise
+from weights.perceptual import perceptual_network
 
 # The share of the peak rates that is reached. On an H200, which has an H100's rates, steps of aurora-64 in parts of 16
 # take 1.38 s on average, 1.40 s by these; how the two share that time is a guess. So are the bytes to leave for
@@ -138,7 +140,8 @@ def rehearse(preset, clip_model, batch, dtype, parts=1, resolution=None):
         meter = stack.enter_context(MemoryMeter())
         clip = clip_without_weights(clip_model)
         preset = fitted_to(preset, clip.width, clip.map_shapes)
-        learner = Learner(preset, clip, torch.device("cpu"), dtype, batch)
+        perceptual = perceptual_network(preset.recipe, with_weights=False)
+        learner = Learner(preset, clip, torch.device("cpu"), dtype, batch, perceptual)
         learner.learn_at([r for r in learner.resolutions if r <= (resolution or learner.resolutions[-1])])
         kept = parameters_and_state(learner, clip)
         rehearsed = [empty_part(learner, batch // parts) for _ in range(parts)]
@@ -160,7 +163,9 @@ def empty_part(learner, size):
     real = pyramid(torch.empty(size, 3, side, side), learner.active)
     wrong = torch.zeros(size, dtype=torch.long)
     z, other_z = torch.empty(2, size, learner.generator.config.z_dim)
-    return Part(real, text, wrong, z, other_z, torch.empty(size, 2, NUM_CHANCES))
+    config = learner.generator.config
+    given = given_images(config, torch.empty(size, 3, side, side), input_noise(config, size, None))
+    return Part(real, text, wrong, z, other_z, torch.empty(size, 2, NUM_CHANCES), given)
 
 
 def parameters_and_state(learner, clip):
@@ -249,7 +254,7 @@ def plan(name, preset, clip_model, batch, gpus, hardware, workers):
     """
     if batch % (gpus or 1):
         raise UserError(f"--batch {batch} cannot be shared by --gpus {gpus}; choose a multiple")
-    *lower, resolution = [level.resolution for level in preset.generator.levels]
+    *lower, resolution = preset.generator.resolutions
     memory, rehearsal = estimate(preset, clip_model)
     in_parts = rehearse(preset, clip_model, REHEARSED, torch.bfloat16, parts=2)
     flop, accumulated = of_an_image(rehearsal), of_an_image(in_parts)

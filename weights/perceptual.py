@@ -1,0 +1,44 @@
+"""The frozen networks that a perceptual distance is measured with: images → feature maps."""
+
+import timm
+import torch
+from torch import nn
+
+from common.cli import UserError, first_line
+from weights.efficientnet import load_efficientnet
+
+NETWORKS = ("efficientnet", "vgg16")
+
+
+class ImageNetVGG(nn.Module):
+    """VGG16's maps before each of its pools, as LPIPS has them: images [B, 3, R, R] in [−1, 1] → five maps."""
+
+    def __init__(self, with_weights):
+        super().__init__()
+        self.network = timm.create_model("vgg16.tv_in1k", pretrained=with_weights, features_only=True)
+        config = self.network.pretrained_cfg
+        for name in ("mean", "std"):
+            self.register_buffer(name, torch.tensor(config[name]).view(3, 1, 1), persistent=False)
+
+    def forward(self, images):
+        return self.network(((images + 1) / 2 - self.mean) / self.std)
+
+
+def perceptual_network(recipe, device="cpu", with_weights=True):
+    """The network of a recipe's perceptual loss → a frozen module; None if it has no such loss. Raises UserError.
+
+    EfficientNet's weights come with a package. VGG's, which LPIPS takes, are timm's to download or to find.
+    """
+    if not recipe.perceptual_weight:
+        return None
+    name = recipe.perceptual_network
+    if name not in NETWORKS:
+        raise UserError(f"--set perceptual_network={name}: choose one of {', '.join(NETWORKS)}")
+    if name == "efficientnet":
+        return load_efficientnet(features_only=True, with_weights=with_weights).to(device)
+    try:
+        network = ImageNetVGG(with_weights)
+    except Exception as error:  # timm and the hub raise many kinds, all of them meaning that there are no weights
+        remedy = "take --set perceptual_network=efficientnet, or put timm's vgg16.tv_in1k into the cache of the hub"
+        raise UserError(f"the weights of VGG16 cannot be had ({first_line(error)}); {remedy}") from error
+    return network.eval().requires_grad_(False).to(device)
