@@ -27,23 +27,25 @@ def augment(pyramid, policy, chances):
 
     policy: names out of POLICIES, in order. chances: [B, NUM_CHANCES], uniform in [0, 1), which decide how.
     """
-    return {r: _augment(images, policy, chances.to(images)) for r, images in pyramid.items()}
+    return {r: _augment(images, policy, chances.to(images), max(pyramid)) for r, images in pyramid.items()}
 
 
-def _augment(images, policy, chances):
+def _augment(images, policy, chances, side):
     for name in policy:
-        images = POLICIES[name](images, chances)
+        images = POLICIES[name](images, chances, side)
     return images
 
 
-def translation(images, chances):
-    """Shifts by whole pixels, up to MAX_SHIFT of the side."""
-    side = images.shape[-1]
+def translation(images, chances, side):
+    """Shifts by up to MAX_SHIFT of the side, and by whole pixels of the pyramid's highest image, whose side is given.
+
+    The others move by the same share of their sides, and are interpolated.
+    """
     shift = ((2 * chances[:, 0:2] - 1) * MAX_SHIFT * side).round() / side
     return warp(images, shift, torch.ones_like(shift[:, 0]))
 
 
-def scale(images, chances):
+def scale(images, chances, _):
     """Enlarges or shrinks by up to MAX_SCALE, each as likely."""
     return warp(images, torch.zeros_like(chances[:, 0:2]), MAX_SCALE ** (2 * chances[:, 2] - 1))
 
@@ -57,7 +59,7 @@ def warp(images, shift, factor):
     return F.grid_sample(images, grid, align_corners=False)
 
 
-def color(images, chances):
+def color(images, chances, _):
     """Adds up to ±½ of brightness, and multiplies saturation by 0 to 2 and contrast by ½ to 1½."""
     brightness, saturation, contrast = chances[:, 3:6, None, None, None].unbind(1)
     images = images + brightness - 0.5
@@ -67,7 +69,7 @@ def color(images, chances):
     return mean + (images - mean) * (contrast + 0.5)
 
 
-def cutout(images, chances):
+def cutout(images, chances, _):
     """A grey square of CUTOUT of the side, its centre anywhere."""
     centres = (torch.arange(images.shape[-1], device=images.device) + 0.5) / images.shape[-1]
     inside_x, inside_y = ((centres - chances[:, n, None]).abs() < CUTOUT / 2 for n in (6, 7))  # [B, side]

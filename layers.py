@@ -54,16 +54,17 @@ def recomputed(function, *inputs):
 # Equalized learning rate (Progressive GAN, section 4.1): Adam's steps are equally large for all parameters, and should
 # change all layers by the same share. The paper draws weights from N(0, 1)/lr_mul and multiplies them by lr_mul/√fan_in
 # at every use. Here they are drawn at the scale of their use, and learn at lr_mul/√fan_in times the learning rate. Adam
-# does not see the scale of a gradient, so both are the same. `lr_scale` names what does not learn at the full rate.
+# sees the scale of a gradient only in its ε, which is divided by the same, so both are equal. `lr_scale` names what
+# does not learn at the full rate.
 
 
-def parameter_groups(network, lr):
-    """The parameters of a network for an optimizer, each group at lr times its `lr_scale`."""
+def parameter_groups(network, lr, eps=1e-8):
+    """The parameters of a network for Adam, each group at lr times its `lr_scale`, and with eps divided by it."""
     groups = {}
     for module in network.modules():
         for name, parameter in module.named_parameters(recurse=False):
             groups.setdefault(getattr(module, "lr_scale", {}).get(name, 1.0), []).append(parameter)
-    return [{"params": parameters, "lr": lr * scale} for scale, parameters in groups.items()]
+    return [{"params": parameters, "lr": lr * scale, "eps": eps / scale} for scale, parameters in groups.items()]
 
 
 class Linear(nn.Module):

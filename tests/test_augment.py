@@ -30,6 +30,16 @@ def test_translation_moves_by_whole_pixels_and_leaves_grey(image):
     torch.testing.assert_close(moved, expected)
 
 
+def test_a_pyramid_moves_as_a_whole():
+    """A spot's centre of mass moves by the same share of the side at 4×4 as at 64×64: by seven pixels of 64 here."""
+    spots = {r: torch.zeros(1, 3, r, r, dtype=torch.float64) for r in (4, 16, 64)}
+    for r, x in spots.items():
+        x[..., r // 2 - r // 4 : r // 2 + r // 4, r // 2 - r // 4 : r // 2 + r // 4] = 1
+    for r, x in augment(spots, ("translation",), chances(c0=0.5 + 7 / 16)).items():
+        places = (torch.arange(r) + 0.5) / r - 0.5
+        assert (x[0, 0].sum(0) * places).sum() / x[0, 0].sum() == pytest.approx(7 / 64, abs=1e-12), r
+
+
 def test_scale_enlarges_about_the_centre():
     """A ramp stays one, and what was at distance d from the centre is now at d times the factor."""
     ramp = torch.arange(64, dtype=torch.float64).expand(1, 3, 64, 64)

@@ -37,13 +37,15 @@ def test_equalized_layers_start_with_unit_gain(lr_mul):
 
 @pytest.mark.parametrize("lr_mul", [1.0, 0.01])
 def test_equalized_learning_rate_is_progressive_gans(lr_mul):
-    """Ten steps of Adam, beside a layer that multiplies its weight by lr_mul/√fan_in and its bias by lr_mul."""
+    """Ten steps of Adam, beside a layer that multiplies its weight by lr_mul/√fan_in and its bias by lr_mul.
+
+    Its ε is as large as the gradients.
+    """
     layer, x, target = layers.Linear(7, 5, bias_init=1.0, lr_mul=lr_mul).double(), double(20, 7), double(20, 5)
     gain = lr_mul / math.sqrt(7)
     weight, bias = (layer.weight / gain).detach().requires_grad_(), (layer.bias / lr_mul).detach().requires_grad_()
-    # Adam's eps would tell small gradients from large ones; without it no scale remains.
-    ours = torch.optim.Adam(layers.parameter_groups(layer, 0.03), betas=(0.0, 0.99), eps=0.0)
-    theirs = torch.optim.Adam([weight, bias], 0.03, betas=(0.0, 0.99), eps=0.0)
+    ours = torch.optim.Adam(layers.parameter_groups(layer, 0.03, eps=1e-3), betas=(0.0, 0.99))
+    theirs = torch.optim.Adam([weight, bias], 0.03, betas=(0.0, 0.99), eps=1e-3)
     for _ in range(10):
         for optimizer, output in ((ours, layer(x)), (theirs, F.linear(x, weight * gain, bias * lr_mul))):
             optimizer.zero_grad()

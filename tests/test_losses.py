@@ -259,6 +259,7 @@ def test_both_objectives_are_the_sum_of_their_parts():
     matching = total(discriminator(output.pyramid, maps, text.tokens[wrong], text.eot[wrong]), -1, 0.05)
     embeddings = {r: clip.encode_image(x) for r, x in output.pyramid.items()}
     alignment = losses.clip_loss(clip, embeddings, text.embedding, weight).item()
+    assert report["g_clip"].item() == pytest.approx(alignment, rel=1e-6)  # of each resolution by its own weight
     expected = adversarial + recipe.matching_weight_generator * matching + recipe.clip_weight * alignment
     assert report["loss"].item() == pytest.approx(expected + losses.moe_loss(output, 1.0).item(), rel=1e-4)
     assert math.isfinite(report["loss"].item())

@@ -208,13 +208,14 @@ class Learner:
             getattr(self, name).load_state_dict(state[name])
         for name in OPTIMIZERS:
             optimizer = getattr(self, name)
-            now = [group["lr"] for group in optimizer.param_groups]
+            own = [{key: group[key] for key in ("lr", "eps")} for group in optimizer.param_groups]
             optimizer.load_state_dict(state[name])
-            then = [group["lr"] for group in optimizer.param_groups]
+            then, now = ([group["lr"] for group in groups] for groups in (optimizer.param_groups, own))
             if then != now:
                 changed[name] = max(then), max(now)
-            for group, lr in zip(optimizer.param_groups, now, strict=True):
-                group["lr"], group["capturable"] = lr, self.device.type == "cuda"  # a checkpoint of a CPU says False
+            for group, its in zip(optimizer.param_groups, own, strict=True):
+                group |= its
+                group["capturable"] = self.device.type == "cuda"  # a checkpoint of a CPU says False
         self.learn_at(self.active)  # a graph holds the former averages and rates
         return changed
 

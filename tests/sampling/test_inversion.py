@@ -41,6 +41,15 @@ def test_it_comes_nearer_to_a_picture_than_any_candidate(pipe, quick):
     assert inversion.Perceptual(target)(image).item() == pytest.approx(more.distance, abs=1e-5)
 
 
+def test_the_mean_code_of_a_prompt_is_that_of_256_latents(pipe):
+    """StyleGAN-XL's truncation to the mean of a class, estimated; two prompts have one each."""
+    text = torch.randn(2, pipe.generator.config.text_dim, generator=torch.Generator().manual_seed(1))
+    z = torch.randn(256, pipe.generator.config.z_dim, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = [torch.stack([pipe.generator.mapping(one[None], t[None])[0] for one in z]).mean(0) for t in text]
+        torch.testing.assert_close(latent.mean_code(pipe.generator, text), torch.stack(expected))
+
+
 def test_an_edit_goes_by_the_mean_codes_and_back(pipe, quick):
     fitted = inversion.fit(pipe, pipe.experts("red heart", seed=7).images[0], "red heart", 1)
     same, other = (inversion.edited(pipe, fitted, prompt) for prompt in ("red heart", "whale"))

@@ -9,6 +9,7 @@ from clip import load_clip
 from common import distributed
 from data import sources
 from presets import PRESETS
+from training import step as step_module
 from training.step import Learner
 
 CPU = torch.device("cpu")
@@ -74,6 +75,22 @@ def test_r1_stands_for_the_steps_without_it(learner, monkeypatch):
     assert stands_for == [16, 0, 16]
 
 
+def test_the_generator_is_augmented_by_the_chances_of_fake_images(learner, monkeypatch):
+    seen = []
+    loss = step_module.generator_loss
+    monkeypatch.setattr(step_module, "generator_loss", lambda *x: seen.append(x[3]) or loss(*x))
+    (part,) = learner.prepare(0, 1, batches(1, 4))
+    learner.step(1, [part])
+    assert torch.equal(seen[0], part.chances[:, 1]) and not torch.equal(seen[0], part.chances[:, 0])
+
+
+def test_the_mean_of_w_is_that_of_all_parts(learner):
+    parts, before = learner.prepare(0, 1, batches(2, 2)), learner.generator.w_avg.clone()
+    w = torch.cat([learner.draw(part).w for part in parts]).detach()
+    learner.step(1, parts)
+    torch.testing.assert_close(learner.generator.w_avg, before.lerp(w.mean(0), 0.005))
+
+
 class Wrapper:
     """In the place of DDP, which holds its buckets in cycles."""
 
@@ -118,13 +135,16 @@ def test_every_image_of_a_step_has_noise_of_its_own_however_the_batch_is_divided
 @pytest.mark.parametrize("number", [2, 10**6], ids=["at the beginning", "later"])
 def test_the_moving_average_is_its_formula(learner, monkeypatch, number):
     """Its half-life is a twentieth of the images seen at first. The mean of w is one over all ranks."""
-    name, overall = "mapping.layers.0.weight", torch.randn(learner.ema.config.w_dim)
+    overall, w_avg = torch.randn(learner.ema.config.w_dim), learner.generator.w_avg.double()
     monkeypatch.setattr(distributed, "mean", lambda w: overall)
-    before, w_avg = learner.ema.get_parameter(name).double(), learner.generator.w_avg.double()
+    for parameter in learner.generator.parameters():
+        parameter.data += 1  # else one that did not change would follow by standing still
+    before = {name: parameter.double() for name, parameter in learner.ema.named_parameters()}
     learner.update_ema(number, torch.zeros_like(overall))
     decay = 0.5 ** (4 / (0.05 * 3 * 4 if number == 2 else learner.recipe.ema_half_life))
-    expected = decay * before + (1 - decay) * learner.generator.get_parameter(name).double()
-    torch.testing.assert_close(learner.ema.get_parameter(name).double(), expected, rtol=1e-6, atol=1e-6)
+    for name, parameter in learner.generator.named_parameters():
+        expected = decay * before[name] + (1 - decay) * parameter.double()
+        torch.testing.assert_close(learner.ema.get_parameter(name).double(), expected, rtol=1e-6, atol=3e-6)
     torch.testing.assert_close(learner.generator.w_avg.double(), 0.995 * w_avg + 0.005 * overall.double())
     assert torch.equal(learner.ema.w_avg, learner.generator.w_avg)
 
