@@ -37,7 +37,6 @@ def l2_attention_plain(q, k, v):
 def l2_attention(q, k, v):
     """What l2_attention_plain computes, in memory that grows with the number of feature points N, not with N².
 
-    On a GPU a Triton kernel does it, and keeps no map; elsewhere the map is made block by block. Tests hold the three
     On a GPU a Triton kernel does it, and keeps no map; elsewhere the map is made block by block. The result has the
     dtype of v.
     """
