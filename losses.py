@@ -134,14 +134,9 @@ def perceptual_distance(maps, others):
     return torch.stack([(a - b).square().sum(1).mean((1, 2)) for a, b in pairs]).mean(0)
 
 
-def reconstruction_losses(pyramid, real, network, scales):
-    """The upsampler's: how far its images are from the true ones, in pixels (L1, all resolutions weighed) and to the
-    eyes of a frozen network (the highest) → two scalars.
-    """
-    l1 = sum(scales[r] * F.l1_loss(full_precision(image), real[r]) for r, image in pyramid.items())
-    with torch.no_grad():
-        wanted = network(real[max(real)])
-    return l1, perceptual_distance(network(pyramid[max(pyramid)]), wanted).mean()
+def pixel_distance(pyramid, real, scales):
+    """L1 between two pyramids, each resolution weighed: a scalar."""
+    return sum(scales[r] * F.l1_loss(full_precision(image), real[r]) for r, image in pyramid.items())
 
 
 def moe_loss(output, balance_weight):
@@ -207,18 +202,47 @@ def generator_loss(output, other, text, wrong, chances, discriminator, clip, rec
 
     output: aurora.Output for the captions of text; other: one of a low resolution, for the same captions and other z,
     or None where the recipe does not ask for it; wrong as above; chances [B, …] of the augmentation; the
-    discriminator frozen as the clip is. real: the pyramid of the true images, if the recipe compares with them;
-    perceptual: the frozen network that does, from images [B, 3, R, R] to feature maps.
+    discriminator frozen as the clip is. real: the pyramid of the true images; perceptual: a frozen network, from images
+    [B, 3, R, R] to feature maps; both for a recipe that compares with the truth.
     → {name: scalar}, `loss` to be minimized.
+    """
+    scales = scale_weights(output.pyramid, recipe.lower_scales)
+    seen = {r: image for r, image in output.pyramid.items() if r <= SEEN_BY_CLIP or r == max(output.pyramid)}
+    embeddings, clip_maps = clip.see(*seen.values())  # all in one pass, the highest images last
+    clip_maps = [x[-len(wrong) :] for x in clip_maps]
+    embeddings = dict(zip(seen, embeddings.chunk(len(seen)), strict=True))
+    alignment = clip_loss(clip, embeddings, text.embedding, scale_weights(seen, recipe.lower_scales))
+    moe = moe_loss(output, recipe.balance_weight)
+    report, loss = {"g_clip": alignment, "g_moe": moe}, recipe.clip_weight * alignment + moe
+    if recipe.adversarial_weight:
+        adversarial, matching = fooling_losses(output, text, wrong, chances, clip_maps, discriminator, clip, recipe)
+        loss = loss + recipe.adversarial_weight * (adversarial + recipe.matching_weight_generator * matching)
+        report |= {"g_adversarial": adversarial, "g_matching": matching}
+    if other is not None:
+        resolution = max(other.pyramid)
+        report["g_mode_seeking"] = mode_seeking_loss(output.pyramid[resolution], other.pyramid[resolution])
+        loss = loss + recipe.mode_seeking_weight * report["g_mode_seeking"]
+    if recipe.l1_weight:
+        report["g_l1"] = pixel_distance(output.pyramid, real, scales)
+        loss = loss + recipe.l1_weight * report["g_l1"]
+    if recipe.perceptual_weight:
+        with torch.no_grad():
+            wanted = perceptual(real[max(real)])
+        report["g_perceptual"] = perceptual_distance(perceptual(output.image), wanted).mean()
+        loss = loss + recipe.perceptual_weight * report["g_perceptual"]
+    return {"loss": loss, **report}
+
+
+def fooling_losses(output, text, wrong, chances, clip_maps, discriminator, clip, recipe):
+    """What the discriminator says of the generated images, as in generator_loss → adversarial, matching: scalars.
+
+    clip_maps: what CLIP sees in the highest images, before augmentation.
     """
     scales = scale_weights(output.pyramid, recipe.lower_scales)
     with torch.no_grad():
         code = discriminator.encode_text(text.tokens, text.eot)
     wrong_code, is_wrong = choose_wrong(code, wrong)
     pyramid = augment(output.pyramid, recipe.augment, chances)
-    seen = {r: image for r, image in output.pyramid.items() if r <= SEEN_BY_CLIP or r == max(output.pyramid)}
-    embeddings, clip_maps = clip.see(*seen.values())  # all in one pass, the highest images last
-    clip_maps = [x[-len(wrong) :] for x in clip_maps]
     if recipe.augment:  # CLIP is asked whether the images as they are fit, the discriminator about changed ones
         clip_maps = clip.see(pyramid[max(pyramid)])[1]
     maps = discriminator.maps(pyramid, clip_maps if discriminator.map_readers else ())
@@ -227,20 +251,7 @@ def generator_loss(output, other, text, wrong, chances, discriminator, clip, rec
     # says nothing about an image, so the generator learns here to look real, whatever it shows. With the loss in the
     # discriminator alone results get worse, with both they get better (GigaGAN, table 1).
     wrong_logits = discriminator.score(maps, wrong_code)
-    matching = (logistic_loss(wrong_logits, -1, EARLY_MATCHING, scales) * is_wrong).mean()
-    embeddings = dict(zip(seen, embeddings.chunk(len(seen)), strict=True))
-    alignment = clip_loss(clip, embeddings, text.embedding, scale_weights(seen, recipe.lower_scales))
-    moe = moe_loss(output, recipe.balance_weight)
-    loss = adversarial + recipe.matching_weight_generator * matching + recipe.clip_weight * alignment + moe
-    report = {"g_adversarial": adversarial, "g_matching": matching, "g_clip": alignment, "g_moe": moe}
-    if other is not None:
-        resolution = max(other.pyramid)
-        report["g_mode_seeking"] = mode_seeking_loss(output.pyramid[resolution], other.pyramid[resolution])
-        loss = loss + recipe.mode_seeking_weight * report["g_mode_seeking"]
-    if real is not None:
-        report["g_l1"], report["g_perceptual"] = reconstruction_losses(output.pyramid, real, perceptual, scales)
-        loss = loss + recipe.l1_weight * report["g_l1"] + recipe.perceptual_weight * report["g_perceptual"]
-    return {"loss": loss, **report}
+    return adversarial, (logistic_loss(wrong_logits, -1, EARLY_MATCHING, scales) * is_wrong).mean()
 
 
 def choose_wrong(code, wrong):

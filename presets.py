@@ -106,6 +106,7 @@ class Recipe:
     r1_gamma: float = 1.0  # at 64×64; γ at resolution r is r1_gamma · (r/64)²
     lower_scales: float = 0.17 / 0.33  # what each image below the highest resolution counts, relative to that one
     clip_weight: float = 0.1
+    adversarial_weight: float = 1.0  # of what the discriminator says; at 0 it neither judges nor learns
     matching_weight_discriminator: float = 1.0
     matching_weight_generator: float = 1.0
     balance_weight: float = 0.001  # of the routers' load-balancing loss; the release's

@@ -120,7 +120,9 @@ class Learner:
         """
         with torch.set_grad_enabled(len(parts) == 1):
             outputs = [self.draw(part) for part in parts]
-        d_report = self.discriminator_step(parts, outputs, r1_interval)
+        d_report = {"rejected": 0}
+        if self.recipe.adversarial_weight:
+            d_report = self.discriminator_step(parts, outputs, r1_interval)
         with frozen(self.discriminator):
             g_report = self.generator_step(parts, outputs)
         w = torch.stack([full_precision(output.w.detach()).mean(0) for output in outputs]).mean(0)
@@ -159,8 +161,8 @@ class Learner:
                 with self.autocast():
                     other = self.draw_other(part) if self.recipe.mode_seeking_weight else None
                     inputs = output, other, part.text, part.wrong, part.chances[:, 1]
-                    truth = {"real": part.real, "perceptual": self.perceptual} if self.perceptual else {}
-                    report = generator_loss(*inputs, self.discriminator, self.clip, self.recipe, **truth)
+                    truth = part.real, self.perceptual
+                    report = generator_loss(*inputs, self.discriminator, self.clip, self.recipe, *truth)
                 (report["loss"] / len(parts)).backward()
             reports.append(report)
         return {"g_loss": mean_of(reports, "loss"), **update(self.optimizer_g, reports, "g")}
