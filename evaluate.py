@@ -1,15 +1,13 @@
 """Measures a generator: Fréchet distance, precision and recall, CLIP score, R-precision, each with its protocol.
 
     python evaluate.py                             # the emoji model
-    python evaluate.py --data shapes --curve       # the scenes' model, at several truncations, with a plot
     python evaluate.py --checkpoint runs/mine/generator_ema.safetensors --data my_pictures
     torchrun --nproc-per-node 8 evaluate.py --checkpoint aurora_v1.pth \\
         --data annotations/captions_val2014.json --count 30000 --features inception --clip ViT-g-14:laion2b_s34b_b88k
 
 The features are an EfficientNet's; with --features inception the distance is the FID of the field. One picture is
-generated for the caption of each real image. On the built-in scenes a classifier also says what is right
-in the pictures. On the emoji also how often names, tags and
-held-out words are drawn right, and how much seeds differ.
+generated for the caption of each real image. On the emoji also how often names, tags and held-out words are drawn
+right, and how much seeds differ.
 """
 
 import argparse
@@ -33,19 +31,14 @@ from common.cli import (
 from common.disk import atomically
 from data import sources
 from data.coco import RESIZER, Coco
-from data.scenes import make_scene
-from evaluation import emoji, judge
-from evaluation.curve import plot_curve
+from evaluation import emoji
 from evaluation.extractors import load_extractor
 from evaluation.features import embed, extract_generated, extract_real, own_resolution
 from evaluation.metrics import CANDIDATES, NEIGHBOURS, compare_images, compare_texts, fid, fid_of_halves
 from sampling import inference
-from weights.checkpoint import DEMO, SHAPES, load_generator
+from weights.checkpoint import DEMO, load_generator
 
-UNSEEN = 333_334  # a seed of scenes that no run with a usual one draws from
-CURVE = (0.2, 0.4, 0.6, 0.7, 0.8, 0.9, 1.0)
 OTHERS = "FID to other real images"
-COUNTS, CLIPS = {"emoji": 2400}, {"emoji": "judge"}  # defaults for --data
 
 
 def parse_args(argv=None):
@@ -53,27 +46,22 @@ def parse_args(argv=None):
         description=__doc__, formatter_class=type("Help", (HelpFormatter, argparse.RawDescriptionHelpFormatter), {})
     )
     add = parser.add_argument
-    add("--checkpoint", type=Path, help="generator_ema.safetensors, or aurora_v1.pth (default: by --data)")
+    add("--checkpoint", type=Path, default=DEMO, help="generator_ema.safetensors, or aurora_v1.pth")
     add("--text-clip", help="where the generator's own large CLIP is, see sample.py's --clip")
-    add("--data", default="emoji", help="emoji, shapes, COCO's captions_val2014.json, a folder, or .tar shards")
+    add("--data", default="emoji", help="emoji, COCO's captions_val2014.json, a folder, or .tar shards")
     add("--images", type=Path, help="the folder of COCO's images (default: val2014 beside the folder of the JSON)")
     add("--count", type=positive_int, help="generated images (default: 1000, for emoji 2400; on COCO 30000 is usual)")
     add("--resolution", type=positive_int, help="of the images that are compared (default: the generator's own)")
     add("--features", default="efficientnet", help="for the FID: efficientnet, inception, inception:FILE, or as --clip")
-    add(
-        "--clip",
-        help="of CLIP score, R-precision: a small CLIP, or open_clip's MODEL:WEIGHTS (default: small or judge)",
-    )
+    add("--clip", help="of CLIP score, R-precision: a small CLIP, or MODEL:WEIGHTS (default: the run's own, or judge)")
     add("--truncation", type=finite_number, default=1.0, help="psi: 1 is all variety")
-    add("--curve", action="store_true", help=f"at truncations {', '.join(map(str, CURVE))}, with a plot")
     add("--seed", type=natural_number, default=0, help="of the latents, and of what is drawn from COCO")
-    add("--out", type=Path, default=Path("runs/evaluation"), help="folder for evaluation.json and the plot")
+    add("--out", type=Path, default=Path("runs/evaluation"), help="folder for evaluation.json")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     args = parser.parse_args(argv)
-    own = args.checkpoint and args.checkpoint.parent / "clip.safetensors"  # of a run that trained one on its captions
-    args.clip = args.clip or CLIPS.get(args.data) or (str(own) if own and own.is_file() else "small")
-    args.checkpoint = args.checkpoint or (SHAPES if args.data == "shapes" else DEMO)
-    args.count = args.count or COUNTS.get(args.data, 1000)
+    own = args.checkpoint.parent / "clip.safetensors"  # of a run that trained one on its captions
+    args.clip = args.clip or (str(own) if own.is_file() and args.data != "emoji" else "judge")
+    args.count = args.count or (2400 if args.data == "emoji" else 1000)
     return args
 
 
@@ -82,7 +70,7 @@ def check(args):
     if args.count <= NEIGHBOURS:
         raise UserError(f"--count {args.count}: FID, precision and recall need {NEIGHBOURS + 1} images or more")
     if args.clip.partition(":")[0] in ("inception", "efficientnet"):
-        raise UserError(f"--clip {args.clip} reads no text; give small or MODEL:WEIGHTS of open_clip")
+        raise UserError(f"--clip {args.clip} reads no text; give judge or MODEL:WEIGHTS of open_clip")
     make_folder(args.out)
 
 
@@ -96,8 +84,6 @@ def open_source(args, generator, resolution):
     size = highest if averaged else resolution
     if args.data.endswith(".json"):
         source, resizer = Coco(args.data, args.images, size, args.count, args.seed), RESIZER
-    elif args.data == "shapes":
-        source, resizer = sources.open_data("shapes", size, UNSEEN), f"rendered at {size}×{size}"
     else:
         source = sources.open_data(args.data, size, args.seed)
         resizer = "centre crop, then Pillow's Lanczos, JPEGs decoded small"
@@ -157,7 +143,7 @@ def measure_emoji(args, generator, text, resolution, extractors):
 
 
 def measure(args, generator, clip, captions, real, resolution, extractors, device):
-    """All numbers of generated images at each truncation, and those of real images, printed → {side: of it}.
+    """All numbers of generated images, and those of real images, printed → {side: of it}.
 
     The FID is to the real images whose captions were drawn, as in the field. The FID to other real images is the one to
     hold against that between two sets of real images, which have no captions in common either.
@@ -166,18 +152,16 @@ def measure(args, generator, clip, captions, real, resolution, extractors, devic
     others = real_features[args.count :]
     captions = captions[: args.count]
     texts = embed(extractors[args.clip], captions)
-    points = []
-    for psi in CURVE if args.curve else [args.truncation]:
-        fake = extract_generated(generator, clip, captions, psi, args.seed, resolution, extractors)
-        fake_features = fake[args.features].to(device)
-        point = {"ψ": psi, **compare_images(real_features[: args.count], fake_features)}
-        point |= {OTHERS: fid(others, fake_features)} if len(others) == args.count else {}
-        points.append(point | compare_texts(fake[args.clip], texts, captions))
-        distributed.say(", ".join(f"{name} {value:.4g}" for name, value in points[-1].items()))
+    fake = extract_generated(generator, clip, captions, args.truncation, args.seed, resolution, extractors)
+    fake_features = fake[args.features].to(device)
+    result = {"ψ": args.truncation, **compare_images(real_features[: args.count], fake_features)}
+    result |= {OTHERS: fid(others, fake_features)} if len(others) == args.count else {}
+    result |= compare_texts(fake[args.clip], texts, captions)
+    distributed.say(", ".join(f"{name} {value:.4g}" for name, value in result.items()))
     of_real = {OTHERS: fid_of_halves(real_features)}
     of_real |= compare_texts(real[args.clip][: args.count], texts, captions)
     distributed.say(f"Real images: {', '.join(f'{name} {value:.4g}' for name, value in of_real.items())}")
-    return {"results": points, "of real images": of_real}
+    return {"results": result, "of real images": of_real}
 
 
 def evaluate(args, device):
@@ -199,7 +183,7 @@ def evaluate(args, device):
     if args.data == "emoji":
         result |= measure_emoji(args, generator, clip, resolution, extractors)
     if distributed.is_main():
-        conclude(args, result, generator, clip)
+        write(args, result)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -212,35 +196,13 @@ def print_protocol(protocol):
         print(f"  {name:{width}s}  {value}")
 
 
-def print_verdict(generator, clip, count):
-    """What the judge says of images for its own prompts at ψ 1, and in brackets of rendered scenes."""
-    reader = judge.load()
-    verdict = judge.verdict(reader, generator, clip, count)
-    for kind, (generated, rendered) in verdict.items():
-        print(f"{count} prompts with {kind}, ψ 1: % right (of rendered scenes)")
-        for name in generated:
-            print(f"  {name:16s} {100 * generated[name]:5.1f}  ({100 * rendered[name]:.1f})")
-    spread = judge.spread(reader, generator, clip)
-    print(f"Spread of positions over seeds, as a share of that in scenes: {spread:.2f}")
-    captions = [make_scene(i, judge.UNSEEN).caption for i in range(count)]
-    _, loads = judge.generate(generator, clip, captions, seed=2)
-    for name, shares in loads.items():
-        print(f"Experts at {name}, % of the points:", *[f"{100 * share:.1f}" for share in shares])
-    return {kind: generated for kind, (generated, _) in verdict.items()} | {"spread": spread}
-
-
-def conclude(args, result, generator, clip):
-    """Adds the judge's verdict if it can read the images, and writes the files."""
-    if args.data == "shapes" and generator.config.levels[-1].resolution in judge.RESOLUTIONS:
-        result["judge, ψ 1"] = print_verdict(generator, clip, args.count)
-    written, content = args.out / "evaluation.json", json.dumps(result, indent=2, ensure_ascii=False)
+def write(args, result):
+    path, content = args.out / "evaluation.json", json.dumps(result, indent=2, ensure_ascii=False)
     try:
-        atomically(written, lambda temporary: temporary.write_text(content, "utf-8"))
-        if args.curve:
-            plot_curve(result["results"], result["protocol"], args.out / "curve.png")
+        atomically(path, lambda temporary: temporary.write_text(content, "utf-8"))
     except OSError as error:
         raise UserError(f"--out {args.out} cannot be written: {reason(error)}") from error
-    print(f"All of it, with its protocol: {written.resolve()}" + (", and curve.png beside it" if args.curve else ""))
+    print(f"All of it, with its protocol: {path.resolve()}")
 
 
 def main():

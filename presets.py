@@ -126,12 +126,11 @@ class Preset:
     discriminator: DiscriminatorConfig
     recipe: Recipe
     clip_model: str = OPENAI_CLIP  # the default of --clip
-    data: str = "emoji"  # the default of --data
 
 
-# What the small presets share, as tried on the built-in scenes. Attention and experts stand where layout is decided.
-# Under the release's gains features shrink from block to block; under these they keep their scale. The discriminator
-# learned more in the same time without residual convolutions.
+# What the small presets share. Attention and experts stand where layout is decided. Under the release's gains features
+# shrink from block to block; under these they keep their scale. The discriminator learned more in the same time without
+# residual convolutions.
 SMALL_RECIPE = dict(
     lr_generator=5e-3, lr_discriminator=8e-3, lower_scales=0.02, clip_weight=0.2, matching_weight_generator=0.1
 )
@@ -236,24 +235,7 @@ PRESETS = {
         Recipe(
             steps=60_000, batch=8, images_per_phase={128: 0}, ema_half_life=2_000, fid_samples=128, fid_every=20_000,
             r1_gamma=4.0, crop=32, l1_weight=10.0, perceptual_weight=5.0, **SMALL_RECIPE | {"lower_scales": 0.2},
-        ), clip_model="emoji", data="emoji",
-    ),
-    # The test bed: the built-in scenes at 32×32.
-    "shapes": Preset(
-        GeneratorConfig(levels=(
-            Level(4, 128, num_blocks=1, deformable=True),
-            Level(8, 96, num_blocks=1, attn_depth=1, num_experts=4),
-            Level(16, 64, num_blocks=1),
-            Level(32, 32, num_blocks=1, num_kernels=2),
-        ), fourier_channels=128, w_dim=128, mapping_dim=128, num_heads=2, head_dim=32, **SMALL_GENERATOR),
-        DiscriminatorConfig(levels=(
-            DiscriminatorLevel(4, 96, num_blocks=0), DiscriminatorLevel(8, 128, num_blocks=0, attn_depth=1),
-            DiscriminatorLevel(16, 64, num_blocks=0), DiscriminatorLevel(32, 32, num_blocks=0),
-        ), num_heads=2, head_dim=32, **SMALL_DISCRIMINATOR),
-        Recipe(
-            steps=20_000, batch=32, images_per_phase={4: 0, 8: 0, 16: 256_000}, ema_half_life=5_000, fid_samples=512,
-            fid_every=4_000, r1_gamma=16.0, **SMALL_RECIPE,
-        ), clip_model="small", data="shapes",
+        ), clip_model="emoji",
     ),
 }
 # fmt: on

@@ -40,7 +40,7 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add = parser.add_argument
     add("--preset", choices=PRESETS, default="emoji", help="network sizes and training recipe, see presets.py")
-    add("--data", help="emoji, shapes, a folder of images with .txt captions, or .tar shards (default: the preset's)")
+    add("--data", default="emoji", help="emoji, a folder of images with .txt captions, or .tar shards")
     add("--out", type=Path, help="the run's folder (default: runs/PRESET)")
     add("--steps", type=positive_int, help="total steps of the run (default: the preset's)")
     add("--batch", type=positive_int, help="global batch, over all ranks (default: the preset's)")
@@ -65,7 +65,6 @@ def parse_args(argv=None):
     add("--hardware", choices=HARDWARE, default="a100", help="of --plan")
     args = parser.parse_args(argv)
     args.out = args.out or Path("runs") / args.preset
-    args.data = PRESETS[args.preset].data if args.data is None else args.data
     return args
 
 

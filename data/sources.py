@@ -1,4 +1,4 @@
-"""Where captioned images come from: the built-in scenes, a folder, or WebDataset shards.
+"""Where captioned images come from: the emoji, a folder, or WebDataset shards.
 
 A source yields batches to the ranks. `batches` are for training: endless, from any step on, since the seed and the
 number of a step decide what it sees. `evaluation` gives every pair once, in a fixed order. `evaluation_pairs` begins
@@ -6,9 +6,7 @@ with the pairs that training never sees. A pair that cannot be used is skipped, 
 `describe` says what was found.
 """
 
-import collections
 import contextlib
-import itertools
 import os
 import re
 import signal
@@ -22,12 +20,11 @@ from tqdm import tqdm
 
 from common import distributed
 from common.cli import UserError, first_line, signals
-from data.batches import Batch, Stopped, sample_indices
+from data.batches import Stopped
 from data.folder import Folder, Search
-from data.scenes import make_scene, render, scene_or_twin
 from data.shards import Shards
 
-NAMES = ("emoji", "shapes")  # of the built-in data
+NAMES = ("emoji",)  # of the built-in data
 EMOJI = Path(__file__).parent / "emoji.tar.gz"
 SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 WORKER_TIMEOUT = 300  # seconds in which a worker must make a batch; longer than its own patience
@@ -37,14 +34,12 @@ RETRIES = 3  # of workers that hang or die, in a row
 
 
 def open_data(spec, resolution, seed, caption_key=None):
-    """The source named by --data: "emoji", "shapes", a folder of images with captions, or shards (a folder, a file, a
+    """The source named by --data: "emoji", a folder of images with captions, or shards (a folder, a file, a
     pattern, URLs, or pipe:COMMAND).
 
     caption_key: the field of each .json that holds the caption, where no .txt does. Raises UserError where nothing
     usable is there, and where it is not clear what is meant.
     """
-    if spec == "shapes":
-        return Scenes(resolution, seed)
     if spec == "emoji":
         return Shards([str(EMOJI)], resolution, seed)
     if not os.path.isdir(spec):
@@ -172,44 +167,3 @@ class Stream(IterableDataset):
                 with room_in_shared_memory():
                     batch.images.share_memory_()
             yield batch
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-class Scenes:
-    """The built-in scenes. Scene number i of the run is the same on any number of ranks, so a run resumes exactly.
-
-    They come with their twins: in a batch of thousands a caption meets others that nearly say the same; in a small one
-    it would not, and telling captions apart by their colors would do.
-    """
-
-    def __init__(self, resolution, seed):
-        self.resolution, self.seed = resolution, seed
-
-    def draw(self, scenes):
-        return Batch(render(scenes, self.resolution), [scene.caption for scene in scenes], collections.Counter())
-
-    def batches(self, steps, batch, rank, world_size):
-        for step in steps:
-            indices = sample_indices(step, batch, rank, world_size)
-            yield self.draw([scene_or_twin(i, 3 * self.seed) for i in indices])
-
-    def describe(self):
-        """What there is, in lines for the user."""
-        yield "Scenes are drawn as they are needed; those of evaluation are never trained on."
-
-    def examples(self, held_out=False):
-        """Endless: more scenes than anyone trains on."""
-        for images, captions, _ in self.evaluation(64, held_out):
-            yield from zip(images, ([caption] for caption in captions), strict=True)
-
-    def evaluation(self, batch=64, held_out=False, rank=0, world_size=1):
-        if held_out:
-            return
-        for first in itertools.count(rank, batch * world_size):  # seed + 2 trains the small CLIP
-            numbers = range(first, first + batch * world_size, world_size)
-            yield self.draw([make_scene(i, 3 * self.seed + 1) for i in numbers])
-
-    def evaluation_pairs(self, batch=64, rank=0, world_size=1):
-        return self.evaluation(batch, False, rank, world_size)

@@ -1,4 +1,3 @@
 """How good generated images are. `metrics.py` has the formulas, `extractors.py` the frozen networks, `features.py` runs
-these on real and generated images, `curve.py` plots. `judge.py` reads the built-in scenes; `emoji.py` has what only the
-emoji allow.
+these on real and generated images. `emoji.py` has what only the emoji allow.
 """

@@ -25,13 +25,12 @@ from tqdm import tqdm
 import aurora
 import discriminator
 import train
-from clip import load_clip
 from common.cli import HelpFormatter, UserError, make_folder, positive_int, told_in_one_line
 from common.disk import atomically
-from data.scenes import make_scene, render
-from evaluation import judge
-from evaluation.features import extract_clip_features
-from evaluation.metrics import fid
+from data import sources
+from evaluation.extractors import load_extractor
+from evaluation.features import embed, extract_generated, extract_real
+from evaluation.metrics import compare_images, compare_texts
 from layers import Linear
 from modulation import ModulatedConv2d, ModulatedLinear
 from neighbours.ladagan import AdditiveAttention
@@ -39,23 +38,16 @@ from presets import PRESETS
 from router import Router
 
 BATCH = 32
-COUNT = 500  # prompts of each kind that the judge is asked about
-MEASURES = {  # columns of the table: which kind of prompt, what of it
-    "color": ("one object", "color"),
-    "size": ("one object", "size"),
-    "shape": ("one object", "shape"),
-    "unseen pairs": ("one object, shape and color never seen together", "shape and color"),
-    "both colors": ("two objects", "both colors"),
-    "relation": ("two objects", "relation"),
-}
+COUNT = 1000  # pictures that are measured, beside twice as many real ones
+MEASURES = ("R-precision", "precision", "recall", "FID")  # columns of the table; all but the distance in %
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The variants: each takes the base preset, puts its substitutes into this process's modules, → the preset to train.
 
 
 def base(images):
-    """`shapes` up to 16×16, with adaptive kernels there, and a quarter of the images at 8×8."""
-    preset = PRESETS["shapes"]
+    """`emoji` up to 16×16, with adaptive kernels there, and a quarter of the images at 8×8."""
+    preset = PRESETS["emoji"]
     *lower, highest = preset.generator.levels[:3]
     levels = (*lower, dataclasses.replace(highest, num_kernels=2))
     # The phases end by their images: the FID that may end one earlier would make the variants' schedules differ.
@@ -148,7 +140,7 @@ VARIANTS = {
 
 
 def run(name, seed, images, folder):
-    """Trains a variant in this process, and writes what the judge says of it."""
+    """Trains a variant in this process, and writes what is measured of it."""
     torch.set_num_threads(1)
     folder.mkdir(parents=True, exist_ok=True)
     PRESETS["ablation"] = VARIANTS[name](base(images))
@@ -171,13 +163,15 @@ def run(name, seed, images, folder):
 
 
 def measure(generator, clip, count):
-    """→ {measure: % right, and the FID in the small CLIP's embedding}."""
-    verdict = judge.verdict(judge.load(), generator, clip, count)
-    shares = {name: 100 * verdict[kind][0][what] for name, (kind, what) in MEASURES.items()}
-    scenes = [make_scene(i, judge.UNSEEN) for i in range(2 * count)]
-    images, _ = judge.generate(generator, clip, [scene.caption for scene in scenes[:count]], seed=2)
-    rendered = render(scenes[count:], images.shape[-1])
-    return shares | {"FID": fid(*(extract_clip_features(load_clip("small"), those) for those in (images, rendered)))}
+    """→ {measure: of `count` pictures}. Captions are read by the CLIP that no generator saw."""
+    extractors = {name: load_extractor(name, "", torch.device("cpu")) for name in ("efficientnet", "judge")}
+    resolution = generator.config.levels[-1].resolution
+    captions, real, _ = extract_real(sources.open_data("emoji", resolution, 0), count, resolution, extractors)
+    captions = captions[:count]
+    made = extract_generated(generator, clip, captions, 1.0, 0, resolution, extractors)
+    result = compare_images(real["efficientnet"][:count], made["efficientnet"])
+    result |= compare_texts(made["judge"], embed(extractors["judge"], captions), captions)
+    return {name: result[name] * (1 if name == "FID" else 100) for name in MEASURES}
 
 
 def run_all(names, seeds, images, out):
@@ -206,18 +200,16 @@ def mean_and_spread(values):
 
 def table(results):
     """Markdown: a variant a row, mean ± standard deviation over its seeds."""
-    names = [*MEASURES, "FID"]
-    rows = [["", *names], ["---"] * (len(names) + 1)]
+    rows = [["", *MEASURES], ["---"] * (len(MEASURES) + 1)]
     for variant, runs in results.items():
-        rows.append([variant, *(mean_and_spread([result[name] for result in runs]) for name in names)])
+        rows.append([variant, *(mean_and_spread([result[name] for result in runs]) for name in MEASURES)])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def plot(results, images, path):
     """A panel for each measure, a dot for each seed, a bar at their mean, and a line through that of `full`."""
-    names = [*MEASURES, "FID"]
-    figure, panels = plt.subplots(1, len(names), figsize=(2 * len(names), 0.7 + 0.35 * len(results)), sharey=True)
-    for panel, name in zip(panels, names, strict=True):
+    figure, panels = plt.subplots(1, len(MEASURES), figsize=(3 * len(MEASURES), 0.7 + 0.35 * len(results)), sharey=True)
+    for panel, name in zip(panels, MEASURES, strict=True):
         for y, runs in enumerate(results.values()):
             values = [result[name] for result in runs]
             panel.plot(values, [y] * len(values), "o", color="tab:blue", markersize=4, alpha=0.6)
@@ -225,7 +217,7 @@ def plot(results, images, path):
         if "full" in results:
             full = statistics.mean(result[name] for result in results["full"])
             panel.axvline(full, color="gray", linewidth=0.8)
-        panel.set_title("FID (less is better)" if name == "FID" else f"{name}, % right", fontsize=9)
+        panel.set_title("FID (less is better)" if name == "FID" else f"{name}, %", fontsize=9)
         panel.tick_params(labelsize=8)
     panels[0].set_yticks(range(len(results)), results)
     panels[0].invert_yaxis()

@@ -26,7 +26,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from tqdm import tqdm
 
 from attention import attend, l2_attention
@@ -34,17 +33,17 @@ from aurora import Generator
 from common import distributed
 from common.cli import HelpFormatter, UserError, check_file, positive_int, told_in_one_line
 from data import sources
-from data.scenes import make_scene, render
 from experiments.stopwatch import HEAD, Machine, Note
 from experts import Experts, expert, routed_experts, sliced_experts
 from presets import PRESETS, Level
 from router import Router
 from sampling import inference
 from sampling.inference import DTYPES
+from sampling.pictures import to_pil
 from train import Run
 from train import parse_args as training_args
 from training.graphs import WARM_UP
-from weights.checkpoint import SHAPES, load_generator
+from weights.checkpoint import DEMO, load_generator
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The cases. Each yields its rows.
@@ -75,8 +74,8 @@ def graph(call):
 @torch.no_grad()
 def rounding(machine):
     """What bfloat16 changes in a picture, by the same routes, and how many points take another by themselves."""
-    generator, clip, _ = load_generator(SHAPES, machine.device)
-    captions = next(sources.loader(sources.open_data("shapes", 32, seed=0), 0, 64, 0)).captions
+    generator, clip, _ = load_generator(DEMO, machine.device)
+    captions = next(sources.loader(sources.open_data("emoji", 64, seed=0), 0, 64, 0)).captions
     text = clip.read(captions)
     latents = torch.randn(64, generator.config.z_dim, device=machine.device)
     yield compare_dtypes("the demo model, 64 captions", generator, latents, text.tokens, text.eot)
@@ -147,7 +146,7 @@ def sampler(generator, batch):
 
 def training(machine):
     """Steps of train.py at the highest resolution, one in 16 with R1; the small CLIP stands in for a large one."""
-    for preset, batch in (("shapes", 32), ("small-64", 8)):
+    for preset, batch in (("emoji", 32), ("small-64", 8)):
         for number, kind in ((1, ""), (0, ", with R1")):
             step = training_step(preset, batch, number, machine.device)
             yield machine.measure(f"training step, {preset}, batch {batch}{kind}, fp32", step, "fp32")
@@ -156,7 +155,7 @@ def training(machine):
 def training_step(preset, batch, number, device):
     """Step `number` of a run at its highest resolution, to be repeated with any batch; every 16th is with R1."""
     with tempfile.TemporaryDirectory() as folder:
-        args = ["--preset", preset, "--dtype", "fp32", "--batch", str(batch), "--clip", "small"]
+        args = ["--preset", preset, "--dtype", "fp32", "--batch", str(batch), "--clip", "emoji"]
         args += ["--out", folder, "--workers", "0"]
         run = Run(training_args(args), device)
     run.learner.learn_at(run.learner.resolutions)
@@ -172,26 +171,26 @@ def training_step(preset, batch, number, device):
 
 
 def streaming(machine):
-    """Steps of `shapes` from a batch in memory, and from shards of JPEGs of 256×256 that one worker reads."""
-    batch = PRESETS["shapes"].recipe.batch
+    """Steps of `emoji` from a batch in memory, and from shards of JPEGs of 256×256 that one worker reads."""
+    batch = PRESETS["emoji"].recipe.batch
     with tempfile.TemporaryDirectory() as folder:
         write_shards(Path(folder), count=3, pictures=500)
-        step = training_step("shapes", batch, 1, machine.device)
-        batches = sources.loader(sources.open_data(folder, 32, seed=0), 0, batch, workers=1)
+        step = training_step("emoji", batch, 1, machine.device)
+        batches = sources.loader(sources.open_data(folder, 64, seed=0), 0, batch, workers=1)
         for name, source in (("memory", itertools.repeat(next(batches))), ("shards", batches)):
             stream = functools.partial(lambda source: step(next(source)), source)
-            yield machine.measure(f"training step, shapes, batch {batch}, from {name}, fp32", stream, "fp32", step)
+            yield machine.measure(f"training step, emoji, batch {batch}, from {name}, fp32", stream, "fp32", step)
 
 
 def write_shards(folder, count, pictures):
-    """Scenes as img2dataset would have saved them."""
+    """Emoji, enlarged, as img2dataset would have saved them."""
+    examples = sources.open_data("emoji", 64, seed=0).examples()
     for shard in range(count):
         with tarfile.open(folder / f"{shard:05d}.tar", "w") as tar:
             for number in range(shard * pictures, (shard + 1) * pictures):
-                scene, jpeg = make_scene(number, seed=0), io.BytesIO()
-                pixels = ((render([scene], 256)[0] + 1) * 127.5).byte().permute(1, 2, 0).numpy()
-                Image.fromarray(pixels).save(jpeg, "JPEG", quality=95)
-                for suffix, content in (("jpg", jpeg.getvalue()), ("txt", scene.caption.encode())):
+                (image, captions), jpeg = next(examples), io.BytesIO()
+                to_pil(image).resize((256, 256)).save(jpeg, "JPEG", quality=95)
+                for suffix, content in (("jpg", jpeg.getvalue()), ("txt", captions[0].encode())):
                     info = tarfile.TarInfo(f"{number:09d}.{suffix}")
                     info.size = len(content)
                     tar.addfile(info, io.BytesIO(content))
@@ -203,18 +202,16 @@ def ranks(machine):
     launchers = {1: [], cores: ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(cores)]}
     for number in [*launchers] * 3:
         with tempfile.TemporaryDirectory() as folder:
-            options = f"train.py --preset shapes --device cpu --workers 0 --steps 40 --out {folder}".split()
+            options = f"train.py --preset emoji --device cpu --workers 0 --steps 40 --out {folder}".split()
             environment = {**os.environ, "OMP_NUM_THREADS": str(cores // number)}
             root = Path(__file__).parent.parent
             command = [sys.executable, *launchers[number], *options]
             subprocess.run(command, cwd=root, env=environment, check=True, capture_output=True)
             rows = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text("utf-8").splitlines()]
         seconds = statistics.median(row["seconds"] for row in rows[5:] if "fid" not in row)
-        rates.setdefault(number, []).append(PRESETS["shapes"].recipe.batch / seconds)
+        rates.setdefault(number, []).append(PRESETS["emoji"].recipe.batch / seconds)
     one, several = (statistics.median(rates[number]) for number in launchers)
-    yield Note(
-        f"shapes on {cores} cores: one rank {one:.1f} images/s, {cores} ranks {several:.1f}: {several / one:.2f}"
-    )
+    yield Note(f"emoji on {cores} cores: one rank {one:.1f} images/s, {cores} ranks {several:.1f}: {several / one:.2f}")
 
 
 def gigagan(machine):

@@ -25,7 +25,6 @@ from discriminator import Discriminator
 from evaluation.extractors import load_extractor
 from evaluation.features import BATCH, embed, extract, extract_real, own_resolution, to_pixels
 from evaluation.metrics import NEIGHBOURS, clip_score, compare_images, compare_texts, fid
-from experiments.curves import read_log
 from experiments.stopwatch import peak_memory, processor_seconds
 from neighbours.command import load, system_of, takes
 from presets import PRESETS
@@ -115,6 +114,14 @@ def measure_training(entry, path):
         "training, hours": (seconds or 0) / 3600,
         "parameters trained, M": entry.trained and entry.trained / 1e6,
     }
+
+
+def read_log(path):
+    """A metrics.jsonl → its rows. Raises UserError."""
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as the log of a run ({error})") from error
 
 
 def measure_sampling(entry):
@@ -269,7 +276,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=HelpFormatter)
     add = parser.add_argument
     add("systems", nargs="+", type=named_system, metavar="NAME=PATH", help="a run's folder, or its generator")
-    add("--data", default="emoji", help="emoji, shapes, a folder of images with captions, or .tar shards")
+    add("--data", default="emoji", help="emoji, a folder of images with captions, or .tar shards")
     add("--count", type=positive_int, default=2400, help="pictures of each system, beside twice as many real ones")
     add("--resolution", type=positive_int, default=32, help="to which all pictures are brought")
     add("--prompts", nargs="+", default=PROMPTS, help="of the picture and of the table of truncation")

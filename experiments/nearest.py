@@ -22,7 +22,7 @@ from sampling.pictures import grid, to_pil
 from weights.checkpoint import DEMO, load_generator
 
 NEAREST = 3
-MOST = 50_000  # training pictures, as the built-in scenes have no end
+MOST = 50_000  # training pictures
 
 
 def extract(extractor, pixels):
@@ -55,7 +55,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=HelpFormatter)
     parser.add_argument("prompt", nargs="+", help="one or more texts, each in quotes")
     parser.add_argument("--checkpoint", type=Path, default=DEMO, help="generator_ema.safetensors of a run")
-    parser.add_argument("--data", default="emoji", help="what it was trained on: shapes, emoji, a folder or shards")
+    parser.add_argument("--data", default="emoji", help="what it was trained on: emoji, a folder or shards")
     parser.add_argument("--seed", type=natural_number, default=0)
     parser.add_argument("--out", type=Path, default=Path("nearest.png"))
     args = parser.parse_args()

@@ -40,7 +40,7 @@ def main(system_class):
     commands = parser.add_subparsers(required=True)
     training = commands.add_parser("train", formatter_class=HelpFormatter, help="learn from captioned images")
     add = training.add_argument
-    add("--data", default="emoji", help="emoji, shapes, a folder of images with captions, or .tar shards")
+    add("--data", default="emoji", help="emoji, a folder of images with captions, or .tar shards")
     add("--clip", default="emoji", help="small, emoji, a file of training/small_clip.py, or MODEL:WEIGHTS of open_clip")
     add("--resolution", type=int, choices=RESOLUTIONS, default=32)
     add("--minutes", type=positive_int, default=60, help="of training, after which the run ends")

@@ -12,7 +12,8 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
 
-from presets import PRESETS, DiscriminatorConfig, DiscriminatorLevel, GeneratorConfig, Level
+from presets import DiscriminatorConfig, DiscriminatorLevel, GeneratorConfig, Level
+from tests.figures import TINY
 
 
 def pytest_collection_modifyitems(items):
@@ -74,7 +75,7 @@ def discriminator_config():
         text_layers=1,
         num_heads=2,
         head_dim=8,
-        clip_maps=PRESETS["shapes"].discriminator.clip_maps,
+        clip_maps=TINY.discriminator.clip_maps,
         clip_channels=8,
     )
 

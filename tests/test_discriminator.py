@@ -8,6 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from discriminator import CLIP, Discriminator, MapReader, squared_l2_attention
 from presets import PRESETS
+from tests.figures import TINY
 
 
 @pytest.fixture
@@ -23,7 +24,7 @@ def images(batch=2, resolutions=(4, 8, 16)):
     return {r: torch.randn(batch, 3, r, r) for r in resolutions}
 
 
-def clip_maps(config=PRESETS["shapes"].discriminator, batch=2):
+def clip_maps(config=TINY.discriminator, batch=2):
     return [torch.randn(batch, channels, side, side) for channels, side in config.clip_maps]
 
 

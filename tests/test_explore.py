@@ -14,7 +14,7 @@ from neighbours.command import Trained
 from neighbours.stylegan_t import StyleGANT
 from sampling.pipeline import Pipeline
 from sampling.sheet import Sheet
-from weights.checkpoint import DEMO
+from tests import figures
 
 
 def visit(script, *checkpoints, prompt="red heart"):
@@ -65,7 +65,7 @@ def test_the_page_shows_what_the_pipeline_draws():
         await drawn(page)
         assert "say what to draw" in page.note.text
 
-    visit(script, DEMO)
+    visit(script, figures.generator_file())
 
 
 def test_a_point_tells_its_expert_and_can_be_given_to_another():
@@ -82,7 +82,7 @@ def test_a_point_tells_its_expert_and_can_be_given_to_another():
         await drawn(page)
         assert page.image.source == picture
 
-    visit(script, DEMO)
+    visit(script, figures.generator_file())
 
 
 def test_more_like_a_picture_keeps_it():
@@ -94,7 +94,7 @@ def test_more_like_a_picture_keeps_it():
         await drawn(page)
         torch.testing.assert_close(page.drawn.images[0], second)
 
-    visit(script, DEMO)
+    visit(script, figures.generator_file())
 
 
 def test_a_neighbour_stands_where_aurora_stood(tmp_path):
@@ -115,7 +115,7 @@ def test_a_neighbour_stands_where_aurora_stood(tmp_path):
         await drawn(page)
         assert "is damaged" in page.note.text
 
-    visit(script, DEMO, path, broken)
+    visit(script, figures.generator_file(), path, broken)
 
 
 def test_mistakes_are_told_in_one_line(run_main, tmp_path):

@@ -12,13 +12,13 @@ import torch
 import losses
 from augment import NUM_CHANCES, augment
 from aurora import Generator, Output
-from clip import FrozenClip, new_small
+from clip import FrozenClip, load_clip
 from common import distributed
-from data.scenes import all_words, make_scene, render
 from discriminator import CLIP, Discriminator
 from presets import PRESETS
 from router import Routing
-from training.small_clip import vocabulary
+from tests import figures
+from tests.figures import TINY
 
 
 def softplus(x):
@@ -56,8 +56,7 @@ def test_wrong_captions_are_the_next_that_differ():
 
 @pytest.fixture(scope="module")
 def clip():
-    torch.manual_seed(0)
-    return new_small(vocabulary([all_words()]))
+    return load_clip("emoji")
 
 
 @pytest.fixture
@@ -109,8 +108,7 @@ def test_r1_passes_gradcheck(tiny, clip):
 
 
 def batch_of(count):
-    scenes = [make_scene(i, seed=5) for i in range(count)]
-    return render(scenes, 16), [scene.caption for scene in scenes]
+    return figures.images(range(count), 16), [figures.caption(i) for i in range(count)]
 
 
 def test_clip_loss_is_symmetric_info_nce_at_every_resolution(clip):
@@ -203,9 +201,9 @@ def test_wrong_captions_are_found_on_other_ranks_and_own_ones_count_nothing(monk
 
 
 def objectives():
-    """Networks of the `shapes` preset up to 8×8, and a batch of six with one caption twice."""
+    """Networks of the preset `tiny` up to 8×8, and a batch of six with one caption twice."""
     torch.manual_seed(0)
-    preset = PRESETS["shapes"]
+    preset = TINY
     generator, discriminator = Generator(preset.generator), Discriminator(preset.discriminator)
     for parameter in [*generator.parameters(), *discriminator.parameters()]:
         parameter.data += 0.05 * torch.randn_like(parameter)
@@ -216,7 +214,7 @@ def objectives():
             module.requires_grad_(resolution in ("4", "8", CLIP))
     images, captions = batch_of(6)
     captions[1] = captions[0]
-    clip = new_small(vocabulary([all_words()]))
+    clip = load_clip("emoji")
     real = {r: torch.nn.functional.interpolate(images, r, mode="area") for r in (4, 8)}
     fake = {r: torch.randn(6, 3, r, r) * 0.3 for r in (4, 8)}
     return generator, discriminator, clip, real, fake, captions, torch.randn(6, preset.generator.z_dim)
@@ -227,7 +225,7 @@ CHANCES = torch.rand(6, 2, NUM_CHANCES, generator=torch.Generator().manual_seed(
 
 def test_both_objectives_are_the_sum_of_their_parts():
     generator, discriminator, clip, real, fake, captions, z = objectives()
-    recipe = dataclasses.replace(PRESETS["shapes"].recipe, balance_weight=1.0)
+    recipe = dataclasses.replace(TINY.recipe, balance_weight=1.0)
     ids = clip.tokenize(captions)
     text, wrong = clip.encode_text(ids), losses.wrong_captions(ids)
     report = losses.DiscriminatorLoss(discriminator, clip, recipe)(real, fake, text, wrong, CHANCES, 16)
@@ -267,7 +265,7 @@ def test_both_objectives_are_the_sum_of_their_parts():
 
 def test_without_a_wrong_caption_nothing_is_matched():
     generator, discriminator, clip, real, fake, captions, z = objectives()
-    recipe, ids = PRESETS["shapes"].recipe, clip.tokenize(captions[:1] * 6)
+    recipe, ids = TINY.recipe, clip.tokenize(captions[:1] * 6)
     text, wrong = clip.encode_text(ids), losses.wrong_captions(ids)
     report = losses.DiscriminatorLoss(discriminator, clip, recipe)(real, fake, text, wrong, CHANCES, 0)
     output = generator(z, text.tokens, text.eot, 8)
@@ -278,7 +276,7 @@ def test_without_a_wrong_caption_nothing_is_matched():
 def test_the_discriminator_sees_augmented_images_and_clip_those_as_they_are():
     """Real and generated ones by chances of their own: as if they had been changed before."""
     generator, discriminator, clip, real, fake, captions, z = objectives()
-    plain, ids = PRESETS["shapes"].recipe, clip.tokenize(captions)
+    plain, ids = TINY.recipe, clip.tokenize(captions)
     augmented = dataclasses.replace(plain, augment=("color", "cutout"))
     text, wrong = clip.encode_text(ids), losses.wrong_captions(ids)
     changed = [augment(x, augmented.augment, CHANCES[:, n]) for n, x in enumerate((real, fake))]
@@ -298,7 +296,7 @@ def test_the_discriminator_sees_augmented_images_and_clip_those_as_they_are():
 def test_bfloat16_is_safe():
     """Under autocast both objectives stay near their float32 values, and every gradient is finite."""
     generator, discriminator, clip, real, fake, captions, z = objectives()
-    recipe = PRESETS["shapes"].recipe
+    recipe = TINY.recipe
     ids = clip.tokenize(captions)
     text, wrong = clip.encode_text(ids), losses.wrong_captions(ids)
 

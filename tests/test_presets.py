@@ -25,7 +25,7 @@ def test_fields_keep_their_types():
         ("fid_every=-1", "with a value like 16000"),
         ("images_per_phase={4: 0}", "with a value like {4: 0, 8: 0, 16: 96000, 32: 1000000}"),
         ("images_per_phase={4: 0, 8: 0, 16: 0, 32: 'all'}", "write images_per_phase=VALUE"),
-        ("data=shapes", "no field here"),
+        ("data=emoji", "no field here"),
     ],
 )
 def test_mistakes_say_what_to_write(assignment, says):

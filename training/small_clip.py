@@ -70,7 +70,7 @@ def train_small_clip(source, steps=None, batch=128, seed=0, device="cpu"):
 
 def clip_for(data, preset):
     """The preset's CLIP, or "train" where that is a small one and --data is not what it was trained on."""
-    return "train" if preset.clip_model in BUILT_IN and data != preset.data else preset.clip_model
+    return "train" if preset.clip_model in BUILT_IN and data != "emoji" else preset.clip_model
 
 
 def ensure_small_clip(path, data, caption_key, seed, device):

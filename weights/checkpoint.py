@@ -21,7 +21,7 @@ from upsampler import new_generator
 from weights.official import is_official, load_official
 
 STAGES = {"generator": GeneratorConfig, "upsampler": UpsamplerConfig}  # as their files call them
-DEMO, SHAPES = MODELS / "emoji.safetensors", MODELS / "shapes.safetensors"
+DEMO = MODELS / "emoji.safetensors"
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from data import sources
 from data.batches import Patience, Stopped
 from data.pairs import FILE
 from tests.data.test_shards import PICTURE, all_captions, named, write_tar
+from tests.figures import Figures
 
 
 def pair(folder, stem, caption=None, image=".jpg", text=".txt"):
@@ -161,10 +162,10 @@ def test_a_disk_that_comes_back_ends_nothing(tmp_path, monkeypatch):
 # Stopping.
 
 
-class Stalled(sources.Scenes):
-    """Scenes that never come."""
+class Stalled(Figures):
+    """Pictures that never come."""
 
-    def draw(self, scenes):
+    def draw(self, numbers, seed):
         time.sleep(600)
 
 
@@ -206,8 +207,8 @@ def test_a_run_without_workers_is_stopped_while_it_waits_for_its_disk(tmp_path, 
 
 def test_workers_that_are_ended_with_the_run_are_not_replaced(monkeypatch, capsys):
     """A scheduler's SIGTERM reaches them too, and ends them at once."""
-    source = sources.Scenes(8, 0)
-    monkeypatch.setattr(source, "draw", lambda scenes: os.kill(os.getpid(), signal.SIGTERM))
+    source = Figures(8)
+    monkeypatch.setattr(source, "draw", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(Stopped):
         next(sources.loader(source, 0, 2, workers=1, asked_to_stop=lambda: True))
 

@@ -1,5 +1,6 @@
 """Evaluation against what others wrote: torch-fidelity, open_clip, the definitions; and COCO's format end to end."""
 
+import functools
 import json
 import os
 import subprocess
@@ -19,11 +20,11 @@ import evaluate
 from clip import load_clip
 from common.cli import UserError
 from data import coco
-from data.scenes import make_scene, render
 from evaluation import emoji, extractors, features, metrics
-from tests.evaluation.test_emoji import write_emoji
+from tests import figures
 
 ROOT = Path(__file__).parent.parent.parent
+COMMON = ("--device", "cpu", "--checkpoint", figures.generator_file(), "--clip", "emoji")
 
 
 @pytest.fixture
@@ -31,7 +32,7 @@ def run(run_main, tmp_path):
     """evaluate.py with arguments → exit status, stdout, stderr without the progress bars."""
 
     def run(*arguments):
-        status, said, stderr = run_main(evaluate.main, "--device", "cpu", "--out", tmp_path / "out", *arguments)
+        status, said, stderr = run_main(evaluate.main, *COMMON, "--out", tmp_path / "out", *arguments)
         return status, said, stderr.split("\r")[-1].strip()
 
     return run
@@ -43,12 +44,10 @@ def write_coco(folder, count=6, split="val2014"):
     (folder / "val2014").mkdir()
     listed, annotations = [], []
     for i in range(count):
-        scene = make_scene(i, seed=99)
         name = f"COCO_{split}_{i:012d}.jpg"
-        pixels = ((render([scene], 64)[0] + 1) * 127.5).byte().permute(1, 2, 0).numpy()
-        Image.fromarray(pixels).resize((96, 64)).save(folder / "val2014" / name, quality=95)
+        figures.picture(i, 64, seed=99).resize((96, 64)).save(folder / "val2014" / name, quality=95)
         listed.append({"id": i, "file_name": name, "width": 96, "height": 64})
-        captions = scene.caption, "a picture of a " + str(scene.objects[0])
+        captions = figures.caption(i, 99), "picture of a " + figures.caption(i, 99)
         annotations += [{"id": 2 * i + n, "image_id": i, "caption": c} for n, c in enumerate(captions)]
     path = folder / "annotations" / f"captions_{split}.json"
     path.write_text(json.dumps({"info": {}, "images": listed, "annotations": annotations}))
@@ -101,7 +100,7 @@ class Pictures(torch.utils.data.Dataset):
 
 
 def test_fid_precision_and_recall_are_torch_fidelitys():
-    pixels = [((render([make_scene(i, s) for i in range(150)], 16) + 1) * 127.5).byte() for s in (1, 2)]
+    pixels = [features.to_pixels(figures.images(range(150), 16, seed), 16) for seed in (1, 2)]
     torch_fidelity.register_feature_extractor("colors", Colors)
     theirs = torch_fidelity.calculate_metrics(
         input1=Pictures(pixels[1]), input2=Pictures(pixels[0]), fid=True, prc=True, prc_neighborhood=3, cuda=False,
@@ -139,8 +138,7 @@ def test_clip_score_is_open_clips(tmp_path):
     torch.manual_seed(0)
     weights = tmp_path / "weights.pt"
     torch.save(open_clip.create_model("RN50-quickgelu").state_dict(), weights)
-    pixels = ((render([make_scene(i) for i in range(3)], 40) + 1) * 127.5).byte()
-    captions = [make_scene(i).caption for i in range(3)]
+    pixels, captions = features.to_pixels(figures.images(range(3), 40), 40), [figures.caption(i) for i in range(3)]
     extractor = extractors.load_extractor(f"RN50-quickgelu:{weights}", "--clip", torch.device("cpu"))
     model, _, transform = open_clip.create_model_and_transforms("RN50-quickgelu", pretrained=str(weights))
     model.eval()
@@ -165,8 +163,8 @@ def test_inception_is_read_from_torch_fidelitys_file(tmp_path, monkeypatch):
 
 
 def test_the_small_clips_score_is_that_of_its_towers():
-    clip, extractor = load_clip("small"), extractors.load_extractor("small", "--clip", torch.device("cpu"))
-    images, captions = render([make_scene(i) for i in range(4)], 32), [make_scene(i).caption for i in range(4)]
+    clip, extractor = load_clip("emoji"), extractors.load_extractor("emoji", "--clip", torch.device("cpu"))
+    images, captions = figures.images(range(4), 32), [figures.caption(i) for i in range(4)]
     found = metrics.clip_score(extractor.images(features.to_pixels(images, 32)), extractor.texts(captions))
     image = torch.nn.functional.normalize(clip.encode_image(images), dim=-1)
     expected = (image * clip.read(captions).embedding).sum(-1).mean().item()
@@ -177,26 +175,6 @@ def test_the_small_clips_score_is_that_of_its_towers():
 # The command.
 
 
-def test_the_demo_on_the_built_in_scenes_with_its_protocol(run, tmp_path):
-    status, said, _ = run("--data", "shapes", "--count", 8, "--truncation", 0.5)
-    assert status == 0
-    for words in (
-        "8 real ones", "antialiased bicubic", "between 8 of them and 8 others", "PyTorch", "seed", "FID", "precision",
-        "R-precision", "Real images", "EfficientNet", "8 prompts with two objects", "never seen together", "relation",
-        "Spread", "Experts at",
-    ):  # fmt: skip
-        assert words in said
-    written = json.loads((tmp_path / "out" / "evaluation.json").read_text())
-    assert written["results"][0]["ψ"] == 0.5 and written["protocol"]["seed"] == 0
-
-
-def test_the_curve_is_a_point_for_each_truncation_and_a_plot(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluate, "CURVE", (0.5, 1.0))
-    status, said, _ = run("--data", "shapes", "--count", 8, "--curve")
-    assert status == 0 and "ψ 0.5" in said and "ψ 1" in said
-    assert Image.open(tmp_path / "out" / "curve.png").width > 500
-
-
 def test_coco_end_to_end_on_one_rank_and_on_two(run, tmp_path):
     annotations = write_coco(tmp_path)
     status, said, stderr = run("--data", annotations, "--count", 6, "--resolution", 96)
@@ -205,13 +183,13 @@ def test_coco_end_to_end_on_one_rank_and_on_two(run, tmp_path):
     one = json.loads((tmp_path / "out" / "evaluation.json").read_text())["results"]
     command = [
         sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "evaluate.py",
-        "--data", annotations, "--count", "6", "--resolution", "96", "--device", "cpu", "--out", tmp_path / "two",
+        "--data", annotations, "--count", "6", "--resolution", "96", *COMMON, "--out", tmp_path / "two",
     ]  # fmt: skip
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     two = json.loads((tmp_path / "two" / "evaluation.json").read_text())["results"]
-    assert two[0] == pytest.approx(one[0], rel=1e-3)
+    assert two == pytest.approx(one, rel=1e-3)
 
 
 def test_coco_draws_different_images_and_one_caption_of_each(tmp_path):
@@ -219,7 +197,7 @@ def test_coco_draws_different_images_and_one_caption_of_each(tmp_path):
     batch = next(source.evaluation_pairs())
     assert batch.images.shape == (6, 3, 32, 32) and len({path for path, _ in source.pairs}) == 6
     for path, caption in source.pairs:
-        assert str(make_scene(int(path.stem[-12:]), seed=99).objects[0]) in caption
+        assert figures.caption(int(path.stem[-12:]), 99) in caption
         middle = Image.open(path).crop((16, 0, 80, 64)).resize((32, 32), Image.Resampling.LANCZOS)
         expected = torch.from_numpy(np.array(middle)).permute(2, 0, 1) / 127.5 - 1
         torch.testing.assert_close(coco.read_image(path, 32), expected, atol=1e-6, rtol=0)
@@ -274,26 +252,27 @@ def test_fewer_images_than_asked_and_identical_sets(run, tmp_path):
         metrics.compare_images(same, same)
 
 
-def test_on_emoji_there_are_held_out_pairs_and_styles(run, tmp_path, monkeypatch):
-    """The real command on a small shard in the place of the emoji, at a lower output of the generator."""
-    monkeypatch.setattr("data.sources.EMOJI", write_emoji(tmp_path / "emoji.tar"))
-    monkeypatch.setattr(emoji, "SEEDS", 2)
-    status, said, stderr = run("--data", "emoji", "--clip", "emoji", "--count", 8, "--resolution", 16)
+def test_on_emoji_words_and_variety_are_measured_too(run, tmp_path, monkeypatch):
+    """The real command on some of the emoji, at a lower output of the generator."""
+    path = figures.write_emoji(tmp_path / "emoji.tar.gz")
+    monkeypatch.setattr("data.sources.EMOJI", path)
+    monkeypatch.setattr(emoji, "read_emoji", functools.partial(emoji.read_emoji, path))
+    status, said, stderr = run(*["--data", "emoji", "--count", "8", "--resolution", "16", "--truncation", "0.5"])
     assert status == 0, stderr
     for words in (
-        "its own output at 16×16", "from 64×64 averaged down", "held-out pairs, tone", "held-out pairs, style",
-        "Two styles or more", "right on",
+        "8 real ones", "between 8 of them and 8 others", "PyTorch", "seed", "FID", "precision", "R-precision",
+        "Real images", "EfficientNet", "its own output at 16×16", "from 32×32 averaged down", "R-precision of names",
+        "R-precision of tags", "Variety",
     ):  # fmt: skip
         assert words in said
     written = json.loads((tmp_path / "out" / "evaluation.json").read_text())
-    assert written["styles over seeds"]["names"] <= 4 and "FID to other real images" in written["results"][0]
+    assert written["variety"] > 0 and "FID to other real images" in written["results"]
+    assert written["results"]["ψ"] == 0.5 and written["protocol"]["seed"] == 0
 
 
 def test_defaults_depend_on_the_data():
-    defaults = {data: evaluate.parse_args(["--data", data]) for data in ("shapes", "emoji", "folder")}
+    defaults = {data: evaluate.parse_args(["--data", data]) for data in ("emoji", "folder")}
     assert {data: (args.count, args.clip, args.features) for data, args in defaults.items()} == {
-        "shapes": (1000, "small", "efficientnet"),
         "emoji": (2400, "judge", "efficientnet"),
-        "folder": (1000, "small", "efficientnet"),
+        "folder": (1000, "judge", "efficientnet"),
     }
-    assert evaluate.parse_args(["--data", "emoji", "--count", "9", "--clip", "small"]).count == 9

@@ -14,12 +14,12 @@ from clip import load_clip
 from common import distributed
 from common.cli import UserError
 from data import shards, sources
-from data.scenes import make_scene, render
 from evaluation import extractors, features
 from evaluation.extractors import Extractor
 from sampling import latent
+from tests import figures
 from tests.data.test_sources import good, write_shard
-from weights.checkpoint import SHAPES, load_generator
+from weights.checkpoint import load_generator
 from weights.efficientnet import load_efficientnet
 
 
@@ -32,7 +32,7 @@ MEANS = {"means": Extractor("mean colors", means_of, None)}
 
 @pytest.fixture(scope="module")
 def demo():
-    return load_generator(SHAPES)[:2]
+    return load_generator(figures.generator_file())[:2]
 
 
 def by_ranks(monkeypatch, count, work):
@@ -115,29 +115,29 @@ def test_features_of_style_are_channel_statistics():
 # One resolution for both sides.
 
 
-@pytest.mark.parametrize(("resolution", "own"), [(8, 8), (16, 16), (24, 32), (32, 32), (64, 32)])
+@pytest.mark.parametrize(("resolution", "own"), [(8, 8), (24, 32), (32, 32), (64, 32)])
 def test_a_lower_output_of_the_generator_is_taken_as_it_is(demo, resolution, own):
     seen = []
     spy = {"spy": Extractor("", lambda pixels: seen.append(pixels) or means_of(pixels), None)}
-    captions = ["a small red circle on a gray background"] * 2
+    captions = ["red circle"] * 2
     features.extract_generated(*demo, captions, 1.0, 7, resolution, spy)
     assert features.own_resolution(demo[0], resolution) == own
     z = latent.noise(demo[0], 2, seed=7)
     (output,) = latent.generate(*demo, captions, z)
     assert torch.equal(seen[0], features.to_pixels(output.pyramid[own], resolution))
     assert seen[0].shape == (2, 3, resolution, resolution)
-    features.extract_real(sources.open_data("shapes", own, 0), 4, resolution, spy)
+    features.extract_real(figures.Figures(own), 4, resolution, spy)
     assert seen[1].shape[-1] == seen[0].shape[-1]  # an FID is between images of one size
 
 
 def test_real_images_are_averaged_down():
-    images = render([make_scene(0)], 32)
+    images = figures.images([0], 32)
     expected = ((images.unflatten(2, (16, 2)).unflatten(4, (16, 2)).mean((3, 5)) + 1) * 127.5).round()
     assert torch.equal(features.real_pixels(images, 16).float(), expected)
 
 
 def test_pictures_do_not_depend_on_how_many_are_drawn_at_a_time(demo):
-    captions = [make_scene(i).caption for i in range(5)]
+    captions = [figures.caption(i) for i in range(5)]
     z = latent.noise(demo[0], 5, seed=0)
     (whole,) = latent.generate(*demo, captions, z)
     parts = torch.cat([output.image for output in latent.generate(*demo, captions, z, batch=2)])
@@ -145,7 +145,7 @@ def test_pictures_do_not_depend_on_how_many_are_drawn_at_a_time(demo):
 
 
 def test_truncation_to_nothing_is_the_prompts_mean_picture(demo):
-    captions = ["a small red circle on a gray background"] * 2
+    captions = ["red circle"] * 2
     (output,) = latent.generate(*demo, captions, latent.noise(demo[0], 2, seed=0), psi=0)
     prompt = latent.read(*demo, captions[:1])
     expected = demo[0].synthesis(latent.mean_code(demo[0], prompt.global_text), prompt.local_text).image
@@ -179,7 +179,7 @@ def test_each_rank_decodes_its_share_alone(shard, monkeypatch):
     assert sorted(numbers) == [0, 1, 2, 3, 5, 6, 7, 8, 9, 10] and numbers[0] == 0 and numbers[5] == 1
 
 
-@pytest.mark.parametrize("kind", ["shapes", "shard", "folder"])
+@pytest.mark.parametrize("kind", ["shard", "folder"])
 def test_real_features_do_not_depend_on_the_number_of_ranks(kind, shard, tmp_path, monkeypatch):
     pairs = [{**good(i), "txt": f"picture {i}\nthe {i}th".encode()} for i in range(11)]
     write_shard(shard, pairs)
@@ -187,7 +187,7 @@ def test_real_features_do_not_depend_on_the_number_of_ranks(kind, shard, tmp_pat
     for i, pair in enumerate(pairs):
         for suffix, content in pair.items():
             (tmp_path / "folder" / f"{i}.{suffix}").write_bytes(content)
-    spec = {"shapes": "shapes", "shard": str(shard), "folder": str(tmp_path / "folder")}[kind]
+    spec = {"shard": str(shard), "folder": str(tmp_path / "folder")}[kind]
     source = sources.open_data(spec, 16, seed=0)
 
     def work():
@@ -218,7 +218,7 @@ def test_too_few_images_are_told_and_skipped_ones_counted(shard, monkeypatch):
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_ranks_generate_different_images_and_together_those_of_one(demo, monkeypatch, ranks):
     """Of evaluate.py, and of the FID in training. Fails if all ranks take the same share."""
-    captions, clip = [make_scene(i).caption for i in range(5)], load_clip("small")
+    captions, clip = [figures.caption(i) for i in range(5)], load_clip("emoji")
 
     def generated():
         return features.extract_generated(*demo, captions, 1.0, 0, 16, MEANS)["means"]

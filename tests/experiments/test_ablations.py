@@ -2,6 +2,7 @@
 
 import json
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from experiments import ablations
 from modulation import DeformableConv2d
 from neighbours.ladagan import AdditiveAttention
 from presets import PRESETS
+from tests import figures
 
 
 @pytest.fixture
@@ -29,11 +31,11 @@ def sizes(preset):
     return sum(p.numel() for p in Generator(preset.generator).parameters())
 
 
-def test_the_base_is_shapes_up_to_16_and_grows(variant):
+def test_the_base_is_emoji_up_to_16_and_grows(variant):
     preset = variant("full")
     assert [level.resolution for level in preset.generator.levels] == [4, 8, 16]
     assert preset.recipe.images_per_phase == {4: 0, 8: 1600} and preset.generator.levels[-1].num_kernels == 2
-    assert preset.recipe.lr_generator == PRESETS["shapes"].recipe.lr_generator
+    assert preset.recipe.lr_generator == PRESETS["emoji"].recipe.lr_generator
     assert variant("not progressive").recipe.images_per_phase == {4: 0, 8: 0}
 
 
@@ -42,7 +44,7 @@ def test_what_is_left_out_by_the_recipe_and_by_sizes(variant):
     assert variant("no CLIP loss").recipe.clip_weight == 0 < full.recipe.clip_weight
     without = variant("no matching loss").recipe
     assert without.matching_weight_discriminator == without.matching_weight_generator == 0
-    assert [level.num_experts for level in variant("one expert").generator.levels] == [0, 1, 0]
+    assert [level.num_experts for level in variant("one expert").generator.levels] == [0, 1, 1]
     assert {level.num_kernels for level in variant("no adaptive kernels").generator.levels} == {1}
     assert sizes(variant("one expert")) < sizes(full) and sizes(variant("no adaptive kernels")) < sizes(full)
 
@@ -60,7 +62,7 @@ def test_no_mtm_leaves_no_deformable_convolution_and_the_shapes_as_they_were(var
 
     assert deformable(variant("full")) and not deformable(variant("no MTM"))
     g = Generator(variant("no MTM").generator)
-    image = g(torch.randn(2, 128), torch.randn(2, 24, 128), torch.tensor([5, 7])).image
+    image = g(torch.randn(2, 128), torch.randn(2, 24, 384), torch.tensor([5, 7])).image
     assert image.shape == (2, 3, 16, 16)
 
 
@@ -74,17 +76,21 @@ def test_dot_products_are_what_both_networks_then_attend_by(variant):
 
 def test_additive_self_attention_mixes_points_and_hears_w(variant):
     g = Generator(variant("additive self-attention").generator)
-    (attention,) = [m for m in g.modules() if isinstance(m, AdditiveAttention)]
-    x, w = torch.randn(2, 9, 64, requires_grad=True), torch.randn(2, 128)
+    attention, _ = [m for m in g.modules() if isinstance(m, AdditiveAttention)]
+    x, w = torch.randn(2, 9, 96, requires_grad=True), torch.randn(2, 192)
     result = attention(x, w)
     (gradient,) = torch.autograd.grad(result[:, 0].sum(), x)
     assert result.shape == x.shape and (gradient != 0).all()  # a point depends on all
     assert not torch.allclose(result, attention(x, w.flip(0)))
-    image = g(torch.randn(2, 128), torch.randn(2, 24, 128), torch.tensor([5, 7])).image
+    image = g(torch.randn(2, 128), torch.randn(2, 24, 384), torch.tensor([5, 7])).image
     assert image.shape == (2, 3, 16, 16)
 
 
 def test_a_short_series_ends_in_a_table_and_a_plot(tmp_path, monkeypatch, capsys):
+    """In one process, and on a small shard in the place of the emoji."""
+    monkeypatch.setattr("data.sources.EMOJI", figures.write_emoji(tmp_path / "emoji.tar.gz"))
+    monkeypatch.setattr(ablations, "ProcessPoolExecutor", lambda *_, **__: ThreadPoolExecutor(1))
+    monkeypatch.setattr(ablations, "COUNT", 8)
     command = "ablations.py --only full --seeds 1 --images 64 --out"
     monkeypatch.setattr(sys, "argv", [*command.split(), str(tmp_path)])
     ablations.main()

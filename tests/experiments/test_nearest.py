@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from experiments import nearest
+from tests import figures
 
 
 def test_the_nearest_are_those_of_the_largest_cosine():
@@ -24,8 +25,17 @@ def test_the_nearest_are_those_of_the_largest_cosine():
 
 def test_the_picture_has_a_row_for_each_prompt(tmp_path, monkeypatch):
     monkeypatch.setattr(nearest, "MOST", 6)
-    prompts = ["a small red circle on a gray background", "a large blue square on a white background"]
-    command = ["nearest", "--data", "shapes", "--out", tmp_path / "nearest.png", *prompts]
+    prompts = ["red circle", "large blue square"]
+    command = [
+        "nearest",
+        "--data",
+        figures.folder(),
+        "--checkpoint",
+        figures.generator_file(),
+        "--out",
+        tmp_path / "nearest.png",
+        *prompts,
+    ]
     monkeypatch.setattr(sys, "argv", [str(word) for word in command])
     nearest.main()
     picture = Image.open(tmp_path / "nearest.png")

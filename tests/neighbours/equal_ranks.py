@@ -1,6 +1,6 @@
 """Trains Muse by its command for a few steps, under torchrun, and fails where the ranks' networks differ.
 
-torchrun --nproc-per-node 2 tests/neighbours/equal_ranks.py OUT
+torchrun --nproc-per-node 2 tests/neighbours/equal_ranks.py OUT DATA
 """
 
 import sys
@@ -33,5 +33,5 @@ class Short(Loop):
 
 muse.TOKENIZER_IMAGES = 16
 command.Loop, command.NUM_PICTURES = Short, 2
-sys.argv[1:] = ["train", "--data", "shapes", "--batch", "8", "--workers", "0", "--out", sys.argv[1]]
+sys.argv[1:] = ["train", "--data", sys.argv[2], "--batch", "8", "--workers", "0", "--out", sys.argv[1]]
 command.main(muse.Muse)

@@ -11,6 +11,7 @@ from neighbours import command, muse
 from neighbours.ladagan import LadaGAN
 from neighbours.muse import Muse
 from neighbours.stylegan_t import StyleGANT
+from tests import figures
 from tests.data.test_sources import COLORS, good, jpeg, write_shard
 from tests.training.test_distributed import ROOT, torchrun
 from training.loop import Loop
@@ -100,7 +101,7 @@ def test_a_foreign_file_is_one_line(run_main, tmp_path, path, says):
 
 def test_ranks_stay_equal(tmp_path):
     """Muse's, as its codebook moves codes to pictures that one rank sees."""
-    done = torchrun(2, "tests/neighbours/equal_ranks.py", tmp_path)
+    done = torchrun(2, "tests/neighbours/equal_ranks.py", tmp_path, figures.folder())
     assert done.returncode == 0, done.stderr
     assert "2 ranks with 4 equal networks" in done.stdout
 

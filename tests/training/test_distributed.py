@@ -11,6 +11,7 @@ import torch
 
 from common import distributed
 from common.cli import UserError
+from tests import figures
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -25,7 +26,7 @@ def torchrun(ranks, *command, **options):
 
 def gradients(folder, ranks, dtype, *options):
     path = folder / f"{ranks}.pt"
-    done = torchrun(ranks, "tests/training/gradients_of_a_step.py", path, dtype, *options)
+    done = torchrun(ranks, "tests/training/gradients_of_a_step.py", path, dtype, "--data", figures.folder(), *options)
     assert done.returncode == 0, done.stderr
     return torch.load(path)
 

@@ -17,11 +17,11 @@ import torch
 import train
 from common.cli import UserError
 from tests.training.test_train import (  # noqa: F401 - some are fixtures
+    COMMON,
     assert_identical,
     quick_preset,
     run,
     set_quick_preset,
-    small_clip,
 )
 from tests.training.torture import torture
 from training import guard
@@ -30,9 +30,9 @@ from weights import checkpoint
 
 
 @pytest.fixture(scope="module")
-def common(small_clip):  # noqa: F811
+def common():
     """The arguments of every run here."""
-    return ("--preset", "quick", "--clip", small_clip, "--sample-every", 100, "--save-every", 1)
+    return (*COMMON, "--preset", "quick", "--sample-every", 100, "--save-every", 1)
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,8 @@ from clip import load_clip
 from common import distributed
 from data import sources
 from losses import R1_INTERVAL
-from presets import PRESETS, fitted_to
+from presets import fitted_to
+from tests.figures import TINY, Figures
 from training.graphs import WARM_UP, Graphed
 from training.step import OPTIMIZERS, Learner
 
@@ -45,8 +46,8 @@ def test_all_variants_warm_up_before_any_is_recorded():
 def learner_after(steps, lr, eager):
     """→ the learner, and the reports of its steps."""
     device = distributed.start("cuda")
-    clip = load_clip("small", device)
-    preset = fitted_to(PRESETS["shapes"], clip.width, clip.map_shapes)
+    clip = load_clip("emoji", device)
+    preset = fitted_to(TINY, clip.width, clip.map_shapes)
     torch.manual_seed(0)
     learner = Learner(preset, clip, device, torch.float32, batch=4)
     for network in (learner.generator, learner.discriminator):
@@ -59,7 +60,7 @@ def learner_after(steps, lr, eager):
     for name in OPTIMIZERS:
         for group in getattr(learner, name).param_groups:
             group["lr"] *= lr
-    batches = sources.loader(sources.open_data("shapes", 8, seed=0), 0, 4, 0)
+    batches = sources.loader(Figures(8), 0, 4, 0)
     reports = []
     for number in range(steps):
         report = learner.step(number, learner.prepare(0, number, [next(batches)]))
@@ -84,7 +85,7 @@ def test_losses_and_gradients_are_those_of_the_step():
 def test_a_step_that_is_played_back_learns():
     learner, _ = learner_after(STEPS, 1, eager=False)
     before = [p.detach().clone() for p in learner.generator.mapping.parameters()]
-    batch = next(sources.loader(sources.open_data("shapes", 8, seed=1), 0, 4, 0))
+    batch = next(sources.loader(Figures(8, seed=1), 0, 4, 0))
     report = learner.step(STEPS, learner.prepare(0, STEPS, [batch]))
     assert all(value.isfinite() for value in report.values())
     assert not any(torch.equal(a, b) for a, b in zip(before, learner.generator.mapping.parameters(), strict=True))

@@ -8,14 +8,15 @@ import torch
 
 from clip import load_clip
 from data.batches import Batch
-from presets import PRESETS
 from sampling import latent
+from tests import figures
 from tests.evaluation.test_features import by_ranks
+from tests.figures import TINY
 from training import growth
 from training.growth import Growth
-from weights.checkpoint import DEMO, load_generator
+from weights.checkpoint import load_generator
 
-RECIPE = dataclasses.replace(PRESETS["shapes"].recipe, fid_samples=5)
+RECIPE = dataclasses.replace(TINY.recipe, fid_samples=5)
 
 
 def distance(a, b):
@@ -127,8 +128,8 @@ def test_a_reference_of_other_data_samples_clip_or_seed_is_measured_again(tmp_pa
 
 @pytest.mark.parametrize("phase", [0, 2])
 def test_the_fid_is_of_the_generators_output_at_the_active_resolution(phase):
-    generator, clip = load_generator(DEMO)[0], load_clip("small")
-    captions = [f"a small {color} circle on a gray background" for color in ("red", "green", "blue", "pink", "cyan")]
+    generator, clip = load_generator(figures.generator_file())[0], load_clip("emoji")
+    captions = [f"{color} circle" for color in ("red", "green", "blue", "pink", "black")]
     measured = Growth(RECIPE, [4, 8, 16, 32], clip, seed=3)
     measured.phase.number, measured.captions = phase, captions
     resolution = (4, 8, 16)[phase]

@@ -31,7 +31,7 @@ class Learner:
 
 def test_the_ratio_is_that_of_ada_and_is_told_once(capsys):
     """(D(seen) − D(held out)) / (D(seen) − D(generated)) = (1 − −1) / (1 − 0)."""
-    watch = OverfittingWatch(Source(), load_clip("small"))
+    watch = OverfittingWatch(Source(), load_clip("emoji"))
     for _ in range(2):
         report = watch.measure(Learner(), seed=0)
     assert report == {"logits_seen": 1, "logits_held_out": -1, "logits_generated": 0, "overfitting": 2}
@@ -41,4 +41,4 @@ def test_the_ratio_is_that_of_ada_and_is_told_once(capsys):
 def test_without_held_out_pairs_there_is_nothing_to_tell():
     source = Source()
     source.evaluation = lambda batch, held_out=False: iter([]) if held_out else Source().evaluation(batch)
-    assert OverfittingWatch(source, load_clip("small")).measure(Learner(), seed=0) == {}
+    assert OverfittingWatch(source, load_clip("emoji")).measure(Learner(), seed=0) == {}

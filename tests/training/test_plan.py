@@ -12,6 +12,7 @@ from clip import BUILT_IN, load_small
 from common.cli import UserError
 from data import sources
 from presets import PRESETS
+from tests.figures import TINY, Figures
 from tests.test_attention import peak_memory
 from training import plan
 from training.step import Learner
@@ -31,18 +32,17 @@ VARIANTS = {  # dtype, parts, gradient checkpointing
 def variant(request):
     """A preset, the dtype of its products, and the number of parts."""
     dtype, parts, recompute = VARIANTS[request.param]
-    shapes = PRESETS["shapes"]
-    recipe = dataclasses.replace(shapes.recipe, recompute=recompute)
-    return dataclasses.replace(shapes, recipe=recipe), dtype, parts
+    recipe = dataclasses.replace(TINY.recipe, recompute=recompute)
+    return dataclasses.replace(TINY, recipe=recipe), dtype, parts
 
 
 @pytest.fixture(scope="module")
 def real(variant):
     """A learner at its highest resolution, and its step."""
     preset, dtype, parts = variant
-    clip = load_small(BUILT_IN["small"])  # its batch norms not folded, as in the plan, where nothing can be
+    clip = load_small(BUILT_IN["emoji"])  # its batch norms not folded, as in the plan, where nothing can be
     learner = Learner(preset, clip, torch.device("cpu"), dtype, BATCH)
-    batches = sources.loader(sources.open_data("shapes", 32, seed=0), 0, BATCH // parts, 0)
+    batches = sources.loader(Figures(32), 0, BATCH // parts, 0)
     made = learner.prepare(0, 0, [next(batches) for _ in range(parts)])
     learner.step(1, made)  # makes Adam's averages, and gradients
     return learner, lambda number: learner.step(number, made)
@@ -53,7 +53,7 @@ def planned(variant):
     preset, dtype, parts = variant
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention, "fused_l2_attention", None)  # which the real step has no GPU for
-        return plan.rehearse(preset, "small", BATCH, dtype, parts)
+        return plan.rehearse(preset, "emoji", BATCH, dtype, parts)
 
 
 def test_parameters_are_those_of_the_networks(real, planned):
@@ -128,7 +128,7 @@ def test_what_fits_is_chosen_and_what_does_not_is_refused(monkeypatch, capsys):
     """By the plan at the highest resolution: of 80 GB, 20 and 10 to spare leave room for 25 images of 2 GB."""
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=80e9))
     monkeypatch.setattr(plan, "estimate", lambda *_: (plan.Memory(fixed=20e9, an_image=2e9), None))
-    run = PRESETS["shapes"], 64, "small", torch.device("cuda", 0), torch.bfloat16
+    run = TINY, 64, "emoji", torch.device("cuda", 0), torch.bfloat16
     assert plan.choose_parts(train.parse_args([]).accumulate, *run) == 4
     assert "--accumulate 4: parts of 16 images a GPU" in capsys.readouterr().out
     assert plan.choose_parts(8, *run) == 8
@@ -151,12 +151,12 @@ def test_work_is_counted_and_timed_by_its_dtype():
 
 
 def test_lines_for_people(monkeypatch, planned):
-    quick = dataclasses.replace(PRESETS["shapes"], recipe=dataclasses.replace(PRESETS["shapes"].recipe, steps=1000))
+    quick = dataclasses.replace(TINY, recipe=dataclasses.replace(TINY.recipe, steps=1000))
     work = dataclasses.replace(planned, flop={torch.bfloat16: 4e12}, flop_with_r1={torch.bfloat16: 4e12})
     drawn_twice = dataclasses.replace(planned, flop={torch.bfloat16: 5e12}, flop_with_r1={torch.bfloat16: 5e12})
     monkeypatch.setattr(plan, "rehearse", lambda *_, **__: drawn_twice)
     monkeypatch.setattr(plan, "estimate", lambda *_, resolution=32: (plan.Memory(20e9, resolution / 32 * 1e9), work))
-    lines = list(plan.plan("quick", quick, "small", 256, 16, plan.HARDWARE["a100"], workers=1))
+    lines = list(plan.plan("quick", quick, "emoji", 256, 16, plan.HARDWARE["a100"], workers=1))
     rows = [line.split() for line in lines if line.startswith("   ") and line.split()[0].isdigit()]
     assert [row[0] for row in rows] == ["1", "8", "16", "64"]
     assert [row[1] for row in rows] == ["8", "1", "1", "1"]  # 20 + 50 GB at most, so up to 50 images in a part
@@ -169,6 +169,6 @@ def test_lines_for_people(monkeypatch, planned):
     while_growing = next(line for line in lines if "while growing, 1 GPUs" in line)
     assert "4×4 24, 8×8 28, 16×16 36, 32×32 52" in while_growing
     with pytest.raises(UserError, match="does not fit"):
-        list(plan.plan("quick", quick, "small", 256, 16, dataclasses.replace(hardware, memory=1e6), workers=1))
+        list(plan.plan("quick", quick, "emoji", 256, 16, dataclasses.replace(hardware, memory=1e6), workers=1))
     with pytest.raises(UserError, match="--batch 256 cannot be shared by --gpus 48"):
-        list(plan.plan("quick", quick, "small", 256, 48, hardware, workers=1))
+        list(plan.plan("quick", quick, "emoji", 256, 48, hardware, workers=1))

@@ -19,7 +19,7 @@ from training.run_folder import RunFolder
 from weights import checkpoint
 
 ROOT = Path(__file__).parent.parent.parent
-IDENTITY = {"preset": "tiny", "data": "shapes", "batch": 4, "seed": 0, "clip": "small"}
+IDENTITY = {"preset": "tiny", "data": "/pictures", "batch": 4, "seed": 0, "clip": "judge"}
 CONFIG = {**IDENTITY, "steps": 9}
 
 
@@ -102,7 +102,7 @@ def test_what_a_killed_run_left_is_removed(tmp_path):
         ("no", {}, "holds a run of its own"),
         ("auto", {"seed": 1}, "started with --seed 0"),
         ("auto", {"system": "muse"}, "not of this command"),
-        ("auto", {"data": "emoji", "batch": 8}, "started with --data shapes, --batch 4"),
+        ("auto", {"data": "emoji", "batch": 8}, "started with --data /pictures, --batch 4"),
         ("elsewhere.pt", {}, "holds a run of its own"),
     ],
 )
@@ -188,7 +188,6 @@ def test_a_data_set_that_moved_is_taken_when_that_is_said_and_another_seed_is_no
     ("spec", "expected"),
     [
         ("emoji", "emoji"),
-        ("shapes", "shapes"),
         ("shards/{00000..00009}.tar", "{here}/shards/{00000..00009}.tar"),
         ("https://host/{0..9}.tar", "https://host/{0..9}.tar"),
         ("pipe:cat x.tar", "pipe:cat x.tar"),

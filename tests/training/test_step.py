@@ -7,8 +7,7 @@ import torch
 
 from clip import load_clip
 from common import distributed
-from data import sources
-from presets import PRESETS
+from tests.figures import TINY, Figures
 from training import step as step_module
 from training.step import Learner
 
@@ -19,7 +18,7 @@ CPU = torch.device("cpu")
 def learner():
     """With every weight moved, and rates of zero, so that steps leave gradients and change nothing."""
     torch.manual_seed(0)
-    learner = Learner(PRESETS["shapes"], load_clip("small"), CPU, torch.float32, batch=4)
+    learner = Learner(TINY, load_clip("emoji"), CPU, torch.float32, batch=4)
     for network in (learner.generator, learner.discriminator):
         for parameter in network.parameters():
             parameter.data += 0.05 * torch.randn_like(parameter)
@@ -31,7 +30,7 @@ def learner():
 
 
 def batches(count, size):
-    source = sources.Scenes(32, seed=0)
+    source = Figures(32)
     return [next(source.batches(range(i, 99), size, 0, 1)) for i in range(count)]
 
 

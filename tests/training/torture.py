@@ -19,6 +19,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from tests import figures
 from weights import checkpoint
 
 ROOT = Path(__file__).parent.parent.parent
@@ -28,8 +29,9 @@ STEPS = 5  # that a life may make after its first before it is killed, roughly; 
 
 def command(ranks, out, steps):
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
-    options = f"--preset shapes --device cpu --batch 8 --save-every 2 --sample-every 1000 --steps {steps} --out {out}"
-    return [sys.executable, *launcher, "train.py", *options.split()]
+    options = f"--data {out.parent / 'figures'} --clip emoji --device cpu --batch 8 --save-every 2 --sample-every 1000"
+    options += f" --steps {steps} --out {out}"
+    return [sys.executable, *launcher, "-m", "tests.figures", *options.split()]
 
 
 def last_row(out):
@@ -65,6 +67,7 @@ def torture(ranks, kills, steps, folder, seed=0):
     """→ how many of the kills came while a checkpoint was being written."""
     moments, while_saving = random.Random(seed), 0
     whole, out = folder / "whole", folder / "tortured"
+    figures.write(folder / "figures")
     finish(ranks, whole, steps)
     with (folder / "output.txt").open("w") as output:
         for _ in tqdm(range(kills), desc=f"{ranks} rank(s)", unit="kill"):

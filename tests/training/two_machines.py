@@ -15,6 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from tests import figures
 from tests.training.torture import ROOT, command, finish, identical, last_step
 from weights import checkpoint
 
@@ -64,6 +65,7 @@ def wait_for_step(step, out, agents):
 def main():
     with tempfile.TemporaryDirectory() as folder:
         whole, out = Path(folder) / "whole", Path(folder) / "two"
+        figures.write(Path(folder) / "figures")
         finish(2, whole, STEPS)
         connect()
         try:

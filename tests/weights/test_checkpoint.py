@@ -105,7 +105,7 @@ def test_weights_to_start_from(tmp_path, generator_config):
     weights = checkpoint.load_weights(path)
     assert weights.keys() == {"generator", "ema", "discriminator"}
     assert torch.equal(weights["ema"]["weight"], STATE["ema"]["weight"])
-    clip = load_clip("small")
+    clip = load_clip("emoji")
     generator = Generator(replace(generator_config, clip_width=clip.width))
     checkpoint.save_generator(tmp_path / "g.safetensors", generator, clip, 8, {})
     weights = checkpoint.load_weights(tmp_path / "g.safetensors")

@@ -1,0 +1,192 @@
+"""Pictures without a file: coloured figures on a plain background, and the preset `tiny`, which learns from them in
+seconds.
+
+`python -m tests.figures OPTIONS` is train.py with that preset.
+"""
+
+import atexit
+import collections
+import functools
+import io
+import itertools
+import json
+import random
+import shutil
+import sys
+import tarfile
+import tempfile
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw
+
+from aurora import Generator
+from clip import load_clip
+from data.batches import Batch, sample_indices
+from data.sources import EMOJI
+from presets import (
+    PRESETS,
+    SMALL_DISCRIMINATOR,
+    SMALL_GENERATOR,
+    SMALL_RECIPE,
+    DiscriminatorConfig,
+    DiscriminatorLevel,
+    GeneratorConfig,
+    Level,
+    Preset,
+    Recipe,
+)
+from weights.checkpoint import save_generator
+
+SIZES = {"small": 0.2, "large": 0.4}  # radius, as a share of the picture's side
+COLORS = {"red": (230, 30, 30), "yellow": (240, 220, 20), "green": (30, 160, 50), "blue": (30, 60, 220)}
+SHAPES = {"circle": 0, "square": 4, "triangle": 3}  # corners
+BACKGROUNDS = {"black": (0, 0, 0), "white": (255, 255, 255), "brown": (120, 70, 30)}
+
+TINY = Preset(
+    GeneratorConfig(
+        levels=(
+            Level(4, 64, num_blocks=1, deformable=True),
+            Level(8, 64, num_blocks=1, attn_depth=1, num_experts=4),
+            Level(16, 32, num_blocks=1),
+            Level(32, 16, num_blocks=1, num_kernels=2),
+        ),
+        fourier_channels=32,
+        w_dim=64,
+        mapping_dim=64,
+        num_heads=2,
+        head_dim=16,
+        **SMALL_GENERATOR,
+    ),
+    DiscriminatorConfig(
+        levels=(
+            DiscriminatorLevel(4, 64, num_blocks=0),
+            DiscriminatorLevel(8, 64, num_blocks=0, attn_depth=1),
+            DiscriminatorLevel(16, 32, num_blocks=0),
+            DiscriminatorLevel(32, 16, num_blocks=0),
+        ),
+        num_heads=2,
+        head_dim=16,
+        **SMALL_DISCRIMINATOR,
+    ),
+    Recipe(
+        steps=1000,
+        batch=8,
+        images_per_phase={4: 0, 8: 0, 16: 256_000},
+        ema_half_life=5_000,
+        fid_samples=16,
+        fid_every=4_000,
+        r1_gamma=16.0,
+        **SMALL_RECIPE,
+    ),
+    clip_model="emoji",
+)
+PRESETS["tiny"] = TINY
+
+
+def words(number, seed=0):
+    """The size, color, shape and background of a figure."""
+    rng = random.Random(f"{seed}/{number}")
+    return tuple(rng.choice(list(names)) for names in (SIZES, COLORS, SHAPES, BACKGROUNDS))
+
+
+def caption(number, seed=0):
+    size, color, shape, background = words(number, seed)
+    return f"{size} {color} {shape} on {background}"
+
+
+def picture(number, resolution, seed=0):
+    """A PIL image. It is drawn four times as large and averaged down."""
+    size, color, shape, background = words(number, seed)
+    rng, side = random.Random(f"place {seed}/{number}"), 4 * resolution
+    radius = SIZES[size] * side
+    center = [rng.uniform(radius, side - radius) for _ in range(2)]
+    image = Image.new("RGB", (side, side), BACKGROUNDS[background])
+    canvas = ImageDraw.Draw(image)
+    if corners := SHAPES[shape]:
+        canvas.regular_polygon((*center, radius), corners, fill=COLORS[color])
+    else:
+        canvas.circle(center, radius, fill=COLORS[color])
+    return image.resize((resolution, resolution), Image.Resampling.BOX)
+
+
+def images(numbers, resolution, seed=0):
+    """float32 [B, 3, R, R] in [−1, 1]."""
+    pictures = [torch.tensor(list(picture(i, resolution, seed).tobytes())) for i in numbers]
+    return torch.stack(pictures).view(-1, resolution, resolution, 3).permute(0, 3, 1, 2) / 127.5 - 1
+
+
+class Figures:
+    """A source of figures in memory, see data/sources.py. Those of evaluation have another seed."""
+
+    def __init__(self, resolution, seed=0):
+        self.resolution, self.seed = resolution, seed
+
+    def draw(self, numbers, seed):
+        captions = [caption(i, seed) for i in numbers]
+        return Batch(images(numbers, self.resolution, seed), captions, collections.Counter())
+
+    def batches(self, steps, batch, rank, world_size):
+        for step in steps:
+            yield self.draw(sample_indices(step, batch, rank, world_size), self.seed)
+
+    def evaluation(self, batch=64, held_out=False, rank=0, world_size=1):
+        for first in () if held_out else itertools.count(rank, batch * world_size):
+            yield self.draw(range(first, first + batch * world_size, world_size), self.seed + 1)
+
+    def evaluation_pairs(self, batch=64, rank=0, world_size=1):
+        return self.evaluation(batch, False, rank, world_size)
+
+
+def write(folder, count=48, resolution=32, seed=0):
+    """Figures as PNG files with their captions in .txt files → the folder."""
+    folder.mkdir(exist_ok=True)
+    for i in range(count):
+        picture(i, resolution, seed).save(folder / f"{i:04d}.png")
+        (folder / f"{i:04d}.txt").write_text(caption(i, seed), encoding="utf-8")
+    return folder
+
+
+@functools.cache
+def folder():
+    """A folder of figures that this process's tests share."""
+    parent = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, parent)
+    return write(parent / "figures")
+
+
+def write_emoji(path, names=8):
+    """A shard of all the pictures of so many emoji → the path."""
+    kept, files = set(), []
+    with tarfile.open(EMOJI) as whole, tarfile.open(path, "w:gz") as some:
+        for member in whole:
+            files.append((member, whole.extractfile(member).read()))
+            if not member.name.endswith(".json"):  # the last of a picture's files
+                continue
+            name = json.loads(files[-1][1])["name"]
+            if len(kept) < names or name in kept:
+                kept.add(name)
+                for info, content in files:
+                    some.addfile(info, io.BytesIO(content))
+            files = []
+    return path
+
+
+@functools.cache
+def generator_file():
+    """A generator of `tiny` with random weights, as a run saves it."""
+    torch.manual_seed(0)
+    generator = Generator(TINY.generator)
+    for parameter in generator.parameters():
+        if not parameter.any():
+            parameter.data.normal_(std=0.1)  # else to-RGB, which starts at zero, would hide everything
+    path = folder().parent / "generator_ema.safetensors"
+    save_generator(path, generator, load_clip("emoji"), 32, {"preset": "tiny", "resolution": 32, "images": 0})
+    return path
+
+
+if __name__ == "__main__":
+    import train
+
+    sys.argv[1:] = ["--preset", "tiny", *sys.argv[1:]]
+    train.main()
