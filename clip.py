@@ -105,7 +105,9 @@ class MiniLM(nn.Module):
 
     @torch.no_grad()
     def read(self, captions):
-        """Captions → Text."""
+        """Captions → Text. A CPU remembers them; a GPU is as fast to read them anew, and does not wait for itself."""
+        if self.words.weight.device.type != "cpu":
+            return self.encode(self.tokenize(captions))
         if new := [caption for caption in dict.fromkeys(captions) if caption not in self.known]:
             if len(self.known) + len(new) > self.KEPT:
                 self.known.clear()
