@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 from nicegui import ui
 
+from baselines import command
 from common import distributed
 from common.cli import HelpFormatter, UserError, first_line, positive_int, told_in_one_line
-from neighbours import command
 from sampling import inference, latent, settings, views
 from sampling.pictures import COLORS
 from sampling.pipeline import Drawn, Pipeline, routers
@@ -42,7 +42,7 @@ def parse_args(argv=None):
         type=Path,
         nargs="+",
         default=[DEMO],
-        help="to choose from: runs, neighbours' too, their generator_ema.safetensors, or the authors' aurora_v1.pth",
+        help="to choose from: runs, baselines' too, their generator_ema.safetensors, or the authors' aurora_v1.pth",
     )
     add(
         "--clip", help="MODEL:WEIGHTS of open_clip, to read a large CLIP from a file; default: what the checkpoint says"
@@ -58,8 +58,8 @@ def parse_args(argv=None):
 # Models.
 
 
-class Neighbour:
-    """A system of neighbours/. It draws by prompt, seed and number; what else a Settings says is Aurora's."""
+class Baseline:
+    """A system of baselines/. It draws by prompt, seed and number; what else a Settings says is Aurora's."""
 
     def __init__(self, system):
         self.name, self.system, self.clip = type(system).__name__, system, system.clip
@@ -72,17 +72,17 @@ class Neighbour:
 
 
 def load_model(args, path):
-    """A Pipeline or a Neighbour. Raises UserError."""
+    """A Pipeline or a Baseline. Raises UserError."""
     path = generator_of(path)
     if system_class := command.system_of(path):
         system, _ = command.load(system_class, path, distributed.start(args.device))
-        return Neighbour(system)
+        return Baseline(system)
     return Pipeline.load(path, args.device, args.dtype, args.clip)
 
 
 def draw(model, wanted):
     """A model and Settings → Drawn. Raises UserError."""
-    return model.draw(wanted) if isinstance(model, Neighbour) else settings.draw(model, wanted)
+    return model.draw(wanted) if isinstance(model, Baseline) else settings.draw(model, wanted)
 
 
 async def drawing(function, *arguments):

@@ -19,16 +19,16 @@ from common.cli import HelpFormatter, UserError, first_line, natural_number, pos
 from common.distributed import say
 from data import sources
 from evaluation.metrics import expert_counts
+from growth import Growth, Phase
 from presets import PRESETS, fitted_to
 from sampling.inference import DTYPES, dtype_of
 from sampling.pictures import grid, to_pil
-from training.growth import Growth, Phase
+from step import Learner
 from training.loop import Loop
 from training.overfitting import OverfittingWatch
 from training.plan import HARDWARE, auto_or_positive, choose_parts, print_plan
 from training.run_folder import RunFolder
 from training.small_clip import clip_for, ensure_small_clip
-from training.step import Learner
 from weights import checkpoint
 from weights.perceptual import perceptual_network
 

@@ -25,6 +25,7 @@ from tqdm import tqdm
 import aurora
 import discriminator
 import train
+from baselines.ladagan import AdditiveAttention
 from common.cli import HelpFormatter, UserError, make_folder, positive_int, told_in_one_line
 from common.disk import atomically
 from data import sources
@@ -33,7 +34,6 @@ from evaluation.features import embed, extract_generated, extract_real
 from evaluation.metrics import compare_images, compare_texts
 from layers import Linear
 from modulation import ModulatedConv2d, ModulatedLinear
-from neighbours.ladagan import AdditiveAttention
 from presets import PRESETS
 from router import Router
 

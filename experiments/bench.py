@@ -42,7 +42,7 @@ from sampling.inference import DTYPES
 from sampling.pictures import to_pil
 from train import Run
 from train import parse_args as training_args
-from training.graphs import WARM_UP
+from training.cuda_graph import WARM_UP
 from weights.checkpoint import DEMO, load_generator
 
 # ----------------------------------------------------------------------------------------------------------------------

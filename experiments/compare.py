@@ -3,7 +3,7 @@
     python -m experiments.compare Aurora=runs/emoji StyleGAN-T=runs/stylegan_t \\
         LadaGAN=runs/ladagan Muse=runs/muse
 
-A system is Aurora, or one of neighbours/, as a run's folder or its generator_ema.safetensors. All draw the same
+A system is Aurora, or one of baselines/, as a run's folder or its generator_ema.safetensors. All draw the same
 captions, and are measured by the networks of evaluate.py. Times are those of the processor, so that others who use the
 machine do not count. The table, its numbers as JSON and a picture go to --out.
 """
@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from aurora import Generator
+from baselines.command import load, system_of, takes
 from common.cli import HelpFormatter, UserError, make_folder, natural_number, positive_int, told_in_one_line
 from common.disk import atomically
 from data import sources
@@ -26,7 +27,6 @@ from evaluation.extractors import load_extractor
 from evaluation.features import BATCH, embed, extract, extract_real, own_resolution, to_pixels
 from evaluation.metrics import NEIGHBOURS, clip_score, compare_images, compare_texts, fid
 from experiments.stopwatch import peak_memory, processor_seconds
-from neighbours.command import load, system_of, takes
 from presets import PRESETS
 from sampling import inference, latent
 from sampling.pictures import grid, to_pil
@@ -58,9 +58,9 @@ class Entry:
 
 
 def open_system(path, resolution):
-    """A generator_ema.safetensors of Aurora or of a neighbour → Entry. Raises UserError."""
+    """A generator_ema.safetensors of Aurora or of a baseline → Entry. Raises UserError."""
     system_class = system_of(path)
-    return open_neighbour(system_class, path) if system_class else open_aurora(path, resolution)
+    return open_baseline(system_class, path) if system_class else open_aurora(path, resolution)
 
 
 def open_aurora(path, resolution):
@@ -81,7 +81,7 @@ def open_aurora(path, resolution):
     return Entry(draw, True, count(generator), trained, notes)
 
 
-def open_neighbour(system_class, path):
+def open_baseline(system_class, path):
     system, notes = load(system_class, path)
 
     @torch.no_grad()

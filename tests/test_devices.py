@@ -12,15 +12,15 @@ import attention
 import evaluate
 from data.batches import Batch
 from evaluation import extractors
+from growth import Growth
 from kernels import l2_attention
 from presets import Preset, fitted_to
 from sampling import inference, views
 from sampling.pipeline import draw
+from step import Learner
 from tests.figures import TINY
-from training.growth import Growth
 from training.overfitting import OverfittingWatch
 from training.plan import FlopCounter, clip_without_weights
-from training.step import Learner
 
 pytest.importorskip("triton")
 from tests.fake_cuda import DEVICE, fake_cuda
@@ -28,7 +28,7 @@ from tests.fake_cuda import DEVICE, fake_cuda
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device")
 BATCH, SIDE, PROMPTS = 4, 8, ["a red circle", "two blue squares"]
 # The batch comes from the CPU. Nothing else of a step does, nor does the host ask for a result.
-OF_A_BATCH = {"cpu to cuda, clip.py:tokenize", "cpu to cuda, training/step.py:prepare"}
+OF_A_BATCH = {"cpu to cuda, clip.py:tokenize", "cpu to cuda, step.py:prepare"}
 
 
 @pytest.fixture

@@ -9,9 +9,9 @@ import torch
 from nicegui.testing import user_simulation
 
 import explore
+from baselines.command import Trained
+from baselines.stylegan_t import StyleGANT
 from clip import load_clip
-from neighbours.command import Trained
-from neighbours.stylegan_t import StyleGANT
 from sampling.pipeline import Pipeline
 from sampling.sheet import Sheet
 from tests import figures
@@ -97,7 +97,7 @@ def test_more_like_a_picture_keeps_it():
     visit(script, figures.generator_file())
 
 
-def test_a_neighbour_stands_where_aurora_stood(tmp_path):
+def test_a_baseline_stands_where_aurora_stood(tmp_path):
     clip = load_clip("emoji")
     system = StyleGANT(clip, 32, torch.device("cpu"))
     path = tmp_path / "generator_ema.safetensors"

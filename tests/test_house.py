@@ -7,14 +7,15 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+TRAINING = {"training", "step", "growth"}  # of which the step and the growth are Aurora, and stand at the root
 COMMANDS = {"train", "sample", "evaluate", "explore"}
 LAYERS = [  # from the leaves up; a file imports from its own layer and from those before it
     {"common", "kernels"},
     {"data"},
-    {path.stem for path in ROOT.glob("*.py")} - COMMANDS,  # Aurora's own pieces
+    {path.stem for path in ROOT.glob("*.py")} - COMMANDS - TRAINING,  # Aurora's own pieces
     {"weights"},
-    {"training", "sampling", "evaluation"},
-    {"neighbours"},  # whole systems, each with its command
+    TRAINING | {"sampling", "evaluation"},
+    {"baselines"},  # whole systems, each with its command
     COMMANDS,
     {"experiments"},
 ]

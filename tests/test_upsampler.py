@@ -11,8 +11,8 @@ import losses
 import train
 from losses import moe_loss
 from presets import PRESETS, DiscriminatorLevel, Level, UpsamplerConfig
+from step import NETWORKS
 from training import overfitting
-from training.step import NETWORKS
 from upsampler import Upsampler, crop, enlarge, given_images, input_noise, new_generator
 from weights import checkpoint
 

@@ -1,5 +1,5 @@
-"""What a run needs beside the networks and losses: one step (`step.py`) and the loop around it (`loop.py`), growth by a
-reference FID, the run's folder, and who watches: `guard.py` the losses, `overfitting.py` the discriminator. `graphs.py`
-launches a step as one where a GPU would wait for the host, `plan.py` computes what a run would take, and
-`small_clip.py` trains a CLIP where no weights are at hand.
+"""What a run needs around Aurora's step (`step.py`) and its growth (`growth.py`), which stand at the root: the loop
+(`loop.py`), the run's folder, and who watches: `guard.py` the losses, `overfitting.py` the discriminator.
+`cuda_graph.py` launches a step as one where a GPU would wait for the host, `plan.py` computes what a run would take,
+and `small_clip.py` trains a CLIP where no weights are at hand.
 """

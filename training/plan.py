@@ -30,7 +30,7 @@ from experts import Experts, expert
 from layers import pyramid
 from losses import R1_INTERVAL
 from presets import fitted_to
-from training.step import Learner, Part
+from step import Learner, Part
 from upsampler import given_images, input_noise
 from weights.perceptual import perceptual_network
 

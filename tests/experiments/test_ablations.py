@@ -11,9 +11,9 @@ from PIL import Image
 import aurora
 import discriminator
 from aurora import Generator
+from baselines.ladagan import AdditiveAttention
 from experiments import ablations
 from modulation import DeformableConv2d
-from neighbours.ladagan import AdditiveAttention
 from presets import PRESETS
 from tests import figures
 

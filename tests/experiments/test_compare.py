@@ -8,10 +8,10 @@ import torch
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
+from baselines.command import Trained
+from baselines.ladagan import LadaGAN
 from clip import BUILT_IN, load_clip
 from experiments import compare
-from neighbours.command import Trained
-from neighbours.ladagan import LadaGAN
 from tests import figures
 
 PROMPTS = ["red heart", "sun"]

@@ -16,6 +16,7 @@ import torch
 
 import train
 from common.cli import UserError
+from step import Learner
 from tests.training.test_train import (  # noqa: F401 - some are fixtures
     COMMON,
     assert_identical,
@@ -25,7 +26,6 @@ from tests.training.test_train import (  # noqa: F401 - some are fixtures
 )
 from tests.training.torture import torture
 from training import guard
-from training.step import Learner
 from weights import checkpoint
 
 

@@ -12,10 +12,10 @@ from clip import BUILT_IN, load_small
 from common.cli import UserError
 from data import sources
 from presets import PRESETS
+from step import Learner
 from tests.figures import TINY, Figures
 from tests.test_attention import peak_memory
 from training import plan
-from training.step import Learner
 
 BATCH = 8
 

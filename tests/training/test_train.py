@@ -17,14 +17,14 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import train
 from common.cli import UserError
+from growth import PATIENCE
 from presets import PRESETS
 from sampling import views
 from sampling.pipeline import draw
+from step import update
 from tests import figures
 from tests.data.test_sources import good, jpeg, write_shard
 from training import loop
-from training.growth import PATIENCE
-from training.step import update
 from weights import checkpoint
 from weights.checkpoint import load_generator
 

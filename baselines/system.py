@@ -8,7 +8,7 @@ from clip import Text
 from common import distributed
 from common.cli import UserError
 from layers import parameter_groups
-from training.step import ema_weight
+from step import ema_weight
 
 RESOLUTIONS = (32, 64)
 
@@ -46,7 +46,7 @@ class System:
 
     @torch.no_grad()
     def update_ema(self, number, batch, half_life):
-        """Moves the moving average toward the generator, as training/step.py does Aurora's. Buffers are copied."""
+        """Moves the moving average toward the generator, as step.py does Aurora's. Buffers are copied."""
         ema, generator = self.networks["ema"], self.networks["generator"]
         weight = ema_weight(number, batch * distributed.world_size(), half_life)
         torch._foreach_lerp_(list(ema.parameters()), list(generator.parameters()), weight)

@@ -28,16 +28,16 @@ from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 from torchvision.transforms.functional import gaussian_blur
 
-sys.path.append(str(Path(__file__).parents[1]))  # for `python neighbours/stylegan_t.py`
+sys.path.append(str(Path(__file__).parents[1]))  # for `python baselines/stylegan_t.py`
 
 from augment import NUM_CHANCES, augment
 from aurora import FourierFeatures
+from baselines.command import main
+from baselines.features import efficientnet
+from baselines.system import System, minimize
 from common import distributed
 from layers import Float32, Linear, lrelu, rms_norm, upsample
 from modulation import Affine, ModulatedConv2d, ToRGB, UpsamplingConv2d
-from neighbours.command import main
-from neighbours.features import efficientnet
-from neighbours.system import System, minimize
 from weights.renaming import load_renamed, reading
 
 FIRST = 8  # the lowest resolution

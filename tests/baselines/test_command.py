@@ -7,10 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from neighbours import command, muse
-from neighbours.ladagan import LadaGAN
-from neighbours.muse import Muse
-from neighbours.stylegan_t import StyleGANT
+from baselines import command, muse
+from baselines.ladagan import LadaGAN
+from baselines.muse import Muse
+from baselines.stylegan_t import StyleGANT
 from tests import figures
 from tests.data.test_sources import COLORS, good, jpeg, write_shard
 from tests.training.test_distributed import ROOT, torchrun
@@ -101,12 +101,12 @@ def test_a_foreign_file_is_one_line(run_main, tmp_path, path, says):
 
 def test_ranks_stay_equal(tmp_path):
     """Muse's, as its codebook moves codes to pictures that one rank sees."""
-    done = torchrun(2, "tests/neighbours/equal_ranks.py", tmp_path, figures.folder())
+    done = torchrun(2, "tests/baselines/equal_ranks.py", tmp_path, figures.folder())
     assert done.returncode == 0, done.stderr
     assert "2 ranks with 4 equal networks" in done.stdout
 
 
-@pytest.mark.parametrize("how", [["neighbours/muse.py"], ["-m", "neighbours.muse"]])
+@pytest.mark.parametrize("how", [["baselines/muse.py"], ["-m", "baselines.muse"]])
 def test_the_command_runs_as_a_script_and_as_a_module(how):
     done = subprocess.run([sys.executable, *how, "train", "--help"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and "runs/muse" in done.stdout, done.stderr

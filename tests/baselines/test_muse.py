@@ -7,9 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from clip import Text, load_clip
-from neighbours import muse
-from neighbours.muse import (
+from baselines import muse
+from baselines.muse import (
     MASK,
     Codebook,
     Muse,
@@ -20,6 +19,7 @@ from neighbours.muse import (
     mask_randomly,
     resample,
 )
+from clip import Text, load_clip
 
 CPU = torch.device("cpu")
 

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
+from baselines import ladagan
+from baselines.ladagan import AdditiveAttention, LadaGAN
 from clip import load_clip
-from neighbours import ladagan
-from neighbours.ladagan import AdditiveAttention, LadaGAN
-from tests.neighbours.test_stylegan_t import changed
+from tests.baselines.test_stylegan_t import changed
 from tests.weights.test_official import FIXTURES, read
 
 AUTHORS = FIXTURES[0].parent / "ladagan_small.npz"

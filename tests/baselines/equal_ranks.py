@@ -1,6 +1,6 @@
 """Trains Muse by its command for a few steps, under torchrun, and fails where the ranks' networks differ.
 
-torchrun --nproc-per-node 2 tests/neighbours/equal_ranks.py OUT DATA
+torchrun --nproc-per-node 2 tests/baselines/equal_ranks.py OUT DATA
 """
 
 import sys
@@ -10,8 +10,8 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
 
+from baselines import command, muse
 from common import distributed
-from neighbours import command, muse
 from training.loop import Loop
 
 

@@ -5,11 +5,11 @@ import weakref
 import pytest
 import torch
 
+import step as step_module
 from clip import load_clip
 from common import distributed
+from step import Learner
 from tests.figures import TINY, Figures
-from training import step as step_module
-from training.step import Learner
 
 CPU = torch.device("cpu")
 

@@ -24,14 +24,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-sys.path.append(str(Path(__file__).parents[1]))  # for `python neighbours/ladagan.py`
+sys.path.append(str(Path(__file__).parents[1]))  # for `python baselines/ladagan.py`
 
 from attention import merge_heads, split_heads
 from augment import NUM_CHANCES, augment
+from baselines.command import main
+from baselines.system import System, minimize
 from layers import float32_region, full_precision, rms_norm
 from losses import R1_INTERVAL
-from neighbours.command import main
-from neighbours.system import System, minimize
 from weights.renaming import load_renamed, reading
 
 FIRST, LAST = 8, 32  # the sides of the generator's first and last block

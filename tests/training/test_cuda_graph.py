@@ -11,9 +11,9 @@ from common import distributed
 from data import sources
 from losses import R1_INTERVAL
 from presets import fitted_to
+from step import OPTIMIZERS, Learner
 from tests.figures import TINY, Figures
-from training.graphs import WARM_UP, Graphed
-from training.step import OPTIMIZERS, Learner
+from training.cuda_graph import WARM_UP, Graphed
 
 STEPS = WARM_UP * R1_INTERVAL + 4  # the last but three is the first that is played back, with R1
 

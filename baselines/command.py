@@ -1,7 +1,7 @@
 """The command of every system in this folder: train on captioned images, and sample.
 
-python neighbours/stylegan_t.py train --data emoji --minutes 60
-python neighbours/stylegan_t.py sample "red heart" --num 6
+python baselines/stylegan_t.py train --data emoji --minutes 60
+python baselines/stylegan_t.py sample "red heart" --num 6
 """
 
 import argparse
@@ -15,18 +15,18 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from baselines.system import RESOLUTIONS
 from clip import load_clip
 from common import distributed
 from common.cli import HelpFormatter, UserError, finite_number, natural_number, positive_int, told_in_one_line
 from common.disk import atomically
 from common.distributed import say
 from data import sources
-from neighbours.system import RESOLUTIONS
 from sampling.files import check_picture, save
 from sampling.pictures import grid, to_pil
+from step import noise_of
 from training.loop import Loop
 from training.run_folder import RunFolder
-from training.step import noise_of
 from weights.checkpoint import generator_of, read_safetensors
 
 SYSTEMS = {"StyleGANT": "stylegan_t", "LadaGAN": "ladagan", "Muse": "muse"}  # the classes, and where they are
@@ -188,7 +188,7 @@ def system_of(path):
         return None
     if name and name not in SYSTEMS:
         raise UserError(f"{path} was written by {name}, which is not known here")
-    return getattr(importlib.import_module(f"neighbours.{SYSTEMS[name]}"), name) if name else None
+    return getattr(importlib.import_module(f"baselines.{SYSTEMS[name]}"), name) if name else None
 
 
 def load(system_class, path, device="cpu"):

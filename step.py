@@ -18,7 +18,7 @@ from discriminator import Discriminator
 from evaluation.metrics import expert_counts
 from layers import full_precision, parameter_groups, pyramid
 from losses import R1_INTERVAL, DiscriminatorLoss, feature_maps, generator_loss, last_prediction, wrong_captions
-from training.graphs import Graphed
+from training.cuda_graph import Graphed
 from upsampler import crop, given_images, input_noise, new_generator
 
 NETWORKS = ("generator", "discriminator", "ema")

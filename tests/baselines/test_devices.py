@@ -1,4 +1,4 @@
-"""The neighbours learn and draw on another device than the CPU: they mix no devices, and the host waits for no result.
+"""The baselines learn and draw on another device than the CPU: they mix no devices, and the host waits for no result.
 
 That device is meta, whose tensors have no content. To mix it with the CPU raises, and so does to ask for a value.
 """
@@ -9,11 +9,11 @@ import copy
 import pytest
 import torch
 
+from baselines import muse
+from baselines.ladagan import LadaGAN
+from baselines.muse import Muse
+from baselines.stylegan_t import StyleGANT
 from clip import MiniLM, Text, load_clip
-from neighbours import muse
-from neighbours.ladagan import LadaGAN
-from neighbours.muse import Muse
-from neighbours.stylegan_t import StyleGANT
 
 META = torch.device("meta")
 

@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 import torch
 
+import growth
 from clip import load_clip
 from data.batches import Batch
+from growth import Growth
 from sampling import latent
 from tests import figures
 from tests.evaluation.test_features import by_ranks
 from tests.figures import TINY
-from training import growth
-from training.growth import Growth
 from weights.checkpoint import load_generator
 
 RECIPE = dataclasses.replace(TINY.recipe, fid_samples=5)

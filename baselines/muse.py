@@ -21,14 +21,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-sys.path.append(str(Path(__file__).parents[1]))  # for `python neighbours/muse.py`
+sys.path.append(str(Path(__file__).parents[1]))  # for `python baselines/muse.py`
 
 from attention import merge_heads, split_heads
+from baselines.command import main
+from baselines.system import minimize
 from clip import Text
 from common import distributed
-from neighbours.command import main
-from neighbours.system import minimize
-from training.step import ema_weight
+from step import ema_weight
 
 # The VQGAN.
 FACTOR = 4  # pixels along the side of a token

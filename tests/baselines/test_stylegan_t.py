@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from scipy.ndimage import gaussian_filter
 
+from baselines import features, stylegan_t
+from baselines.stylegan_t import StyleGANT
 from clip import load_clip
 from common.cli import UserError
-from neighbours import features, stylegan_t
-from neighbours.stylegan_t import StyleGANT
 from tests.weights.test_official import FIXTURES, read
 from weights.efficientnet import load_efficientnet
 
