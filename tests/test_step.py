@@ -77,7 +77,7 @@ def test_r1_stands_for_the_steps_without_it(learner, monkeypatch):
 def test_the_generator_is_augmented_by_the_chances_of_fake_images(learner, monkeypatch):
     seen = []
     loss = step_module.generator_loss
-    monkeypatch.setattr(step_module, "generator_loss", lambda *x: seen.append(x[3]) or loss(*x))
+    monkeypatch.setattr(step_module, "generator_loss", lambda *x: seen.append(x[4]) or loss(*x))
     (part,) = learner.prepare(0, 1, batches(1, 4))
     learner.step(1, [part])
     assert torch.equal(seen[0], part.chances[:, 1]) and not torch.equal(seen[0], part.chances[:, 0])
