@@ -28,7 +28,7 @@ from tests.fake_cuda import DEVICE, fake_cuda
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device")
 BATCH, SIDE, PROMPTS = 4, 8, ["a red circle", "two blue squares"]
 # The batch comes from the CPU. Nothing else of a step does, nor does the host ask for a result.
-OF_A_BATCH = {"cpu to cuda, clip.py:tokenize", "cpu to cuda, step.py:prepare"}
+OF_A_BATCH = {f"cpu to cuda, {where}" for where in ("clip.py:tokenize", "step.py:prepare", "step.py:<listcomp>")}
 
 
 @pytest.fixture
@@ -104,9 +104,7 @@ def test_the_fid_of_training_and_overfitting(device):
     learner = learner_of()
     growth = Growth(dataclasses.replace(learner.recipe, fid_samples=BATCH), learner.resolutions, learner.clip, seed=0)
     kept = growth.compute_reference(Source(), asked_to_stop=lambda: False)
-    growth.captions, growth.statistics, growth.reference_fid = (
-        kept[name] for name in ("captions", "statistics", "reference_fid")
-    )
+    vars(growth).update({name: kept[name] for name in ("captions", "statistics", "reference_fid", "given")})
     assert "fid" in growth.evaluate(learner.ema)
     assert "overfitting" in OverfittingWatch(Source(), learner.clip).measure(learner, seed=0)
 
