@@ -20,8 +20,8 @@ from common.cli import (
     positive_int,
     told_in_one_line,
 )
-from sampling import files, inference, latent, lettering, views
-from sampling.pictures import animation, beside, expert_map, grid, to_pil
+from sampling import files, inference, latent, views
+from sampling.pictures import animation, beside, boxes, expert_map, grid, to_pil
 from sampling.pipeline import Pipeline
 from weights.checkpoint import DEMO
 
@@ -85,21 +85,21 @@ def read_prompts(args):
 
 
 def check_prompts(clip, prompts):
-    """Says which parts of the prompts the CLIP cannot take in, and which signs no font has."""
+    """Says which parts of the prompts the CLIP cannot take in, and which signs the font lacks."""
     for prompt in prompts:
         for remark in latent.remarks(clip, prompt):
             print(f"note: {remark}")
-        if boxes := lettering.missing(prompt):
-            print(f"note: no font has {' '.join(boxes[:10])}; captions show boxes there")
+        if unknown := boxes(prompt):
+            print(f"note: captions show boxes for {' '.join(unknown[:10])}")
 
 
 def choose_view(args, pipe, prompts, picture):
     """→ the frames to draw, how many of them stand in a row, and what the picture says above them."""
     generator, clip, seed, psi = pipe.generator, pipe.clip, args.seed, args.truncation
-    noise = f"seed {seed}, ψ {psi:g}"
+    noise = f"seed {seed}, psi {psi:g}"
     if args.seeds:
         frames = views.seeds_by_prompts(generator, clip, prompts, args.seeds, psi)
-        return frames, len(args.seeds), f"Each column has its noise, ψ {psi:g}"
+        return frames, len(args.seeds), f"Each column has its noise, psi {psi:g}"
     if args.truncation_sweep:
         frames = views.truncation_sweep(generator, clip, prompts, seed)
         return frames, len(views.SWEEP), f"From each prompt's mean picture to all variety, seed {seed}"
@@ -112,7 +112,7 @@ def choose_view(args, pipe, prompts, picture):
         return frames, len(frames), f"Layers by “{prompts[0]}”, then by “{prompts[1]}”, {noise}"
     if args.latent_walk:
         frames = views.latent_walk(generator, clip, prompts[0], seed, psi, args.steps, args.path)
-        return frames, min(8, args.steps), f"A {args.path} walk through the noise, ψ {psi:g}"
+        return frames, min(8, args.steps), f"A {args.path} walk through the noise, psi {psi:g}"
     if args.like:
         from sampling import inversion  # not at the top: timm takes a second
 

@@ -1,12 +1,13 @@
 """Grids and animations of images with their captions, and maps of which expert took which point."""
 
-import torch
-from PIL import Image, ImageDraw, ImageOps
+import unicodedata
 
-from sampling import lettering
-from sampling.lettering import LINE
+import torch
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 CELL, MARGIN = 128, 6
+SIZE, LINE = 12, 16  # of letters, in pixels
+FONT = ImageFont.load_default(SIZE)  # Pillow's own: it has English, and shows boxes for other scripts
 COLORS = (  # of experts, told apart also by those who confuse red and green
     "#332288", "#88CCEE", "#117733", "#DDCC77", "#CC6677", "#AA4499", "#44AA99", "#999933",
     "#882255", "#661100", "#6699CC", "#888888", "#000000", "#EE7733", "#0077BB", "#EE3377",
@@ -40,26 +41,62 @@ def beside(panels):
     return strip
 
 
+def without_accents(text):
+    """ "piñata" → "pinata", as the font has no ñ."""
+    return "".join(c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
+
+
+def boxes(text):
+    """The characters of a text that are drawn as boxes, each once."""
+    box = bytes(FONT.getmask("\uffff"))
+    letters = dict.fromkeys(without_accents(text))
+    return [c for c in letters if not c.isspace() and bytes(FONT.getmask(c)) == box]
+
+
+def wrapped(text, room, max_lines):
+    """A text → at most max_lines lines, none wider than `room` pixels. Where there is more, the last ends in an …"""
+    lines = [""]
+    for word in without_accents(text).split():
+        for part in [f" {word}"] if FONT.getlength(word) <= room else f" {word}":
+            if lines[-1] and FONT.getlength(lines[-1] + part) > room:
+                lines.append("")
+            lines[-1] = (lines[-1] + part).lstrip()
+        if len(lines) > max_lines:
+            break
+    if len(lines) > max_lines:
+        last = lines[max_lines - 1]
+        while last and FONT.getlength(f"{last} …") > room:
+            last = last[:-1].rstrip()
+        lines[max_lines - 1 :] = [f"{last} …"]
+    return lines
+
+
+def write(draw, place, lines):
+    """Draws lines of text, one below another; place: of the first, its left upper corner."""
+    for i, line in enumerate(lines):
+        draw.text((place[0], place[1] + i * LINE), line, fill="black", font=FONT)
+
+
 def grid(panels, captions, columns, title="", experts=0):
     """PIL images of one size in rows, each above its caption → one, under a title and a legend of experts' colors."""
     panel_width = panels[0].width
-    labels = [lettering.wrapped(caption, panel_width, 4) for caption in captions]
+    labels = [wrapped(caption, panel_width, 4) for caption in captions]
     width, height = panel_width + MARGIN, CELL + max(map(len, labels)) * LINE + MARGIN
-    heading = lettering.wrapped(title, columns * width, 9) if title else []
+    heading = wrapped(title, columns * width, 9) if title else []
     legend = MARGIN + len(heading) * LINE
     top = legend + (LINE if experts else 0) + (MARGIN if title or experts else 0)
     rows = -(-len(panels) // columns)
     canvas = Image.new("RGB", (columns * width + MARGIN, top + rows * height + MARGIN), "white")
     draw = ImageDraw.Draw(canvas)
-    lettering.write(draw, (MARGIN, MARGIN), heading)
+    write(draw, (MARGIN, MARGIN), heading)
     for i, (panel, label) in enumerate(zip(panels, labels, strict=True)):
         x, y = MARGIN + i % columns * width, top + i // columns * height
         canvas.paste(panel, (x, y))
-        lettering.write(draw, (x, y + CELL + 2), label)
+        write(draw, (x, y + CELL + 2), label)
     for expert in range(experts):
-        x, side = MARGIN + expert * 28, lettering.SIZE
+        x, side = MARGIN + expert * 28, SIZE
         draw.rectangle((x, legend + 1, x + side, legend + 1 + side), fill=COLORS[expert % len(COLORS)])
-        lettering.write(draw, (x + side + 3, legend), [str(expert)])
+        write(draw, (x + side + 3, legend), [str(expert)])
     return canvas
 
 

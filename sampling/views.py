@@ -50,7 +50,7 @@ def truncation_sweep(generator, clip, prompts, seed):
     for prompt in prompts:
         text = latent.read(generator, clip, [prompt])
         for psi in SWEEP:
-            rows += frames(generator, z, text, psi, [f"ψ {psi:g}: {prompt}"])
+            rows += frames(generator, z, text, psi, [f"psi {psi:g}: {prompt}"])
     return rows
 
 
