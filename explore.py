@@ -7,13 +7,17 @@ machine alone, unless --host says otherwise, and needs no network.
 import argparse
 import asyncio
 import functools
+import ipaddress
+import math
 import os
+import re
 import socket
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from nicegui import ui
+from nicegui import app, ui
+from starlette.responses import PlainTextResponse
 
 from baselines import command
 from common import distributed
@@ -28,6 +32,8 @@ from weights.checkpoint import DEMO, generator_of
 PARTS = {"both": "global and local text", "global": "global text", "local": "local text"}
 SCOPES = {"point": "this point", "picture": "all of its expert's here", "all": "all of its expert's, in every picture"}
 NO_ROUTER = "none"
+MOST_PSI = 1.5
+MOST_TEXT = 1000  # characters of a prompt
 CELL = 176  # CSS pixels of a picture
 WALK_EVERY, WALK_STEP = 0.1, 0.04  # seconds between two pictures, and the share of the way between two seeds
 DRAWING = ThreadPoolExecutor(1)  # pictures are drawn one after another, so no page meets another's forced expert
@@ -85,6 +91,19 @@ def draw(model, wanted):
     return model.draw(wanted) if isinstance(model, Baseline) else settings.draw(model, wanted)
 
 
+def within(value, least, most):
+    """What the page sends as a number, which may be anything, as one within these bounds."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    return min(max(number, least), most) if math.isfinite(number) else least
+
+
+def text_of(control):
+    return str(control.value or "")[:MOST_TEXT].strip()
+
+
 async def drawing(function, *arguments):
     """Calls a function where pictures are drawn, while the page goes on."""
     return await asyncio.get_running_loop().run_in_executor(DRAWING, function, *arguments)
@@ -134,7 +153,7 @@ class Page:
             self.num = ui.slider(min=1, max=settings.MOST, value=4, on_change=self.renumber).classes("w-32")
             self.num.props("label")
             ui.label("ψ")
-            self.psi = ui.slider(min=0, max=1.5, step=0.05, value=1, on_change=self.refresh).classes("w-32")
+            self.psi = ui.slider(min=0, max=MOST_PSI, step=0.05, value=1, on_change=self.refresh).classes("w-32")
             self.psi.props("label")
             self.walking = ui.timer(WALK_EVERY, self.walk, active=False)
             self.walk_button = ui.button("Walk", on_click=self.start_or_stop)
@@ -159,12 +178,12 @@ class Page:
 
     def wanted(self):
         return Settings(
-            prompt=self.prompt.value or "",
-            seed=max(0, min(int(self.seed.value or 0), 2**62)),
-            num=int(self.num.value),
-            psi=self.psi.value,
-            second=(self.second.value or "").strip(),
-            amount=self.amount.value,
+            prompt=text_of(self.prompt),
+            seed=int(within(self.seed.value, 0, 2**53)),
+            num=int(within(self.num.value, 1, settings.MOST)),
+            psi=within(self.psi.value, 0, MOST_PSI),
+            second=text_of(self.second),
+            amount=within(self.amount.value, 0, 1),
             part=self.part.value,
             layers=tuple(self.layers.value),
             walk=self.walked,
@@ -240,7 +259,7 @@ class Page:
             return
         self.centre = settings.codes(self.model.generator, self.shown)[self.point.picture]
         self.forced = self.point = None
-        self.seed.value = int(self.seed.value or 0) + 1
+        self.seed.value = int(within(self.seed.value, 0, 2**53)) + 1
 
     async def all_again(self):
         self.centre = None
@@ -331,6 +350,31 @@ class Page:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+class KnownHosts:
+    """Serves those alone who ask for this machine by its address or by a name of its own: else another site, whose name
+    is made to lead here once its page is open, could use this page as if it were its own (DNS rebinding).
+    """
+
+    def __init__(self, served, names):
+        self.served, self.names = served, {name.lower() for name in names}
+
+    async def __call__(self, scope, receive, send):
+        if scope["type"] in ("http", "websocket"):
+            host = dict(scope["headers"]).get(b"host", b"").decode("latin-1").lower()
+            name = host.rpartition(":")[0] if re.search(r":\d*$", host) else host
+            if name not in self.names and not is_address(name.strip("[]")):
+                response = PlainTextResponse("This page is not served under that name; use its address.", 400)
+                return await response(scope, receive, send)
+        return await self.served(scope, receive, send)
+
+
+def is_address(name):
+    try:
+        return bool(ipaddress.ip_address(name))
+    except ValueError:
+        return False
+
+
 def check_address(host, port):
     try:
         socket.create_server((host, port)).close()
@@ -346,6 +390,7 @@ def main():
         check_address(args.host, args.port)
         models = functools.cache(functools.partial(load_model, args))
         models(args.checkpoint[0])
+        app.add_middleware(KnownHosts, names={"localhost", socket.gethostname(), socket.getfqdn(), args.host})
         print(f"The page is at http://{args.host}:{args.port}; Ctrl-C ends it", flush=True)
         ui.run(
             lambda: Page(models, args.checkpoint, args.prompt),

@@ -1,4 +1,4 @@
-"""Captioned images, whatever their source: emoji (built in), folders (`folder.py`), WebDataset shards (`shards.py`,
-their files by `members.py`), COCO. `sources.open_data` opens what `--data` names; `batches.py` is what
-sources share; `pairs.py` reads one image and caption as the web has them.
+"""Captioned images, whatever their source: `sources.py` (what a source is, what `--data` names, the workers), folders
+(`folder.py`), WebDataset shards and the built-in emoji (`shards.py`), COCO. `pairs.py` reads one image and caption as
+the web has them, `svg.py` a picture of vectors.
 """

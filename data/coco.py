@@ -10,7 +10,8 @@ from PIL import Image
 from torchvision.transforms.functional import center_crop
 
 from common.cli import UserError, first_line
-from data.batches import Batch
+from data.pairs import FORMATS
+from data.sources import Batch
 
 RESIZER = f"centre crop, then Pillow's Lanczos (Pillow {Image.__version__})"
 
@@ -70,7 +71,7 @@ def read_annotations(path):
 def read_image(path, resolution):
     """An image file → its centre square [3, R, R] in [−1, 1]. Smaller ones are enlarged, as in the field."""
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
             square = center_crop(image.convert("RGB"), min(image.size))
             square = square.resize((resolution, resolution), Image.Resampling.LANCZOS)
     except Exception as error:  # Pillow stumbles over broken files in every way there is

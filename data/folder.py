@@ -3,7 +3,6 @@
 import collections
 import errno
 import functools
-import itertools
 import os
 import stat
 from pathlib import Path
@@ -11,20 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from common.cli import UserError
-from data.batches import FEWEST, Evaluated, Patience, collate, is_held_out, sample_indices
-from data.pairs import (
-    FILE,
-    IMAGE_SUFFIXES,
-    LARGE,
-    MAX_FACTS,
-    MAX_FILE,
-    MAX_TEXT,
-    Tally,
-    Unusable,
-    facts_of,
-    read_pair,
-    where,
-)
+from data.pairs import FILE, IMAGE_SUFFIXES, MAX_FACTS, MAX_FILE, MAX_TEXT, Unusable, facts_of, read_pair, where
+from data.sources import FEWEST, Source, collate, is_held_out, leads_out, sample_indices
 
 
 class Search:
@@ -32,12 +19,15 @@ class Search:
 
     def __init__(self, path, caption_key=None):
         self.caption_key = caption_key
-        self.pairs, self.without_caption = [], []  # (image, the file of its caption), and images alone
+        self.pairs = []  # (image, the file of its caption)
+        self.without_caption, self.without_image = [], []
         self.others = collections.Counter()  # files that are neither image nor caption, by suffix
-        self.refused = []  # folders that may not be read
+        self.refused, self.astray = [], []  # folders that may not be read, and links that lead out
         suffix = ".json" if caption_key else ".txt"
-        for folder, names in walk(path, self.refused.append):
+        for folder, names in walk(path, self.refused.append, self.astray.append):
             captions = {name.stem: name for name in names if name.suffix.lower() == suffix}
+            images = {name.stem for name in names if name.suffix.lower() in IMAGE_SUFFIXES}
+            self.without_image += [folder / name for stem, name in captions.items() if stem not in images]
             for name in names:
                 kind = name.suffix.lower()
                 if kind not in IMAGE_SUFFIXES:
@@ -55,10 +45,14 @@ class Search:
         yield f"{len(self.pairs)} images have a caption {place} beside them, as {example}."
         if self.without_caption:
             yield f"{len(self.without_caption)} images have no caption, as {self.without_caption[0]}."
+        if self.without_image:
+            yield f"{len(self.without_image)} captions have no image, as {self.without_image[0]}."
         if kinds := ", ".join(f"{number} {kind}" for kind, number in self.others.most_common(6) if number):
             yield f"Not read: {kinds}."
         if self.refused:
             yield f"{len(self.refused)} folders may not be read, as {self.refused[0]}."
+        if self.astray:
+            yield f"{len(self.astray)} links lead out of the folder and are not followed, as {self.astray[0]}."
         if not self.caption_key and (fields := self.fields()):
             yield f"The .json files hold {fields}; name the caption among these by --caption-key."
 
@@ -70,100 +64,93 @@ class Search:
         return ""
 
 
-class Folder(Evaluated):
+class Folder(Source):
     """A folder, searched with all below it: the caption of `cat.jpg` is in `cat.txt`, or in a field of `cat.json`.
 
-    Suffixes may be in any case. Of 200 pairs or more, one in 50 is held out, by a hash of its path in the folder.
+    Suffixes may be in any case. Of 200 pairs or more, one in 50 is held out, by a hash of its picture. In a pass over
+    the folder each pair comes once, in an order of its own; in place of one that cannot be used comes another.
     """
 
     def __init__(self, path, resolution, seed, caption_key=None):
-        self.path, self.resolution, self.seed, self.caption_key = Path(path), resolution, seed, caption_key
-        self.tally, self.patience = Tally(path), Patience(path)
+        super().__init__(path, resolution, seed, caption_key)
         if not path or not os.path.exists(path):
             raise UserError(f"--data {path}: no such file or folder")
-        if not self.path.is_dir():
+        if not os.path.isdir(path):
             raise UserError(f"--data {path}: not a folder of images with .txt captions, nor a .tar shard")
         self.search = Search(path, caption_key)
-        self.found = self.search.pairs
-        if len(self.found) < 4:
+        self.pairs = self.search.pairs
+        if len(self.pairs) < 4:
             raise UserError(f"--data {path}: training needs at least 4 pairs. {' '.join(self.search.describe())}")
-        self.holds_out = len(self.found) >= FEWEST
-        split = {True: [], False: []}
-        for pair in self.found:
-            key = pair[0].relative_to(self.path).with_suffix("").as_posix()
-            split[self.holds_out and is_held_out(key)].append(pair)
-        self.held_out, self.pairs = split[True], split[False]
+        self.holds_out = len(self.pairs) >= FEWEST
 
     def describe(self):
         """What was found, in lines for the user."""
         yield from self.search.describe()
-        if self.holds_out:
-            yield f"{len(self.held_out)} of the pairs are held out for evaluation."
-        else:
-            yield f"None is held out for evaluation, as there are fewer than {FEWEST}: it sees what training sees."
+        yield self.said_of_held_out()
 
     @functools.lru_cache(maxsize=2)  # noqa: B019 - a source lives as long as the run
     def order(self, epoch):
         return np.random.default_rng([self.seed, epoch]).permutation(len(self.pairs))
 
-    def example(self, pair):
-        """(image [3, R, R], captions) of a pair, or None, and counted, where it cannot be used."""
-        image, caption = pair
+    def example(self, number, held_out):
+        """(image [3, R, R], captions) of a pair; None if it is of the other part, or cannot be used and is counted."""
+        image, caption = self.pairs[number]
         try:
             files = start_of(image, MAX_FILE), start_of(caption, MAX_FACTS if self.caption_key else MAX_TEXT)
         except OSError as error:
-            self.tally.skip(FILE, f"{image.name}: {error.strerror}")
+            self.tally.skip(FILE, f"{image}: {error.strerror}")
             self.patience.fail(error)
             return None
         self.patience.succeed()
+        facts = facts_of(files[1]) if self.caption_key else {}
+        if (self.holds_out and is_held_out(files[0], facts)) != held_out:
+            return None
         try:
-            if len(files[0]) == MAX_FILE:
-                raise Unusable(LARGE)
             example = read_pair(files[0], files[1], files[1], self.resolution, self.caption_key)
         except Unusable as error:
-            self.tally.skip(str(error), where(str(error), str(image.relative_to(self.path)), files[1]))
+            self.tally.skip(str(error), where(str(error), str(image), files[1]))
             return None
         self.tally.use()
         return example
 
+    def instead(self, index):
+        """The first pair of use in the order of the folder, from a random one on, and around."""
+        start, count = np.random.default_rng([self.seed, index]).integers(len(self.pairs)), len(self.pairs)
+        while True:
+            for number in range(start, start + count):
+                if example := self.example(number % count, held_out=False):
+                    return example
+            if not self.patience.failures:  # the disk gives all files, and none is of use
+                raise self.none_usable()
+
     def none_usable(self):
-        causes = self.tally.told(self.tally.skipped)
-        return UserError(f"--data {self.path}: none of the {len(self.found)} pairs is usable: {causes}")
-
-    def read(self, indices):
-        """The pairs numbered so over all epochs; in place of one that cannot be used comes the next in the folder."""
-        examples = []
-        for index in indices:
-            epoch, position = divmod(index, len(self.pairs))
-            start = self.order(epoch)[position]
-            while (usable := next(filter(None, self.from_position(start)), None)) is None:
-                if not self.patience.failures:  # the disk gives all files, and none is of use
-                    raise self.none_usable()
-            examples.append(usable)
-        return collate(examples, np.random.default_rng([self.seed, *indices]), self.tally)
-
-    def from_position(self, start):
-        """All pairs from one on, and around."""
-        for number in range(start, start + len(self.pairs)):
-            yield self.example(self.pairs[number % len(self.pairs)])
+        causes = self.tally.told() or "all are held out"
+        return UserError(f"--data {self.name}: none of the {len(self.pairs)} pairs is usable: {causes}")
 
     def batches(self, steps, batch, rank, world_size):
         for step in steps:
-            yield self.read(sample_indices(step, batch, rank, world_size))
+            examples, indices = [], sample_indices(step, batch, rank, world_size)
+            for index in indices:
+                epoch, position = divmod(index, len(self.pairs))
+                examples.append(self.example(self.order(epoch)[position], held_out=False) or self.instead(index))
+            yield collate(examples, np.random.default_rng([self.seed, *indices]), self.tally)
 
     def examples(self, held_out=False, rank=0, world_size=1):
-        """Every pair that can be used, once, with no replacements; with held_out only the held-out ones."""
-        pairs = (self.held_out if held_out else [self.pairs[i] for i in self.order(0)])[rank::world_size]
-        usable = filter(None, map(self.example, pairs))
-        if (first := next(usable, None)) is None:
-            if held_out or not pairs:
-                return iter(())
+        """Every pair of a rank's share of the files that can be used, once."""
+        usable = False
+        for number in self.order(0)[rank::world_size]:
+            if example := self.example(number, held_out):
+                usable = True
+                yield example
+        if not usable and not held_out and len(self.pairs) > rank:
             raise self.none_usable()
-        return itertools.chain([first], usable)
 
 
-def walk(path, refuse):
-    """A folder, and all below it and behind its links → (folder, the names of its files); hidden ones are left out."""
+def walk(path, refuse, stray):
+    """A folder, and all below it → (folder, the names of its files); hidden ones are left out.
+
+    refuse, stray: called with each folder that may not be read, and with each link that leads out.
+    """
     seen = set()
     for folder, folders, names in os.walk(path, followlinks=True, onerror=lambda error: refuse(error.filename)):
         real = os.path.realpath(folder)
@@ -171,8 +158,12 @@ def walk(path, refuse):
             folders.clear()
             continue
         seen.add(real)
-        folders[:] = sorted(name for name in folders if not name.startswith((".", "__MACOSX")))
-        yield Path(folder), [Path(name) for name in sorted(names) if not name.startswith(".")]
+        for kind in (folders, names):
+            kind[:] = sorted(name for name in kind if not name.startswith((".", "__MACOSX")))
+            for name in [name for name in kind if leads_out(os.path.join(folder, name), path)]:
+                stray(os.path.join(folder, name))
+                kind.remove(name)
+        yield Path(folder), [Path(name) for name in names]
 
 
 def start_of(path, most):

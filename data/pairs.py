@@ -6,41 +6,58 @@ or as long as a book. A pair is made fit for training, or it is skipped, and cou
 
 import codecs
 import collections
+import contextlib
 import functools
 import io
 import json
+import re
 
 import numpy as np
-import resvg_py
 import torch
-from PIL import Image, ImageOps, features
+from PIL import ExifTags, Image, ImageCms, ImageOps, features
 
 from common.cli import UserError
+from data import svg
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".svg")
+# Named wherever a picture is opened: else Pillow knows an EPS by its content, and starts Ghostscript on it.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", *["AVIF"] * features.check("avif"))
+PNG = b"\x89PNG\r\n\x1a\n"  # its first bytes
+TURNS = {  # what makes a picture upright, by its orientation in EXIF
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 MAX_FILE = 2**28  # bytes of an image that are read
 MAX_PIXELS = 2**26  # of an image; more is a mistake or an attack
 MAX_CAPTION = 1000  # characters; no CLIP reads as many, and tokenizing a novel takes minutes
 MAX_TEXT = 16 * MAX_CAPTION  # bytes of a caption file that are read
 MAX_HEAD = 1000  # bytes in which an SVG says that it is one
 MAX_FACTS = 2**20  # bytes of a .json that are read
-WINDOW = 200  # pairs; if most of so many in a row are unusable, the source is given up
+WINDOW = 1000  # pairs; if most of so many in a row are unusable, and of the shards as well, the source is given up
+ENOUGH, MANY = 5, 50  # shards that are judged by; pairs of one that are of no use
 
 Image.MAX_IMAGE_PIXELS = None  # decode looks itself, before a pixel is decoded
 
-CAUSES = SHARD, DUPLICATE, FILE, IMAGE, FORMAT, SMALL, LARGE, EMPTY, ENCODING, NO_CAPTION, NO_IMAGE, FIELD = (
-    "shards cut off or not readable",
-    "file names that a shard has twice",
-    "files that the disk did not give",
-    "images broken",
-    "images of a kind that this Pillow cannot read",
-    "images too small",
-    "images too large",
-    "captions empty",
-    "captions not in UTF-8",
-    "images without a caption",
-    "captions without an image",
-    ".json files without the caption's field",
+CAUSES = (
+    SHARD := "shards cut off or not readable",
+    DUPLICATE := "file names that a shard has twice",
+    FILE := "files that the disk did not give",
+    IMAGE := "images broken",
+    FORMAT := "images of a kind that this Pillow cannot read",
+    SMALL := "images too small",
+    LARGE := "images too large",
+    EMPTY := "captions empty",
+    ENCODING := "captions not in UTF-8",
+    NO_CAPTION := "images without a caption",
+    NO_IMAGE := "captions without an image",
+    FIELD := ".json files without the caption's field",
+    LINK := "links to other files of a shard",
+    REFUSED := "drawings that refer to other files, or take too long",
 )
 
 
@@ -49,45 +66,59 @@ class Unusable(ValueError):
 
 
 class Tally:
-    """Counts what a source passes over, by cause. Raises UserError where that is most of what it holds."""
+    """Counts what a source passes over, by cause. Raises UserError where that is most of what it holds.
 
-    def __init__(self, name):
-        self.name = name
-        self.skipped = collections.Counter()  # since the last batch
+    A shard of little use ends nothing. num_shards: of the source; 1 for a folder.
+    """
+
+    def __init__(self, name, num_shards=1):
+        self.name, self.num_shards = name, num_shards
+        self.skipped, self.notes = collections.Counter(), []  # since the last batch; (subject, what is new about it)
         self.window = collections.Counter()
+        self.shards = {}  # of which pairs were met: how many were of use, and how many not
         self.first = {}  # cause: where it was met first, in words
 
-    def use(self):
-        self.window["used"] += 1
-        self.judge()
+    def use(self, shard=""):
+        self.count("used", shard)
 
-    def skip(self, cause, where=""):
-        if where:
-            self.first.setdefault(cause, where)
+    def skip(self, cause, where="", shard=""):
+        if cause not in self.first:
+            self.first[cause] = where
+            self.notes.append((cause, self.told({cause: 1})))
         self.skipped[cause] += 1
-        self.window[cause] += 1
-        self.judge()
+        self.count(cause, shard)
+
+    def count(self, outcome, shard):
+        self.window[outcome] += 1
+        counts = self.shards.setdefault(shard, [0, 0])
+        counts[outcome != "used"] += 1
+        used, useless = counts
+        if shard and useless == MANY > used:
+            self.notes.append((shard, f"{shard} is of little use: {used} of {used + useless} pairs, {outcome}"))
+        if self.window.total() >= WINDOW:
+            self.judge()
 
     def judge(self):
-        if self.window.total() < WINDOW:
-            return
-        if (used := self.window["used"]) < WINDOW / 2:
-            causes = self.told(self.window)
-            raise UserError(f"--data {self.name}: only {used} of {WINDOW} pairs in a row are usable: {causes}")
+        causes, used = self.told(self.window), self.window["used"]
         self.window.clear()
+        useless = sum(b > a for a, b in self.shards.values())
+        enough = len(self.shards) >= min(self.num_shards, ENOUGH)
+        if used < WINDOW / 2 and enough and 2 * useless > len(self.shards):
+            raise UserError(f"--data {self.name}: only {used} of {WINDOW} pairs in a row are usable: {causes}")
 
-    def told(self, counts):
-        """The causes in a count of them, in words, each with where it was met first."""
+    def told(self, counts=None):
+        """The causes in a count of them, by default what was skipped, each with where it was met first."""
         return ", ".join(
             f"{count} {cause}" + (f" (first: {self.first[cause]})" if self.first.get(cause) else "")
-            for cause, count in counts.most_common()
+            for cause, count in collections.Counter(self.skipped if counts is None else counts).most_common()
             if cause != "used"
         )
 
     def take(self):
-        """What was skipped since the last call."""
-        skipped, self.skipped = self.skipped, collections.Counter()
-        return skipped
+        """What was skipped since the last call, and the notes on it."""
+        taken = self.skipped, tuple(self.notes)
+        self.skipped, self.notes = collections.Counter(), []
+        return taken
 
 
 def read_pair(image, text, facts, resolution, caption_key=None):
@@ -100,7 +131,9 @@ def read_pair(image, text, facts, resolution, caption_key=None):
         raise Unusable(NO_IMAGE)
     if caption is None:
         raise Unusable(NO_CAPTION)
-    captions = captions_in(facts_of(facts), caption_key) if caption_key else captions_of(text)
+    if len(image) == MAX_FILE:
+        raise Unusable(LARGE)
+    captions = captions_in(facts, caption_key) if caption_key else captions_of(text)
     return read_image(io.BytesIO(image), resolution), captions
 
 
@@ -114,8 +147,12 @@ def facts_of(data):
 
 
 def captions_in(facts, key):
-    """The captions in a field of a .json: a text of one caption a line, or a list of texts. Raises Unusable."""
-    value = facts.get(key)
+    """The captions in a field of a .json's bytes: a text of one caption a line, or a list of texts. Raises Unusable."""
+    try:
+        facts.decode(json.detect_encoding(facts))
+    except UnicodeDecodeError as error:
+        raise Unusable(ENCODING) from error
+    value = facts_of(facts).get(key)
     texts = value if isinstance(value, list) else [value]
     if not texts or not all(isinstance(text, str) for text in texts):
         raise Unusable(FIELD)
@@ -124,9 +161,8 @@ def captions_in(facts, key):
 
 def where(cause, name, facts):
     """The place of an unusable pair, for the user; of one whose .json lacks the caption, the fields that it has."""
-    if cause != FIELD:
-        return name
-    return f"{name} has {fields}" if (fields := ", ".join(facts_of(facts))) else ""
+    fields = ", ".join(facts_of(facts)) if cause == FIELD else ""
+    return f"{name} has {fields}" if fields else name
 
 
 def captions_of(data):
@@ -139,7 +175,9 @@ def captions_of(data):
         text = codecs.getincrementaldecoder("utf-8-sig")().decode(data[:MAX_TEXT], final=whole)
     except UnicodeDecodeError as error:
         raise Unusable(ENCODING) from error
-    lines = (" ".join(line.split())[:MAX_CAPTION] for line in text.replace("\0", " ").splitlines())
+    if "\0" in text:  # UTF-16 without a mark: every other byte of English is zero
+        raise Unusable(ENCODING)
+    lines = (" ".join(line.split())[:MAX_CAPTION] for line in re.split(r"\r\n|\r|\n", text))  # no other sign ends one
     if not (captions := [line for line in lines if line]):
         raise Unusable(EMPTY)
     return captions
@@ -147,27 +185,19 @@ def captions_of(data):
 
 def read_image(file, resolution):
     """An image file → its centre square [3, R, R] in [−1, 1]. Raises Unusable."""
+    data = file.read()
     try:
-        head = file.read(MAX_HEAD).lstrip()
-        file.seek(0)
-        image = render(file.read(), resolution) if head.startswith((b"<svg", b"<?xml")) else decode(file, resolution)
+        if data[:MAX_HEAD].lstrip(b"\xef\xbb\xbf \t\r\n").startswith((b"<svg", b"<?xml", b"<!DOCTYPE svg", b"<!--")):
+            image = ImageOps.fit(svg.render(data, resolution), (resolution, resolution), Image.Resampling.LANCZOS)
+        else:
+            image = decode(data, resolution)
     except Unusable:
         raise
+    except svg.Refused as error:
+        raise Unusable(REFUSED) from error
     except Exception as error:  # Pillow stumbles over broken files in every way there is
-        file.seek(0)
-        unread = is_avif(file.read(12)) and not features.check("avif")
-        raise Unusable(FORMAT if unread else IMAGE) from error
-    image = ImageOps.fit(image, (resolution, resolution), Image.Resampling.LANCZOS)
+        raise Unusable(FORMAT if is_avif(data[:12]) and "AVIF" not in FORMATS else IMAGE) from error
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
-
-
-def render(svg, resolution):
-    """The bytes of an SVG → RGB on white, its shorter side at the resolution. Raises what resvg raises."""
-    draw = functools.partial(resvg_py.svg_to_bytes, svg.decode(), background="white", skip_system_fonts=True)
-    image = Image.open(io.BytesIO(draw(width=resolution)))
-    if image.height < resolution:  # a wide picture
-        image = Image.open(io.BytesIO(draw(height=resolution)))
-    return image.convert("RGB")
 
 
 def is_avif(head):
@@ -175,23 +205,73 @@ def is_avif(head):
     return head[4:] in (b"ftypavif", b"ftypavis")
 
 
-def decode(file, resolution):
-    """An image file → RGB: upright, 16 bits narrowed to 8, what is transparent white, of an animation the first frame.
+def decode(data, resolution):
+    """The bytes of an image → its centre square, RGB. What fails beside the pixels does not lose the pixels.
 
     Raises Unusable for a size that does not serve, and whatever Pillow raises.
     """
-    with Image.open(file) as image:
+    try:
+        return centre_square(data, resolution)
+    except Unusable:
+        raise
+    except Exception:
+        if data.startswith(PNG):
+            return centre_square(pixels_alone(data), resolution)
+        # A JPEG without its end is whole if what is put there does not show.
+        square, other = (centre_square(data + more + b"\xff\xd9", resolution) for more in (b"", b"\x55\xaa" * 32))
+        if square.tobytes() != other.tobytes():
+            raise
+        return square
+
+
+def centre_square(data, resolution):
+    """As decode: upright, 16 bits narrowed to 8, what is transparent white, of an animation the first frame, and colors
+    as in sRGB.
+    """
+    with Image.open(io.BytesIO(data), formats=FORMATS) as image:
         if min(image.size) < resolution:
             raise Unusable(SMALL)
         if image.width * image.height > MAX_PIXELS:
             raise Unusable(LARGE)
         image.draft(None, (4 * resolution, 4 * resolution))  # a large JPEG is decoded at a fraction of its size
-        image = ImageOps.exif_transpose(image)
-        if image.mode == "F":
-            raise Unusable(FORMAT)  # a float says not which value is white
-        if image.mode.startswith("I"):
-            image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
+        profile = image.info.get("icc_profile")
+        image = upright(image)
+        if image.mode in ("F", "I"):
+            raise Unusable(FORMAT)  # 32 bits do not say which value is white
+        if image.mode.startswith("I;16"):
+            image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        if image.mode not in ("L", "CMYK"):
+            image = image.convert("RGB")
+        image = ImageOps.fit(image, (resolution, resolution), Image.Resampling.LANCZOS)
+        with contextlib.suppress(ImageCms.PyCMSError, OSError, TypeError, ValueError):
+            if profile:
+                return ImageCms.applyTransform(image, to_srgb(profile, image.mode))
         return image.convert("RGB")
+
+
+@functools.lru_cache(maxsize=16)
+def to_srgb(profile, mode):
+    """The transform from the colors of an ICC profile, its bytes. Raises what ImageCms raises."""
+    return ImageCms.buildTransform(io.BytesIO(profile), ImageCms.createProfile("sRGB"), mode, "RGB")
+
+
+def upright(image):
+    """An image turned as its EXIF says, if that can be read."""
+    try:
+        turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+    except Exception:  # a tag of a wrong type raises anything
+        turn = None
+    return image if turn is None else image.transpose(turn)
+
+
+def pixels_alone(png):
+    """A PNG file without the chunks that do not concern its pixels. A chunk is its length, kind, data and checksum."""
+    kept, at = [png[: len(PNG)]], len(PNG)
+    while chunk := png[at : at + 12 + int.from_bytes(png[at : at + 4])]:
+        if chunk[4:5].isupper() or chunk[4:8] == b"tRNS":
+            kept.append(chunk)
+        at += len(chunk)
+    return b"".join(kept)

@@ -1,17 +1,16 @@
-"""Where captioned images come from: the emoji, a folder, or WebDataset shards.
+"""Where captioned images come from: the emoji, a folder, or WebDataset shards; and the processes that load them."""
 
-A source yields batches to the ranks. `batches` are for training: endless, from any step on, since the seed and the
-number of a step decide what it sees. `evaluation` gives every pair once, in a fixed order. `evaluation_pairs` begins
-with the pairs that training never sees. A pair that cannot be used is skipped, and its batch counts it by cause.
-`describe` says what was found.
-"""
-
+import collections
 import contextlib
+import hashlib
+import itertools
 import os
 import re
 import signal
 import time
+import zlib
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from braceexpand import braceexpand
@@ -20,35 +19,155 @@ from tqdm import tqdm
 
 from common import distributed
 from common.cli import UserError, first_line, signals
-from data.batches import Stopped
-from data.folder import Folder, Search
-from data.shards import Shards
+from data.pairs import Tally
 
-NAMES = ("emoji",)  # of the built-in data
 EMOJI = Path(__file__).parent / "emoji.tar.gz"
+NAMES = ("emoji",)  # of the built-in data
 SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz")
+HELD_OUT_OF = 50  # one pair in so many is held out for evaluation
+FEWEST = 200  # pairs; of fewer none is held out
+AT_ONCE = 20  # failures in a row that are passed over at once: some shards may be missing for good
+PAUSES = (1, 2, 4, 8, 16, 32, 64)  # seconds to wait after each further one; shorter together than a worker may take
 WORKER_TIMEOUT = 300  # seconds in which a worker must make a batch; longer than its own patience
 QUEUE_BYTES = 2**20  # of shared memory that DataLoader needs beside the batches, generously
 POLL = 1  # seconds of waiting for a batch after which the run is asked whether to stop
 RETRIES = 3  # of workers that hang or die, in a row
 
 
+class Batch(NamedTuple):
+    images: torch.Tensor  # [b, 3, R, R] in [−1, 1]
+    captions: list[str]
+    skipped: collections.Counter  # the pairs passed over on the way, by cause
+    notes: tuple = ()  # (subject, what was met of it first) on them
+
+
+class Stopped(Exception):
+    """The run was asked to stop while it waited for data."""
+
+
+class Source:
+    """Captioned images. `batches` are for training: endless, from any step on, since the seed and the number of a step
+    decide what it holds. `evaluation` gives every pair once. `describe` says in lines for the user what was found.
+
+    A kind of source has `batches(steps, batch, rank, world_size)`, `describe()`, and `examples(held_out, rank,
+    world_size)`, which yields a rank's share of the pairs, (image [3, R, R], all its captions): those that training
+    never sees, or the others. A pair that cannot be used is passed over, and its batch counts it by cause.
+    """
+
+    def __init__(self, name, resolution, seed, caption_key=None):
+        self.name, self.resolution, self.seed, self.caption_key = name, resolution, seed, caption_key
+        self.tally, self.patience = Tally(name), Patience(name)
+        self.holds_out, self.known = True, set()  # subjects of the notes that were told
+
+    def evaluation(self, batch=64, held_out=False, rank=0, world_size=1):
+        """Batches of every pair that can be used, once; held_out: of those alone that training never sees.
+
+        A pair has the same one of its captions on any number of ranks.
+        """
+        examples = self.examples(held_out, rank, world_size)
+        while some := list(itertools.islice(examples, batch)):
+            images, captions = zip(*some, strict=True)
+            numbers = (zlib.crc32(image.numpy().tobytes(), self.seed) for image in images)
+            drawn = [lines[number % len(lines)] for lines, number in zip(captions, numbers, strict=True)]
+            yield told(Batch(torch.stack(images), drawn, *self.tally.take()), self.known)
+
+    def evaluation_pairs(self, batch=64, rank=0, world_size=1):
+        """Batches of the pairs to evaluate with: those held out first, then those of training."""
+        held_out, others = (self.evaluation(batch, part, rank, world_size) for part in (True, False))
+        return itertools.chain(held_out, others)
+
+    def said_of_held_out(self):
+        if self.holds_out:
+            return f"One pair in {HELD_OUT_OF}, by a hash of its picture, is held out for evaluation."
+        return f"None is held out for evaluation, as there are fewer than {FEWEST}: it sees what training sees."
+
+
+def collate(examples, rng, tally):
+    """Some (image, captions) → a Batch, for each image one of its captions."""
+    images, captions = zip(*examples, strict=True)
+    return Batch(torch.stack(images), [lines[rng.integers(len(lines))] for lines in captions], *tally.take())
+
+
+def told(batch, known):
+    """Says on the main rank what a batch passed over for the first time → the batch. known: subjects told before."""
+    for subject, note in batch.notes:
+        if subject not in known:
+            distributed.say(f"note: of the data is passed over, and counted: {note}")
+            known.add(subject)
+    return batch
+
+
+def is_held_out(image, facts):
+    """Whether a pair is held out: by a hash of its picture, so that a copy under another name is held out with it.
+
+    image: the file's bytes. facts: its .json, where img2dataset writes the `sha256` of the picture as it was found.
+    """
+    named = facts.get("sha256")
+    if not isinstance(named, str) or len(named) != 64:
+        named = hashlib.sha256(image or b"").hexdigest()
+    return zlib.crc32(named.encode()) % HELD_OUT_OF == 0
+
+
+def sample_indices(step, batch, rank, world_size):
+    """The numbers, counted over the whole run and all ranks, of the samples that a rank sees in a step."""
+    first = (step * world_size + rank) * batch
+    return range(first, first + batch)
+
+
+class Patience:
+    """Waits, ever longer, for a source that fails again and again, and at last gives up."""
+
+    def __init__(self, name):
+        self.name = name
+        self.failures = 0  # in a row
+        self.first, self.since = "", 0.0  # the first of them, and when
+        self.asked_to_stop = lambda: False
+
+    def __getstate__(self):
+        return {**vars(self), "asked_to_stop": None}  # a worker is ended from outside
+
+    def __setstate__(self, state):
+        vars(self).update(state, asked_to_stop=lambda: False)
+
+    def succeed(self):
+        self.failures = 0
+
+    def fail(self, error):
+        """Waits if that may help. Raises UserError with the first error, or Stopped."""
+        if not self.failures:
+            self.first, self.since = first_line(error), time.monotonic()
+        self.failures += 1
+        elapsed, number = time.monotonic() - self.since, self.failures - AT_ONCE - 1
+        if number >= len(PAUSES) or (elapsed > sum(PAUSES) and self.failures > 2):  # a failure itself may take a minute
+            raise UserError(f"--data {self.name}: for {elapsed:.0f} s nothing could be read: {self.first}")
+        if number >= 0:
+            until = time.monotonic() + PAUSES[number]
+            while time.monotonic() < until:
+                if self.asked_to_stop():
+                    raise Stopped
+                time.sleep(min(0.2, PAUSES[number]))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What --data names.
+
+
 def open_data(spec, resolution, seed, caption_key=None):
-    """The source named by --data: "emoji", a folder of images with captions, or shards (a folder, a file, a
-    pattern, URLs, or pipe:COMMAND).
+    """The source named by --data: "emoji", a folder of images with captions, or shards (a folder, a file, a pattern,
+    URLs, or pipe:COMMAND).
 
     caption_key: the field of each .json that holds the caption, where no .txt does. Raises UserError where nothing
     usable is there, and where it is not clear what is meant.
     """
+    from data.folder import Folder, Search  # here, as both kinds are built on Source
+    from data.shards import Shards
+
     if spec == "emoji":
         return Shards([str(EMOJI)], resolution, seed)
-    if not os.path.isdir(spec):
-        if shards := expand_shards(spec):
-            return Shards(shards, resolution, seed, caption_key)
+    is_folder = os.path.isdir(spec)
+    if not (shards := shards_in(spec) if is_folder else expand_shards(spec)):
         return Folder(spec, resolution, seed, caption_key)
-    if not (shards := shards_in(spec)):
-        return Folder(spec, resolution, seed, caption_key)
-    if pairs := Search(spec, caption_key).pairs:
+    if is_folder and (pairs := Search(spec, caption_key).pairs):
         raise UserError(
             f"--data {spec} holds {len(pairs)} images with captions and beside them {len(shards)} shard(s), as "
             f"{Path(shards[0]).name}: name a shard or a pattern of them, or move them away to train on the images"
@@ -62,7 +181,14 @@ def shards_in(folder):
         paths = [os.path.join(folder, name) for name in os.listdir(folder) if not name.startswith(".")]
     except OSError as error:
         raise UserError(f"--data {folder} cannot be read: {error.strerror}") from error
-    return sorted(path for path in paths if path.lower().endswith(SHARD_SUFFIXES) and os.path.isfile(path))
+    shards = (path for path in paths if path.lower().endswith(SHARD_SUFFIXES) and os.path.isfile(path))
+    return sorted(path for path in shards if not leads_out(path, folder))
+
+
+def leads_out(path, folder):
+    """Whether a file or folder in a folder is a link to what lies elsewhere."""
+    inside = os.path.join(os.path.realpath(folder), "")
+    return os.path.islink(path) and not os.path.join(os.path.realpath(path), "").startswith(inside)
 
 
 def expand_shards(spec):
@@ -80,6 +206,10 @@ def expand_shards(spec):
     return []
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# Workers.
+
+
 def loader(source, first, batch, workers, asked_to_stop=lambda: False):
     """An endless iterator of this rank's share of each global batch from number `first` on, loaded by worker processes.
 
@@ -89,7 +219,7 @@ def loader(source, first, batch, workers, asked_to_stop=lambda: False):
     share = batch // distributed.world_size(), distributed.rank(), distributed.world_size()
     if not workers and hasattr(source, "patience"):
         source.patience.asked_to_stop = asked_to_stop
-    failures = 0
+    failures, known = 0, set()
     while True:
         stream, timeout = Stream(source, first, *share), min(POLL, WORKER_TIMEOUT) if workers else 0
         options = {"num_workers": workers, "worker_init_fn": leave_signals_to_the_run, "timeout": timeout}
@@ -102,7 +232,7 @@ def loader(source, first, batch, workers, asked_to_stop=lambda: False):
             for number in signals("SIGCHLD"):
                 signal.signal(number, signal.SIG_DFL)
             while True:
-                yield wait_for(batches, asked_to_stop)
+                yield told(wait_for(batches, asked_to_stop), known)
                 first, failures = first + 1, 0
         except UserError as error:  # a worker's comes with its traceback
             raise UserError(re.sub(r"^\S*UserError: ", "", str(error).strip().splitlines()[-1])) from error

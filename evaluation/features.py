@@ -11,7 +11,6 @@ from tqdm import tqdm
 
 from common import distributed
 from common.cli import UserError
-from data.pairs import DUPLICATE, SHARD
 from layers import resize
 from sampling import latent
 
@@ -81,8 +80,6 @@ def extract_real(source, count, resolution, extractors):
     if len(captions) < count:
         with distributed.together():
             raise UserError(f"--count {count}: the data holds {len(captions)} usable images; ask for no more")
-    if rank:
-        del skipped[SHARD], skipped[DUPLICATE]  # every rank meets these, as it reads all shards
     return captions, features, sum(distributed.collect(skipped), collections.Counter())
 
 

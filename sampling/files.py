@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from common.cli import UserError, check_file, first_line
 from common.disk import atomically, left_over
-from data.pairs import Unusable, read_image
+from data.pairs import FORMATS, Unusable, read_image
 from sampling import latent
 from sampling.pipeline import Pipeline
 
@@ -59,7 +59,7 @@ def described(about):
 def show(path):
     """How a picture that this program wrote was made, {name: value}. Raises UserError."""
     try:
-        with Image.open(path) as picture:
+        with Image.open(path, formats=FORMATS) as picture:
             picture.load()
             about = json.loads(picture.text[KEY])
             about.items()

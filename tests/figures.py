@@ -22,8 +22,7 @@ from PIL import Image, ImageDraw
 
 from aurora import Generator
 from clip import load_clip
-from data.batches import Batch, sample_indices
-from data.sources import EMOJI
+from data.sources import EMOJI, Batch, sample_indices
 from presets import (
     PRESETS,
     SMALL_DISCRIMINATOR,

@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import DynamicOutputShapeException
 
 import attention
 import evaluate
-from data.batches import Batch
+from data.sources import Batch
 from evaluation import extractors
 from growth import Growth
 from kernels import l2_attention

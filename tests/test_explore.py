@@ -5,6 +5,7 @@ import functools
 import socket
 from types import SimpleNamespace
 
+import pytest
 import torch
 from nicegui.testing import user_simulation
 
@@ -12,18 +13,21 @@ import explore
 from baselines.command import Trained
 from baselines.stylegan_t import StyleGANT
 from clip import load_clip
+from common.cli import UserError
+from sampling import settings
 from sampling.pipeline import Pipeline
 from sampling.sheet import Sheet
 from tests import figures
 
 
-def visit(script, *checkpoints, prompt="red heart"):
+def visit(script, *checkpoints, prompt="red heart", models=None):
     """Opens the page and runs script(user, page)."""
     args = explore.parse_args(["--device", "cpu"])
     pages, failures = [], []
 
     def root():
-        pages.append(explore.Page(functools.cache(functools.partial(explore.load_model, args)), checkpoints, prompt))
+        load = models or functools.cache(functools.partial(explore.load_model, args))
+        pages.append(explore.Page(load, checkpoints, prompt))
 
     async def session():
         async with user_simulation(root) as user:
@@ -116,6 +120,56 @@ def test_a_baseline_stands_where_aurora_stood(tmp_path):
         assert "is damaged" in page.note.text
 
     visit(script, figures.generator_file(), path, broken)
+
+
+def test_what_the_page_sends_is_held_within_bounds():
+    async def script(user, page):
+        for control in (page.num, page.psi, page.seed, page.amount):
+            for sent in (10**7, -5, None, 1e300):
+                control.value = sent
+                wanted = page.wanted()
+                assert 1 <= wanted.num <= settings.MOST and 0 <= wanted.psi <= 1.5
+                assert 0 <= wanted.seed <= 2**53 and 0 <= wanted.amount <= 1
+        page.prompt.value = page.second.value = "word " * 100_000
+        assert len(page.wanted().prompt) <= 1000 and len(page.wanted().second) <= 1000
+        assert [explore.within(sent, 1, 9) for sent in (float("nan"), "x", [1], "5", 5)] == [1, 1, 1, 5, 5]
+
+    class Held:
+        """In place of the models: nothing is drawn."""
+
+        def __call__(self, path):
+            raise UserError("no model")
+
+    visit(script, "none", models=Held())
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        (b"127.0.0.1:8080", 200),
+        (b"localhost", 200),
+        (b"[::1]:8080", 200),
+        (b"192.168.0.7:80", 200),
+        (b"Desk.local:8080", 200),
+        (b"evil.example:8080", 400),
+        (b"127.0.0.1.evil.example", 400),
+        (b"", 400),
+    ],
+)
+def test_the_page_is_served_under_names_of_this_machine_alone(host, status):
+    sent = []
+
+    async def served(scope, receive, send):
+        await send({"status": 200})
+
+    async def send(message):
+        sent.append(message)
+
+    for kind in ("http", "websocket"):
+        sent.clear()
+        scope = {"type": kind, "headers": [(b"host", host)], "extensions": {"websocket.http.response": {}}}
+        asyncio.run(explore.KnownHosts(served, ["localhost", "desk.local"])(scope, None, send))
+        assert sent[0]["status"] == status
 
 
 def test_mistakes_are_told_in_one_line(run_main, tmp_path):

@@ -8,7 +8,7 @@ import torch
 
 import growth
 from clip import load_clip
-from data.batches import Batch
+from data.sources import Batch
 from growth import Growth
 from sampling import latent
 from tests import figures

@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 
 from clip import load_clip
-from data import pairs
-from data.pairs import CAUSES, EMPTY, ENCODING, FORMAT, IMAGE, LARGE, SMALL, Tally, Unusable, captions_of, read_image
+from data import pairs, svg
+from data.pairs import CAUSES, EMPTY, ENCODING, FORMAT, IMAGE, LARGE, REFUSED, SMALL, Unusable, captions_of, read_image
 from tests.data.test_sources import jpeg
 
 
@@ -30,44 +30,124 @@ def gray(value):
     return torch.full((3, 8, 8), value / 127.5 - 1)
 
 
+def drawing(inside="", box="0 0 20 50", head=""):
+    """An SVG, gray unless something is drawn over it."""
+    start = f'{head}<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" viewBox="{box}">'
+    return f'{start}<rect width="100%" height="100%" fill="#c8c8c8"/>{inside}</svg>'.encode()
+
+
+KINDS = {
+    "L": encoded(Image.new("L", (20, 50), 200)),
+    "16 bits": encoded(Image.fromarray(np.full((20, 50), 200 * 257, np.uint16))),
+    "RGBA": encoded(Image.new("RGBA", (20, 50), (200, 200, 200, 255))),
+    "CMYK": jpeg((55, 55, 55, 0), mode="CMYK"),
+    "animation": encoded(Image.new("L", (20, 50), 200), "GIF", save_all=True, append_images=[Image.new("L", (20, 50))]),
+    "WebP": encoded(Image.new("RGB", (20, 50), (200,) * 3), "WEBP", lossless=True),
+    "12 megapixels": encoded(Image.new("L", (4000, 3000), 200), "JPEG"),
+    "SVG": drawing('<g id="a"/><use href="#a"/>', head='<?xml version="1.0"?><!DOCTYPE svg>\n'),
+    "wide SVG": drawing(box="0 0 100 20"),
+}
+WHITE = {
+    "1": encoded(Image.new("1", (20, 50), 1)),
+    "RGBA": encoded(Image.new("RGBA", (20, 50), (1, 2, 3, 0))),
+    "LA": encoded(Image.new("LA", (20, 50), (9, 0))),
+    "P": encoded(Image.new("P", (20, 50), 0), transparency=0),
+}
+
+
+def test_pictures_of_every_kind_are_read_right():
+    for content, expected in [*((c, 200) for c in KINDS.values()), *((c, 255) for c in WHITE.values())]:
+        torch.testing.assert_close(read(content), gray(expected), rtol=0, atol=2 / 127.5)
+
+
+def chunk(kind, data, damage=0):
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data) ^ damage)
+
+
+NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (80, 80, 3), np.uint8))
+MEGABYTES = zlib.compress(bytes(3 * 2**20))
+
+
 @pytest.mark.parametrize(
-    ("content", "expected"),
+    "beside",
     [
-        (encoded(Image.new("L", (20, 50), 200)), 200),
-        (encoded(Image.new("1", (20, 50), 1)), 255),
-        (encoded(Image.fromarray(np.full((20, 50), 200 * 257, np.uint16))), 200),
-        (encoded(Image.new("RGBA", (20, 50), (1, 2, 3, 0))), 255),
-        (encoded(Image.new("LA", (20, 50), (9, 0))), 255),
-        (encoded(Image.new("P", (20, 50), 0), transparency=0), 255),
-        (jpeg((55, 55, 55, 0), mode="CMYK"), 200),
-        (encoded(Image.new("L", (20, 50), 200), "GIF", save_all=True, append_images=[Image.new("L", (20, 50))]), 200),
-        (encoded(Image.new("RGB", (20, 50), (200,) * 3), "WEBP", lossless=True), 200),
-        (encoded(Image.new("L", (4000, 3000), 200), "JPEG"), 200),
+        chunk(b"zTXt", b"a\0\0" + MEGABYTES),
+        chunk(b"iTXt", b"a\0\1\0\0\0" + MEGABYTES),
+        chunk(b"iCCP", b"a\0\0" + MEGABYTES),
+        chunk(b"tEXt", b"a\0b", damage=1),
+        chunk(b"pHYs", b"ab"),
     ],
-    ids=["L", "1", "16 bits", "RGBA", "LA", "P", "CMYK", "animation", "WebP", "12 megapixels"],
+    ids=lambda content: content[4:8].decode(),
 )
-def test_pictures_of_every_kind_are_read_right(content, expected):
-    torch.testing.assert_close(read(content), gray(expected), rtol=0, atol=2 / 127.5)
+def test_what_fails_beside_the_pixels_of_a_png_does_not_lose_them(beside):
+    content = encoded(NOISE)
+    assert torch.equal(read(content[:33] + beside + content[33:], 80), read(content, 80))
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+def test_a_jpeg_without_its_last_two_bytes_is_whole_and_without_more_is_not(progressive):
+    content = encoded(NOISE, "JPEG", quality=95, progressive=progressive)
+    assert torch.equal(read(content[:-2], 80), read(content, 80))
+    for cut in (8, 60, len(content) // 2):
+        with pytest.raises(Unusable, match=f"^{IMAGE}$"):
+            read(content[:-cut], 80)
 
 
 def test_a_picture_is_cut_to_its_centre_and_upright():
+    """Also if the EXIF tags beside the orientation are of wrong types."""
     image = Image.new("RGB", (30, 10), "white")
     image.paste("red", (10, 0, 20, 5))
+    tags = [(0x0112, 3, 1, b"\3\0\0\0"), (0x011A, 7, 2, b"ab\0\0"), (0x8769, 2, 4, b"abc\0")]
+    wrong = struct.pack("<2sHIH", b"II", 42, 8, len(tags))
+    wrong += b"".join(struct.pack("<HHI4s", *tag) for tag in tags) + bytes(4)
     exif = Image.Exif()
     exif[0x0112] = 3  # upside down
-    upright, turned = read(encoded(image), 10), read(encoded(image, exif=exif), 10)
+    upright = read(encoded(image), 10)
     assert (upright[1, :5] == -1).all() and (upright[1, 5:] == 1).all()
-    torch.testing.assert_close(turned, upright.flip(1, 2))
+    for turned in (exif, b"Exif\0\0" + wrong):
+        torch.testing.assert_close(read(encoded(image, exif=turned), 10), upright.flip(1, 2))
+
+
+ADOBE_RGB = np.array([[0.60974, 0.20528, 0.14919], [0.31111, 0.62567, 0.06322], [0.01947, 0.06087, 0.74457]])  # to XYZ
+SRGB = np.array([[0.43607, 0.38515, 0.14307], [0.22249, 0.71687, 0.06061], [0.01392, 0.09708, 0.71410]])
+
+
+def icc_profile(matrix, gamma):
+    """The least that an ICC profile of three primaries says."""
+    curve = struct.pack(">4sIIHH", b"curv", 0, 1, round(gamma * 256), 0)
+    tags = {
+        key: struct.pack(">4s4x3i", b"XYZ ", *(round(value * 65536) for value in column))
+        for key, column in zip((b"rXYZ", b"gXYZ", b"bXYZ"), matrix.T, strict=True)
+    }
+    tags |= dict.fromkeys((b"rTRC", b"gTRC", b"bTRC"), curve)
+    offset, table, body = 132 + 12 * len(tags), struct.pack(">I", len(tags)), b""
+    for key, data in tags.items():
+        table += struct.pack(">4sII", key, offset + len(body), len(data))
+        body += data
+    white = struct.pack(">3i", *(round(value * 65536) for value in (0.9642, 1, 0.8249)))
+    head = struct.pack(">I4sI4s4s4s12x4s28x", offset + len(body), b"", 0x02100000, b"mntr", b"RGB ", b"XYZ ", b"acsp")
+    return (head + white).ljust(128, b"\0") + table + body
+
+
+def test_colors_are_read_as_their_profile_says():
+    """Adobe RGB, by its matrix and gamma in float64. A profile that is none, or of other channels, loses nothing."""
+    color, gamma = np.array([120, 200, 80]), 563 / 256
+    linear = np.linalg.solve(SRGB, ADOBE_RGB @ (color / 255) ** gamma)
+    expected = np.where(linear < 0.0031308, 12.92 * linear, 1.055 * linear.clip(0) ** (1 / 2.4) - 0.055) * 255
+    assert np.abs(expected - (51, 201, 67)).max() < 1
+    image, profile = Image.new("RGB", (20, 20), tuple(color.tolist())), icc_profile(ADOBE_RGB, gamma)
+    for kind in ("PNG", "WEBP"):
+        pixel = (read(encoded(image, kind, lossless=True, icc_profile=profile))[:, 0, 0] + 1) * 127.5
+        assert np.abs(pixel.numpy() - expected).max() < 2
+    for content in (encoded(image, icc_profile=b"none"), encoded(image.convert("L"), icc_profile=profile)):
+        plain = encoded(Image.open(io.BytesIO(content)), icc_profile=None)
+        assert torch.equal(read(content), read(plain))
 
 
 def bomb(side):
     """A PNG whose header promises side × side pixels and whose data never comes."""
-
-    def chunk(kind, data):
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
     header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 1000))
+    return pairs.PNG + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 1000))
 
 
 @pytest.mark.parametrize(
@@ -75,36 +155,77 @@ def bomb(side):
     [
         (b"", IMAGE),
         (b"<html>", IMAGE),
-        (jpeg((1, 2, 3))[:200], IMAGE),
         (jpeg((1, 2, 3), size=(7, 100)), SMALL),
         (encoded(Image.new("1", (1, 1))), SMALL),
         (bomb(100_000), LARGE),
         (bomb(2**31 - 1), LARGE),
         (bomb(100), IMAGE),
+        (encoded(Image.fromarray(np.full((20, 20), 70_000, np.int32)), "TIFF"), FORMAT),
+        (encoded(Image.fromarray(np.full((20, 20), 0.5, np.float32)), "TIFF"), FORMAT),
+        (encoded(Image.new("RGB", (20, 20)), "EPS"), IMAGE),  # Pillow would start Ghostscript on it
+        (encoded(Image.new("RGB", (20, 20)), "PPM"), IMAGE),
+        (b"<svg", IMAGE),
     ],
-    ids=["empty", "HTML", "cut", "narrow", "a pixel", "bomb", "larger bomb", "no data"],
 )
-def test_what_cannot_be_used_is_told_by_its_cause(content, cause):
+def test_what_cannot_be_used_is_told_by_its_cause(content, cause, monkeypatch):
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *_: pytest.fail("Ghostscript was started"))
     with pytest.raises(Unusable, match=f"^{cause}$"):
         read(content)
 
 
-@pytest.mark.parametrize(("is_built_in", "cause"), [(True, IMAGE), (False, FORMAT)])
-def test_what_this_pillow_cannot_read_is_not_called_broken(monkeypatch, is_built_in, cause):
-    """An AVIF, where Pillow was built without; where it was built with it, such a file is a broken one."""
-    monkeypatch.setattr(pairs.features, "check", lambda _: is_built_in)
-    with pytest.raises(Unusable, match=f"^{cause}$"):
-        read(b"\0\0\0\x20ftypavif" + bytes(50))
+def uses(levels, times=10):
+    """An element drawn by reference, and that again, times ** levels times in all."""
+    groups = (f'<g id="a{i + 1}">{times * f"""<use href="#a{i}"/>"""}</g>' for i in range(levels))
+    return f'<defs><rect id="a0" width="1" height="1"/>{"".join(groups)}</defs><use href="#a{levels}"/>'
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        drawing(head="<!-- a comment -->", inside='<image href="/etc/passwd"/>'),
+        drawing('<image xlink:href="file:///etc/passwd"/>'),
+        drawing('<image href="https://example.org/a.png"/>'),
+        drawing('<image href="data:image/png;base64,AAAA"/>'),
+        drawing("<rect fill=\"url( 'a.svg#b' )\"/>"),
+        drawing("<style>rect { fill: url(http://example.org/a.svg#b) }</style>"),
+        drawing("<script>alert(1)</script>"),
+        drawing("&a;", head='<!DOCTYPE svg [<!ENTITY a "b">]>'),
+        drawing("&a;", head='<!DOCTYPE svg [<!ENTITY a SYSTEM "/etc/passwd">]>'),
+        drawing(uses(7)),
+        drawing('<g id="a"><use href="#a"/></g>'),
+        drawing("<g>" * 1000 + "</g>" * 1000),
+        drawing("<g>" * 100_000 + "</g>" * 100_000),
+        drawing(box="0 0 1 1000000"),
+        drawing(box="0 0 1000000 1"),
+        drawing(" " * svg.MAX_BYTES),
+    ],
+)
+def test_drawings_that_reach_out_or_blow_up_are_refused(content):
+    with pytest.raises(Unusable, match=f"^{REFUSED}$"):
+        read(content)
+
+
+def test_the_emoji_refer_to_nothing_and_large_numbers_need_no_memory():
+    torch.testing.assert_close(read(drawing(uses(2))), read(drawing('<rect width="1" height="1"/>')))
+    for head in ('width="1e9" height="1e9"', 'width="100%"'):
+        assert read(drawing().replace(b'viewBox="0 0 20 50"', head.encode())).shape == (3, 8, 8)
+
+
+def test_what_this_pillow_cannot_read_is_not_called_broken(monkeypatch):
+    """An AVIF, if Pillow was built without; if it was built with it, such a file is a broken one."""
+    for formats, cause in ((("JPEG", "AVIF"), IMAGE), (("JPEG",), FORMAT)):
+        monkeypatch.setattr(pairs, "FORMATS", formats[: 1 + pairs.features.check("avif")])
+        with pytest.raises(Unusable, match=f"^{cause if pairs.features.check('avif') else FORMAT}$"):
+            read(b"\0\0\0\x20ftypavif" + bytes(50))
 
 
 def test_five_thousand_hostile_images_do_no_harm():
     """Whole files with bytes changed, cut, doubled or swapped; each is read, or skipped for a cause."""
     rng = np.random.default_rng(0)
-    noise = Image.fromarray(rng.integers(0, 256, (24, 24, 3), np.uint8))
-    seeds = [
-        encoded(noise, kind) for kind in ("PNG", "JPEG", "WEBP", "GIF", "BMP")
-    ]  # small, so that every part of a file is hit
+    noise = Image.fromarray(rng.integers(0, 256, (24, 24, 3), np.uint8))  # small, so that every part of a file is hit
+    seeds = [encoded(noise, kind) for kind in ("PNG", "JPEG", "WEBP", "GIF", "BMP")]
     seeds += [encoded(noise.convert("CMYK"), "JPEG"), encoded(noise.convert("P"), "PNG", transparency=3)]
+    seeds += [drawing(uses(2)), encoded(noise, icc_profile=icc_profile(ADOBE_RGB, 2.2))]
     outcomes = collections.Counter()
     for i in range(5000):
         content = bytearray(seeds[i % len(seeds)])
@@ -129,17 +250,19 @@ def test_five_thousand_hostile_images_do_no_harm():
 
 
 def test_captions_are_cleaned_and_cut():
-    assert captions_of(b"\xef\xbb\xbf a  cat\ton a\0mat \r\n\n a dog\na dog") == ["a cat on a mat", "a dog", "a dog"]
+    assert captions_of(b"\xef\xbb\xbf a  cat\ton a mat \r\n\n a dog\na dog") == ["a cat on a mat", "a dog", "a dog"]
+    assert captions_of("a\u2028red\x0bcat\x85sits\x0c\rdown".encode()) == ["a red cat sits", "down"]
     assert captions_of("日".encode() * 10_000_000) == ["日" * pairs.MAX_CAPTION]
-    for content in (b"", b" \n", b"\0"):
+    for content in (b"", b" \n"):
         with pytest.raises(Unusable, match=f"^{EMPTY}$"):
             captions_of(content)
-    for content in (b"\xff\xfe\xff", b"caf\xe9", b"cut \xe6\x97"):
+    marked, unmarked = "red heart".encode("utf-16"), ["red heart".encode(f"utf-16-{end}") for end in ("le", "be")]
+    for content in (b"\xff\xfe\xff", b"caf\xe9", b"cut \xe6\x97", marked, *unmarked):
         with pytest.raises(Unusable, match=f"^{ENCODING}$"):
             captions_of(content)
 
 
-def test_a_thousand_hostile_captions_do_no_harm():
+def test_hostile_captions_do_no_harm():
     """Any bytes at all become a caption that CLIP takes in, or are skipped."""
     rng, clip = np.random.default_rng(0), load_clip("emoji")
     pieces = [
@@ -152,11 +275,10 @@ def test_a_thousand_hostile_captions_do_no_harm():
         "٣",
         "日本",
         "x" * 5000,
-        "\0",
         "'\"\\",
     ]
     taken = []
-    for i in range(1000):
+    for i in range(300):
         if i % 2:
             content = "".join(rng.choice(pieces, rng.integers(1, 30))).encode()
         else:
@@ -165,17 +287,5 @@ def test_a_thousand_hostile_captions_do_no_harm():
             taken += captions_of(content)
         except Unusable:
             continue
-    assert len(taken) > 400
-    ids = clip.tokenize(taken)
-    assert ids.shape == (len(taken), clip.context_length)
-    assert clip.encode_text(ids).embedding.isfinite().all()
-
-
-def test_a_source_may_hold_rubbish_but_not_mostly():
-    tally = Tally("some")
-    for i in range(3000):
-        tally.skip(IMAGE) if i % 5 < 2 else tally.use()
-    assert tally.take() == {IMAGE: 1200} and not tally.take()
-    with pytest.raises(pairs.UserError, match=r"--data some: only \d+ of 200 pairs in a row are usable: \d+ captions"):
-        for _ in range(400):
-            tally.skip(EMPTY)
+    assert len(taken) > 150
+    assert clip.read(taken).embedding.isfinite().all()

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import torch
 from PIL import Image
 
-from data.batches import Batch, Stopped
+from data.sources import Batch, Stopped
 from training import loop
 from training.run_folder import RunFolder
 from weights import checkpoint

@@ -3,7 +3,7 @@
 import torch
 
 from clip import load_clip
-from data.batches import Batch
+from data.sources import Batch
 from training.overfitting import OverfittingWatch
 
 
