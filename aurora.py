@@ -249,10 +249,13 @@ class SynthesisLevel(nn.Module):
         return x, self.to_rgb(x, w) if self.to_rgb else None, routings
 
 
+def add_to_upsampled(rgb, image):
+    """The RGB of a level [B, 3, 2R, 2R] and the image below [B, 3, R, R] → the image at 2R."""
+    return rgb + upsample(image)
+
+
 class Synthesis(nn.Module):
     """w and the local text → images at every resolution, each the upsampled one below plus what its level adds."""
-
-    enlarge = staticmethod(upsample)  # how the image of the level below is doubled
 
     def __init__(self, config: GeneratorConfig, first_block=StartBlock):
         super().__init__()
@@ -268,11 +271,11 @@ class Synthesis(nn.Module):
 
     def forward(self, w, local_text, resolution=None):
         """w [B, w_dim] for all layers, or [B, num_layers, w_dim]; stops at `resolution`, by default the highest."""
-        return self.up(None, {}, None, w, local_text, resolution)
+        return self.up(None, {}, None, add_to_upsampled, w, local_text, resolution)
 
-    def up(self, x, encoded, image, w, local_text, resolution):
-        """The way through all levels. Of the upsampler: x, the features to start from; encoded, {resolution: those of
-        the way down}; image, the one to enlarge.
+    def up(self, x, encoded, image, add, w, local_text, resolution):
+        """The way through all levels. add: how a level's RGB is added to the image below, (rgb, image) → image. Of the
+        upsampler: x, the features to start from; encoded, {resolution: those of the way down}; image, what it enlarges.
         """
         ws = w if w.ndim == 3 else w[:, None].expand(-1, self.num_layers, -1)
         pyramid, routings = {}, {}
@@ -280,7 +283,7 @@ class Synthesis(nn.Module):
             inputs = (x, level_ws, local_text, encoded.get(level.resolution))
             x, rgb, routed = recomputed(level, *inputs) if self.recompute else level(*inputs)
             if rgb is not None:
-                image = rgb if image is None else rgb + self.enlarge(image)
+                image = rgb if image is None else add(rgb, image)
                 pyramid[level.resolution] = image
             routings |= routed
             if level.resolution == resolution:

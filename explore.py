@@ -6,12 +6,14 @@ machine alone, unless --host says otherwise, and needs no network.
 
 import argparse
 import asyncio
+import dataclasses
 import functools
 import ipaddress
 import math
 import os
 import re
 import socket
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -22,7 +24,7 @@ from starlette.responses import PlainTextResponse
 from baselines import command
 from common import distributed
 from common.cli import HelpFormatter, UserError, first_line, positive_int, told_in_one_line
-from sampling import inference, latent, settings, views
+from sampling import inference, latent, pipeline, settings, views
 from sampling.pictures import COLORS
 from sampling.pipeline import Drawn, Pipeline, routers
 from sampling.settings import Forced, Settings
@@ -36,6 +38,7 @@ MOST_PSI = 1.5
 MOST_TEXT = 1000  # characters of a prompt
 CELL = 176  # CSS pixels of a picture
 WALK_EVERY, WALK_STEP = 0.1, 0.04  # seconds between two pictures, and the share of the way between two seeds
+REST = 0.3  # seconds without a change after which the second stage draws what the first has drawn
 DRAWING = ThreadPoolExecutor(1)  # pictures are drawn one after another, so no page meets another's forced expert
 
 
@@ -87,8 +90,11 @@ def load_model(args, path):
 
 
 def draw(model, wanted):
-    """A model and Settings → Drawn. Raises UserError."""
-    return model.draw(wanted) if isinstance(model, Baseline) else settings.draw(model, wanted)
+    """A model and Settings → Drawn, by the first stage, and the frames for the second. Raises UserError."""
+    if isinstance(model, Baseline):
+        return model.draw(wanted), []
+    frames = settings.frames_of(model, wanted)
+    return settings.draw_small(model, wanted, frames), frames
 
 
 def within(value, least, most):
@@ -119,6 +125,7 @@ class Page:
     def __init__(self, models, checkpoints, prompt):
         self.models = models  # path → model, each loaded once
         self.model = self.drawn = self.sheet = self.shown = None  # shown: the Settings of what is drawn
+        self.frames = []  # of what is drawn, for the second stage
         self.centre = self.forced = self.point = None  # point: sheet.Point, the one that was clicked
         self.walked = 0.0
         self.busy = self.again = False
@@ -201,6 +208,7 @@ class Page:
             while self.again:
                 self.again = False
                 await self.redraw()
+                await self.enlarge()
         finally:
             self.busy = False
 
@@ -210,22 +218,46 @@ class Page:
             if model is not self.model:
                 self.fit_to(model)
             wanted = self.wanted()
-            self.drawn = await drawing(draw, model, wanted)
+            self.drawn, self.frames = await drawing(draw, model, wanted)
         except UserError as error:
-            self.note.text = str(error)
+            self.note.text, self.frames = str(error), []
             return
         prompts = [wanted.prompt, *[wanted.second] * bool(wanted.second)]
         self.note.text = " ".join(remark + "." for prompt in prompts for remark in latent.remarks(model.clip, prompt))
-        self.shown, self.sheet = wanted, Sheet(wanted.num, self.drawn.images.shape[-1])
+        self.shown = wanted
+        self.show()
+
+    def show(self):
+        self.sheet = Sheet(self.shown.num, self.drawn.images.shape[-1])
         self.image.style(f"width: min(100%, {self.sheet.columns * CELL}px)")
         self.image.set_source(self.sheet.joined(self.drawn.pictures))
         self.mark()
+
+    async def enlarge(self):
+        """Once nothing has changed for a while, the second stage draws: one picture after another, so that a change
+        waits for no more than one.
+        """
+        upsampler = getattr(self.model, "upsampler", None)
+        if upsampler is None or not self.frames:
+            return
+        small, rest_until = self.drawn, time.monotonic() + REST
+        while time.monotonic() < rest_until and not self.again:
+            await asyncio.sleep(REST / 10)
+        large = []
+        for i, frame in enumerate(self.frames):
+            if self.again:
+                return
+            one = Drawn(small.images[i : i + 1], [frame.caption], {})
+            large.append((await drawing(pipeline.enlarge, upsampler, one, [frame])).images)
+        self.drawn = dataclasses.replace(small, images=torch.cat(large))
+        self.show()
 
     def fit_to(self, model):
         """Offers what this model has."""
         self.model, is_aurora = model, isinstance(model, Pipeline)
         self.centre = self.forced = self.point = None
-        names = views.layer_names(model.generator) if is_aurora else []
+        stages = [model.generator, model.upsampler] if is_aurora else []
+        names = [name for stage in stages if stage for name in views.layer_names(stage)]
         self.layers.set_options(dict(enumerate(names)), value=[])
         known = routers(model.generator) if is_aurora else []
         self.router.set_options([NO_ROUTER, *known], value=NO_ROUTER)

@@ -43,6 +43,13 @@ def parse_args(argv=None):
     add(
         "--clip", help="MODEL:WEIGHTS of open_clip, to read a large CLIP from a file; default: what the checkpoint says"
     )
+    add(
+        "--upsampler",
+        type=Path,
+        help="the second stage: a run or its generator_ema.safetensors (default: NAME_upsampler.safetensors beside the "
+        "checkpoint, if there is one)",
+    )
+    add("--resolution", type=positive_int, help="of the pictures (default: the highest; 64: without the second stage)")
     add("--out", type=Path, default=Path("sample.png"), help="the picture to write; .gif: one frame after another")
     add("--each", type=Path, metavar="DIR", help="every picture as a file of its own, for thousands; resumes")
     add("--show", type=Path, metavar="FILE.png", help="no drawing: tell how a picture of this command was made")
@@ -63,6 +70,9 @@ def parse_args(argv=None):
         type=Path,
         metavar="PICTURE",
         help="fit codes to a picture that shows the first prompt, edit by others",
+    )
+    look.add_argument(
+        "--enlarge", type=Path, metavar="PICTURE", help="a square picture of one's own, which shows the prompt, large"
     )
     add("--steps", type=positive_int, default=8, help="frames of --interpolate and --latent-walk")
     add("--part", choices=("both", "global", "local"), default="both", help="what of the text --interpolate moves")
@@ -95,23 +105,22 @@ def check_prompts(clip, prompts):
 
 def choose_view(args, pipe, prompts, picture):
     """→ the frames to draw, how many of them stand in a row, and what the picture says above them."""
-    generator, clip, seed, psi = pipe.generator, pipe.clip, args.seed, args.truncation
-    noise = f"seed {seed}, psi {psi:g}"
+    seed, psi, noise = args.seed, args.truncation, f"seed {args.seed}, psi {args.truncation:g}"
     if args.seeds:
-        frames = views.seeds_by_prompts(generator, clip, prompts, args.seeds, psi)
+        frames = pipe.view(views.seeds_by_prompts, prompts, args.seeds, psi)
         return frames, len(args.seeds), f"Each column has its noise, psi {psi:g}"
     if args.truncation_sweep:
-        frames = views.truncation_sweep(generator, clip, prompts, seed)
+        frames = pipe.view(views.truncation_sweep, prompts, seed)
         return frames, len(views.SWEEP), f"From each prompt's mean picture to all variety, seed {seed}"
     if args.interpolate:
-        frames = views.interpolation(generator, clip, prompts, seed, psi, args.steps, args.part, args.path)
+        frames = pipe.view(views.interpolation, prompts, seed, psi, args.steps, args.part, args.path)
         part = {"both": "global and local text", "global": "global text", "local": "local text"}[args.part]
         return frames, args.steps, f"The {part} from one prompt to another, {args.path}, {noise}"
     if args.mix:
-        frames = views.layer_mixing(generator, clip, *prompts, seed, psi)
+        frames = views.layer_mixing(pipe.generator, pipe.upsampler, pipe.clip, *prompts, seed, psi)
         return frames, len(frames), f"Layers by “{prompts[0]}”, then by “{prompts[1]}”, {noise}"
     if args.latent_walk:
-        frames = views.latent_walk(generator, clip, prompts[0], seed, psi, args.steps, args.path)
+        frames = pipe.view(views.latent_walk, prompts[0], seed, psi, args.steps, args.path)
         return frames, min(8, args.steps), f"A {args.path} walk through the noise, psi {psi:g}"
     if args.like:
         from sampling import inversion  # not at the top: timm takes a second
@@ -120,7 +129,7 @@ def choose_view(args, pipe, prompts, picture):
         print(title)
         return frames, len(frames) + 1, title
     columns = args.num if args.num > 1 else min(6, len(prompts))
-    return views.samples(generator, clip, prompts, args.num, seed, psi), columns, ""
+    return pipe.frames(prompts, args.num, seed, psi), columns, ""
 
 
 def check_view(args, prompts):
@@ -129,9 +138,13 @@ def check_view(args, prompts):
         raise UserError("--interpolate and --mix take their two prompts and no others")
     if args.interpolate and args.steps < 2:
         raise UserError("--steps 1: a way has two ends; take 2 or more")
-    others = args.seeds, args.truncation_sweep, args.interpolate, args.mix, args.latent_walk, args.like
+    others = args.seeds, args.truncation_sweep, args.interpolate, args.mix, args.latent_walk, args.like, args.enlarge
     if args.each and any((*others, args.experts)):
         raise UserError("--each draws pictures of prompts, and no other view")
+    if args.enlarge and len(prompts) > 1:
+        raise UserError(
+            f"--enlarge takes one caption, which says what the picture shows, and {len(prompts)} were given"
+        )
     if args.latent_walk and len(prompts) > 1:
         raise UserError(f"--latent-walk shows one prompt, and {len(prompts)} were given")
 
@@ -141,9 +154,10 @@ def show(pipe, frames, columns, title, with_experts, animated, picture):
     drawn = pipe.draw(frames)
     panels, captions, experts = [to_pil(image) for image in drawn.images], drawn.captions, 0
     if with_experts:
-        maps = [[expert_map(index) for index in routing.expert_index] for routing in drawn.routings.values()]
+        cell = panels[0].width
+        maps = [[expert_map(index, cell) for index in routing.expert_index] for routing in drawn.routings.values()]
         panels = [beside(strip) for strip in zip(panels, *maps, strict=True)]
-        experts = max(level.num_experts for level in pipe.generator.config.levels)
+        experts = max(routing.logits.shape[-1] for routing in drawn.routings.values())
         where = ", ".join(f"{name.split('.')[0]}×{name.split('.')[0]} ({name})" for name in drawn.routings)
         title = f"{title}{'. ' if title else ''}Beside each picture, the expert that took each point, at {where}"
     if picture is not None:
@@ -152,6 +166,17 @@ def show(pipe, frames, columns, title, with_experts, animated, picture):
     if animated:
         return animation(panels, captions, title, experts)
     return [grid(panels, captions, columns, title, experts)]
+
+
+def enlarge(args, pipe, prompts):
+    """Writes a picture of the user's own, as the second stage draws it large."""
+    if pipe.upsampler is None:
+        raise UserError("--enlarge needs an upsampler; name one by --upsampler")
+    small = files.read_small(args.enlarge, pipe.upsampler.config.input_resolution)
+    picture = pipe.enlarge(small, prompts[0], args.seed)
+    about = {"prompts": prompts, "enlarged": args.enlarge.name, "seed": args.seed}
+    files.save([picture], args.out, about)
+    print(f"{args.enlarge} at {picture.width}×{picture.height}, drawn in {args.out.resolve()}")
 
 
 def check_files(args):
@@ -172,7 +197,10 @@ def main():
         prompts = read_prompts(args)
         check_view(args, prompts)
         check_files(args)
-        pipe = Pipeline.load(args.checkpoint, args.device, args.dtype, args.clip, args.compile)
+        stages = args.upsampler, args.resolution
+        pipe = Pipeline.load(args.checkpoint, args.device, args.dtype, args.clip, args.compile, *stages)
+        if args.enlarge:
+            return enlarge(args, pipe, prompts)
         if args.experts and not any(level.attn_depth for level in pipe.generator.config.levels):
             raise UserError(f"--experts: {args.checkpoint} has none")
         check_prompts(pipe.clip, prompts)
@@ -180,7 +208,8 @@ def main():
             new = files.write_each(pipe, prompts, args.num, args.seed, args.truncation, args.each, args.checkpoint.name)
             print(f"{new} new pictures, {len(prompts) * args.num} in all, in {args.each.resolve()}")
             return
-        picture = files.read_picture(args.like, pipe.resolution) if args.like else None
+        own = pipe.generator.config.resolutions[-1]
+        picture = files.read_picture(args.like, own) if args.like else None
         with torch.no_grad():
             frames, columns, title = choose_view(args, pipe, prompts, picture)
         pictures = show(pipe, frames, columns, title, args.experts, args.out.suffix.lower() == ".gif", picture)

@@ -54,7 +54,7 @@ class Learner:
             self.ema = new_generator(preset.generator).eval().requires_grad_(False)
         self.ema.load_state_dict(self.generator.state_dict())
         self.generator.synthesis.recompute = self.recipe.recompute
-        self.optimizer_g = adam(self.generator, self.recipe.lr_generator)
+        self.optimizer_g = adam(self.generator, self.recipe.lr_generator, self.recipe.momentum_generator)
         self.optimizer_d = adam(self.discriminator, self.recipe.lr_discriminator)
         self.learn_at(self.resolutions)
 
@@ -250,10 +250,10 @@ def noise_of(*numbers):
     return torch.Generator().manual_seed(int(np.random.SeedSequence(numbers).generate_state(1)[0]))
 
 
-def adam(network, lr):
+def adam(network, lr, momentum=0.0):
     """Capturable: a CUDA graph may hold its step."""
     on_gpu = next(network.parameters()).is_cuda
-    return torch.optim.Adam(parameter_groups(network, lr), betas=(0.0, 0.99), fused=True, capturable=on_gpu)
+    return torch.optim.Adam(parameter_groups(network, lr), betas=(momentum, 0.99), fused=True, capturable=on_gpu)
 
 
 def update(optimizer, reports, prefix):

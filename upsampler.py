@@ -5,6 +5,8 @@ network becomes an asymmetric U-Net. What the base has, this has too: w from noi
 adaptive kernels, L2 attention, the local text, and sparse experts. It learns from real pictures averaged down.
 """
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -41,38 +43,51 @@ class Encoder(nn.Module):
 
 
 def enlarge(image):
-    """×2, bilinear, with borders that repeat: the same as the filter [1, 3, 3, 1]."""
+    """×2, bilinear, with borders that repeat: the filter [1, 3, 3, 1]."""
     return F.interpolate(image, scale_factor=2, mode="bilinear", align_corners=False)
+
+
+def add_detail(rgb, image, side):
+    """The RGB of a level [B, 3, 2R, 2R] and the image below [B, 3, R, R] → the image at 2R.
+
+    Of the RGB counts what an image of side × side, the input's resolution, cannot show. So the large picture keeps the
+    colors of the small one, and learning begins at the edges: else every step shifts all colors, which are right.
+    """
+    coarse = F.interpolate(resize(rgb, side), rgb.shape[-1], mode="bilinear", align_corners=False)
+    return rgb - coarse + enlarge(image)
 
 
 class UNet(Synthesis):
     """The image, w and the local text → images at every resolution above it, which begin as its interpolation."""
 
-    enlarge = staticmethod(enlarge)
-
     def __init__(self, config: UpsamplerConfig):
         super().__init__(config, first_block=ConvBlock)
-        self.encoder = Encoder(config)
+        self.encoder, self.input_noise = Encoder(config), config.input_noise
 
-    def forward(self, image, w, local_text, resolution=None):
-        """image [B, 3, input_resolution, input_resolution]; the rest as in Synthesis."""
-        encoded = self.encoder(image)
+    def forward(self, image, noise, w, local_text, resolution=None):
+        """image, noise: [B, 3, input_resolution, input_resolution]; the rest as in Synthesis.
+
+        The way down sees the image with noise on it, so pictures that a base generated do not look foreign (GigaGAN,
+        section 3.5). What is interpolated is the image as it is.
+        """
+        encoded = self.encoder(image + self.input_noise * noise)
         x = encoded.pop(min(encoded))
-        return self.up(x, encoded, image, w, local_text, resolution)
+        add = functools.partial(add_detail, side=image.shape[-1])
+        return self.up(x, encoded, image, add, w, local_text, resolution)
 
 
 class Upsampler(Generator):
-    """The second stage. forward: image [B, 3, 64, 64] as given_images makes it, and what the base is given → Output,
-    whose pyramid holds the resolutions above the image's.
+    """The second stage. forward: image [B, 3, 64, 64] in [−1, 1]; noise ~ N(0, 1) of its shape; and what the base is
+    given → Output, whose pyramid holds the resolutions above the image's.
     """
 
     def __init__(self, config: UpsamplerConfig):
         super().__init__(config, synthesis=UNet)
 
-    def forward(self, image, z, tokens, eot, resolution=None):
+    def forward(self, image, noise, z, tokens, eot, resolution=None):
         global_text, local_text = self.text_head(tokens, eot)
         w = self.mapping(z, global_text)
-        return self.synthesis(image, w, local_text, resolution)
+        return self.synthesis(image, noise, w, local_text, resolution)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -80,14 +95,12 @@ class Upsampler(Generator):
 
 
 def given_images(config, images, noise):
-    """What a generator of this config is given beside z and text: () for the base; for an upsampler, (images,).
-
-    images: [B, 3, R, R], averaged down to its input's resolution, with noise [B, …] of `input_noise`, in training as in
-    sampling. Noise hides what is foreign in pictures that a base generated (GigaGAN, section 3.5).
+    """What a generator of this config is given beside z and text: () for the base; for an upsampler images [B, 3, R, R]
+    averaged down to its input's resolution, and `input_noise`, in training as in sampling.
     """
     if not isinstance(config, UpsamplerConfig):
         return ()
-    return (resize(images, config.input_resolution) + config.input_noise * noise.to(images),)
+    return resize(images, config.input_resolution), noise.to(images)
 
 
 def input_noise(config, count, generator):

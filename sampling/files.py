@@ -36,6 +36,23 @@ def read_picture(path, resolution):
         raise UserError(f"{path} cannot be used ({error}); give a picture of {resolution} pixels or more") from error
 
 
+def read_small(path, resolution):
+    """The file of a square picture that is to be enlarged → [3, R, R] in [−1, 1], a larger one reduced to R.
+
+    Raises UserError.
+    """
+    try:
+        with Image.open(path) as picture:
+            width, height = picture.size
+    except (OSError, ValueError):
+        return read_picture(path, resolution)  # says what it is, or draws an SVG
+    if width != height:
+        raise UserError(
+            f"{path} is {width}×{height}; give a square picture of {resolution}×{resolution}, or a larger one"
+        )
+    return read_picture(path, resolution)
+
+
 def save(pictures, path, about):
     """Writes PIL images as one file, whole or not at all. A PNG also holds `about`, {name: value}, for `show`."""
     first, *others = pictures
@@ -82,6 +99,7 @@ def write_each(pipe: Pipeline, prompts, num, seed, psi, folder: Path, checkpoint
     folder.mkdir(parents=True, exist_ok=True)
     abouts = [
         {"file": f"{i:06d}.png", "prompt": prompt, "number": n, "seed": seed, "psi": psi, "checkpoint": checkpoint}
+        | {"resolution": pipe.resolution}
         for i, (prompt, n) in enumerate(itertools.product(prompts, range(num)))
     ]
     done = read_index(folder / INDEX, abouts)

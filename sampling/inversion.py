@@ -105,4 +105,8 @@ def frames(pipe, picture, prompts):
         f"{CANDIDATES} random pictures of the prompt the nearest has {fitted.nearest:.3f}, the mean {fitted.random:.3f}"
     )
     first = views.Frame(fitted.w, fitted.text.local_text[0], f"fitted: {prompts[0]}")
-    return [first, *[edited(pipe, fitted, prompt) for prompt in prompts[1:]]], told
+    drawn = [first, *[edited(pipe, fitted, prompt) for prompt in prompts[1:]]]
+    if pipe.upsampler:
+        large = views.samples(pipe.upsampler, pipe.clip, prompts, 1, 0, 1.0)
+        drawn = [frame._replace(large=its) for frame, its in zip(drawn, large, strict=True)]
+    return drawn, told

@@ -74,11 +74,13 @@ def pictures(generator, w, local_text):
     return torch.cat([output.image for output in outputs(generator, w, local_text)]).clamp(-1, 1)
 
 
-def outputs(generator, w, local_text):
-    """Yields the synthesis network's Output for every BATCH codes."""
+def outputs(generator, w, local_text, given=()):
+    """Yields the synthesis network's Output for every BATCH codes. given: of an upsampler, the images of
+    upsampler.given_images.
+    """
     with inference.autocast(generator):
-        for part, text in zip(w.split(BATCH), local_text.split(BATCH), strict=True):
-            yield generator.synthesis(part, text)
+        for part in zip(*(inputs.split(BATCH) for inputs in (*given, w, local_text)), strict=True):
+            yield generator.synthesis(*part)
 
 
 @torch.no_grad()

@@ -15,29 +15,32 @@ COLORS = (  # of experts, told apart also by those who confuse red and green
 
 
 def to_pil(image):
-    """[3, R, R] in [−1, 1] → a PIL image, enlarged to a cell by whole pixels where it fits."""
+    """[3, R, R] in [−1, 1] → a PIL image, enlarged to a cell by whole pixels where it fits; a larger one stays."""
     pixels = ((image.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
     picture = Image.fromarray(pixels)
+    if picture.width > CELL:
+        return picture
     return picture.resize(
         (CELL, CELL), Image.Resampling.NEAREST if CELL % picture.width == 0 else Image.Resampling.BICUBIC
     )
 
 
-def expert_map(experts):
+def expert_map(experts, cell=CELL):
     """The expert of each feature point [N] → a PIL image of their colors."""
     side = round(len(experts) ** 0.5)
     picture = Image.new("RGB", (side, side))
     draw = ImageDraw.Draw(picture)
     for point, expert in enumerate(experts.tolist()):
         draw.point((point % side, point // side), COLORS[expert % len(COLORS)])
-    return picture.resize((CELL, CELL), Image.Resampling.NEAREST)
+    return picture.resize((cell, cell), Image.Resampling.NEAREST)
 
 
 def beside(panels):
-    """PIL images of a cell each → one, side by side."""
-    strip = Image.new("RGB", (len(panels) * CELL, CELL), "white")
+    """PIL images of one size → one, side by side."""
+    width, height = panels[0].size
+    strip = Image.new("RGB", (len(panels) * width, height), "white")
     for i, panel in enumerate(panels):
-        strip.paste(panel, (i * CELL, 0))
+        strip.paste(panel, (i * width, 0))
     return strip
 
 
@@ -79,9 +82,9 @@ def write(draw, place, lines):
 
 def grid(panels, captions, columns, title="", experts=0):
     """PIL images of one size in rows, each above its caption → one, under a title and a legend of experts' colors."""
-    panel_width = panels[0].width
+    panel_width, panel_height = panels[0].size
     labels = [wrapped(caption, panel_width, 4) for caption in captions]
-    width, height = panel_width + MARGIN, CELL + max(map(len, labels)) * LINE + MARGIN
+    width, height = panel_width + MARGIN, panel_height + max(map(len, labels)) * LINE + MARGIN
     heading = wrapped(title, columns * width, 9) if title else []
     legend = MARGIN + len(heading) * LINE
     top = legend + (LINE if experts else 0) + (MARGIN if title or experts else 0)
@@ -92,7 +95,7 @@ def grid(panels, captions, columns, title="", experts=0):
     for i, (panel, label) in enumerate(zip(panels, labels, strict=True)):
         x, y = MARGIN + i % columns * width, top + i // columns * height
         canvas.paste(panel, (x, y))
-        write(draw, (x, y + CELL + 2), label)
+        write(draw, (x, y + panel_height + 2), label)
     for expert in range(experts):
         x, side = MARGIN + expert * 28, SIZE
         draw.rectangle((x, legend + 1, x + side, legend + 1 + side), fill=COLORS[expert % len(COLORS)])

@@ -6,6 +6,7 @@ pictures = pipe.sample("red heart", num=4, seed=0)
 """
 
 import contextlib
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +18,10 @@ from common import distributed
 from common.cli import UserError
 from router import Routing
 from sampling import inference, latent, views
-from weights.checkpoint import DEMO, load_generator
+from upsampler import given_images, input_noise
+from weights.checkpoint import DEMO, load_generator, load_upsampler, upsampler_of
+
+LARGE = ", large"  # ends the names of the second stage's routers, whose resolutions the first has, too
 
 
 @dataclass
@@ -26,7 +30,7 @@ class Drawn:
 
     images: torch.Tensor  # [n, 3, R, R] in [−1, 1]
     captions: list[str]
-    routings: dict[str, Routing]  # of every router, by "resolution.block.depth"
+    routings: dict[str, Routing]  # of every router, by "resolution.block.depth"; the second stage's end in LARGE
 
     @property
     def pictures(self) -> list[Image.Image]:
@@ -36,29 +40,44 @@ class Drawn:
 
 
 class Pipeline:
-    """A generator and the text encoder that reads its prompts, ready to draw.
+    """A generator and the text encoder that reads its prompts, ready to draw; with an upsampler, pictures are large.
 
     The same prompts, seed and psi give the same pictures, to the bit on one machine. psi: the truncation; 1 is all
     variety, 0 each prompt's mean picture. Methods raise UserError where an argument cannot be.
     """
 
-    def __init__(self, generator: torch.nn.Module, clip: torch.nn.Module, notes: dict):
-        self.generator, self.clip, self.notes = generator, clip, notes
+    def __init__(self, generator: torch.nn.Module, clip: torch.nn.Module, notes: dict, upsampler=None):
+        self.generator, self.clip, self.notes, self.upsampler = generator, clip, notes, upsampler
 
     @classmethod
-    def load(cls, checkpoint: str | Path = DEMO, device="auto", dtype="auto", clip: str | None = None, compiled=False):
+    def load(
+        cls,
+        checkpoint: str | Path = DEMO,
+        device="auto",
+        dtype="auto",
+        clip: str | None = None,
+        compiled=False,
+        upsampler: str | Path | None = None,
+        resolution: int | None = None,
+    ):
         """A generator_ema.safetensors of a run, or the authors' aurora_v1.pth → Pipeline. Raises UserError.
 
         dtype: "fp32", "bf16", or "auto", see inference.sampling_dtype. clip: MODEL:WEIGHTS of open_clip, in the place
-        of what the file names.
+        of what the file names. upsampler: the file of a second stage, by default what upsampler_of finds. resolution:
+        that of the pictures, by default the highest; at the generator's own, the second stage is left out.
         """
-        generator, clip, notes = load_generator(Path(checkpoint), distributed.start(device), clip)
-        inference.prepare(generator, inference.sampling_dtype(dtype, generator), compiled)
-        return cls(generator, clip, notes)
+        device = distributed.start(device)
+        generator, clip, notes = load_generator(Path(checkpoint), device, clip)
+        upsampler = load_upsampler(path, clip, device) if (path := upsampler or upsampler_of(checkpoint)) else None
+        if resolution:
+            generator, upsampler = up_to(resolution, generator, upsampler)
+        for stage in (generator, upsampler) if upsampler else (generator,):
+            inference.prepare(stage, inference.sampling_dtype(dtype, stage), compiled)
+        return cls(generator, clip, notes, upsampler)
 
     @property
     def resolution(self) -> int:
-        return self.generator.synthesis.levels[-1].resolution
+        return (self.upsampler or self.generator).config.resolutions[-1]
 
     @torch.no_grad()
     def sample(self, prompts: str | list[str], num=1, seed=0, psi=1.0) -> list[Image.Image]:
@@ -71,15 +90,18 @@ class Pipeline:
         prompts = [prompts] if isinstance(prompts, str) else prompts
         latent.check(prompts)
         check_whole(num=(num, 1), seed=(seed, 0))
-        return views.samples(self.generator, self.clip, prompts, num, seed, psi, numbers)
+        return self.view(views.samples, prompts, num, seed, psi, numbers)
+
+    def view(self, view, *arguments) -> list[views.Frame]:
+        """The frames of a function of views.py that takes a generator, its text encoder, and what else it shows."""
+        return views.of_both_stages(view, self.generator, self.upsampler, self.clip, *arguments)
 
     @torch.no_grad()
     def interpolate(self, start: str, end: str, steps=8, seed=0, psi=1.0, part="both", path="spherical"):
         """PIL pictures on the way from one prompt to another. part, path: see views.interpolation."""
         prompts = start, end
         check_whole(steps=(steps, 2), seed=(seed, 0))
-        frames = views.interpolation(self.generator, self.clip, prompts, seed, psi, steps, part, path)
-        return self.draw(frames).pictures
+        return self.draw(self.view(views.interpolation, prompts, seed, psi, steps, part, path)).pictures
 
     @torch.no_grad()
     def experts(self, prompts: str | list[str], num=1, seed=0, psi=1.0) -> Drawn:
@@ -87,8 +109,18 @@ class Pipeline:
         return self.draw(self.frames(prompts, num, seed, psi))
 
     def draw(self, frames: list[views.Frame]) -> Drawn:
-        """Frames of views.py → Drawn."""
-        return draw(self.generator, frames)
+        """Frames of views.py → Drawn, by both stages if there are two."""
+        drawn = draw(self.generator, frames)
+        return enlarge(self.upsampler, drawn, frames) if self.upsampler else drawn
+
+    @torch.no_grad()
+    def enlarge(self, image: torch.Tensor, caption: str, seed=0) -> Image.Image:
+        """A small image [3, R, R] in [−1, 1], as the second stage takes it, and what it shows → a PIL picture."""
+        if self.upsampler is None:
+            raise UserError("there is no upsampler beside this generator; name one by --upsampler")
+        (large,) = views.samples(self.upsampler, self.clip, [caption], 1, seed, 1.0)
+        small = Drawn(image[None].to(large.w.device), [caption], {})
+        return enlarge(self.upsampler, small, [large._replace(large=large)]).pictures[0]
 
 
 def check_whole(**arguments):
@@ -98,13 +130,43 @@ def check_whole(**arguments):
             raise UserError(f"{name}={value!r}: give a whole number, {least} or more")
 
 
+def up_to(resolution, generator, upsampler):
+    """Both stages without what is above a resolution: without the second, if the first has it. Raises UserError."""
+    known = [*generator.config.resolutions, *(upsampler.config.resolutions if upsampler else ())]
+    if resolution not in known:
+        why = "" if upsampler else "; for larger ones name an upsampler"
+        raise UserError(f"--resolution {resolution}: choose one of {', '.join(map(str, known))}{why}")
+    if resolution in generator.config.resolutions:
+        upsampler = None
+    stage = upsampler or generator
+    levels = tuple(level for level in stage.config.levels if level.resolution <= resolution)
+    stage.config = dataclasses.replace(stage.config, levels=levels)
+    stage.synthesis.levels = stage.synthesis.levels[: len(levels)]
+    return generator, upsampler
+
+
 @torch.no_grad()
-def draw(generator, frames):
-    """Frames → Drawn, in batches of latent.BATCH."""
+def enlarge(upsampler, drawn, frames):
+    """What the first stage has drawn → Drawn, by the second stage from the frames' `large`.
+
+    All pictures get the same noise, so that they differ no more than the first stage's do, and walks do not flicker.
+    """
+    config = upsampler.config
+    noise = input_noise(config, 1, torch.Generator().manual_seed(0))
+    given = given_images(config, drawn.images, noise)
+    large = draw(upsampler, [frame.large for frame in frames], given)
+    routings = {name + LARGE: routing for name, routing in large.routings.items()}
+    return Drawn(large.images, drawn.captions, drawn.routings | routings)
+
+
+@torch.no_grad()
+def draw(generator, frames, given=()):
+    """Frames → Drawn, in batches of latent.BATCH. given: of an upsampler, the images of upsampler.given_images."""
     w, local_text = (torch.stack(t) for t in list(zip(*frames, strict=True))[:2])
     parts = len(range(0, len(frames), latent.BATCH))
     with inference.compiling():
-        outputs = list(tqdm(latent.outputs(generator, w, local_text), total=parts, disable=parts < 2, leave=False))
+        made = latent.outputs(generator, w, local_text, given)
+        outputs = list(tqdm(made, total=parts, disable=parts < 2, leave=False))
     images = torch.cat([output.image for output in outputs]).clamp(-1, 1)
     routings = {
         name: Routing(*map(torch.cat, zip(*(output.routings[name] for output in outputs), strict=True)))

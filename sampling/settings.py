@@ -1,5 +1,6 @@
 """All that decides a set of pictures, in one value: what the page of explore.py sets, and draws at every change."""
 
+import dataclasses
 import functools
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -73,11 +74,29 @@ def frames(generator, clip, settings):
     return [frame._replace(w=torch.where(of_second, other.w, frame.w)) for frame, other in pairs]
 
 
+def frames_of(pipe, settings):
+    """A Pipeline and Settings → a views.Frame for each picture, of both stages; `layers` counts through both."""
+    own = pipe.generator.synthesis.num_layers
+    of_first = dataclasses.replace(settings, layers=tuple(i for i in settings.layers if i < own))
+    drawn = frames(pipe.generator, pipe.clip, of_first)
+    if pipe.upsampler is None:
+        return drawn
+    of_second = dataclasses.replace(settings, layers=tuple(i - own for i in settings.layers if i >= own))
+    large = frames(pipe.upsampler, pipe.clip, of_second)
+    return [frame._replace(large=its) for frame, its in zip(drawn, large, strict=True)]
+
+
 def draw(pipe, settings):
-    """A Pipeline and Settings → pipeline.Drawn. Raises UserError."""
-    todo = frames(pipe.generator, pipe.clip, settings)
+    """A Pipeline and Settings → pipeline.Drawn by both stages. Raises UserError."""
+    todo = frames_of(pipe, settings)
+    drawn = draw_small(pipe, settings, todo)
+    return pipeline.enlarge(pipe.upsampler, drawn, todo) if pipe.upsampler else drawn
+
+
+def draw_small(pipe, settings, todo):
+    """The first stage's share of `draw`; todo: of frames_of."""
     if settings.forced is None:
-        return pipe.draw(todo)
+        return pipeline.draw(pipe.generator, todo)
     router, points, expert = settings.forced
     with pipeline.forced(pipe.generator, router, points.to(pipe.generator.w_avg.device), expert):
-        return pipe.draw(todo)
+        return pipeline.draw(pipe.generator, todo)

@@ -18,6 +18,15 @@ class Frame(NamedTuple):
     w: torch.Tensor  # [num_layers, w_dim]
     local_text: torch.Tensor  # [T−1, text_dim]
     caption: str
+    large: "Frame | None" = None  # the same for the second stage, where there is one
+
+
+def of_both_stages(view, generator, upsampler, *arguments):
+    """The frames of a view, with those of the second stage in them: its own w and text, from the same z and prompts."""
+    drawn = view(generator, *arguments)
+    if upsampler is None:
+        return drawn
+    return [frame._replace(large=large) for frame, large in zip(drawn, view(upsampler, *arguments), strict=True)]
 
 
 def frames(generator, z, text, psi, captions):
@@ -84,19 +93,23 @@ def latent_walk(generator, clip, prompt, seed, psi, steps, path, stops=4):
     return frames(generator, torch.cat(z), latent.read(generator, clip, [prompt]), psi, captions)
 
 
-def layer_mixing(generator, clip, coarse, fine, seed, psi):
+def layer_mixing(generator, upsampler, clip, coarse, fine, seed, psi):
     """The first k layers take their w from one prompt and the rest from another; attention reads the first one's text.
 
-    k goes from all layers to none.
+    k goes from all layers to none, those of the second stage being the last.
     """
+    stages = [generator] if upsampler is None else [generator, upsampler]
     z = latent.noise(generator, 1, seed)
-    a, b = (frames(generator, z, latent.read(generator, clip, [p]), psi, [p])[0] for p in (coarse, fine))
-    names = layer_names(generator)
+    ends = [[frames(g, z, latent.read(g, clip, [p]), psi, [p])[0] for p in (coarse, fine)] for g in stages]
+    names = [name for g in stages for name in layer_names(g)]
     mixed = []
     for k in range(len(names), -1, -1):
-        w = torch.cat([a.w[:k], b.w[k:]])
         caption = "all layers by the first prompt" if k == len(names) else f"by the second: from {names[k]} on"
-        mixed.append(Frame(w, a.local_text, caption))
+        first, of_stages = k, []
+        for a, b in ends:
+            own, first = min(max(first, 0), len(a.w)), first - len(a.w)
+            of_stages.append(Frame(torch.cat([a.w[:own], b.w[own:]]), a.local_text, caption))
+        mixed.append(of_stages[0]._replace(large=of_stages[1] if upsampler else None))
     return mixed
 
 

@@ -9,11 +9,12 @@ import torch.nn.functional as F
 
 import losses
 import train
+from clip import load_minilm
 from losses import moe_loss
 from presets import PRESETS, DiscriminatorLevel, Level, UpsamplerConfig
 from step import NETWORKS
 from training import overfitting
-from upsampler import Upsampler, crop, enlarge, given_images, input_noise, new_generator
+from upsampler import Upsampler, add_detail, crop, enlarge, given_images, input_noise, new_generator
 from weights import checkpoint
 
 
@@ -40,9 +41,10 @@ def moved(network):
 
 def inputs(config, batch=2, dtype=torch.float32):
     torch.manual_seed(1)
-    image = torch.rand(batch, 3, config.input_resolution, config.input_resolution, dtype=dtype) * 2 - 1
+    shape = batch, 3, config.input_resolution, config.input_resolution
+    image, noise = torch.rand(shape, dtype=dtype) * 2 - 1, torch.randn(shape, dtype=dtype)
     tokens = torch.randn(batch, 7, config.clip_width, dtype=dtype)
-    return image, torch.randn(batch, config.z_dim, dtype=dtype), tokens, torch.tensor([6, 2])[:batch]
+    return image, noise, torch.randn(batch, config.z_dim, dtype=dtype), tokens, torch.tensor([6, 2])[:batch]
 
 
 def test_it_begins_as_interpolation(config):
@@ -71,10 +73,22 @@ def test_all_of_it_gets_a_gradient_at_every_resolution(config):
 
 def test_text_noise_and_image_reach_the_picture(config):
     upsampler = moved(Upsampler(config))
-    image, z, tokens, eot = inputs(config)
-    output = upsampler(image, z, tokens, eot).image
-    for others in ((image.flip(0), z, tokens, eot), (image, z.flip(0), tokens, eot), (image, z, tokens.flip(0), eot)):
-        assert not torch.allclose(upsampler(*others).image, output)
+    *given, eot = inputs(config)
+    output = upsampler(*given, eot).image
+    for i in range(4):
+        others = [x.flip(0) if n == i else x for n, x in enumerate(given)]
+        assert not torch.allclose(upsampler(*others, eot).image, output), ["image", "noise", "z", "text"][i]
+
+
+def test_what_a_level_adds_shifts_no_color():
+    """Of its RGB counts what is finer than the input; and that is all of what is finer."""
+    torch.manual_seed(0)
+    image, rgb = torch.randn(2, 3, 8, 8).double(), torch.randn(2, 3, 16, 16).double()
+    added = add_detail(rgb, image, side=4) - enlarge(image)
+    shifted = add_detail(rgb + torch.randn(2, 3, 1, 1), image, side=4) - enlarge(image)
+    torch.testing.assert_close(shifted, added)
+    fine = rgb - F.interpolate(F.avg_pool2d(rgb, 4), scale_factor=4)  # of mean zero in every square of the input
+    torch.testing.assert_close(add_detail(fine, image, side=4) - enlarge(image), fine)
 
 
 def test_recomputing_levels_changes_no_gradient(config):
@@ -92,8 +106,9 @@ def test_the_configuration_of_either_stage_survives_json(config):
 
 def test_it_is_given_real_pictures_averaged_down_with_noise(config, generator_config):
     images, noise = torch.rand(2, 3, 64, 64), input_noise(config, 2, torch.Generator().manual_seed(0))
-    (given,) = given_images(config, images, noise)
-    torch.testing.assert_close(given, F.avg_pool2d(images, 4) + config.input_noise * noise)
+    given, its_noise = given_images(config, images, noise)
+    torch.testing.assert_close(given, F.avg_pool2d(images, 4))
+    assert its_noise.shape == given.shape and torch.equal(its_noise, noise)
     assert given_images(generator_config, images, input_noise(generator_config, 2, None)) == ()
 
 
@@ -147,10 +162,9 @@ def test_a_run_stopped_and_resumed_is_the_run_uninterrupted(tmp_path, quick_pres
     assert [row["resolution"] for row in rows] == [32, 64]
     assert all(row["g_l1"] > 0 and row["g_perceptual"] > 0 and row["d_adversarial"] > 0 for row in rows)
     assert rows[0]["fid"] > 0 and rows[0]["logits_held_out"]
-    generator, _, notes = checkpoint.load_generator(tmp_path / "parts")
-    assert isinstance(generator, Upsampler) and notes["resolution"] == 64
-    ema = whole["ema"]
-    assert all(torch.equal(value, ema[name]) for name, value in generator.state_dict().items())
+    upsampler = checkpoint.load_upsampler(tmp_path / "parts", load_minilm())
+    assert upsampler.config.resolutions == [32, 64]
+    assert all(torch.equal(value, whole["ema"][name]) for name, value in upsampler.state_dict().items())
     assert len(list((tmp_path / "parts" / "samples").iterdir()))
 
 

@@ -17,7 +17,7 @@ from clip import MODELS, load_text
 from common.cli import UserError, first_line
 from common.disk import atomically, rename
 from presets import OPENAI_CLIP, GeneratorConfig, UpsamplerConfig
-from upsampler import new_generator
+from upsampler import Upsampler, new_generator
 from weights.official import is_official, load_official
 
 STAGES = {"generator": GeneratorConfig, "upsampler": UpsamplerConfig}  # as their files call them
@@ -51,12 +51,17 @@ def save_generator(path, generator, clip, resolution, notes):
 def load_generator(path, device="cpu", clip_spec=None):
     """A file of save_generator, or the authors' aurora_v1.pth → (Generator in eval mode, its text encoder, notes).
 
-    path may also be a run's folder. clip_spec: another way to get a large CLIP, see load_clip. Raises UserError for a
-    file that is missing, damaged or foreign, and where its text encoder cannot be had.
+    path may also be a run's folder. The second stage is load_upsampler's. clip_spec: another way to get a large CLIP,
+    see load_clip. Raises UserError for a file that is missing, damaged or foreign, and where its text encoder cannot be
+    had.
     """
     path = generator_of(path)
     if path.suffix == ".safetensors":
         generator, name, notes = _load_ours(path)
+        if isinstance(generator, Upsampler):
+            raise UserError(
+                f"{path} is an upsampler, which enlarges pictures; give a generator, and this as --upsampler"
+            )
     else:
         generator, name, notes = _load_official(path), OPENAI_CLIP, {}
     text = load_text(clip_spec or name, device)
@@ -64,6 +69,27 @@ def load_generator(path, device="cpu", clip_spec=None):
         width = generator.config.clip_width
         raise UserError(f"{path} needs a text encoder of width {width}, and {text.name} has {text.width}")
     return generator.to(device).eval().requires_grad_(False), text, notes
+
+
+def load_upsampler(path, text, device="cpu"):
+    """A file of save_generator that holds a second stage, or its run's folder → Upsampler in eval mode.
+
+    text: the text encoder of the first stage. Raises UserError, as load_generator, and where it needs another one.
+    """
+    path = generator_of(path)
+    upsampler, name, _ = _load_ours(path)
+    if not isinstance(upsampler, Upsampler):
+        raise UserError(f"{path} is no upsampler, but a generator")
+    if (name, upsampler.config.clip_width) != (text.name, text.width):
+        raise UserError(f"{path} reads prompts by {name}, and the generator by {text.name}")
+    return upsampler.to(device).eval().requires_grad_(False)
+
+
+def upsampler_of(path):
+    """The file of the second stage that lies beside a generator's: NAME_upsampler.safetensors; or None."""
+    path = generator_of(path)
+    beside = path.with_name(f"{path.stem}_upsampler.safetensors")
+    return beside if beside.is_file() else None
 
 
 def generator_of(path):

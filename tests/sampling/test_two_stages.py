@@ -1,0 +1,184 @@
+"""Both stages together: pictures of a prompt, views, experts, the page's settings, pictures of one's own."""
+
+import types
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import sample
+from aurora import Generator
+from clip import load_minilm
+from common.cli import UserError
+from presets import Level, UpsamplerConfig
+from sampling import pipeline, settings, views
+from sampling.pipeline import Pipeline
+from upsampler import Upsampler, enlarge, given_images, input_noise
+from weights import checkpoint
+
+
+@pytest.fixture(scope="module")
+def networks():
+    """A base for 8×8 and 16×16, an upsampler to 32×32 and 64×64, with no weight at zero."""
+    common = dict(
+        z_dim=16, w_dim=20, mapping_layers=2, mapping_dim=28, clip_width=384, text_dim=16, text_layers=1,
+        num_heads=2, head_dim=8, fourier_channels=24,
+    )  # fmt: skip
+    base = (Level(8, 32, num_blocks=1), Level(16, 32, num_blocks=1, attn_depth=1, num_experts=2))
+    up = (
+        Level(8, 32, num_blocks=1, attn_depth=1, num_experts=3),
+        *(Level(r, 32, num_blocks=1) for r in (16, 32, 64)),
+    )
+    from presets import GeneratorConfig
+
+    torch.manual_seed(0)
+    made = (Generator(GeneratorConfig(base, **common)), Upsampler(UpsamplerConfig(up, **common, input_resolution=16)))
+    for parameter in (p for network in made for p in network.parameters()):
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    return made
+
+
+@pytest.fixture(scope="module")
+def file(networks, tmp_path_factory):
+    """The generator's file, with that of the upsampler beside it."""
+    folder = tmp_path_factory.mktemp("stages")
+    clip = types.SimpleNamespace(name="small CLIP", text=load_minilm())
+    for network, name in zip(networks, ("g.safetensors", "g_upsampler.safetensors"), strict=True):
+        checkpoint.save_generator(folder / name, network, clip, 64, {})
+    return folder / "g.safetensors"
+
+
+@pytest.fixture(scope="module")
+def pipe(file):
+    return Pipeline.load(file, device="cpu")
+
+
+def test_the_second_stage_enlarges_what_the_first_has_drawn(networks, pipe, file):
+    generator, upsampler = networks
+    (picture,) = pipe.sample("red heart", seed=3)
+    (small,) = Pipeline.load(file, device="cpu", resolution=16).sample("red heart", seed=3)
+    assert picture.size == (64, 64) and small.size == (16, 16) and pipe.resolution == 64
+    text, z = load_minilm().read(["red heart"]), torch.randn(1, 16, generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        image = generator(z, text.tokens, text.eot).image.clamp(-1, 1)
+        noise = input_noise(upsampler.config, 1, torch.Generator().manual_seed(0))
+        output = upsampler(*given_images(upsampler.config, image, noise), z, text.tokens, text.eot)
+    expected = ((output.image[0].clamp(-1, 1) + 1) * 127.5).permute(1, 2, 0).numpy()
+    assert np.abs(np.asarray(picture) - expected).max() <= 1
+    assert not torch.allclose(output.image, enlarge(enlarge(image)), atol=0.01)
+
+
+def test_a_resolution_between_and_one_that_is_not(file):
+    assert Pipeline.load(file, device="cpu", resolution=32).sample("whale")[0].size == (32, 32)
+    with pytest.raises(UserError, match="--resolution 48: choose one of 8, 16, 32, 64"):
+        Pipeline.load(file, device="cpu", resolution=48)
+
+
+def test_what_is_no_second_stage_is_refused(file):
+    beside = file.with_name("g_upsampler.safetensors")
+    with pytest.raises(UserError, match="is an upsampler"):
+        Pipeline.load(beside, device="cpu")
+    with pytest.raises(UserError, match="is no upsampler"):
+        Pipeline.load(file, device="cpu", upsampler=file)
+
+
+def test_every_view_draws_both_stages(pipe):
+    """Each frame of the second stage is what it makes of the same z and prompts by itself."""
+    for view, arguments in (
+        (views.seeds_by_prompts, (["a", "b"], [1, 2], 0.5)),
+        (views.interpolation, (("a", "b"), 1, 1.0, 3, "both", "spherical")),
+        (views.latent_walk, ("a", 1, 1.0, 4, "linear")),
+    ):
+        frames = pipe.view(view, *arguments)
+        expected = view(pipe.upsampler, pipe.clip, *arguments)
+        assert all(torch.equal(f.large.w, e.w) for f, e in zip(frames, expected, strict=True))
+        assert pipe.draw(frames).images.shape[-1] == 64
+
+
+def test_layers_are_mixed_through_both_stages(pipe):
+    frames = views.layer_mixing(pipe.generator, pipe.upsampler, pipe.clip, "red heart", "whale", 0, 1.0)
+    layers = [g.synthesis.num_layers for g in (pipe.generator, pipe.upsampler)]
+    first, second = (pipe.frames(prompt)[0] for prompt in ("red heart", "whale"))
+    assert len(frames) == sum(layers) + 1
+    assert torch.equal(frames[0].w, first.w) and torch.equal(frames[0].large.w, first.large.w)
+    assert torch.equal(frames[-1].w, second.w) and torch.equal(frames[-1].large.w, second.large.w)
+    middle = frames[layers[1]]  # all layers of the first stage by the first prompt, those of the second by the other
+    assert torch.equal(middle.w, first.w) and torch.equal(middle.large.w, second.large.w)
+    chosen = settings.Settings("red heart", num=1, second="whale", layers=tuple(range(layers[0], sum(layers))))
+    (frame,) = settings.frames_of(pipe, chosen)
+    assert torch.equal(frame.w, first.w) and torch.equal(frame.large.w, second.large.w)
+
+
+def test_the_pages_settings_draw_what_the_pipeline_draws(pipe):
+    drawn = settings.draw(pipe, settings.Settings("red heart", seed=2, num=2))
+    assert torch.equal(drawn.images, pipe.draw(pipe.frames("red heart", num=2, seed=2)).images)
+    assert {name: len(r.logits[0]) for name, r in drawn.routings.items()} == {
+        "16.0.0": 256, "8.0.0" + pipeline.LARGE: 64,
+    }  # fmt: skip
+
+
+def test_pictures_and_their_experts_through_the_command(file, tmp_path, run_main):
+    common = ("red heart", "--checkpoint", file, "--num", 1, "--device", "cpu", "--out")
+    assert run_main(sample.main, *common, tmp_path / "all.png", "--experts")[0] == 0
+    assert Image.open(tmp_path / "all.png").width > 3 * 64
+    status, said, _ = run_main(sample.main, *common, tmp_path / "small.png", "--resolution", 16)
+    assert status == 0 and "16×16" in said
+    assert run_main(sample.main, *common[:-1], "--each", tmp_path / "each")[0] == 0
+    assert Image.open(tmp_path / "each" / "000000.png").size == (64, 64)
+
+
+def picture(mode, size=(16, 16)):
+    """A red square on nothing, in a mode of Pillow."""
+    if mode == "I;16":
+        return Image.fromarray(np.full(size[::-1], 40000, np.uint16))
+    image = Image.new("RGBA", size, (0, 0, 0, 0))
+    image.paste((255, 0, 0, 255), (size[0] // 4, size[1] // 4, size[0] // 2, size[1] // 2))
+    return image if mode == "RGBA" else image.convert("RGB").convert(mode)
+
+
+@pytest.mark.parametrize(
+    ("mode", "suffix", "size"),
+    [
+        ("RGB", "png", 16),
+        ("RGBA", "png", 16),
+        ("CMYK", "jpg", 16),
+        ("I;16", "png", 16),
+        ("L", "png", 16),
+        ("RGB", "png", 50),
+    ],
+)
+def test_a_picture_of_ones_own_is_enlarged(file, pipe, tmp_path, run_main, mode, suffix, size):
+    path, out = tmp_path / f"own.{suffix}", tmp_path / "large.png"
+    picture(mode, (size, size)).save(path)
+    arguments = ("a red square", "--enlarge", path, "--checkpoint", file, "--out", out, "--device", "cpu")
+    status, said, error = run_main(sample.main, *arguments)
+    assert status == 0 and "64×64" in said, error
+    large = Image.open(out)
+    assert large.size == (64, 64) and large.mode == "RGB"
+    if mode == "RGBA":
+        assert np.asarray(large)[:8, :8].mean() > 200, "what is transparent is white"
+    if mode == "I;16":
+        assert abs(np.asarray(large).mean() - 40000 / 257) < 10
+
+
+@pytest.mark.parametrize(
+    ("size", "says"),
+    [((16, 20), "give a square picture of 16×16, or a larger one"), ((8, 8), "give a picture of 16 pixels or more")],
+)
+def test_a_picture_that_cannot_be_enlarged_is_refused_in_one_line(file, tmp_path, run_main, size, says):
+    picture("RGB", size).save(tmp_path / "own.png")
+    arguments = ("a red square", "--enlarge", tmp_path / "own.png", "--checkpoint", file, "--device", "cpu")
+    status, _, error = run_main(sample.main, *arguments, "--out", tmp_path / "large.png")
+    assert status and says in error and len(error.splitlines()) == 1
+    assert not (tmp_path / "large.png").exists()
+
+
+def test_enlarging_needs_a_second_stage_and_one_caption(file, tmp_path, run_main):
+    alone = tmp_path / "alone.safetensors"
+    alone.write_bytes(file.read_bytes())
+    picture("RGB").save(tmp_path / "own.png")
+    arguments = ("--enlarge", tmp_path / "own.png", "--device", "cpu", "--out", tmp_path / "large.png")
+    for prompts, given, says in ((("a",), alone, "needs an upsampler"), (("a", "b"), file, "takes one caption")):
+        status, _, error = run_main(sample.main, *prompts, *arguments, "--checkpoint", given)
+        assert status and says in error
