@@ -1,5 +1,6 @@
 """What several test files share: tiny configurations, and the marker for tests that need a GPU."""
 
+import gc
 import os
 import sys
 
@@ -21,6 +22,10 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def pytest_collection_finish():
+    gc.freeze()  # what imports made lives on; gc.collect() of every short run would look through it
 
 
 @pytest.fixture

@@ -21,7 +21,22 @@ from common.cli import UserError, first_line, signals
 from common.distributed import say
 from data import sources
 from data.pairs import CAUSES
-from training.guard import Guard
+
+MOST_REJECTED = 20  # A run is stopped after so many updates in a row without finite gradients; a step has two updates.
+LASTING = 500  # A symptom that lasts for so many steps is reported.
+SYMPTOMS = {
+    # What is told: whether a step's report shows it.
+    "an expert gets next to no points (expert_min_share is below 1 %); the network does without its parameters": (
+        lambda report: report.get("expert_min_share", 1) < 0.01
+    ),
+    "the discriminator is certain of every image (logits_real and logits_fake are more than 10 apart), so the "
+    "generator has little to learn from; a higher r1_gamma or a lower lr_discriminator may help": (
+        lambda report: report.get("logits_real", 0) - report.get("logits_fake", 0) > 10
+    ),
+    "the discriminator tells nothing apart any more (logits_real and logits_fake are the same)": (
+        lambda report: abs(report.get("logits_real", 1) - report.get("logits_fake", 0)) < 1e-4
+    ),
+}
 
 
 class System(Protocol):
@@ -78,7 +93,7 @@ class Loop:
     def __init__(self, system, folder, source, options, steps=math.inf, minutes=math.inf):
         self.system, self.folder, self.source, self.options = system, folder, source, options
         self.steps, self.minutes = steps, minutes
-        self.progress, self.guard = Progress(), Guard(say)
+        self.progress, self.rejected_in_a_row, self.lasting = Progress(), 0, Counter()
         self.asked_to_stop = self.stopping = False
 
     # ------------------------------------------------------------------------------------------------------------------
@@ -133,9 +148,28 @@ class Loop:
         p.step, p.rejected = p.step + 1, p.rejected + rejected
         if rejected:
             say(f"step {p.step}: {rejected} update(s) left out, as a gradient was not finite")
-        with distributed.together() if rejected else contextlib.nullcontext():
-            self.guard.watch(report, rejected, self.folder.last_good)
+        self.stop_if_rejected(rejected)
+        self.tell_symptoms(report)
         return report | self.system.after_step(p.step)
+
+    def stop_if_rejected(self, rejected):
+        """Raises UserError after MOST_REJECTED updates in a row that were left out; all ranks see the same ones."""
+        self.rejected_in_a_row = self.rejected_in_a_row + rejected if rejected else 0
+        if self.rejected_in_a_row >= MOST_REJECTED:
+            with distributed.together():
+                raise UserError(
+                    f"{self.rejected_in_a_row} updates in a row had gradients that are not finite, so the run is "
+                    f"stopped. The last good checkpoint: {self.folder.last_good or 'none'}; the same command goes on "
+                    "from there. If this comes again, lower the learning rates: --set lr_generator=… "
+                    "lr_discriminator=…"
+                )
+
+    def tell_symptoms(self, report):
+        """Warns, once, of what has gone wrong for LASTING steps in a row."""
+        for symptom, shows in SYMPTOMS.items():
+            self.lasting[symptom] = self.lasting[symptom] + 1 if shows(report) else 0
+            if self.lasting[symptom] == LASTING:
+                say(f"warning: for {LASTING} steps now {symptom}")
 
     def reduce(self, scalars, skipped):
         """Scalars of this rank → their means over ranks. Skipped pairs are summed; where one rank stops, all do."""

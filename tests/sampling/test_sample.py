@@ -168,7 +168,7 @@ def test_mistakes_are_told_in_one_line(run, tmp_path, monkeypatch, arguments, sa
         (("a red circle", "--truncation-sweep"), 6, 1),
         (("--interpolate", "a red circle", "a large blue star", "--steps", 5), 5, 1),
         (("--interpolate", "a red circle", "a star", "--part", "local", "--path", "linear"), 8, 1),
-        (("--mix", "red circle", "blue star"), 8, 1),
+        (("--mix", "red circle", "blue star"), 6, 1),
         (("a red circle", "--latent-walk", "--steps", 10, "--out", "walk.png"), 8, 2),
     ],
 )

@@ -25,7 +25,7 @@ from tests.training.test_train import (  # noqa: F401 - some are fixtures
     set_quick_preset,
 )
 from tests.training.torture import torture
-from training import guard
+from training import loop
 from weights import checkpoint
 
 
@@ -162,7 +162,7 @@ def test_a_bit_of_a_checkpoint_flipped(tmp_path):
 @pytest.mark.parametrize("network", ["generator", "discriminator"])
 def test_weights_that_become_nan(tmp_path, common, expected, at_step, monkeypatch, network):
     """The run stops, names its last good checkpoint, and goes on from there."""
-    monkeypatch.setattr(guard, "LIMIT", 4)
+    monkeypatch.setattr(loop, "MOST_REJECTED", 4)
 
     def poison(training):
         next(getattr(training.learner, network).parameters()).data.fill_(float("nan"))
@@ -213,18 +213,19 @@ def test_kills_at_random_moments(tmp_path):
     torture(ranks=1, kills=2, steps=20, folder=tmp_path)
 
 
-def test_symptoms_are_told_once_when_they_last():
+def test_symptoms_are_told_once_when_they_last(monkeypatch):
     said = []
-    watch = guard.Guard(said.append)
+    monkeypatch.setattr(loop, "say", said.append)
+    watch = loop.Loop(None, None, None, None)
     healthy = {"expert_min_share": 0.5, "logits_real": 1.0, "logits_fake": -1.0}
     sick = {"expert_min_share": 0.0, "logits_real": 9.0, "logits_fake": -9.0}
-    for report, steps in ((sick, guard.LASTING - 1), (healthy, 1), (sick, guard.LASTING - 1)):
+    for report, steps in ((sick, loop.LASTING - 1), (healthy, 1), (sick, loop.LASTING - 1)):
         for _ in range(steps):
-            watch.watch(report, 0, None)
+            watch.tell_symptoms(report)
     assert not said
-    for _ in range(guard.LASTING):
-        watch.watch(sick, 0, None)
+    for _ in range(loop.LASTING):
+        watch.tell_symptoms(sick)
     assert len(said) == 2 and "an expert gets next to no points" in said[0] and "certain of every image" in said[1]
-    for _ in range(guard.LASTING):
-        watch.watch({**healthy, "logits_real": 0.0, "logits_fake": 0.0}, 0, None)
+    for _ in range(loop.LASTING):
+        watch.tell_symptoms({**healthy, "logits_real": 0.0, "logits_fake": 0.0})
     assert len(said) == 3 and "tells nothing apart" in said[2]
