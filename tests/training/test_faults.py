@@ -208,6 +208,7 @@ def test_a_checkpoint_that_holds_code(tmp_path, three_steps, common, expected):
     assert not (tmp_path / "executed").exists()
 
 
+@pytest.mark.tour
 def test_kills_at_random_moments(tmp_path):
     """The short form of torture.py."""
     torture(ranks=1, kills=2, steps=20, folder=tmp_path)

@@ -347,14 +347,21 @@ def test_a_run_is_not_overwritten_nor_resumed_as_another(tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
-def test_an_interrupt_loses_nothing(tmp_path, monkeypatch, capsys, number):
+def test_a_run_hears_that_it_is_to_stop(number):
+    asked = loop.Loop(None, None, None, None)
+    with asked.stopping_when_asked():
+        os.kill(os.getpid(), number)
+        assert asked.asked_to_stop
+
+
+def test_an_interrupt_loses_nothing(tmp_path, monkeypatch, capsys):
     arguments = (*COMMON, "--preset", "quick", "--out", tmp_path)
     monkeypatch.setattr(sys, "argv", ["train.py", *map(str, arguments), "--steps", "5"])
     step = train.Run.step
 
     def interrupted(self, index, batches):
         if index == 1:
-            os.kill(os.getpid(), number)  # in the middle of the second step
+            os.kill(os.getpid(), signal.SIGTERM)  # in the middle of the second step
         return step(self, index, batches)
 
     monkeypatch.setattr(train.Run, "step", interrupted)
