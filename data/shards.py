@@ -41,7 +41,7 @@ from data.pairs import (
 from data.sources import FEWEST, Source, collate, is_held_out
 
 TRIED, LOOKED_AT = 5, 1000  # shards, and files of each, by which a source says what it holds
-STRETCH = 4  # samples, on average, that are read at once from a shard on a disk
+STRETCH = 3  # samples, on average, that are read at once from a shard on a disk
 LANES = 8  # shards that a stream reads in turn
 BUFFER, BUFFER_BYTES = 2048, 2**27  # samples that a stream shuffles, and what they may take
 BLOCK = 10_000  # samples after which a stream begins anew
