@@ -131,7 +131,7 @@ def test_the_fid_is_of_the_generators_output_at_the_active_resolution(phase):
     generator, clip = load_generator(figures.generator_file())[0], load_clip("emoji")
     captions = [f"{color} circle" for color in ("red", "green", "blue", "pink", "black")]
     measured = Growth(RECIPE, [4, 8, 16, 32], clip, seed=3)
-    measured.phase.number, measured.captions = phase, captions
+    measured.phase.number, measured.captions, measured.given = phase, captions, ()
     resolution = (4, 8, 16)[phase]
     for level in generator.synthesis.levels:
         for parameter in level.to_rgb.parameters():
@@ -151,6 +151,7 @@ def test_the_fid_is_of_the_generators_output_at_the_active_resolution(phase):
 def test_the_best_fid_is_kept_and_evaluations_since_are_counted(monkeypatch):
     measured = Growth(RECIPE, [4, 8], None, seed=0)
     measured.captions, measured.statistics, measured.reference_fid = [], {4: None}, {4: 1.0}
+    measured.given = ()
     monkeypatch.setattr(growth, "extract_fake_features", lambda *_: torch.zeros(2, 2))
     for value, best, since in ((5, 5, 0), (3, 3, 0), (4, 3, 1), (3, 3, 2), (2, 2, 0)):
         monkeypatch.setattr(growth, "frechet_distance", lambda *_, value=value: float(value))

@@ -12,7 +12,7 @@ import torch
 import losses
 from augment import NUM_CHANCES, augment
 from aurora import Generator, Output
-from clip import FrozenClip, load_clip
+from clip import from_open_clip, load_clip
 from common import distributed
 from discriminator import CLIP, Discriminator
 from presets import PRESETS
@@ -143,7 +143,7 @@ def test_r1_reaches_through_a_vision_transformer(discriminator_config):
     torch.manual_seed(0)
     vision = dict(image_size=16, layers=4, width=16, head_width=8, patch_size=8)
     text = dict(context_length=7, vocab_size=9, width=12, heads=2, layers=1)
-    clip = FrozenClip(open_clip.CLIP(embed_dim=8, vision_cfg=vision, text_cfg=text), "test").double()
+    clip = from_open_clip(open_clip.CLIP(embed_dim=8, vision_cfg=vision, text_cfg=text), "test").double()
     tiny = Discriminator(dataclasses.replace(discriminator_config, clip_maps=clip.map_shapes)).double()
     pyramid, tokens, eot = real(), torch.randn(2, 7, 12, dtype=torch.float64), torch.tensor([6, 3])
 
@@ -251,7 +251,7 @@ def test_both_objectives_are_the_sum_of_their_parts():
     assert report["d_matching"].item() == pytest.approx(matching, rel=1e-4)
 
     output = generator(z, text.tokens, text.eot, 8)
-    report = losses.generator_loss(output, text, wrong, CHANCES[:, 1], discriminator, clip, recipe)
+    report = losses.generator_loss(output, None, text, wrong, CHANCES[:, 1], discriminator, clip, recipe)
     maps = clip.see(output.image)[1]
     adversarial = total(discriminator(output.pyramid, maps, text.tokens, text.eot), -1, 0.01)
     matching = total(discriminator(output.pyramid, maps, text.tokens[wrong], text.eot[wrong]), -1, 0.05)
@@ -269,7 +269,7 @@ def test_without_a_wrong_caption_nothing_is_matched():
     text, wrong = clip.encode_text(ids), losses.wrong_captions(ids)
     report = losses.DiscriminatorLoss(discriminator, clip, recipe)(real, fake, text, wrong, CHANCES, 0)
     output = generator(z, text.tokens, text.eot, 8)
-    of_generator = losses.generator_loss(output, text, wrong, CHANCES[:, 1], discriminator, clip, recipe)
+    of_generator = losses.generator_loss(output, None, text, wrong, CHANCES[:, 1], discriminator, clip, recipe)
     assert report["d_matching"] == of_generator["g_matching"] == 0 and "r1" not in report
 
 
@@ -286,9 +286,9 @@ def test_the_discriminator_sees_augmented_images_and_clip_those_as_they_are():
 
     output = generator(z, text.tokens, text.eot, 8)
     common = text, wrong, CHANCES[:, 1], discriminator, clip
-    report, without = (losses.generator_loss(output, *common, recipe) for recipe in (augmented, plain))
+    report, without = (losses.generator_loss(output, None, *common, recipe) for recipe in (augmented, plain))
     changed = augment(output.pyramid, augmented.augment, CHANCES[:, 1])
-    expected = losses.generator_loss(dataclasses.replace(output, pyramid=changed), *common, plain)
+    expected = losses.generator_loss(dataclasses.replace(output, pyramid=changed), None, *common, plain)
     for name, source in (("g_adversarial", expected), ("g_matching", expected), ("g_clip", without)):
         assert report[name].item() == pytest.approx(source[name].item(), rel=1e-5), name
 
@@ -303,11 +303,11 @@ def test_bfloat16_is_safe():
     def both():
         d_report = losses.DiscriminatorLoss(discriminator, clip, recipe)(real, fake, text, wrong, CHANCES, 16)
         output = generator(z, text.tokens, text.eot, 8)
-        g_report = losses.generator_loss(output, text, wrong, CHANCES[:, 1], discriminator, clip, recipe)
+        g_report = losses.generator_loss(output, None, text, wrong, CHANCES[:, 1], discriminator, clip, recipe)
         return d_report, g_report
 
     exact, clip_sees_in = both(), []
-    note = clip.model.visual.conv1.register_forward_hook(lambda _, inputs, output: clip_sees_in.append(output.dtype))
+    note = clip.visual.conv1.register_forward_hook(lambda _, inputs, output: clip_sees_in.append(output.dtype))
     with note, torch.autocast("cpu", torch.bfloat16):
         rounded = both()
     assert clip_sees_in == [torch.bfloat16, torch.float32, torch.bfloat16]  # for D, for R1, for G
