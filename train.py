@@ -7,7 +7,7 @@ generator's FID comes near that between two sets of real images, stops falling, 
 
 import argparse
 import dataclasses
-import sys
+import shlex
 from pathlib import Path
 
 import torch
@@ -24,16 +24,15 @@ from presets import PRESETS, fitted_to
 from sampling.inference import DTYPES, dtype_of
 from sampling.pictures import grid, to_pil
 from step import Learner
-from training.loop import Loop
+from training.loop import Loop, stopping_when_asked
 from training.overfitting import OverfittingWatch
 from training.plan import HARDWARE, auto_or_positive, choose_parts, print_plan
 from training.run_folder import RunFolder
-from training.small_clip import clip_for, ensure_small_clip
+from training.small_clip import clip_for, ensure_small_clip, take_small_clip
 from weights import checkpoint
 from weights.perceptual import perceptual_network
 
 NUM_PICTURES = 24
-COME_AGAIN = 75  # the exit status of a run that was asked to stop and has saved: EX_TEMPFAIL of sysexits.h
 
 
 def parse_args(argv=None):
@@ -71,7 +70,7 @@ def parse_args(argv=None):
 class Run:
     """A run of Aurora: its networks, growth, data and folder. training/loop.py takes it through its steps."""
 
-    def __init__(self, args, device):
+    def __init__(self, args, device, asked_to_stop=lambda: False):
         self.args, self.device = args, device
         with distributed.together():
             self.preset = preset_of(args)
@@ -86,10 +85,13 @@ class Run:
         state = folder.state(args.resume)
         if clip == "train":
             clip = folder.path / "clip.safetensors"
-            ensure_small_clip(clip, args.data, args.caption_key, args.seed, device)
+            if state:
+                take_small_clip(folder.last_good.parent.parent / clip.name, clip)
+            else:
+                ensure_small_clip(clip, args.data, args.caption_key, args.seed, device, asked_to_stop)
         with distributed.together():
             self.build(clip)
-            self.loop = Loop(self, folder, self.source, args, args.steps or self.recipe.steps)
+            self.loop = Loop(self, folder, self.source, args, asked_to_stop, args.steps or self.recipe.steps)
             if state:
                 self.loop.load(state)
             if args.init and state:
@@ -117,20 +119,18 @@ class Run:
         say(f"Starting from the weights of {path}{'; new: ' if missing else ''}{', '.join(missing)}.")
 
     def train(self):
-        """Goes on up to the last step, or until the run is asked to stop → whether it was."""
+        """Goes on up to the last step. Raises Stopped where the run is asked to stop before."""
         loop = self.loop
-        with loop.stopping_when_asked():
-            for line in self.source.describe():
-                say(line)
-            path = loop.folder.path / "reference.pt"
-            if not self.growth.measure_reference(self.source, path, lambda: loop.asked_to_stop):
-                return True
-            self.overfitting = OverfittingWatch(self.source, self.clip)
-            self.introduce()
-            loop.run()
-            loop.conclude()
-        say(f'Now: python sample.py "…" --checkpoint {loop.folder.generator}')
-        return loop.progress.step < loop.steps
+        for line in self.source.describe():
+            say(line)
+        path = loop.folder.path / "reference.pt"
+        if not self.growth.measure_reference(self.source, path, loop.asked_to_stop):
+            raise sources.Stopped
+        self.overfitting = OverfittingWatch(self.source, self.clip)
+        self.introduce()
+        loop.run()
+        loop.conclude()
+        say(f'Now: python sample.py "…" --checkpoint {shlex.quote(str(loop.folder.generator))}')
 
     def introduce(self):
         arguments = {name: str(value) for name, value in vars(self.args).items()}
@@ -203,12 +203,10 @@ def main():
             return print_plan(args, preset_of(args))
         device = distributed.start(args.device)
         try:
-            with distributed.losses_told():
-                stopped_early = Run(args, device).train()
+            with distributed.losses_told(), stopping_when_asked() as asked_to_stop:
+                Run(args, device, asked_to_stop).train()
         finally:
             distributed.stop()
-    if stopped_early:
-        sys.exit(COME_AGAIN)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from data import sources
 from sampling.files import check_picture, save
 from sampling.pictures import grid, to_pil
 from step import noise_of
-from training.loop import Loop
+from training.loop import Loop, stopping_when_asked
 from training.run_folder import RunFolder
 from weights.checkpoint import generator_of, read_safetensors
 
@@ -141,7 +141,7 @@ def as_texts(args):
 def train(system_class, name, args):
     device = distributed.start("auto")
     try:
-        with distributed.losses_told():
+        with distributed.losses_told(), stopping_when_asked() as asked_to_stop:
             with distributed.together():
                 if args.batch % distributed.world_size():
                     raise UserError(f"--batch {args.batch} cannot be shared by {distributed.world_size()} ranks")
@@ -153,14 +153,15 @@ def train(system_class, name, args):
                 system = build(system_class, load_clip(args.clip, device), args.resolution, device, args.unconditional)
                 source = sources.open_data(args.data, args.resolution, args.seed)
                 captions = next(source.evaluation(NUM_PICTURES)).captions
-                loop = Loop(Trained(system, args, captions), folder, source, args, minutes=args.minutes)
+                loop = Loop(Trained(system, args, captions), folder, source, args, asked_to_stop, minutes=args.minutes)
                 if state:
                     loop.load(state)
-            with loop.stopping_when_asked():
-                loop.introduce(as_texts(args))
-                say(f"Training {name} on {device}, {distributed.world_size()} rank(s); all in {args.out}")
-                loop.run()
-                loop.conclude()
+            for line in source.describe():
+                say(line)
+            loop.introduce(as_texts(args))
+            say(f"Training {name} on {device}, {distributed.world_size()} rank(s); all in {args.out}")
+            loop.run()
+            loop.conclude()
     finally:
         distributed.stop()
 

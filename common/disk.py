@@ -4,6 +4,7 @@ import contextlib
 import os
 import re
 import secrets
+import tempfile
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -30,6 +31,16 @@ def atomically(path, write):
         raise OSError(int(number[1]) if number else None, first_line(error), str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_room(folder, size=2**25):
+    """Writes so many bytes for a moment: a full disk is better met before long work than after. Raises OSError."""
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(size))
+            file.flush()
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(folder)) from error
 
 
 def left_over(folder, names):

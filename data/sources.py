@@ -262,7 +262,7 @@ def wait_for(batches, asked_to_stop):
 
 def leave_signals_to_the_run(_):
     """Ctrl-C and a warning of preemption reach the workers too; the run they serve decides when to stop."""
-    for number in signals("SIGINT", "SIGUSR1"):
+    for number in signals("SIGINT", "SIGUSR1", "SIGHUP"):
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 

@@ -5,6 +5,7 @@ It serves any system that learns from captioned images, see System.
 
 import contextlib
 import math
+import os
 import signal
 import sys
 import time
@@ -37,6 +38,37 @@ SYMPTOMS = {
         lambda report: abs(report.get("logits_real", 1) - report.get("logits_fake", 0)) < 1e-4
     ),
 }
+COME_AGAIN = 75  # the exit status of a run that was asked to stop and has saved: EX_TEMPFAIL of sysexits.h
+
+
+@contextlib.contextmanager
+def stopping_when_asked():
+    """→ a function that says whether Ctrl-C, SIGTERM, SIGHUP or SIGUSR1 came, so that a run can stop where all is
+    whole; a second Ctrl-C ends at once. A run that raises Stopped for it ends with the exit status COME_AGAIN.
+    """
+    asked, terminals = [], [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
+
+    def ask(number, _):
+        if number in signals("SIGHUP"):  # the terminal is gone, and what is written to it would raise
+            for descriptor in terminals:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+        if not asked:
+            say("Stopping as soon as all is whole …")
+        asked.append(number)
+        if number == signal.SIGINT:
+            signal.signal(number, signal.default_int_handler)
+
+    former = {number: signal.signal(number, ask) for number in signals("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")}
+    for number, handler in former.items():
+        if handler == signal.SIG_IGN and number != signal.SIGINT:  # as nohup wants it; a shell's & ignores SIGINT
+            signal.signal(number, handler)
+    try:
+        yield lambda: bool(asked)
+    except sources.Stopped:
+        sys.exit(COME_AGAIN)
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
 
 
 class System(Protocol):
@@ -87,14 +119,14 @@ class Progress:
 class Loop:
     """Takes a system through its steps, until they are done or its minutes are over, whichever is first.
 
-    options: the arguments of train.py that say how often to save and draw.
+    options: the arguments of train.py that say how often to save and draw. asked_to_stop: of stopping_when_asked.
     """
 
-    def __init__(self, system, folder, source, options, steps=math.inf, minutes=math.inf):
+    def __init__(self, system, folder, source, options, asked_to_stop, steps=math.inf, minutes=math.inf):
         self.system, self.folder, self.source, self.options = system, folder, source, options
         self.steps, self.minutes = steps, minutes
         self.progress, self.rejected_in_a_row, self.lasting = Progress(), 0, Counter()
-        self.asked_to_stop = self.stopping = False
+        self.asked_to_stop, self.stopping = asked_to_stop, False
 
     # ------------------------------------------------------------------------------------------------------------------
     # Steps.
@@ -103,7 +135,7 @@ class Loop:
         """Goes on up to the last step, or until the run is asked to stop."""
         p, system, options = self.progress, self.system, self.options
         share = p.step * system.parts, system.batch // system.parts, options.workers
-        batches = sources.loader(self.source, *share, asked_to_stop=lambda: self.asked_to_stop)
+        batches = sources.loader(self.source, *share, asked_to_stop=self.asked_to_stop)
         total = self.steps if self.steps < math.inf else None
         bar = tqdm(total=total, initial=p.step, unit="step", disable=not distributed.is_main(), dynamic_ncols=True)
         self.folder.open_log(p.step)
@@ -175,7 +207,7 @@ class Loop:
         """Scalars of this rank → their means over ranks. Skipped pairs are summed; where one rank stops, all do."""
         names = [*scalars, *CAUSES, "stop"]
         device = next(iter(scalars.values())).device
-        stop = self.asked_to_stop or self.out_of_time
+        stop = self.asked_to_stop() or self.out_of_time
         mine = torch.tensor([*(skipped[cause] for cause in CAUSES), stop], dtype=torch.float32)
         values = torch.cat([torch.stack([value.detach().float() for value in scalars.values()]), mine.to(device)])
         report = dict(zip(names, distributed.mean(values).tolist(), strict=True))
@@ -187,24 +219,6 @@ class Loop:
     @property
     def out_of_time(self):
         return self.progress.seconds > 60 * self.minutes
-
-    @contextlib.contextmanager
-    def stopping_when_asked(self):
-        """Ctrl-C, SIGTERM and SIGUSR1 let the step end, so that all is saved whole; a second Ctrl-C ends at once."""
-
-        def ask(number, _):
-            if not self.asked_to_stop:
-                say("Stopping after this step …")
-            self.asked_to_stop = True
-            if number == signal.SIGINT:
-                signal.signal(number, signal.default_int_handler)
-
-        former = {number: signal.signal(number, ask) for number in signals("SIGINT", "SIGTERM", "SIGUSR1")}
-        try:
-            yield
-        finally:
-            for number, handler in former.items():
-                signal.signal(number, handler)
 
     # ------------------------------------------------------------------------------------------------------------------
     # Saving and resuming.
@@ -255,6 +269,7 @@ class Loop:
             self.check_saved()
 
     def conclude(self):
+        """Says how the run ended. Raises Stopped where it was asked to, before its end."""
         p = self.progress
         if p.skipped.total() or p.rejected:
             causes = ", ".join(f"{count} {cause}" for cause, count in p.skipped.most_common() if count)
@@ -267,6 +282,8 @@ class Loop:
         elif p.step > self.steps:
             ended = f"Nothing was left to do for --steps {self.steps}; give more to go on. The run has"
         say(f"{ended} {p.step} steps. The generator: {self.folder.generator}")
+        if p.step < self.steps and not self.out_of_time:
+            raise sources.Stopped
 
     def check_saved(self):
         """Raises UserError where this step is not on the disk."""

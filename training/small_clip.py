@@ -8,8 +8,10 @@ also found under words that no caption has.
 """
 
 import argparse
+import contextlib
 import itertools
 import math
+import shutil
 import time
 from pathlib import Path
 
@@ -20,7 +22,7 @@ from tqdm import tqdm
 from clip import BUILT_IN, fold_batch_norms, load_minilm, made_from, new_small, save_small
 from common import distributed
 from common.cli import HelpFormatter, UserError, check_file, natural_number, positive_int, told_in_one_line
-from common.disk import atomically
+from common.disk import atomically, check_room
 from common.distributed import say
 from data import sources
 from layers import resize
@@ -35,15 +37,16 @@ STEPS = 1000, 4000  # at least and at most
 MAX_PAIRS = 50_000  # held in memory
 
 
-def train_small_clip(source, steps=None, batch=128, seed=0, device="cpu"):
+def train_small_clip(source, steps=None, batch=128, seed=0, device="cpu", asked_to_stop=lambda: False):
     """Trains a small CLIP on the pairs of a source of 32×32 images → FrozenClip. The same seed gives the same weights.
 
-    steps: by default as many as there are pairs, within STEPS. Raises UserError where all captions are the same.
+    steps: by default as many as there are pairs, within STEPS. Raises UserError where all captions are the same, and
+    Stopped once asked_to_stop() says so.
 
     Half of the batches hold captions that differ in a word or two, as neighbours in the alphabet do: among captions
     drawn at random, telling a face from a flag would do, and skin tones and styles would not be read.
     """
-    pairs = list(itertools.islice(source.examples(), MAX_PAIRS))
+    pairs = list(until(asked_to_stop, itertools.islice(source.examples(), MAX_PAIRS)))
     if len({line for _, captions in pairs for line in captions}) < 2:
         raise UserError("all captions are the same, and a small CLIP learns from differences; give other captions")
     steps = steps or min(max(len(pairs), STEPS[0]), STEPS[1])
@@ -58,8 +61,8 @@ def train_small_clip(source, steps=None, batch=128, seed=0, device="cpu"):
         learned = [parameter for parameter in clip.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(learned, LR, betas=(0.9, 0.98), weight_decay=0.1)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LR, total_steps=steps, pct_start=0.1)
-        batches, codes = draw_batches(captions, batch), sentence_codes(clip.text, captions)
-        for step in tqdm(range(steps), desc="training a small CLIP", unit="step"):
+        batches, codes = draw_batches(captions, batch), sentence_codes(clip.text, captions, asked_to_stop)
+        for step in until(asked_to_stop, tqdm(range(steps), desc="training a small CLIP", unit="step")):
             index, texts = next(batches)
             images = [x.to(device) for x in at_all_resolutions(pixels[index].float() / 127.5 - 1)]
             after = (step / steps - MISLED_AFTER) / (1 - MISLED_AFTER)
@@ -73,28 +76,49 @@ def clip_for(data, preset):
     return "train" if preset.clip_model in BUILT_IN and data != "emoji" else preset.clip_model
 
 
-def ensure_small_clip(path, data, caption_key, seed, device):
-    """Trains a small CLIP on a run's data and writes it to `path`, unless one of these data is there already."""
-    with distributed.together():
-        if not distributed.is_main():
-            return
+def ensure_small_clip(path, data, caption_key, seed, device, asked_to_stop=lambda: False):
+    """The main rank trains a small CLIP on a run's data and writes it to `path`, unless one of these data is there.
+
+    Raises Stopped where the run is asked to stop, OSError where the disk is full, before the work.
+    """
+    with distributed.together(), contextlib.suppress(sources.Stopped):
         source = sources.open_data(data, 32, seed, caption_key)
         made = {"data": str(data), "caption-key": str(caption_key), "seed": str(seed), "text": load_minilm().name}
         made["found"] = " ".join(source.describe())
-        if path.is_file() and made_from(path) == made:
-            return
-        say("First a small CLIP learns to see these pictures as their captions say: a few minutes on one CPU core.")
-        clip = train_small_clip(source, seed=seed, device=device)
-        atomically(path, lambda temporary: save_small(clip, temporary, made))
+        if distributed.is_main() and not (path.is_file() and made_from(path) == made):
+            check_room(path.parent)
+            say("First a small CLIP learns to see these pictures as their captions say: a few minutes on one CPU core.")
+            clip = train_small_clip(source, seed=seed, device=device, asked_to_stop=asked_to_stop)
+            atomically(path, lambda temporary: save_small(clip, temporary, made))
+    if distributed.broadcast(asked_to_stop()):
+        raise sources.Stopped
+
+
+def take_small_clip(former, path):
+    """A run that goes on takes the small CLIP that it learned with, from its former folder. Raises UserError."""
+    with distributed.together():
+        if not former.is_file():
+            raise UserError(f"{former} is missing, the small CLIP that this run learned with; put it there again")
+        if distributed.is_main() and former != path:
+            atomically(path, lambda temporary: shutil.copyfile(former, temporary))
+
+
+def until(asked_to_stop, things):
+    """The things, one after another. Raises Stopped once asked_to_stop() says so."""
+    for thing in things:
+        if asked_to_stop():
+            raise sources.Stopped
+        yield thing
 
 
 @torch.no_grad()
-def sentence_codes(text, captions, batch=256):
+def sentence_codes(text, captions, asked_to_stop=lambda: False, batch=256):
     """Lists of captions → {caption: the text encoder's embedding [D]}. Each is read once, next to others as long."""
     lines = sorted({line for lines in captions for line in lines}, key=len)
     codes, device = {}, text.words.weight.device
     with torch.autocast(device.type, torch.bfloat16, enabled=dtype_of("auto", device) == torch.bfloat16):
-        for first in tqdm(range(0, len(lines), batch), desc="reading captions", unit="batch"):
+        parts = tqdm(range(0, len(lines), batch), desc="reading captions", unit="batch")
+        for first in until(asked_to_stop, parts):
             part = lines[first : first + batch]
             ids = text.tokenize(part)
             codes |= zip(part, text.encode(ids[:, : (ids != 0).sum(1).max()]).embedding.float(), strict=True)

@@ -217,7 +217,7 @@ def test_kills_at_random_moments(tmp_path):
 def test_symptoms_are_told_once_when_they_last(monkeypatch):
     said = []
     monkeypatch.setattr(loop, "say", said.append)
-    watch = loop.Loop(None, None, None, None)
+    watch = loop.Loop(None, None, None, None, None)
     healthy = {"expert_min_share": 0.5, "logits_real": 1.0, "logits_fake": -1.0}
     sick = {"expert_min_share": 0.0, "logits_real": 9.0, "logits_fake": -9.0}
     for report, steps in ((sick, loop.LASTING - 1), (healthy, 1), (sick, loop.LASTING - 1)):

@@ -51,7 +51,7 @@ def test_a_run_that_is_stopped_while_its_data_stall_is_saved(tmp_path, monkeypat
     monkeypatch.setattr(loop.sources, "loader", stalling)
     folder = RunFolder(tmp_path, {"seed": 0})
     folder.state("auto")
-    loop.Loop(Idle(), folder, None, OPTIONS, steps=9).run()
+    loop.Loop(Idle(), folder, None, OPTIONS, lambda: False, steps=9).run()
     assert folder.saved_step == 3
     assert checkpoint.newest_run(folder.checkpoints, print)[1]["progress"]["step"] == 3
 
@@ -62,7 +62,7 @@ def test_a_run_whose_minutes_are_over_makes_no_step_more(tmp_path, monkeypatch, 
     folder = RunFolder(tmp_path, {"seed": 0})
     folder.state("auto")
     for minutes, steps in ((1, 2), (1, 2), (3, 4)):  # stopped in the step after; begun again; given more
-        run = loop.Loop(Idle(), folder, None, OPTIONS, minutes=minutes)
+        run = loop.Loop(Idle(), folder, None, OPTIONS, lambda: False, minutes=minutes)
         if checkpoint.checkpoints(folder.checkpoints):
             run.load(checkpoint.newest_run(folder.checkpoints, print)[1])
         run.system.after_step = lambda number, run=run: take_a_minute(run.progress)

@@ -17,6 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import train
 from common.cli import UserError
+from data import sources
 from growth import PATIENCE
 from presets import PRESETS
 from sampling import views
@@ -262,18 +263,43 @@ def test_what_a_run_that_goes_on_cannot_use_is_said(tmp_path, capsys):
 
 
 def test_a_folder_of_ones_own_is_read_by_a_small_clip_trained_first(tmp_path, monkeypatch):
-    """It is kept in the run's folder, and a resumed run takes it from there."""
+    """It is kept in the run's folder, and a run that goes on takes it from there, also into another folder or after the
+    data moved; without it, the run does not learn with another one.
+    """
     monkeypatch.setattr("training.small_clip.STEPS", (3, 3))
-    data, out = tmp_path / "data", tmp_path / "run"
-    data.mkdir()
-    for i in range(12):
-        (data / f"{i}.jpg").write_bytes(jpeg((20 * i, 0, 0)))
-        (data / f"{i}.txt").write_text(f"a zebra number {i}")
-    common = ("--preset", "quick", "--data", data, "--clip", "train", "--out", out, "--sample-every", 100)
-    run(*common, "--steps", 1)
+    data, out = zebras(tmp_path / "data"), tmp_path / "run"
+    common = ("--preset", "quick", "--clip", "train", "--sample-every", 100)
+    run(*common, "--data", data, "--out", out, "--steps", 1)
     trained = (out / "clip.safetensors").read_bytes()
-    run(*common, "--steps", 2)
-    assert (out / "clip.safetensors").read_bytes() == trained
+    data = data.rename(tmp_path / "moved")
+    run(*common, "--data", data, "--out", out, "--steps", 2, "--resume", "moved")
+    resume = ("--resume", checkpoint.checkpoints(out / "checkpoints")[0])
+    run(*common, "--data", data, "--out", tmp_path / "new", "--steps", 3, *resume)
+    assert (out / "clip.safetensors").read_bytes() == (tmp_path / "new/clip.safetensors").read_bytes() == trained
+    (out / "clip.safetensors").unlink()
+    for folder, how in ((out, ()), (tmp_path / "newer", resume)):
+        with pytest.raises(UserError, match=f"{out}/clip.safetensors is missing"):
+            run(*common, "--data", data, "--out", folder, "--steps", 3, *how)
+
+
+def zebras(folder):
+    """A folder of pictures whose captions differ."""
+    folder.mkdir()
+    for i in range(12):
+        (folder / f"{i}.jpg").write_bytes(jpeg((20 * i, 0, 0)))
+        (folder / f"{i}.txt").write_text(f"a zebra number {i}")
+    return folder
+
+
+def test_a_run_stopped_while_its_small_clip_learns_leaves_nothing_half(tmp_path, monkeypatch, run_main):
+    def killed(*_):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr("training.small_clip.learn", killed)
+    data = zebras(tmp_path / "data")
+    options = ("--preset", "quick", "--data", data, "--device", "cpu", "--out", tmp_path / "run")
+    assert run_main(train.main, *options)[0] == loop.COME_AGAIN
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"checkpoints", "samples"}
 
 
 def test_the_reference_is_kept_in_the_folder_of_the_run(tmp_path, monkeypatch):
@@ -346,12 +372,13 @@ def test_a_run_is_not_overwritten_nor_resumed_as_another(tmp_path):
         run(*common, "--steps", 2, "--seed", 1)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
 def test_a_run_hears_that_it_is_to_stop(number):
-    asked = loop.Loop(None, None, None, None)
-    with asked.stopping_when_asked():
+    with pytest.raises(SystemExit) as ended, loop.stopping_when_asked() as asked_to_stop:
         os.kill(os.getpid(), number)
-        assert asked.asked_to_stop
+        if asked_to_stop():
+            raise sources.Stopped
+    assert ended.value.code == loop.COME_AGAIN
 
 
 def test_an_interrupt_loses_nothing(tmp_path, monkeypatch, capsys):
@@ -367,7 +394,7 @@ def test_an_interrupt_loses_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train.Run, "step", interrupted)
     with pytest.raises(SystemExit) as ended:
         train.main()
-    assert ended.value.code == train.COME_AGAIN
+    assert ended.value.code == loop.COME_AGAIN
     assert "Stopped and saved" in capsys.readouterr().out
     assert checkpoint.checkpoints(tmp_path / "checkpoints")[0].name.startswith("00000002-")
     monkeypatch.setattr(train.Run, "step", step)
