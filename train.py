@@ -105,7 +105,8 @@ class Run:
         args, self.clip = self.args, load_clip(str(clip), self.device)
         preset = fitted_to(self.preset, self.clip.width, self.clip.map_shapes)
         torch.manual_seed(args.seed)
-        perceptual = perceptual_network(self.recipe, self.device)
+        if perceptual := perceptual_network(self.recipe):
+            perceptual.to(self.device)
         self.learner = Learner(preset, self.clip, self.device, self.dtype, self.batch, perceptual)
         self.growth = Growth(self.recipe, self.learner.resolutions, self.clip, args.seed, preset.generator)
         self.source = sources.open_data(args.data, self.learner.resolutions[-1], args.seed, args.caption_key)

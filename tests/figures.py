@@ -6,6 +6,7 @@ seconds.
 
 import atexit
 import collections
+import dataclasses
 import functools
 import io
 import itertools
@@ -34,6 +35,7 @@ from presets import (
     Level,
     Preset,
     Recipe,
+    UpsamplerConfig,
 )
 from weights.checkpoint import save_generator
 
@@ -80,7 +82,31 @@ TINY = Preset(
     ),
     clip_model="emoji",
 )
-PRESETS["tiny"] = TINY
+# The second stage, from 8×8 to 16×16 and 32×32, on crops of half the side.
+LARGER = Preset(
+    UpsamplerConfig(
+        levels=(Level(4, 32, num_blocks=1, attn_depth=1, num_experts=2), *(Level(r, 32, 1) for r in (8, 16, 32))),
+        input_resolution=8,
+        w_dim=64,
+        mapping_dim=64,
+        num_heads=2,
+        head_dim=16,
+        **SMALL_GENERATOR,
+    ),
+    DiscriminatorConfig(
+        levels=(
+            DiscriminatorLevel(8, 32, num_blocks=0, takes_images=False),
+            DiscriminatorLevel(16, 32, num_blocks=0),
+            DiscriminatorLevel(32, 16, num_blocks=0),
+        ),
+        num_heads=2,
+        head_dim=16,
+        **SMALL_DISCRIMINATOR | {"clip_maps": ()},
+    ),
+    dataclasses.replace(TINY.recipe, images_per_phase={16: 0}, crop=4, l1_weight=10.0, perceptual_weight=5.0),
+    clip_model="emoji",
+)
+PRESETS |= {"tiny": TINY, "tiny-larger": LARGER}
 
 
 def words(number, seed=0):

@@ -11,8 +11,9 @@ import losses
 import train
 from clip import load_minilm
 from losses import moe_loss
-from presets import PRESETS, DiscriminatorLevel, Level, UpsamplerConfig
+from presets import DiscriminatorLevel, Level, UpsamplerConfig
 from step import NETWORKS
+from tests import figures
 from training import overfitting
 from upsampler import Upsampler, add_detail, crop, enlarge, given_images, input_noise, new_generator
 from weights import checkpoint
@@ -123,35 +124,17 @@ def test_crops_of_all_resolutions_show_the_same(config):
 # Training.
 
 
-@pytest.fixture
-def quick_preset(monkeypatch):
-    """From 16×16 to 64×64, on crops of half the side."""
-    preset = PRESETS["emoji-256"]
-    levels = (
-        Level(8, 32, num_blocks=1, attn_depth=1, num_experts=2),
-        *(Level(r, 32, num_blocks=1) for r in (16, 32, 64)),
-    )
-    judges = tuple(DiscriminatorLevel(r, 32, num_blocks=0, takes_images=r > 16) for r in (8, 16, 32, 64))
-    generator = dataclasses.replace(preset.generator, levels=levels, input_resolution=16, head_dim=8)
-    recipe = dataclasses.replace(
-        preset.recipe, batch=2, images_per_phase={32: 0}, fid_samples=4, fid_every=1000, crop=8, augment=()
-    )
-    discriminator = dataclasses.replace(preset.discriminator, levels=judges, head_dim=8)
-    networks = {"generator": generator, "discriminator": discriminator}
-    monkeypatch.setitem(PRESETS, "quick", dataclasses.replace(preset, **networks, recipe=recipe))
-    monkeypatch.setattr(overfitting, "COUNT", 2)
-    monkeypatch.setattr(train, "NUM_PICTURES", 2)
-
-
 def run(*arguments):
-    args = train.parse_args([str(a) for a in ("--workers", 0, "--device", "cpu", "--preset", "quick", *arguments)])
+    common = ("--preset", "tiny-larger", "--data", figures.folder(), "--clip", "emoji", "--workers", 0, "--batch", 2)
+    args = train.parse_args([str(a) for a in (*common, "--set", "fid_samples=4", *arguments)])
     training = train.Run(args, torch.device("cpu"))
     training.train()
     return training
 
 
-def test_a_run_stopped_and_resumed_is_the_run_uninterrupted(tmp_path, quick_preset):
+def test_a_run_stopped_and_resumed_is_the_run_uninterrupted(tmp_path, monkeypatch):
     """Bit by bit: what it is given, too, is that of the step's number."""
+    monkeypatch.setattr(overfitting, "COUNT", 2)
     run("--out", tmp_path / "whole", "--steps", 2)
     for steps in (1, 2):
         run("--out", tmp_path / "parts", "--steps", steps)
@@ -159,11 +142,11 @@ def test_a_run_stopped_and_resumed_is_the_run_uninterrupted(tmp_path, quick_pres
     for name in NETWORKS:
         assert all(torch.equal(parts[name][key], value) for key, value in whole[name].items()), name
     rows = [json.loads(line) for line in (tmp_path / "parts" / "metrics.jsonl").read_text("utf-8").splitlines()]
-    assert [row["resolution"] for row in rows] == [32, 64]
+    assert [row["resolution"] for row in rows] == [16, 32]
     assert all(row["g_l1"] > 0 and row["g_perceptual"] > 0 and row["d_adversarial"] > 0 for row in rows)
     assert rows[0]["fid"] > 0 and rows[0]["logits_held_out"]
     upsampler = checkpoint.load_upsampler(tmp_path / "parts", load_minilm())
-    assert upsampler.config.resolutions == [32, 64]
+    assert upsampler.config.resolutions == [16, 32]
     assert all(torch.equal(value, whole["ema"][name]) for name, value in upsampler.state_dict().items())
     assert len(list((tmp_path / "parts" / "samples").iterdir()))
 

@@ -163,8 +163,12 @@ def empty_part(learner, size):
     real = pyramid(torch.empty(size, 3, side, side), learner.active)
     wrong = torch.zeros(size, dtype=torch.long)
     z, other_z = torch.empty(2, size, learner.generator.config.z_dim)
-    config = learner.generator.config
+    config, cut = learner.generator.config, learner.recipe.crop
     given = given_images(config, torch.empty(size, 3, side, side), input_noise(config, size, None))
+    if cut:
+        small = config.input_resolution
+        real = {r: x[..., : r // small * cut, : r // small * cut] for r, x in real.items()}
+        given = tuple(x[..., :cut, :cut] for x in given)
     return Part(real, text, wrong, z, other_z, torch.empty(size, 2, NUM_CHANCES), given)
 
 

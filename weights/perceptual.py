@@ -24,10 +24,11 @@ class ImageNetVGG(nn.Module):
         return self.network(((images + 1) / 2 - self.mean) / self.std)
 
 
-def perceptual_network(recipe, device="cpu", with_weights=True):
+def perceptual_network(recipe, with_weights=True):
     """The network of a recipe's perceptual loss → a frozen module; None if it has no such loss. Raises UserError.
 
     EfficientNet's weights come with a package. VGG's, which LPIPS takes, are timm's to download or to find.
+    with_weights: False for a plan, which needs the sizes alone.
     """
     if not recipe.perceptual_weight:
         return None
@@ -35,10 +36,10 @@ def perceptual_network(recipe, device="cpu", with_weights=True):
     if name not in NETWORKS:
         raise UserError(f"--set perceptual_network={name}: choose one of {', '.join(NETWORKS)}")
     if name == "efficientnet":
-        return load_efficientnet(features_only=True, with_weights=with_weights).to(device)
+        return load_efficientnet(features_only=True, with_weights=with_weights)
     try:
         network = ImageNetVGG(with_weights)
     except Exception as error:  # timm and the hub raise many kinds, all of them meaning that there are no weights
         remedy = "take --set perceptual_network=efficientnet, or put timm's vgg16.tv_in1k into the cache of the hub"
         raise UserError(f"the weights of VGG16 cannot be had ({first_line(error)}); {remedy}") from error
-    return network.eval().requires_grad_(False).to(device)
+    return network.eval().requires_grad_(False)

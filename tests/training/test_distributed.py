@@ -31,12 +31,16 @@ def gradients(folder, ranks, dtype, *options):
     return torch.load(path)
 
 
-def test_gradients_do_not_depend_on_the_number_of_ranks(tmp_path):
-    """4 ranks × 2 = 1 × 8, adversarial, matching, CLIP, R1 and expert losses together, tensor by tensor."""
-    one, four = (gradients(tmp_path, ranks, "float64") for ranks in (1, 4))
+@pytest.mark.parametrize("preset", ["tiny", "tiny-larger"], ids=["base", "upsampler"])
+def test_gradients_do_not_depend_on_the_number_of_ranks(tmp_path, preset):
+    """4 ranks × 2 = 1 × 8, adversarial, matching, CLIP, R1 and expert losses together, tensor by tensor; of the second
+    stage, its crops, noise and distances to the truth, too.
+    """
+    one, four = (gradients(tmp_path, ranks, "float64", "--preset", preset) for ranks in (1, 4))
     assert len(one) > 100
     for name, error in differences(one, four).items():
-        assert error.max() < 1e-10 * one[name].abs().max(), name
+        # 1e-15: of gradients that are zero but for rounding, as of the biases that would shift an upsampler's colors
+        assert error.max() < 1e-10 * one[name].abs().max() + 1e-15, name
 
 
 def test_nor_where_the_batch_is_made_in_parts(tmp_path):
