@@ -1,0 +1,93 @@
+"""How well small pictures are enlarged: real ones, averaged down, against what they were.
+
+    python -m evaluation.enlarging models/emoji_upsampler.safetensors --data emoji --count 256
+
+Perceptual distances are means over the pictures, by EfficientNet's maps; a network that learned by that distance has an
+advantage there. The Fréchet distance is between EfficientNet's features at 224×224 of enlarged and of true pictures.
+"""
+
+import argparse
+import itertools
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from clip import load_minilm
+from common import distributed
+from common.cli import HelpFormatter, positive_int, told_in_one_line
+from data import sources
+from evaluation.extractors import efficientnet
+from evaluation.features import to_pixels
+from evaluation.metrics import fid
+from losses import perceptual_distance
+from sampling import latent
+from upsampler import given_images, input_noise
+from weights.checkpoint import load_upsampler
+from weights.efficientnet import load_efficientnet
+
+BATCH = 8
+
+
+def bicubic(images, captions, resolution):
+    return F.interpolate(images, resolution, mode="bicubic")
+
+
+def enlarger(upsampler, text, seed=0):
+    """An Upsampler as a function of small images [B, 3, R, R], captions and the resolution wanted."""
+    config, rng = upsampler.config, torch.Generator().manual_seed(seed)
+
+    def enlarge(images, captions, resolution):
+        given = given_images(config, images, input_noise(config, len(images), rng))
+        z = torch.randn(len(images), config.z_dim, generator=rng)
+        (output,) = latent.generate(upsampler, text, captions, z, resolution, batch=len(images), given=given)
+        return output.image
+
+    return enlarge
+
+
+@torch.no_grad()
+def compare(enlargers, source, small, large, count, device="cpu"):
+    """{name: function(images, captions, resolution)} → {name: {"perceptual", "fd"}} over `count` held-out pictures.
+
+    source: of pictures of large × large; small: the side they are averaged down to.
+    """
+    network, features_of = load_efficientnet(features_only=True).to(device), efficientnet(device).images
+    distances, features = {name: [] for name in enlargers}, {name: [] for name in (*enlargers, "true")}
+    batches = itertools.islice(source.evaluation(BATCH, held_out=True), -(-count // BATCH))
+    for batch in tqdm(batches, total=-(-count // BATCH), leave=False):
+        true = batch.images.to(device)
+        maps = network(true)
+        features["true"].append(features_of(to_pixels(true, large)).cpu())
+        for name, enlarge in enlargers.items():
+            made = enlarge(F.interpolate(true, small, mode="area"), batch.captions, large).clamp(-1, 1)
+            distances[name].append(perceptual_distance(network(made), maps).cpu())
+            features[name].append(features_of(to_pixels(made, large)).cpu())
+    features = {name: torch.cat(parts) for name, parts in features.items()}
+    return {
+        name: {"perceptual": torch.cat(parts).mean().item(), "fd": fid(features[name], features["true"])}
+        for name, parts in distances.items()
+    }
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser.add_argument("upsampler", type=Path, nargs="+", help="runs, or their generator_ema.safetensors")
+    parser.add_argument("--data", default="emoji")
+    parser.add_argument("--count", type=positive_int, default=256)
+    parser.add_argument("--device", default="auto")
+    args = parser.parse_args()
+    with told_in_one_line():
+        device, text = distributed.start(args.device), load_minilm()
+        networks = {str(path): load_upsampler(path, text, device) for path in args.upsampler}
+        config = next(iter(networks.values())).config
+        source = sources.open_data(args.data, config.resolutions[-1], 0)
+        enlargers = {"bicubic": bicubic} | {name: enlarger(network, text) for name, network in networks.items()}
+        small, large = config.input_resolution, config.resolutions[-1]
+        for name, values in compare(enlargers, source, small, large, args.count, device).items():
+            print(f"{name}: perceptual distance {values['perceptual']:.4f}, Fréchet distance {values['fd']:.1f}")
+
+
+if __name__ == "__main__":
+    main()
