@@ -215,7 +215,7 @@ def test_the_arc_between_two_directions():
 def test_mixing_takes_each_layer_from_one_prompt(demo):
     generator, clip, _ = demo
     with torch.no_grad():
-        mixed = views.layer_mixing(generator, clip, "a red circle", "a blue star", 0, psi=1.0)
+        mixed = views.layer_mixing(generator, None, clip, "a red circle", "a blue star", 0, psi=1.0)
     layers = generator.synthesis.num_layers
     assert len(mixed) == layers + 1 == len(views.layer_names(generator)) + 1
     whole, none = mixed[0].w, mixed[-1].w
