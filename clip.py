@@ -23,7 +23,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.nn.utils.rnn import pad_sequence
 
 from common.cli import UserError, first_line
-from layers import full_precision, rms_norm
+from layers import float32_region, full_precision, rms_norm
 
 MODELS = Path(__file__).parent / "models"
 MINILM = MODELS / "minilm"
@@ -108,14 +108,14 @@ class MiniLM(nn.Module):
         """Captions → Text. A CPU remembers them; a GPU is as fast to read them anew, and does not wait for itself."""
         if self.words.weight.device.type != "cpu":
             return self.encode(self.tokenize(captions))
-        if new := [caption for caption in dict.fromkeys(captions) if caption not in self.known]:
-            if len(self.known) + len(new) > self.KEPT:
-                self.known.clear()
-                new = list(dict.fromkeys(captions))
-            ids = self.tokenize(new)
-            text = self.encode(ids[:, : int((ids != 0).sum(1).max())])
-            for caption, tokens, eot, embedding in zip(new, *text, strict=True):
-                self.known[caption] = Text(tokens[: eot + 1].half(), eot, embedding)  # half, as the weights' file
+        if len(self.known) > self.KEPT:
+            self.known.clear()
+        with float32_region(self.norm.weight):
+            for caption in captions:
+                if caption not in self.known:
+                    ids = self.tokenize([caption])  # alone: in company it would be rounded as the company has it
+                    tokens, eot, embedding = (x[0] for x in self.encode(ids[:, : ids.count_nonzero()]))
+                    self.known[caption] = Text(tokens.half(), eot, embedding)  # half, as the weights' file
         tokens, eot, embedding = zip(*(self.known[caption] for caption in captions), strict=True)
         tokens = pad_sequence(tokens, batch_first=True).float()
         tokens = F.pad(tokens, (0, 0, 0, self.context_length - tokens.shape[1]))
