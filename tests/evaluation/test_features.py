@@ -104,13 +104,6 @@ def test_efficientnets_features_are_what_its_classifier_reads():
     torch.testing.assert_close(network.classifier(found), expected, atol=1e-4, rtol=1e-3)
 
 
-def test_features_of_style_are_channel_statistics():
-    x = torch.randn(2, 3, 4, 5)
-    found = extractors.channel_statistics(x).unflatten(1, (4, 3))
-    for i, f in enumerate((np.mean, lambda t, axis: np.std(t, axis, ddof=1), np.min, np.max)):
-        np.testing.assert_allclose(found[:, i], f(x.flatten(2).numpy(), axis=2), rtol=1e-5)
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # One resolution for both sides.
 
@@ -132,8 +125,9 @@ def test_a_lower_output_of_the_generator_is_taken_as_it_is(demo, resolution, own
 
 def test_real_images_are_averaged_down():
     images = figures.images([0], 32)
-    expected = ((images.unflatten(2, (16, 2)).unflatten(4, (16, 2)).mean((3, 5)) + 1) * 127.5).round()
-    assert torch.equal(features.real_pixels(images, 16).float(), expected)
+    expected = (images.unflatten(2, (16, 2)).unflatten(4, (16, 2)).mean((3, 5)) + 1) * 127.5
+    pixels = features.real_pixels(images, 16)
+    torch.testing.assert_close(pixels.float(), expected, atol=0.5 + 1e-4, rtol=0)  # rounded to whole numbers
 
 
 def test_pictures_do_not_depend_on_how_many_are_drawn_at_a_time(demo):
