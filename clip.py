@@ -9,7 +9,6 @@ import hashlib
 import itertools
 import logging
 import math
-import re
 import warnings
 from pathlib import Path
 from typing import NamedTuple
@@ -75,6 +74,7 @@ class MiniLM(nn.Module):
         from tokenizers import Tokenizer  # here: a model without weights, as in a plan, reads nothing
 
         tokenizer = Tokenizer.from_file(str(MINILM / "tokenizer.json"))
+        tokenizer.encode_special_tokens = True  # a caption's own "[PAD]" is text
         tokenizer.enable_truncation(self.context_length)
         tokenizer.enable_padding(length=self.context_length)
         return tokenizer
@@ -160,8 +160,6 @@ def load_minilm():
 class ClipText(nn.Module):
     """The text tower of a CLIP of open_clip."""
 
-    SPECIAL = re.compile(r"<(start|end)_of_text>")  # The tokenizer takes these for its own marks: captions lose them.
-
     def __init__(self, model, name):
         super().__init__()
         self.model, self.name = model, name
@@ -169,17 +167,17 @@ class ClipText(nn.Module):
         from open_clip import SimpleTokenizer
 
         self.tokenizer = SimpleTokenizer(context_length=self.context_length)
+        encode, marks = self.tokenizer.encode, set(self.tokenizer.all_special_ids)  # of "<end_of_text>", however spelt
         # Training meets the same captions again. A GPU would wait while each is cleaned and split once more.
-        self.tokenizer.encode = functools.lru_cache(2**16)(self.tokenizer.encode)
+        self.tokenizer.encode = functools.lru_cache(2**16)(lambda text: [i for i in encode(text) if i not in marks])
 
     def tokenize(self, captions):
         """Captions → token ids [B, context_length], overlong ones cut. Safe on any text, e.g. with emoji."""
-        ids = self.tokenizer([self.SPECIAL.sub(" ", caption) for caption in captions])
-        return ids.to(self.model.positional_embedding.device)
+        return self.tokenizer(list(captions)).to(self.model.positional_embedding.device)
 
     def num_tokens_cut(self, caption):
         """How many tokens of a caption do not fit between the start and the end of the text."""
-        return max(0, len(self.tokenizer.encode(self.SPECIAL.sub(" ", caption))) + 2 - self.context_length)
+        return max(0, len(self.tokenizer.encode(caption)) + 2 - self.context_length)
 
     def encode(self, ids):
         """Token ids [B, T] → Text."""

@@ -21,11 +21,11 @@ from common import distributed
 from common.cli import (
     HelpFormatter,
     UserError,
+    a_path,
+    add_data,
     finite_number,
-    make_folder,
     natural_number,
     positive_int,
-    reason,
     told_in_one_line,
 )
 from common.disk import atomically
@@ -46,20 +46,21 @@ def parse_args(argv=None):
         description=__doc__, formatter_class=type("Help", (HelpFormatter, argparse.RawDescriptionHelpFormatter), {})
     )
     add = parser.add_argument
-    add("--checkpoint", type=Path, default=DEMO, help="generator_ema.safetensors, or aurora_v1.pth")
+    add("--checkpoint", type=a_path, default=DEMO, help="generator_ema.safetensors, or aurora_v1.pth")
     add("--text-clip", help="where the generator's own large CLIP is, see sample.py's --clip")
-    add("--data", default="emoji", help="emoji, COCO's captions_val2014.json, a folder, or .tar shards")
-    add("--images", type=Path, help="the folder of COCO's images (default: val2014 beside the folder of the JSON)")
+    add_data(add, ", or COCO's captions_val2014.json")
+    add("--images", type=a_path, help="the folder of COCO's images (default: val2014 beside the folder of the JSON)")
     add("--count", type=positive_int, help="generated images (default: 1000, for emoji 2400; on COCO 30000 is usual)")
     add("--resolution", type=positive_int, help="of the images that are compared (default: the generator's own)")
     add("--features", default="efficientnet", help="for the FID: efficientnet, inception, inception:FILE, or as --clip")
     add("--clip", help="of CLIP score, R-precision: a small CLIP, or MODEL:WEIGHTS (default: the run's own, or judge)")
     add("--truncation", type=finite_number, default=1.0, help="psi: 1 is all variety")
     add("--seed", type=natural_number, default=0, help="of the latents, and of what is drawn from COCO")
-    add("--out", type=Path, default=Path("runs/evaluation"), help="folder for evaluation.json")
+    add("--out", type=a_path, default=Path("runs/evaluation"), help="folder for evaluation.json")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     args = parser.parse_args(argv)
-    own = args.checkpoint.parent / "clip.safetensors"  # of a run that trained one on its captions
+    folder = args.checkpoint if args.checkpoint.is_dir() else args.checkpoint.parent
+    own = folder / "clip.safetensors"  # of a run that trained one on its captions
     args.clip = args.clip or (str(own) if own.is_file() and args.data != "emoji" else "judge")
     args.count = args.count or (2400 if args.data == "emoji" else 1000)
     return args
@@ -71,7 +72,7 @@ def check(args):
         raise UserError(f"--count {args.count}: FID, precision and recall need {NEIGHBOURS + 1} images or more")
     if args.clip.partition(":")[0] in ("inception", "efficientnet"):
         raise UserError(f"--clip {args.clip} reads no text; give judge or MODEL:WEIGHTS of open_clip")
-    make_folder(args.out)
+    args.out.mkdir(parents=True, exist_ok=True)
 
 
 def open_source(args, generator, resolution):
@@ -85,7 +86,7 @@ def open_source(args, generator, resolution):
     if args.data.endswith(".json"):
         source, resizer = Coco(args.data, args.images, size, args.count, args.seed), RESIZER
     else:
-        source = sources.open_data(args.data, size, args.seed)
+        source = sources.open_data(args.data, size, args.seed, args.caption_key)
         resizer = "centre crop, then Pillow's Lanczos, JPEGs decoded small"
     then = f"; from {size}×{size} averaged down as in training" if averaged else ""
     return source, resizer + then
@@ -152,6 +153,9 @@ def measure(args, generator, clip, captions, real, resolution, extractors, devic
     others = real_features[args.count :]
     captions = captions[: args.count]
     texts = embed(extractors[args.clip], captions)
+    different, told_apart = len(set(captions)), len(texts.float().round(decimals=4).unique(dim=0))
+    if told_apart < different:
+        distributed.say(f"note: {args.clip} reads only {told_apart} of {different} captions as different ones")
     fake = extract_generated(generator, clip, captions, args.truncation, args.seed, resolution, extractors)
     fake_features = fake[args.features].to(device)
     result = {"ψ": args.truncation, **compare_images(real_features[: args.count], fake_features)}
@@ -198,10 +202,7 @@ def print_protocol(protocol):
 
 def write(args, result):
     path, content = args.out / "evaluation.json", json.dumps(result, indent=2, ensure_ascii=False)
-    try:
-        atomically(path, lambda temporary: temporary.write_text(content, "utf-8"))
-    except OSError as error:
-        raise UserError(f"--out {args.out} cannot be written: {reason(error)}") from error
+    atomically(path, lambda temporary: temporary.write_text(content, "utf-8"))
     print(f"All of it, with its protocol: {path.resolve()}")
 
 

@@ -15,7 +15,6 @@ import re
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import torch
 from nicegui import app, ui
@@ -23,9 +22,9 @@ from starlette.responses import PlainTextResponse
 
 from baselines import command
 from common import distributed
-from common.cli import HelpFormatter, UserError, first_line, positive_int, told_in_one_line
+from common.cli import HelpFormatter, UserError, a_path, first_line, positive_int, told_in_one_line
 from sampling import inference, latent, pipeline, settings, views
-from sampling.pictures import COLORS
+from sampling.pictures import COLORS, in_range
 from sampling.pipeline import Drawn, Pipeline, routers
 from sampling.settings import Forced, Settings
 from sampling.sheet import Sheet
@@ -48,7 +47,7 @@ def parse_args(argv=None):
     add("prompt", nargs="?", default="red heart", help="what the page draws at first")
     add(
         "--checkpoint",
-        type=Path,
+        type=a_path,
         nargs="+",
         default=[DEMO],
         help="to choose from: runs, baselines' too, their generator_ema.safetensors, or the authors' aurora_v1.pth",
@@ -71,13 +70,13 @@ class Baseline:
     """A system of baselines/. It draws by prompt, seed and number; what else a Settings says is Aurora's."""
 
     def __init__(self, system):
-        self.name, self.system, self.clip = type(system).__name__, system, system.clip
+        self.name, self.system, self.clip = type(system).__name__, system, system.clip.text
 
     @torch.no_grad()
     def draw(self, wanted):
-        text = self.clip.read([wanted.prompt])
+        text = self.system.clip.read([wanted.prompt])
         images = self.system.sample(text, wanted.seed, wanted.num)
-        return Drawn(images.clamp(-1, 1), [wanted.prompt] * wanted.num, {})
+        return Drawn(in_range(images), [wanted.prompt] * wanted.num, {})
 
 
 def load_model(args, path):

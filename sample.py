@@ -15,13 +15,14 @@ from PIL import ImageOps
 from common.cli import (
     HelpFormatter,
     UserError,
+    a_path,
     finite_number,
     natural_number,
     positive_int,
     told_in_one_line,
 )
 from sampling import files, inference, latent, views
-from sampling.pictures import animation, beside, boxes, expert_map, grid, to_pil
+from sampling.pictures import animation, beside, expert_map, grid, to_pil
 from sampling.pipeline import Pipeline
 from weights.checkpoint import DEMO
 
@@ -30,13 +31,13 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add = parser.add_argument
     add("prompt", nargs="*", help="one or more texts, each in quotes")
-    add("--prompts", type=Path, help="a UTF-8 text file with a prompt on each line")
+    add("--prompts", type=a_path, help="a UTF-8 text file with a prompt on each line")
     add("--num", type=positive_int, default=4, help="pictures for each prompt")
     add("--seed", type=natural_number, default=0, help="the same seed gives the same pictures")
     add("--truncation", type=finite_number, default=1.0, help="psi: 1 is all variety, 0 each prompt's mean picture")
     add(
         "--checkpoint",
-        type=Path,
+        type=a_path,
         default=DEMO,
         help="a run, its generator_ema.safetensors, or the authors' aurora_v1.pth",
     )
@@ -45,14 +46,14 @@ def parse_args(argv=None):
     )
     add(
         "--upsampler",
-        type=Path,
+        type=a_path,
         help="the second stage: a run or its generator_ema.safetensors (default: NAME_upsampler.safetensors beside the "
         "checkpoint, if there is one)",
     )
     add("--resolution", type=positive_int, help="of the pictures (default: the highest; 64: without the second stage)")
-    add("--out", type=Path, default=Path("sample.png"), help="the picture to write; .gif: one frame after another")
-    add("--each", type=Path, metavar="DIR", help="every picture as a file of its own, for thousands; resumes")
-    add("--show", type=Path, metavar="FILE.png", help="no drawing: tell how a picture of this command was made")
+    add("--out", type=a_path, default=Path("sample.png"), help="the picture to write; .gif: one frame after another")
+    add("--each", type=a_path, metavar="DIR", help="every picture as a file of its own, for thousands; resumes")
+    add("--show", type=a_path, metavar="FILE.png", help="no drawing: tell how a picture of this command was made")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add("--dtype", choices=("auto", *inference.DTYPES), default="auto", help="auto: bf16 for large models, if fast")
     add("--compile", action="store_true", help="torch.compile: minutes before the first picture, for very many of them")
@@ -67,12 +68,12 @@ def parse_args(argv=None):
     look.add_argument("--latent-walk", action="store_true", help="one prompt through several seeds; best as .gif")
     look.add_argument(
         "--like",
-        type=Path,
+        type=a_path,
         metavar="PICTURE",
         help="fit codes to a picture that shows the first prompt, edit by others",
     )
     look.add_argument(
-        "--enlarge", type=Path, metavar="PICTURE", help="a square picture of one's own, which shows the prompt, large"
+        "--enlarge", type=a_path, metavar="PICTURE", help="a square picture of one's own, which shows the prompt, large"
     )
     add("--steps", type=positive_int, default=8, help="frames of --interpolate and --latent-walk")
     add("--part", choices=("both", "global", "local"), default="both", help="what of the text --interpolate moves")
@@ -85,22 +86,11 @@ def read_prompts(args):
     prompts = [*args.prompt, *(args.interpolate or args.mix or ())]
     if args.prompts:
         try:
-            prompts += [line for line in args.prompts.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+            prompts += filter(str.strip, args.prompts.read_text(encoding="utf-8-sig").split("\n"))
         except UnicodeDecodeError:
             raise UserError(f"--prompts {args.prompts} is not UTF-8 text; save it as UTF-8") from None
-        except OSError as error:
-            raise UserError(f"--prompts {args.prompts} cannot be read: {error.strerror}") from error
     latent.check(prompts)
     return prompts
-
-
-def check_prompts(clip, prompts):
-    """Says which parts of the prompts the CLIP cannot take in, and which signs the font lacks."""
-    for prompt in prompts:
-        for remark in latent.remarks(clip, prompt):
-            print(f"note: {remark}")
-        if unknown := boxes(prompt):
-            print(f"note: captions show boxes for {' '.join(unknown[:10])}")
 
 
 def choose_view(args, pipe, prompts, picture):
@@ -203,7 +193,7 @@ def main():
             return enlarge(args, pipe, prompts)
         if args.experts and not any(level.attn_depth for level in pipe.generator.config.levels):
             raise UserError(f"--experts: {args.checkpoint} has none")
-        check_prompts(pipe.clip, prompts)
+        latent.tell(pipe.clip, prompts)
         if args.each:
             new = files.write_each(pipe, prompts, args.num, args.seed, args.truncation, args.each, args.checkpoint.name)
             print(f"{new} new pictures, {len(prompts) * args.num} in all, in {args.each.resolve()}")

@@ -15,7 +15,17 @@ import torch
 from augment import check as check_augment
 from clip import load_clip
 from common import distributed
-from common.cli import HelpFormatter, UserError, first_line, natural_number, positive_int, told_in_one_line, with_fields
+from common.cli import (
+    HelpFormatter,
+    UserError,
+    a_path,
+    add_data,
+    first_line,
+    natural_number,
+    positive_int,
+    told_in_one_line,
+    with_fields,
+)
 from common.distributed import say
 from data import sources
 from evaluation.metrics import expert_counts
@@ -39,8 +49,8 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add = parser.add_argument
     add("--preset", choices=PRESETS, default="emoji", help="network sizes and training recipe, see presets.py")
-    add("--data", default="emoji", help="emoji, a folder of images with .txt captions, or .tar shards")
-    add("--out", type=Path, help="the run's folder (default: runs/PRESET)")
+    add_data(add)
+    add("--out", type=a_path, help="the run's folder (default: runs/PRESET)")
     add("--steps", type=positive_int, help="total steps of the run (default: the preset's)")
     add("--batch", type=positive_int, help="global batch, over all ranks (default: the preset's)")
     add("--accumulate", type=auto_or_positive, default="auto", help="parts to make each batch in; auto: as a GPU needs")
@@ -49,8 +59,7 @@ def parse_args(argv=None):
     add("--clip", help="train (a small one, on these pairs), emoji, a small one's file, or MODEL:WEIGHTS of "
         "open_clip (default: the preset's; a small preset on other data: train)")  # fmt: skip
     add("--set", nargs="+", default=[], metavar="FIELD=VALUE", help="other values of the recipe: lr_generator=1e-3 …")
-    add("--init", type=Path, help="start a new run from these weights: a generator_ema.safetensors, or a checkpoint")
-    add("--caption-key", help="the field of each .json that holds the caption, where there is no .txt")
+    add("--init", type=a_path, help="start a new run from these weights: a generator_ema.safetensors, or a checkpoint")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add("--dtype", choices=("auto", *DTYPES), default="auto", help="auto: bf16 where the device is fast at it")
     add("--save-every", type=positive_int, default=250, help="steps between checkpoints")

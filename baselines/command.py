@@ -18,20 +18,39 @@ from safetensors.torch import save_file
 from baselines.system import RESOLUTIONS
 from clip import load_clip
 from common import distributed
-from common.cli import HelpFormatter, UserError, finite_number, natural_number, positive_int, told_in_one_line
+from common.cli import (
+    HelpFormatter,
+    UserError,
+    a_path,
+    add_data,
+    finite_number,
+    first_line,
+    natural_number,
+    positive_int,
+    told_in_one_line,
+)
 from common.disk import atomically
 from common.distributed import say
 from data import sources
+from sampling import latent
 from sampling.files import check_picture, save
-from sampling.pictures import grid, to_pil
+from sampling.pictures import grid, in_range, to_pil
 from step import noise_of
 from training.loop import Loop, stopping_when_asked
 from training.run_folder import RunFolder
-from weights.checkpoint import generator_of, read_safetensors
+from weights.checkpoint import generator_of, read_safetensors, without_prefix
 
 SYSTEMS = {"StyleGANT": "stylegan_t", "LadaGAN": "ladagan", "Muse": "muse"}  # the classes, and where they are
 NUM_PICTURES = 24
-IDENTITY = ("data", "clip", "resolution", "batch", "seed", "unconditional")  # options that a run keeps to its end
+IDENTITY = (
+    "data",
+    "caption-key",
+    "clip",
+    "resolution",
+    "batch",
+    "seed",
+    "unconditional",
+)  # options that a run keeps to its end
 
 
 def main(system_class):
@@ -40,13 +59,13 @@ def main(system_class):
     commands = parser.add_subparsers(required=True)
     training = commands.add_parser("train", formatter_class=HelpFormatter, help="learn from captioned images")
     add = training.add_argument
-    add("--data", default="emoji", help="emoji, a folder of images with captions, or .tar shards")
-    add("--clip", default="emoji", help="small, emoji, a file of training/small_clip.py, or MODEL:WEIGHTS of open_clip")
+    add_data(add)
+    add("--clip", default="emoji", help="emoji, a file of training/small_clip.py, or MODEL:WEIGHTS of open_clip")
     add("--resolution", type=int, choices=RESOLUTIONS, default=32)
     add("--minutes", type=positive_int, default=60, help="of training, after which the run ends")
     add("--batch", type=positive_int, default=32, help="over all ranks")
     add("--unconditional", action="store_true", help="without text, as LadaGAN's paper has it")
-    add("--out", type=Path, default=Path("runs") / name, help="the run's folder; a run in it is resumed")
+    add("--out", type=a_path, default=Path("runs") / name, help="the run's folder; a run in it is resumed")
     add("--seed", type=natural_number, default=0)
     add("--workers", type=natural_number, default=1, help="processes that load data")
     add("--save-every", type=positive_int, default=250, help="steps between checkpoints")
@@ -60,8 +79,8 @@ def main(system_class):
     add("--num", type=positive_int, default=4, help="pictures for each prompt")
     add("--seed", type=natural_number, default=0)
     add("--truncation", type=finite_number, default=1.0, help="1 is all variety, 0 each prompt's mean picture")
-    add("--checkpoint", type=Path, default=Path("runs") / name / "generator_ema.safetensors")
-    add("--out", type=Path, default=Path("sample.png"))
+    add("--checkpoint", type=a_path, default=Path("runs") / name / "generator_ema.safetensors")
+    add("--out", type=a_path, default=Path("sample.png"))
     sampling.set_defaults(run=sample)
     args = parser.parse_args()
     with told_in_one_line():
@@ -106,14 +125,17 @@ class Trained:
             for key, value in self.system.networks[name].state_dict().items()
         }
         about = {"resolution": self.system.resolution, "unconditional": self.args.unconditional, "notes": notes}
-        metadata = {"system": type(self.system).__name__, "about": json.dumps(about)}
+        metadata = {"system": type(self.system).__name__, "about": json.dumps(about), "clip": self.system.clip.name}
         atomically(path, lambda temporary: save_file(tensors, temporary, metadata))
 
     def state_dict(self):
         kinds = {"networks": self.system.networks, "optimizers": self.system.optimizers}
-        return {kind: {name: x.state_dict() for name, x in members.items()} for kind, members in kinds.items()}
+        states = {kind: {name: x.state_dict() for name, x in members.items()} for kind, members in kinds.items()}
+        return states | {"clip": self.system.clip.name}
 
     def load_state_dict(self, state):
+        if state["clip"] != self.system.clip.name:
+            raise ValueError(f"it learned with {state['clip']}, and this is {self.system.clip.name}")
         for kind, members in {"networks": self.system.networks, "optimizers": self.system.optimizers}.items():
             for name, x in members.items():
                 x.load_state_dict(state[kind][name])
@@ -145,13 +167,13 @@ def train(system_class, name, args):
             with distributed.together():
                 if args.batch % distributed.world_size():
                     raise UserError(f"--batch {args.batch} cannot be shared by {distributed.world_size()} ranks")
-            identity = {option: getattr(args, option) for option in IDENTITY}
+            identity = {option: getattr(args, option.replace("-", "_")) for option in IDENTITY}
             folder = RunFolder(args.out, {"system": name, **identity}, sharing={"workers": args.workers})
             state = folder.state("auto")
             torch.manual_seed(args.seed)
             with distributed.together():
                 system = build(system_class, load_clip(args.clip, device), args.resolution, device, args.unconditional)
-                source = sources.open_data(args.data, args.resolution, args.seed)
+                source = sources.open_data(args.data, args.resolution, args.seed, args.caption_key)
                 captions = next(source.evaluation(NUM_PICTURES)).captions
                 loop = Loop(Trained(system, args, captions), folder, source, args, asked_to_stop, minutes=args.minutes)
                 if state:
@@ -168,12 +190,14 @@ def train(system_class, name, args):
 
 @torch.no_grad()
 def sample(system_class, name, args):
+    latent.check(args.prompt)
     check_picture(args.out)
     system, _ = load(system_class, args.checkpoint)
     if args.truncation != 1 and not takes(system.sample, "truncation"):
         raise UserError(f"--truncation: {system_class.__name__} has none")
     truncation = {} if args.truncation == 1 else {"truncation": args.truncation}
-    images = system.sample(system.clip.read(args.prompt), args.seed, args.num, **truncation)
+    latent.tell(system.clip.text, args.prompt)
+    images = in_range(system.sample(system.clip.read(args.prompt), args.seed, args.num, **truncation))
     captions = [prompt for prompt in args.prompt for _ in range(args.num)]
     picture = grid([to_pil(image) for image in images], captions, columns=args.num)
     save([picture], args.out, as_texts(args))
@@ -198,11 +222,16 @@ def load(system_class, path, device="cpu"):
     metadata, tensors = read_safetensors(path)
     if (written_by := metadata.get("system")) != system_class.__name__:
         raise UserError(f"{path} holds {written_by or 'nothing of this command'}, not {system_class.__name__}")
-    about = json.loads(metadata["about"])
-    clip = load_clip(about["notes"]["clip"], device)
-    system = build(system_class, clip, about["resolution"], torch.device(device), about["unconditional"])
-    for name in system.for_sampling:
-        prefix = f"{name}."
-        own = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-        system.networks[name].load_state_dict(own)
+    try:
+        about, learned_with = json.loads(metadata["about"]), metadata["clip"]
+        clip = load_clip(about["notes"]["clip"], device)
+        if clip.name != learned_with:
+            raise UserError(f"{path} learned with {learned_with}, and {about['notes']['clip']} is {clip.name}")
+        system = build(system_class, clip, about["resolution"], torch.device(device), about["unconditional"])
+        for name in system.for_sampling:
+            system.networks[name].load_state_dict(without_prefix(tensors, f"{name}."))
+    except UserError:
+        raise
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"{path} is damaged, or of an earlier version ({first_line(error)}); train it anew") from error
     return system, about["notes"]

@@ -89,23 +89,12 @@ def first_line(error):
 
 
 def check_file(path):
-    """Makes the folder of a file and tries to write it: rather before the work than after. Raises UserError."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        existed = path.exists()
-        path.open("ab").close()
-        if not existed:
-            path.unlink()
-    except OSError as error:
-        raise UserError(f"--out {path} cannot be written: {reason(error)}") from error
-
-
-def make_folder(path):
-    """Makes a folder to write into, where there is none. Raises UserError."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {path} cannot be written: {reason(error)}") from error
+    """Makes the folder of a file and tries to write it: rather before the work than after. Raises OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    existed = path.exists()
+    path.open("ab").close()
+    if not existed:
+        path.unlink()
 
 
 def a_path(text):
@@ -117,6 +106,12 @@ def a_path(text):
         if path.exists() and not (path.is_file() or path.is_dir()):
             raise argparse.ArgumentTypeError(f"{text} is neither a file nor a folder")
     return path
+
+
+def add_data(add, also=""):
+    """The options that name captioned pictures, by the add_argument of a command; also: another kind that it reads."""
+    add("--data", default="emoji", help=f"emoji, a folder of images with captions, .tar shards{also}")
+    add("--caption-key", help="the field of each .json that holds the caption, where there is no .txt")
 
 
 def whole_number(text):

@@ -8,7 +8,6 @@ advantage there. The Fréchet distance is between EfficientNet's features at 224
 
 import argparse
 import itertools
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +15,7 @@ from tqdm import tqdm
 
 from clip import load_minilm
 from common import distributed
-from common.cli import HelpFormatter, positive_int, told_in_one_line
+from common.cli import HelpFormatter, a_path, add_data, positive_int, told_in_one_line
 from data import sources
 from evaluation.extractors import efficientnet
 from evaluation.features import to_pixels
@@ -73,8 +72,8 @@ def compare(enlargers, source, small, large, count, device="cpu"):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    parser.add_argument("upsampler", type=Path, nargs="+", help="runs, or their generator_ema.safetensors")
-    parser.add_argument("--data", default="emoji")
+    parser.add_argument("upsampler", type=a_path, nargs="+", help="runs, or their generator_ema.safetensors")
+    add_data(parser.add_argument)
     parser.add_argument("--count", type=positive_int, default=256)
     parser.add_argument("--device", default="auto")
     args = parser.parse_args()
@@ -82,7 +81,7 @@ def main():
         device, text = distributed.start(args.device), load_minilm()
         networks = {str(path): load_upsampler(path, text, device) for path in args.upsampler}
         config = next(iter(networks.values())).config
-        source = sources.open_data(args.data, config.resolutions[-1], 0)
+        source = sources.open_data(args.data, config.resolutions[-1], 0, args.caption_key)
         enlargers = {"bicubic": bicubic} | {name: enlarger(network, text) for name, network in networks.items()}
         small, large = config.input_resolution, config.resolutions[-1]
         for name, values in compare(enlargers, source, small, large, args.count, device).items():

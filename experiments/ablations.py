@@ -26,7 +26,7 @@ import aurora
 import discriminator
 import train
 from baselines.ladagan import AdditiveAttention
-from common.cli import HelpFormatter, UserError, make_folder, positive_int, told_in_one_line
+from common.cli import HelpFormatter, UserError, a_path, positive_int, told_in_one_line
 from common.disk import atomically
 from data import sources
 from evaluation.extractors import load_extractor
@@ -232,14 +232,14 @@ def main():
     parser.add_argument("--only", nargs="+", default=list(VARIANTS), help="variants to run")
     parser.add_argument("--seeds", type=positive_int, default=3, help="runs of each variant")
     parser.add_argument("--images", type=positive_int, default=16_000, help="training images of a run")
-    parser.add_argument("--out", type=Path, default=Path("runs/ablations"), help="folder of the runs, table and plot")
+    parser.add_argument("--out", type=a_path, default=Path("runs/ablations"), help="folder of the runs, table and plot")
     args = parser.parse_args()
     with told_in_one_line():
         if unknown := set(args.only) - VARIANTS.keys():
             raise UserError(f"no variant {min(unknown)!r}; choose from: {', '.join(VARIANTS)}")
         if args.images < BATCH:
             raise UserError(f"--images {args.images}: a step takes {BATCH}")
-        make_folder(args.out)
+        args.out.mkdir(parents=True, exist_ok=True)
         results = run_all(args.only, range(args.seeds), args.images, args.out)
         print(table(results))
         plot(results, args.images, args.out / "ablations.png")

@@ -31,7 +31,7 @@ from tqdm import tqdm
 from attention import attend, l2_attention
 from aurora import Generator
 from common import distributed
-from common.cli import HelpFormatter, UserError, check_file, positive_int, told_in_one_line
+from common.cli import HelpFormatter, UserError, a_path, check_file, positive_int, told_in_one_line
 from data import sources
 from experiments.stopwatch import HEAD, Machine, Note
 from experts import Experts, expert, routed_experts, sliced_experts
@@ -359,7 +359,7 @@ def main():
     )
     parser.add_argument("--seconds", type=positive_int, default=2, help="to spend on each figure, at least")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    parser.add_argument("--out", type=Path, help="a .json file for the figures")
+    parser.add_argument("--out", type=a_path, help="a .json file for the figures")
     args = parser.parse_args()
     with told_in_one_line():
         if args.out:

@@ -19,7 +19,15 @@ import torch
 
 from aurora import Generator
 from baselines.command import load, system_of, takes
-from common.cli import HelpFormatter, UserError, make_folder, natural_number, positive_int, told_in_one_line
+from common.cli import (
+    HelpFormatter,
+    UserError,
+    a_path,
+    add_data,
+    natural_number,
+    positive_int,
+    told_in_one_line,
+)
 from common.disk import atomically
 from data import sources
 from discriminator import Discriminator
@@ -29,7 +37,7 @@ from evaluation.metrics import NEIGHBOURS, clip_score, compare_images, compare_t
 from experiments.stopwatch import peak_memory, processor_seconds
 from presets import PRESETS
 from sampling import inference, latent
-from sampling.pictures import grid, to_pil
+from sampling.pictures import grid, in_range, to_pil
 from training.plan import FlopCounter
 from weights.checkpoint import generator_of, load_generator
 
@@ -72,7 +80,7 @@ def open_aurora(path, resolution):
     def draw(captions, seed, *psi):
         z = latent.noise(generator, len(captions), seed)
         (output,) = latent.generate(generator, clip, captions, z, own, *psi, batch=len(captions))
-        return output.image.clamp(-1, 1)
+        return in_range(output.image)
 
     trained = None
     if preset := PRESETS.get(notes.get("preset")):
@@ -247,7 +255,7 @@ def compare(args):
     paths = {name: generator_of(path) for name, path in args.systems}
     entries = {name: open_system(path, args.resolution) for name, path in paths.items()}
     extractors = {name: load_extractor(name, "", torch.device("cpu")) for name in ("efficientnet", "judge")}
-    source = sources.open_data(args.data, args.resolution, args.seed)
+    source = sources.open_data(args.data, args.resolution, args.seed, args.caption_key)
     captions, real, _ = extract_real(source, args.count, args.resolution, extractors)
     captions = captions[: args.count]
     columns, truncated = {}, {}
@@ -276,17 +284,17 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=HelpFormatter)
     add = parser.add_argument
     add("systems", nargs="+", type=named_system, metavar="NAME=PATH", help="a run's folder, or its generator")
-    add("--data", default="emoji", help="emoji, a folder of images with captions, or .tar shards")
+    add_data(add)
     add("--count", type=positive_int, default=2400, help="pictures of each system, beside twice as many real ones")
     add("--resolution", type=positive_int, default=32, help="to which all pictures are brought")
     add("--prompts", nargs="+", default=PROMPTS, help="of the picture and of the table of truncation")
     add("--seed", type=natural_number, default=0)
-    add("--out", type=Path, default=Path("runs/compare"), help="folder for compare.md, compare.json and compare.png")
+    add("--out", type=a_path, default=Path("runs/compare"), help="folder for compare.md, compare.json and compare.png")
     args = parser.parse_args()
     with told_in_one_line():
         if args.count <= NEIGHBOURS:
             raise UserError(f"--count {args.count}: precision and recall need {NEIGHBOURS + 1} pictures or more")
-        make_folder(args.out)
+        args.out.mkdir(parents=True, exist_ok=True)
         text, results, drawn = compare(args)
         print(text)
         written = json.dumps(results, indent=1, ensure_ascii=False)

@@ -10,12 +10,11 @@ image changes in equal steps from one prompt to another, and from one noise to a
 import argparse
 import itertools
 import math
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-from common.cli import HelpFormatter, positive_int, told_in_one_line
+from common.cli import HelpFormatter, a_path, positive_int, told_in_one_line
 from data import sources
 from evaluation.extractors import load_extractor
 from evaluation.features import to_pixels
@@ -100,7 +99,7 @@ def noise_path(generator, clip, prompt, number, kind):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=HelpFormatter)
-    parser.add_argument("--checkpoint", type=Path, default=DEMO, help="generator_ema.safetensors of a run")
+    parser.add_argument("--checkpoint", type=a_path, default=DEMO, help="generator_ema.safetensors of a run")
     parser.add_argument("--count", type=positive_int, default=200, help="pictures, and half as many paths of each kind")
     args = parser.parse_args()
     with told_in_one_line():

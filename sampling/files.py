@@ -19,7 +19,7 @@ FRAME_MS = 80  # of an animation
 
 
 def check_picture(path):
-    """As check_file, of a picture. Raises UserError."""
+    """As check_file, of a picture. Raises UserError, OSError."""
     if Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:
         raise UserError(f"--out {path}: no picture format is called {path.suffix or 'so'}; use .png or .jpg")
     check_file(path)

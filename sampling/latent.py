@@ -6,6 +6,7 @@ import torch
 
 from common.cli import UserError
 from sampling import inference
+from sampling.pictures import boxes, in_range
 
 NUM_MEAN = 256  # latents behind a prompt's mean code
 BATCH = 16  # pictures drawn at a time
@@ -25,7 +26,7 @@ def check(prompts):
     for prompt in prompts:
         if not isinstance(prompt, str) or not prompt.strip():
             raise UserError("a prompt is empty; say what to draw")
-        if prompt != prompt.encode("utf-8", "replace").decode():
+        if "\0" in prompt or prompt != prompt.encode("utf-8", "replace").decode():
             raise UserError("a prompt is not UTF-8 text")
 
 
@@ -42,6 +43,15 @@ def remarks(clip, prompt):
     if cut := clip.num_tokens_cut(prompt):
         return [f'"{shown}" is {cut} tokens too long for this text encoder; its end is left out']
     return []
+
+
+def tell(clip, prompts):
+    """Says which parts of the prompts the text encoder cannot take in, and which signs the captions' font lacks."""
+    for prompt in prompts:
+        for remark in remarks(clip, prompt):
+            print(f"note: {remark}")
+        if unknown := boxes(prompt):
+            print(f"note: captions show boxes for {' '.join(unknown[:10])}")
 
 
 def noise(generator, count, seed):
@@ -71,7 +81,7 @@ def codes(generator, z, global_text, psi):
 
 def pictures(generator, w, local_text):
     """w [B, w_dim] or [B, num_layers, w_dim], and a local text for each, → images [B, 3, R, R] in [−1, 1]."""
-    return torch.cat([output.image for output in outputs(generator, w, local_text)]).clamp(-1, 1)
+    return in_range(torch.cat([output.image for output in outputs(generator, w, local_text)]))
 
 
 def outputs(generator, w, local_text, given=()):

@@ -5,6 +5,8 @@ import unicodedata
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
+from common.cli import UserError
+
 CELL, MARGIN = 128, 6
 SIZE, LINE = 12, 16  # of letters, in pixels
 FONT = ImageFont.load_default(SIZE)  # Pillow's own: it has English, and shows boxes for other scripts
@@ -12,6 +14,13 @@ COLORS = (  # of experts, told apart also by those who confuse red and green
     "#332288", "#88CCEE", "#117733", "#DDCC77", "#CC6677", "#AA4499", "#44AA99", "#999933",
     "#882255", "#661100", "#6699CC", "#888888", "#000000", "#EE7733", "#0077BB", "#EE3377",
 )  # fmt: skip
+
+
+def in_range(images):
+    """A network's images, held within [−1, 1]. Raises UserError where one is not of numbers."""
+    if not images.isfinite().all():
+        raise UserError("the pictures are not finite numbers: psi is too large, or the checkpoint's weights are lost")
+    return images.clamp(-1, 1)
 
 
 def to_pil(image):

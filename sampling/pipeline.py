@@ -7,6 +7,7 @@ pictures = pipe.sample("red heart", num=4, seed=0)
 
 import contextlib
 import dataclasses
+import numbers
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from common import distributed
 from common.cli import UserError
 from router import Routing
 from sampling import inference, latent, views
+from sampling.pictures import in_range
 from upsampler import given_images, input_noise
 from weights.checkpoint import DEMO, load_generator, load_upsampler, upsampler_of
 
@@ -89,7 +91,7 @@ class Pipeline:
         """The latent codes of `sample`, to be changed before they are drawn. numbers: only these of the `num`."""
         prompts = [prompts] if isinstance(prompts, str) else prompts
         latent.check(prompts)
-        check_whole(num=(num, 1), seed=(seed, 0))
+        num, seed = whole(num=(num, 1), seed=(seed, 0))
         return self.view(views.samples, prompts, num, seed, psi, numbers)
 
     def view(self, view, *arguments) -> list[views.Frame]:
@@ -100,7 +102,7 @@ class Pipeline:
     def interpolate(self, start: str, end: str, steps=8, seed=0, psi=1.0, part="both", path="spherical"):
         """PIL pictures on the way from one prompt to another. part, path: see views.interpolation."""
         prompts = start, end
-        check_whole(steps=(steps, 2), seed=(seed, 0))
+        steps, seed = whole(steps=(steps, 2), seed=(seed, 0))
         return self.draw(self.view(views.interpolation, prompts, seed, psi, steps, part, path)).pictures
 
     @torch.no_grad()
@@ -123,11 +125,12 @@ class Pipeline:
         return enlarge(self.upsampler, small, [large._replace(large=large)]).pictures[0]
 
 
-def check_whole(**arguments):
-    """Raises UserError where an argument, name=(value, least), is no whole number, or less than the least."""
+def whole(**arguments):
+    """Arguments, name=(value, least), → their values as int. Raises UserError for no whole number, or one too small."""
     for name, (value, least) in arguments.items():
-        if not isinstance(value, int) or not least <= value < 2**63:
+        if not isinstance(value, numbers.Integral) or not least <= value < 2**63:
             raise UserError(f"{name}={value!r}: give a whole number, {least} or more")
+    return [int(value) for value, _ in arguments.values()]
 
 
 def up_to(resolution, generator, upsampler):
@@ -167,7 +170,7 @@ def draw(generator, frames, given=()):
     with inference.compiling():
         made = latent.outputs(generator, w, local_text, given)
         outputs = list(tqdm(made, total=parts, disable=parts < 2, leave=False))
-    images = torch.cat([output.image for output in outputs]).clamp(-1, 1)
+    images = in_range(torch.cat([output.image for output in outputs]))
     routings = {
         name: Routing(*map(torch.cat, zip(*(output.routings[name] for output in outputs), strict=True)))
         for name in outputs[0].routings

@@ -115,10 +115,11 @@ def test_folded_batch_norms_change_nothing():
 
 
 def test_any_text_is_safe(small, large):
-    texts = ["🐉🐉", "word " * 10_000, "a <end_of_text> b [SEP]", "\0", "é" * 300]
+    texts = ["🐉🐉", "word " * 10_000, "a <end_of_text> b [SEP]", "a <END_OF_TEXT> ＜end_of_text＞ [PAD] b", "é" * 300]
     for clip in (small, large):
         ids = clip.tokenize(texts)
         assert ids.shape == (5, clip.text.context_length)
+        assert clip is large or ((ids != 0).sum(1) == (ids != 0).long().cumsum(1).argmax(1) + 1).all()  # no hole
         text = clip.read(texts)
         assert text.tokens.isfinite().all() and text.embedding.isfinite().all()
         assert clip.text.num_tokens_cut("word " * 10_000) == 10_002 - clip.text.context_length

@@ -4,6 +4,7 @@ import functools
 import json
 import math
 import os
+import shlex
 from pathlib import Path
 
 try:
@@ -15,7 +16,7 @@ import numpy as np
 
 from clip import BUILT_IN
 from common import disk, distributed
-from common.cli import UserError, reason
+from common.cli import DISK_IS_FULL, UserError, reason
 from common.distributed import say
 from data.sources import NAMES, SHARD_SUFFIXES
 from weights import checkpoint
@@ -146,7 +147,7 @@ class RunFolder:
         if then.get("system") != now.get("system"):
             raise UserError(f"the run in {path} is not of this command; give another --out")
         if changed := [name for name in now if then.get(name) != now[name] and name not in but]:
-            options = ", ".join(f"--{name} {then.get(name)}" for name in changed)
+            options = ", ".join(f"--{name} {shlex.quote(str(then.get(name)))}" for name in changed)
             moved = "; if these files only moved, give --resume moved" if MAY_MOVE.issuperset(changed) else ""
             raise UserError(f"the run in {path} was started with {options}; repeat that, or give another --out{moved}")
         then = state.get("sharing", {})
@@ -160,6 +161,8 @@ class RunFolder:
     def not_written(self, what, error):
         kept = f"the checkpoint {self.last_good.name} is whole" if self.last_good else "there is no checkpoint yet"
         remedy = f"make room on the disk of {self.path}; --keep 1 takes less"
+        if error.errno not in DISK_IS_FULL:
+            remedy = f"see what is in the way at {error.filename or self.path}"
         return f"note: {what} could not be written ({reason(error)}) and is tried again later; {kept}; {remedy}"
 
     @property

@@ -13,7 +13,6 @@ import itertools
 import math
 import shutil
 import time
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +20,16 @@ from tqdm import tqdm
 
 from clip import BUILT_IN, fold_batch_norms, load_minilm, made_from, new_small, save_small
 from common import distributed
-from common.cli import HelpFormatter, UserError, check_file, natural_number, positive_int, told_in_one_line
+from common.cli import (
+    HelpFormatter,
+    UserError,
+    a_path,
+    add_data,
+    check_file,
+    natural_number,
+    positive_int,
+    told_in_one_line,
+)
 from common.disk import atomically, check_room
 from common.distributed import say
 from data import sources
@@ -193,15 +201,15 @@ def accuracy(clip, source, count=1000):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=HelpFormatter)
-    parser.add_argument("--data", default="emoji", help="emoji, a folder or shards, as in train.py")
-    parser.add_argument("--out", type=Path, required=True, help="the file to write, for --clip of train.py")
+    add_data(parser.add_argument)
+    parser.add_argument("--out", type=a_path, required=True, help="the file to write, for --clip of train.py")
     parser.add_argument("--steps", type=positive_int, default=4000)
     parser.add_argument("--seed", type=natural_number, default=0)
     args = parser.parse_args()
     with told_in_one_line():
         check_file(args.out)
         started = time.monotonic()
-        source = sources.open_data(args.data, 32, args.seed)
+        source = sources.open_data(args.data, 32, args.seed, args.caption_key)
         clip = train_small_clip(source, args.steps, seed=args.seed)
         save_small(clip, args.out, {"data": args.data, "seed": str(args.seed), "steps": str(args.steps)})
         share, count = accuracy(fold_batch_norms(clip), source)

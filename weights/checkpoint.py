@@ -56,7 +56,7 @@ def load_generator(path, device="cpu", clip_spec=None):
     had.
     """
     path = generator_of(path)
-    if path.suffix == ".safetensors":
+    if is_safetensors(path):
         generator, name, notes = _load_ours(path)
         if isinstance(generator, Upsampler):
             raise UserError(
@@ -99,6 +99,12 @@ def generator_of(path):
     if not file.is_file():
         raise UserError(f"no checkpoint at {file}; a run writes its first as it starts")
     return file
+
+
+def is_safetensors(path):
+    """Whatever the file is called: it begins with the length of its header, which is JSON."""
+    with open(path, "rb") as file:
+        return file.read(9)[8:] == b"{"
 
 
 def _load_ours(path):
@@ -282,7 +288,7 @@ def load_weights(path):
     """
     if not Path(path).is_file():
         raise UserError(f"no checkpoint at {path}")
-    if Path(path).suffix == ".safetensors":
+    if is_safetensors(path):
         generator = _load_ours(path)[0]
     elif "progress" in load_tensors(path, mmap=zipfile.is_zipfile(path)):
         state = load_run(path)

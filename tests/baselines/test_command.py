@@ -1,16 +1,19 @@
 """Every system learns by its command, resumes to the last bit, and draws; ranks stay equal."""
 
+import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from baselines import command, muse
 from baselines.ladagan import LadaGAN
 from baselines.muse import Muse
 from baselines.stylegan_t import StyleGANT
+from clip import BUILT_IN, load_clip
 from tests import figures
 from tests.data.test_sources import COLORS, good, jpeg, write_shard
 from tests.training.test_distributed import ROOT, torchrun
@@ -97,6 +100,35 @@ def test_a_foreign_file_is_one_line(run_main, tmp_path, path, says):
     draw = ("sample", "red heart", "--checkpoint", path, "--out", tmp_path / "picture.png")
     status, _, error = run_main(lambda: command.main(Muse), *draw)
     assert status == 2 and says in error and error.count("\n") == 0
+
+
+def test_prompts_and_generators_that_cannot_be_drawn_are_one_line(tmp_path, run_main):
+    """No words; weights that are NaN; another small CLIP than it learned with; a file of an earlier version."""
+    clip, path = tmp_path / "clip.safetensors", tmp_path / "generator.safetensors"
+    shutil.copyfile(BUILT_IN["emoji"], clip)
+    system = LadaGAN(load_clip(str(clip)), 32, torch.device("cpu"))
+    next(system.networks["ema"].parameters()).fill_(torch.nan)
+    trained = command.Trained(system, SimpleNamespace(batch=1, unconditional=False), [])
+    trained.save_generator(path, {"clip": str(clip)})
+
+    def draw(prompt):
+        options = ("--num", 1, "--checkpoint", path, "--out", tmp_path / "a.png")
+        return run_main(lambda: command.main(LadaGAN), "sample", prompt, *options)
+
+    told = [draw(" "), draw("red heart " * 50)]
+    assert "too long" in told[-1][1]
+    shutil.copyfile(BUILT_IN["judge"], clip)
+    told.append(draw("red heart"))
+    metadata, tensors = checkpoint.read_safetensors(path)
+    save_file(tensors, path, {name: text for name, text in metadata.items() if name != "clip"})
+    told.append(draw("red heart"))
+    for (status, _, error), says in zip(
+        told, ("is empty", "not finite", "learned with", "earlier version"), strict=True
+    ):
+        assert status == 2 and says in error and error.count("\n") == 0, error
+    system.clip.name = "another"
+    with pytest.raises(ValueError, match="it learned with small CLIP"):
+        trained.load_state_dict({"clip": metadata["clip"]})
 
 
 def test_ranks_stay_equal(tmp_path):

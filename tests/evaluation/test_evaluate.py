@@ -230,7 +230,7 @@ def test_mistakes_are_told_in_one_line(run, tmp_path):
         (("--count", 4, "--clip", "efficientnet"), "reads no text"),
         (("--count", 4, "--features", "nonsense"), "--features nonsense: neither a file nor MODEL:WEIGHTS"),
         (("--count", 4, "--checkpoint", "/missing.safetensors"), "no checkpoint at"),
-        (("--count", 4, "--out", tmp_path / "file" / "below"), "cannot be written"),
+        (("--count", 4, "--out", tmp_path / "file" / "below"), "a file stands where"),
     ):
         status, _, stderr = run(*arguments)
         assert status == 2 and says in stderr and len(stderr.splitlines()) == 1, (arguments, stderr)
@@ -268,6 +268,13 @@ def test_on_emoji_words_and_variety_are_measured_too(run, tmp_path, monkeypatch)
     written = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     assert written["variety"] > 0 and "FID to other real images" in written["results"]
     assert written["results"]["ψ"] == 0.5 and written["protocol"]["seed"] == 0
+
+
+def test_a_run_is_judged_by_its_own_clip_however_it_is_named(tmp_path):
+    own, generator = tmp_path / "clip.safetensors", tmp_path / "generator_ema.safetensors"
+    own.touch()
+    for name in (tmp_path, generator):
+        assert evaluate.parse_args(["--data", "folder", "--checkpoint", str(name)]).clip == str(own)
 
 
 def test_defaults_depend_on_the_data():

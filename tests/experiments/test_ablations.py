@@ -109,7 +109,7 @@ def test_a_short_series_ends_in_a_table_and_a_plot(tmp_path, monkeypatch, capsys
     [
         ("--only nothing", "no variant 'nothing'"),
         ("--images 8", "a step takes"),
-        ("--out /proc/x", "cannot be written"),
+        ("--out /proc/x", "error: /proc/x: No such"),
     ],
 )
 def test_mistakes_are_told_in_one_line(monkeypatch, capsys, options, says):

@@ -13,6 +13,7 @@ from clip import MODELS
 from common.cli import UserError
 from sampling import pictures
 from sampling.pipeline import Pipeline, forced, routers
+from tests import figures
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -40,6 +41,14 @@ def test_the_command_draws_what_the_interface_draws(pipe, run_main, tmp_path):
     assert Image.open(tmp_path / "a.png").tobytes() == ours.tobytes()
     native = pipe.sample(["red heart", "whale"], num=2, seed=3)
     assert all(np.array_equal(a, b) for a, b in zip(native, drawn.pictures, strict=True))
+
+
+def test_numpys_numbers_are_numbers_and_what_is_not_finite_is_no_picture():
+    pipe = Pipeline.load(figures.generator_file(), "cpu")
+    assert pipe.sample("red heart", seed=np.int64(3))[0].tobytes() == pipe.sample("red heart", seed=3)[0].tobytes()
+    for prompt, psi, says in (("red heart", 1e39, "not finite"), ("r\0e\0d\0", 1, "not UTF-8")):
+        with pytest.raises(UserError, match=says):
+            pipe.sample(prompt, psi=psi)
 
 
 @pytest.mark.parametrize(

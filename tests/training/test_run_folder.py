@@ -253,6 +253,14 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on(tmp_path, monkeypatch, caps
     assert folder.last_good.name.startswith("00000002-")
 
 
+def test_what_is_in_the_way_of_the_log_is_named(tmp_path, capsys):
+    folder = made(tmp_path)
+    (tmp_path / "metrics.jsonl").unlink(missing_ok=True)
+    (tmp_path / "metrics.jsonl").mkdir()
+    folder.open_log(2)
+    assert f"see what is in the way at {tmp_path}/metrics.jsonl" in capsys.readouterr().out
+
+
 def test_a_disk_that_stays_full_is_told_once_and_again_after_there_was_room(tmp_path, capsys):
     folder = made(tmp_path)
     folder.open_log(2)
