@@ -45,7 +45,7 @@ def test_the_first_picture(tmp_path):
     environment = os.environ | ascii_only
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert "64?64" in done.stdout and str(tmp_path / "a.png") in done.stdout
+    assert "256?256" in done.stdout and str(tmp_path / "a.png") in done.stdout
     picture = Image.open(tmp_path / "a.png")
     assert picture.width > 4 * 128 and picture.height > 128
 
