@@ -218,8 +218,10 @@ class Page:
                 self.fit_to(model)
             wanted = self.wanted()
             self.drawn, self.frames = await drawing(draw, model, wanted)
-        except UserError as error:
-            self.note.text, self.frames = str(error), []
+            if self.point and self.point.picture >= wanted.num:  # clicked while fewer were drawn
+                self.point = None
+        except Exception as error:  # whatever it is, the page says it, and draws again
+            self.note.text, self.frames = first_line(error), []
             return
         prompts = [wanted.prompt, *[wanted.second] * bool(wanted.second)]
         self.note.text = " ".join(remark + "." for prompt in prompts for remark in latent.remarks(model.clip, prompt))
@@ -254,6 +256,8 @@ class Page:
     def fit_to(self, model):
         """Offers what this model has."""
         self.model, is_aurora = model, isinstance(model, Pipeline)
+        if self.walking.active:
+            self.start_or_stop()
         self.centre = self.forced = self.point = None
         stages = [model.generator, model.upsampler] if is_aurora else []
         names = [name for stage in stages if stage for name in views.layer_names(stage)]

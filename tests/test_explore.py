@@ -17,7 +17,7 @@ from clip import load_clip
 from common.cli import UserError
 from sampling import settings
 from sampling.pipeline import Pipeline
-from sampling.sheet import Sheet
+from sampling.sheet import Point, Sheet
 from tests import figures
 from weights.checkpoint import DEMO
 
@@ -128,6 +128,23 @@ def test_a_baseline_stands_where_aurora_stood(tmp_path):
         assert "is damaged" in page.note.text
 
     visit(script, figures.generator_file(), path, broken)
+
+
+def test_a_walk_ends_with_its_model_and_a_click_on_what_goes_stops_nothing(base):
+    async def script(user, page):
+        page.start_or_stop()
+        page.fit_to(page.model)
+        assert not page.walking.active
+        page.num.value = 2
+        await asyncio.sleep(0)
+        page.router.value = page.router.options[1]
+        page.point = Point(3, 0)  # the fourth picture of those still shown
+        await asyncio.sleep(0)
+        page.point = Point(3, 0)
+        await drawn(page)
+        assert page.point is None and page.shown.num == 2 and not page.note.text
+
+    visit(script, base)
 
 
 def test_what_the_page_sends_is_held_within_bounds():
