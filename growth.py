@@ -34,6 +34,8 @@ class Growth:
 
     def __init__(self, recipe, resolutions, clip, seed, config=None):
         """config: of the generator, if that is an upsampler, which is to be given images."""
+        if missing := [r for r in resolutions[:-1] if r not in recipe.images_per_phase]:
+            raise UserError(f"the preset's images_per_phase does not say when to grow from {missing[0]}×{missing[0]}")
         self.recipe, self.resolutions, self.clip, self.seed, self.config = recipe, resolutions, clip, seed, config
         self.phase = Phase()
 

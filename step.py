@@ -70,8 +70,9 @@ class Learner:
         gc.collect()  # DDP's buckets and graphs of the former resolutions go before the new ones come
         self.parallel_generator = self.parallel(self.generator)
         self.discriminator_loss = self.parallel(DiscriminatorLoss(self.discriminator, self.clip, self.recipe))
-        # A large network, which recomputes, keeps a GPU busy by itself, and has no memory to spare.
-        alone = torch.cuda.is_available() and self.device.type == "cuda" and not distributed.is_launched()
+        # A large network, which recomputes, keeps a GPU busy by itself, and has no memory to spare. Several ranks record
+        # nothing: it was never tried, for want of two GPUs, whether NCCL's messages can be played back.
+        alone = torch.cuda.is_available() and self.device.type == "cuda" and distributed.world_size() == 1
         recorded = alone and not self.recipe.recompute
         self.learn = Graphed(self.learn_from, (0, R1_INTERVAL)) if recorded else self.learn_from
 

@@ -1,6 +1,7 @@
 """The few calls to torch.distributed, each of which does the obvious thing in a single process too."""
 
 import contextlib
+import datetime
 import gc
 import os
 import platform
@@ -17,6 +18,9 @@ from common.cli import UserError, first_line
 for name in ("all_gather", "`broadcast_buffers`"):
     warnings.filterwarnings("ignore", message=f".*{name} is deprecated", category=FutureWarning)
 
+# How long a rank waits for others. Some wait by design, while the main rank makes the plan, trains a small CLIP or writes
+# a checkpoint, and while data stall.
+PATIENCE = datetime.timedelta(hours=1)
 # What torchrun sets in the environment of each rank.
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
@@ -49,7 +53,7 @@ def start(device_name):
         torch.cuda.set_device(device)
     if launched:
         try:
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
         except (RuntimeError, ValueError) as error:
             address = os.environ["MASTER_ADDR"]
             raise UserError(f"the other ranks cannot be joined at {address}: {first_line(error)}") from error
@@ -102,12 +106,31 @@ def losses_told():
         ) from error
 
 
+@contextlib.contextmanager
+def alone():
+    """A context in which this process takes no notice of other ranks: the main one rehearses a step for all."""
+    global _alone
+    _alone = True
+    try:
+        yield
+    finally:
+        _alone = False
+
+
+_alone = False
+
+
+def has_ranks():
+    """Whether there are ranks to speak with."""
+    return dist.is_initialized() and not _alone
+
+
 def rank():
-    return dist.get_rank() if dist.is_initialized() else 0
+    return dist.get_rank() if has_ranks() else 0
 
 
 def world_size():
-    return dist.get_world_size() if dist.is_initialized() else 1
+    return dist.get_world_size() if has_ranks() else 1
 
 
 def is_main():
@@ -122,12 +145,12 @@ def say(message):
 
 def gather(x):
     """Concatenates x [B, …] over ranks, in their order. Gradients flow back to every rank and sum there."""
-    return torch.cat(all_gather(x.contiguous())) if dist.is_initialized() else x
+    return torch.cat(all_gather(x.contiguous())) if has_ranks() else x
 
 
 def mean(x):
     """The mean of a tensor over ranks, without gradient."""
-    if dist.is_initialized():
+    if has_ranks():
         x = x.detach().clone()
         dist.all_reduce(x)
         x /= world_size()
@@ -137,7 +160,7 @@ def mean(x):
 def average_gradients(parameters):
     """Replaces the gradients of parameters by their means over ranks, by one message: DDP in the simplest form."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    if dist.is_initialized():
+    if has_ranks():
         means = mean(torch.cat([gradient.flatten() for gradient in gradients]))
         for gradient, part in zip(gradients, means.split([gradient.numel() for gradient in gradients]), strict=True):
             gradient.copy_(part.view_as(gradient))
@@ -146,7 +169,7 @@ def average_gradients(parameters):
 def broadcast(value):
     """The main rank's value, any that can be pickled, on every rank."""
     values = [value]
-    if dist.is_initialized():
+    if has_ranks():
         dist.broadcast_object_list(values)
     return values[0]
 
@@ -154,7 +177,7 @@ def broadcast(value):
 def collect(value):
     """Every rank's value, any that can be pickled, in their order, on every rank."""
     values = [value] * world_size()
-    if dist.is_initialized():
+    if has_ranks():
         dist.all_gather_object(values, value)
     return values
 
@@ -166,10 +189,10 @@ def together():
     try:
         yield
     except UserError as error:
-        if not dist.is_initialized():
+        if not has_ranks():
             raise
         met = error
-    if not dist.is_initialized():
+    if not has_ranks():
         return
     failed = torch.tensor(float(met is not None), device="cuda" if dist.get_backend() == "nccl" else "cpu")
     dist.all_reduce(failed, dist.ReduceOp.MAX)

@@ -5,10 +5,13 @@ shows where code for a GPU mixes devices, or makes the host wait.
 import contextlib
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.nn.parallel import DistributedDataParallel
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -107,3 +110,55 @@ def fake_cuda(stand_in=None):
             stack.enter_context(mock.patch.multiple(module, **launched))
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))  # an index [[0]] makes a tensor in C++
         yield stack.enter_context(device)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A device that computes.
+
+
+class OnCpu(TorchFunctionMode):
+    """Whatever is asked to be on a CUDA device is on the CPU."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.device:
+            return func(*args, **(kwargs or {}))
+        kwargs = {name: on_cpu(value) for name, value in (kwargs or {}).items()}
+        return func(*map(on_cpu, args), **kwargs)
+
+
+def on_cpu(value):
+    is_cuda = isinstance(value, torch.device | str) and str(value).partition(":")[0] == "cuda"
+    return torch.device("cpu") if is_cuda else value
+
+
+@contextlib.contextmanager
+def two_gpus_on_cpu():
+    """What CUDA and NCCL are asked is answered as two GPUs of 80 GB would; the CPU computes, and gloo speaks.
+
+    Autocast is on for CUDA alone, and so changes nothing.
+    """
+    start = torch.distributed.init_process_group
+    with contextlib.ExitStack() as stack:
+        for name, value in {
+            "torch.cuda.is_available": lambda: True,
+            "torch.cuda.is_bf16_supported": lambda: True,
+            "torch.cuda.device_count": lambda: 2,
+            "torch.cuda.set_device": lambda device: None,
+            "torch.cuda.get_device_name": lambda device: "no GPU",
+            "torch.cuda.get_device_properties": lambda device: SimpleNamespace(total_memory=80e9),
+            "torch.cuda.is_current_stream_capturing": lambda: False,
+            "torch.accelerator.current_stream": lambda: SimpleNamespace(is_capturing=lambda: False),
+            "torch.distributed.init_process_group": lambda backend, **options: start("gloo", **options),
+            "torch.distributed.get_backend": lambda: "nccl",
+            "training.step.DistributedDataParallel": GpuParallel,
+        }.items():
+            stack.enter_context(mock.patch(name, value))
+        yield stack.enter_context(OnCpu())
+
+
+class GpuParallel(DistributedDataParallel):
+    """Told that its module is on a GPU."""
+
+    def __init__(self, module, device_ids, **options):
+        assert len(device_ids) == 1
+        super().__init__(module, **options)

@@ -8,8 +8,10 @@ import torch
 
 import growth
 from clip import load_clip
+from common.cli import UserError
 from data.sources import Batch
 from growth import Growth
+from presets import PRESETS
 from sampling import latent
 from tests import figures
 from tests.evaluation.test_features import by_ranks
@@ -157,3 +159,9 @@ def test_the_best_fid_is_kept_and_evaluations_since_are_counted(monkeypatch):
         monkeypatch.setattr(growth, "frechet_distance", lambda *_, value=value: float(value))
         assert measured.evaluate(None)["fid"] == value
         assert (measured.phase.best_fid, measured.phase.evaluations_since_best) == (best, since)
+
+
+def test_a_level_without_images_per_phase_is_refused_at_the_start():
+    recipe = dataclasses.replace(PRESETS["emoji"].recipe, images_per_phase={4: 0, 8: 0})
+    with pytest.raises(UserError, match="does not say when to grow from 16×16"):
+        Growth(recipe, [4, 8, 16, 32], clip=None, seed=0)

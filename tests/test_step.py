@@ -90,6 +90,22 @@ def test_the_mean_of_w_is_that_of_all_parts(learner):
     torch.testing.assert_close(learner.generator.w_avg, before.lerp(w.mean(0), 0.005))
 
 
+def test_one_rank_that_torchrun_started_records_its_steps(learner, monkeypatch):
+    for name, value in zip(distributed.RANK_VARIABLES, ("0", "1", "0", "127.0.0.1", "1"), strict=True):
+        monkeypatch.setenv(name, value)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        patch.setattr(learner, "device", torch.device("cuda", 0))
+        patch.setattr(step_module, "Graphed", lambda function, variants: ("recorded", variants))
+        learner.learn_at([4, 8])
+        assert learner.learn == ("recorded", (0, 16))
+        patch.setattr(distributed, "world_size", lambda: 2)
+        patch.setattr(learner, "parallel", lambda module: module)
+        learner.learn_at([4, 8])
+        assert learner.learn == learner.learn_from
+    learner.learn_at([4, 8])
+
+
 class Wrapper:
     """In the place of DDP, which holds its buckets in cycles."""
 

@@ -339,7 +339,9 @@ def choose_parts(accumulate, preset, batch, clip, device, dtype):
         memory = torch.cuda.get_device_properties(device).total_memory
         with distributed.together():
             if distributed.is_main():
-                fewest = estimate(preset, clip, dtype)[0].parts(batch // ranks, memory)
+                with distributed.alone():
+                    memory_needed, _ = estimate(preset, clip, dtype)
+                fewest = memory_needed.parts(batch // ranks, memory)
         fewest = distributed.broadcast(fewest)
         if accumulate == "auto":
             parts = fewest

@@ -1,5 +1,6 @@
 """The number of ranks changes nothing: gradients of a whole step, and errors told once."""
 
+import json
 import os
 import socket
 import subprocess
@@ -12,13 +13,15 @@ import torch
 from common import distributed
 from common.cli import UserError
 from tests import figures
+from tests.data.test_sources import jpeg
 
 ROOT = Path(__file__).parent.parent.parent
 
 
-def torchrun(ranks, *command, **options):
+def torchrun(ranks, *command, restarts=0, **options):
     """A command by so many ranks, which one alone needs no launcher for."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+    launcher += ["--max-restarts", str(restarts)] if restarts else []
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, *launcher, *map(str, command)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, env=environment, **options)
@@ -50,6 +53,26 @@ def test_nor_where_the_batch_is_made_in_parts(tmp_path):
         assert error.max() < 1e-10 * one[name].abs().max(), name
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device")
+def test_two_gpus_start_grow_stop_and_go_on(tmp_path):
+    """By train.py's own main: plan, reference FID, steps with R1 and without, evaluation, growth, saving, resuming."""
+    data, out = tmp_path / "data", tmp_path / "run"
+    data.mkdir()
+    for i in range(40):
+        (data / f"{i}.jpg").write_bytes(jpeg((6 * i, 0, 99)))
+        (data / f"{i}.txt").write_text(f"{i} red apples", "utf-8")
+    options = ("--preset", "tiny", "--data", data, "--out", out, "--clip", "emoji", "--workers", 0, "--sample-every", 2)
+    done = torchrun(2, "tests/training/two_gpus.py", *options, restarts=1)
+    assert done.returncode == 0, done.stderr
+    said = done.stdout
+    assert "--accumulate 1: parts of 2 images a GPU" in said and "2 rank(s)" in said
+    assert said.count("Stopped and saved") == said.count("Resuming from step 3.") == said.count("Done. 5 steps") == 1
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text("utf-8").splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5] and [row["resolution"] for row in rows] == [4, 4, 8, 8, 8]
+    assert [row["step"] for row in rows if "r1" in row] == [1] and [row["step"] for row in rows if "fid" in row] == [2, 4]
+    assert all(row["rejected"] == 0 for row in rows)
+
+
 def differences(a, b):
     assert a.keys() == b.keys()
     return {name: (b[name] - a[name]).abs() for name in a}
@@ -75,6 +98,16 @@ def test_an_environment_that_names_half_a_launch_is_refused(monkeypatch, values)
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match="start all of them by torchrun, or unset RANK and WORLD_SIZE"):
         distributed.start("cpu")
+
+
+def test_ranks_wait_an_hour_for_each_other(monkeypatch):
+    """NCCL's ten minutes are less than what the main rank may take alone, as for a small CLIP."""
+    waits = []
+    monkeypatch.setattr(distributed.dist, "init_process_group", lambda _, timeout: waits.append(timeout))
+    for name, value in zip(distributed.RANK_VARIABLES, ("0", "2", "0", "127.0.0.1", "1"), strict=True):
+        monkeypatch.setenv(name, value)
+    distributed.start("cpu")
+    assert waits[0].total_seconds() == 3600
 
 
 def test_ranks_that_cannot_be_joined_are_told(monkeypatch):
