@@ -154,18 +154,18 @@ def moe_loss(output, balance_weight):
 
 
 class DiscriminatorLoss(nn.Module):
-    """What the discriminator minimizes: adversarial + matching + lazy R1."""
+    """What the discriminator minimizes, but for R1, which step.py adds: adversarial + matching."""
 
     def __init__(self, discriminator, clip, recipe):
         super().__init__()
         self.discriminator, self.clip = discriminator, clip
         self.recipe = recipe
 
-    def forward(self, real, fake, text, wrong, chances, r1_interval):
+    def forward(self, real, fake, text, wrong, chances):
         """real, fake: pyramids. text: clip.Text of this rank's captions. wrong [B]: of wrong_captions, for these.
 
         chances [B, 2, …]: of the augmentation of the real images, and of the fake ones.
-        r1_interval: 0, or the number of steps that this step's R1 stands for. → {name: scalar}, `loss` to be minimized.
+        → {name: scalar}, `loss` to be minimized.
         """
         d, batch, scales = self.discriminator, len(wrong), scale_weights(real, self.recipe.lower_scales)
         code = d.encode_text(text.tokens, text.eot)
@@ -183,17 +183,14 @@ class DiscriminatorLoss(nn.Module):
         loss = adversarial + self.recipe.matching_weight_discriminator * matching
 
         last = last_prediction(right_logits).detach()
-        report = {
+        return {
+            "loss": loss,
             "d_adversarial": adversarial,
             "d_matching": matching,
             "logits_real": last[:batch].mean(),
             "logits_fake": last[batch:].mean(),
             "logits_wrong": last_prediction(wrong_logits)[:batch].detach().mean(),
         }
-        if r1_interval:
-            report["r1"] = r1_penalty(d, self.clip, real, text.tokens, text.eot, self.recipe.r1_gamma, scales)
-            loss = loss + r1_interval * report["r1"]
-        return {"loss": loss, **report}
 
 
 def generator_loss(output, other, text, wrong, chances, discriminator, clip, recipe, real=None, perceptual=None):

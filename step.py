@@ -11,13 +11,22 @@ import numpy as np
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from augment import NUM_CHANCES
+from augment import NUM_CHANCES, augment
 from clip import Text
 from common import distributed
 from discriminator import Discriminator
 from evaluation.metrics import expert_counts
 from layers import full_precision, parameter_groups, pyramid
-from losses import R1_INTERVAL, DiscriminatorLoss, feature_maps, generator_loss, last_prediction, wrong_captions
+from losses import (
+    R1_INTERVAL,
+    DiscriminatorLoss,
+    feature_maps,
+    generator_loss,
+    last_prediction,
+    r1_penalty,
+    scale_weights,
+    wrong_captions,
+)
 from training.cuda_graph import Graphed
 from upsampler import crop, given_images, input_noise, new_generator
 
@@ -42,11 +51,12 @@ class Learner:
     """All that a step changes: both networks, their optimizers, and the moving average of the generator.
 
     preset: a presets.Preset. clip: the frozen CLIP. dtype: of products, under autocast. batch: images of a step, over
-    all ranks. perceptual: the frozen network of the recipe's perceptual loss, where it has one.
+    all ranks. perceptual: the frozen network of the recipe's perceptual loss, where it has one. r1_images: how many
+    R1 takes at a time, by default all of a part.
     """
 
-    def __init__(self, preset, clip, device, dtype, batch, perceptual=None):
-        self.perceptual = perceptual
+    def __init__(self, preset, clip, device, dtype, batch, perceptual=None, r1_images=None):
+        self.perceptual, self.r1_images = perceptual, r1_images or batch
         self.recipe, self.clip, self.device, self.dtype, self.batch = preset.recipe, clip, device, dtype, batch
         self.resolutions = preset.generator.resolutions
         with device:
@@ -70,8 +80,8 @@ class Learner:
         gc.collect()  # DDP's buckets and graphs of the former resolutions go before the new ones come
         self.parallel_generator = self.parallel(self.generator)
         self.discriminator_loss = self.parallel(DiscriminatorLoss(self.discriminator, self.clip, self.recipe))
-        # A large network, which recomputes, keeps a GPU busy by itself, and has no memory to spare. Several ranks record
-        # nothing: it was never tried, for want of two GPUs, whether NCCL's messages can be played back.
+        # A large network, which recomputes, keeps a GPU busy by itself, and has no memory to spare. Several ranks
+        # record nothing: it was never tried, for want of two GPUs, whether NCCL's messages can be played back.
         alone = torch.cuda.is_available() and self.device.type == "cuda" and distributed.world_size() == 1
         recorded = alone and not self.recipe.recompute
         self.learn = Graphed(self.learn_from, (0, R1_INTERVAL)) if recorded else self.learn_from
@@ -119,11 +129,13 @@ class Learner:
         Both networks learn from the same pictures, so these are drawn once. Where gradients are accumulated they are
         drawn twice: the graphs of all parts together would take the memory that is to be saved.
         """
+        self.optimizer_d.zero_grad(set_to_none=True)
+        d_report = {"rejected": 0}
+        r1 = {"r1": self.penalize(parts, r1_interval)} if r1_interval and self.recipe.adversarial_weight else {}
         with torch.set_grad_enabled(len(parts) == 1):
             outputs = [self.draw(part) for part in parts]
-        d_report = {"rejected": 0}
         if self.recipe.adversarial_weight:
-            d_report = self.discriminator_step(parts, outputs, r1_interval)
+            d_report = r1 | self.discriminator_step(parts, outputs)
         with frozen(self.discriminator):
             g_report = self.generator_step(parts, outputs)
         w = torch.stack([full_precision(output.w.detach()).mean(0) for output in outputs]).mean(0)
@@ -140,14 +152,31 @@ class Learner:
         low = min(MODE_SEEKING_RESOLUTION, self.active[-1])
         return self.parallel_generator(*part.given, part.other_z, part.text.tokens, part.text.eot, low)
 
-    def discriminator_step(self, parts, outputs, r1_interval):
-        self.optimizer_d.zero_grad(set_to_none=True)
+    def penalize(self, parts, r1_interval):
+        """Adds the gradients of R1, which stands for so many steps, to the discriminator's → R1.
+
+        An image takes some six times the memory that the other losses take, and no image affects another's penalty. So
+        R1 has parts of its own, and is done before any other graph is there. DDP averages its gradients with theirs.
+        """
+        scales, total = scale_weights(parts[0].real, self.recipe.lower_scales), 0
+        for part in parts:
+            real = augment(part.real, self.recipe.augment, part.chances[:, 0])
+            for first in range(0, len(part.wrong), self.r1_images):
+                some = slice(first, first + self.r1_images)
+                pyramid, text = {r: x[some] for r, x in real.items()}, (part.text.tokens[some], part.text.eot[some])
+                r1 = r1_penalty(self.discriminator, self.clip, pyramid, *text, self.recipe.r1_gamma, scales)
+                r1 = r1 * len(text[1]) / (len(parts) * len(part.wrong))
+                (r1_interval * r1).backward()
+                total += r1.detach()
+        return total
+
+    def discriminator_step(self, parts, outputs):
         reports = []
         for part, output in zip(parts, outputs, strict=True):
             fake = {r: image.detach() for r, image in output.pyramid.items()}
             with averaging(self.discriminator_loss, part is parts[-1]):
                 with self.autocast():
-                    report = self.discriminator_loss(part.real, fake, part.text, part.wrong, part.chances, r1_interval)
+                    report = self.discriminator_loss(part.real, fake, part.text, part.wrong, part.chances)
                 (report["loss"] / len(parts)).backward()
             reports.append(report)
         return {"d_loss": mean_of(reports, "loss"), **update(self.optimizer_d, reports, "d")}

@@ -86,7 +86,8 @@ class Run:
             self.recipe = self.preset.recipe
             self.batch, clip = args.batch or self.recipe.batch, args.clip or clip_for(args.data, self.preset)
             self.dtype = dtype_of(args.dtype, device)
-            self.parts = choose_parts(args.accumulate, self.preset, self.batch, clip, device, self.dtype)
+            options = self.preset, self.batch, clip, device, self.dtype, args.out / "plan.json"
+            self.parts, self.r1_images = choose_parts(args.accumulate, *options)
         identity = {"preset": args.preset, "data": args.data, "batch": self.batch, "seed": args.seed, "clip": clip}
         identity["caption-key"] = args.caption_key
         sharing = {"accumulate": self.parts, "workers": args.workers}
@@ -116,7 +117,7 @@ class Run:
         torch.manual_seed(args.seed)
         if perceptual := perceptual_network(self.recipe):
             perceptual.to(self.device)
-        self.learner = Learner(preset, self.clip, self.device, self.dtype, self.batch, perceptual)
+        self.learner = Learner(preset, self.clip, self.device, self.dtype, self.batch, perceptual, self.r1_images)
         self.growth = Growth(self.recipe, self.learner.resolutions, self.clip, args.seed, preset.generator)
         self.source = sources.open_data(args.data, self.learner.resolutions[-1], args.seed, args.caption_key)
 

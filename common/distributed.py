@@ -18,8 +18,7 @@ from common.cli import UserError, first_line
 for name in ("all_gather", "`broadcast_buffers`"):
     warnings.filterwarnings("ignore", message=f".*{name} is deprecated", category=FutureWarning)
 
-# How long a rank waits for others. Some wait by design, while the main rank makes the plan, trains a small CLIP or writes
-# a checkpoint, and while data stall.
+# How long a rank waits for others: the main one makes the plan or trains a small CLIP alone, and data may stall.
 PATIENCE = datetime.timedelta(hours=1)
 # What torchrun sets in the environment of each rank.
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")

@@ -149,8 +149,7 @@ def two_gpus_on_cpu():
             "torch.cuda.is_current_stream_capturing": lambda: False,
             "torch.accelerator.current_stream": lambda: SimpleNamespace(is_capturing=lambda: False),
             "torch.distributed.init_process_group": lambda backend, **options: start("gloo", **options),
-            "torch.distributed.get_backend": lambda: "nccl",
-            "training.step.DistributedDataParallel": GpuParallel,
+            "step.DistributedDataParallel": GpuParallel,
         }.items():
             stack.enter_context(mock.patch(name, value))
         yield stack.enter_context(OnCpu())

@@ -228,7 +228,7 @@ def test_both_objectives_are_the_sum_of_their_parts():
     recipe = dataclasses.replace(TINY.recipe, balance_weight=1.0)
     ids = clip.tokenize(captions)
     text, wrong = clip.encode_text(ids), losses.wrong_captions(ids)
-    report = losses.DiscriminatorLoss(discriminator, clip, recipe)(real, fake, text, wrong, CHANCES, 16)
+    report = losses.DiscriminatorLoss(discriminator, clip, recipe)(real, fake, text, wrong, CHANCES)
     logits, mismatched = {}, {}
     for kind, x in (("real", real), ("fake", fake)):
         maps = clip.see(x[8])[1]
@@ -245,8 +245,7 @@ def test_both_objectives_are_the_sum_of_their_parts():
 
     adversarial = total(logits["real"], -1, 0.01) + total(logits["fake"], 1, 0.01)
     matching = total(mismatched["real"], 1, 0.05) + total(mismatched["fake"], 1, 0.05)
-    r1 = losses.r1_penalty(discriminator, clip, real, text.tokens, text.eot, recipe.r1_gamma, weight).item()
-    expected = adversarial + recipe.matching_weight_discriminator * matching + 16 * r1
+    expected = adversarial + recipe.matching_weight_discriminator * matching
     assert report["loss"].item() == pytest.approx(expected, rel=1e-4)
     assert report["d_matching"].item() == pytest.approx(matching, rel=1e-4)
 
@@ -267,10 +266,10 @@ def test_without_a_wrong_caption_nothing_is_matched():
     generator, discriminator, clip, real, fake, captions, z = objectives()
     recipe, ids = TINY.recipe, clip.tokenize(captions[:1] * 6)
     text, wrong = clip.encode_text(ids), losses.wrong_captions(ids)
-    report = losses.DiscriminatorLoss(discriminator, clip, recipe)(real, fake, text, wrong, CHANCES, 0)
+    report = losses.DiscriminatorLoss(discriminator, clip, recipe)(real, fake, text, wrong, CHANCES)
     output = generator(z, text.tokens, text.eot, 8)
     of_generator = losses.generator_loss(output, None, text, wrong, CHANCES[:, 1], discriminator, clip, recipe)
-    assert report["d_matching"] == of_generator["g_matching"] == 0 and "r1" not in report
+    assert report["d_matching"] == of_generator["g_matching"] == 0
 
 
 def test_the_discriminator_sees_augmented_images_and_clip_those_as_they_are():
@@ -280,8 +279,8 @@ def test_the_discriminator_sees_augmented_images_and_clip_those_as_they_are():
     augmented = dataclasses.replace(plain, augment=("color", "cutout"))
     text, wrong = clip.encode_text(ids), losses.wrong_captions(ids)
     changed = [augment(x, augmented.augment, CHANCES[:, n]) for n, x in enumerate((real, fake))]
-    report = losses.DiscriminatorLoss(discriminator, clip, augmented)(real, fake, text, wrong, CHANCES, 16)
-    expected = losses.DiscriminatorLoss(discriminator, clip, plain)(*changed, text, wrong, CHANCES, 16)
+    report = losses.DiscriminatorLoss(discriminator, clip, augmented)(real, fake, text, wrong, CHANCES)
+    expected = losses.DiscriminatorLoss(discriminator, clip, plain)(*changed, text, wrong, CHANCES)
     assert all(report[name].item() == pytest.approx(value.item(), rel=1e-5) for name, value in expected.items())
 
     output = generator(z, text.tokens, text.eot, 8)
@@ -301,7 +300,10 @@ def test_bfloat16_is_safe():
     text, wrong = clip.encode_text(ids), losses.wrong_captions(ids)
 
     def both():
-        d_report = losses.DiscriminatorLoss(discriminator, clip, recipe)(real, fake, text, wrong, CHANCES, 16)
+        d_report = losses.DiscriminatorLoss(discriminator, clip, recipe)(real, fake, text, wrong, CHANCES)
+        scales = losses.scale_weights(real, recipe.lower_scales)
+        r1 = losses.r1_penalty(discriminator, clip, real, text.tokens, text.eot, recipe.r1_gamma, scales)
+        d_report |= {"r1": r1, "loss": d_report["loss"] + r1}
         output = generator(z, text.tokens, text.eot, 8)
         g_report = losses.generator_loss(output, None, text, wrong, CHANCES[:, 1], discriminator, clip, recipe)
         return d_report, g_report

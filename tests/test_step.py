@@ -1,5 +1,6 @@
 """One step's parts: who learns, what noise and gradients the parts of a batch get, and the moving average."""
 
+import copy
 import weakref
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 import step as step_module
 from clip import load_clip
 from common import distributed
+from losses import r1_penalty, scale_weights
 from step import Learner
 from tests.figures import TINY, Figures
 
@@ -67,11 +69,36 @@ def test_the_gradient_of_a_batch_in_parts_is_the_mean_of_theirs(learner, number)
 
 
 def test_r1_stands_for_the_steps_without_it(learner, monkeypatch):
-    objective, stands_for = learner.discriminator_loss.forward, []
-    monkeypatch.setattr(learner.discriminator_loss, "forward", lambda *x: stands_for.append(x[-1]) or objective(*x))
-    for number in (0, 1, 16):
-        learner.step(number, learner.prepare(0, number, batches(1, 4)))
-    assert stands_for == [16, 0, 16]
+    penalize, stands_for = learner.penalize, []
+    monkeypatch.setattr(learner, "penalize", lambda parts, interval: stands_for.append(interval) or penalize(parts, 1))
+    reports = [learner.step(number, learner.prepare(0, number, batches(1, 4))) for number in (0, 1, 16)]
+    assert stands_for == [16, 16] and ["r1" in report for report in reports] == [True, False, True]
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_r1_in_small_parts_has_the_gradients_of_the_whole(learner, size):
+    """In float64, over two parts of a batch; and in less memory."""
+    learner = copy.deepcopy(learner)
+    for network in (learner.discriminator, learner.clip):
+        network.double()
+    parts = []
+    for part in learner.prepare(0, 0, batches(2, 4)):
+        real, tokens = {r: x.double() for r, x in part.real.items()}, part.text.tokens.double()
+        parts.append(part._replace(real=real, text=part.text._replace(tokens=tokens)))
+    learner.optimizer_d.zero_grad(set_to_none=True)
+    learner.r1_images = size
+    value, found = learner.penalize(parts, 16), {}
+    for name, parameter in learner.discriminator.named_parameters():
+        found[name], parameter.grad = parameter.grad, None
+    scales = scale_weights([4, 8], learner.recipe.lower_scales)
+    gamma = learner.recipe.r1_gamma
+    whole = [r1_penalty(learner.discriminator, learner.clip, p.real, *p.text[:2], gamma, scales) for p in parts]
+    (16 * sum(whole) / 2).backward()
+    torch.testing.assert_close(value, (sum(whole) / 2).detach(), rtol=1e-12, atol=0)
+    expected = {name: p.grad for name, p in learner.discriminator.named_parameters() if p.grad is not None}
+    largest = max(gradient.abs().max() for gradient in expected.values())  # some are zero, but for rounding
+    for name, gradient in expected.items():
+        assert (found[name] - gradient).abs().max() <= 1e-12 * largest, name
 
 
 def test_the_generator_is_augmented_by_the_chances_of_fake_images(learner, monkeypatch):

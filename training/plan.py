@@ -1,72 +1,102 @@
-"""What a run would take, computed without running it: memory, FLOP, bytes on the wire, and so its time.
+"""What a run would take, computed without running it: memory, FLOP, bytes, and so its time.
 
     python train.py --plan --preset aurora-64 --gpus 64
 
-One step is gone through with tensors that have shapes and no content. What it would allocate and multiply is counted;
-tests hold that against real steps. Seconds are those counts divided by the figures of HARDWARE, and by UTILIZATION.
+Steps are gone through with tensors that have shapes and no content. What they allocate, multiply and move is counted;
+tests hold that against formulas and real steps. Seconds are those counts at the peak rates of a GPU, divided by the
+share of them that is reached.
 """
 
 import contextlib
+import json
 import weakref
 from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 from unittest import mock
 
 import open_clip
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import conv_flop_count, flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 import attention
 from augment import NUM_CHANCES
 from clip import BUILT_IN, MiniLM, from_open_clip, new_small
 from common import distributed
 from common.cli import UserError, positive_int
+from common.disk import atomically
 from common.distributed import say
-from experts import Experts, expert
 from layers import pyramid
 from losses import R1_INTERVAL
 from presets import fitted_to
+from sampling.latent import BATCH as DRAWN
 from step import Learner, Part
 from upsampler import given_images, input_noise
 from weights.perceptual import perceptual_network
 
-# The share of the peak rates that is reached. On an H200, which has an H100's rates, steps of aurora-64 in parts of 16
-# take 1.38 s on average, 1.40 s by these; how the two share that time is a guess. So are the bytes to leave for
-# CUDA's context, NCCL's buffers and fragmentation, and the pictures of 256×256 that a data worker reads in a second.
-UTILIZATION = {torch.bfloat16: 0.1, torch.float32: 0.2}
-RESERVED = 10e9
-DECODED = 300
-REHEARSED = 4  # images of a rehearsed step
-WIDTHS = (5, 14, 12, 12, 10, 10, 10, 10, 10)  # the table's columns, in characters
+# Measured: steps of aurora-64 on an H200, in parts of 16 and before attention was fused, took 1.38 s on average. At the
+# peak rates, what they multiply and move takes this share of it.
+SHARE_OF_PEAK = 0.30
+# Assumed: the bytes to leave for CUDA's context, NCCL's buffers and fragmentation, the pictures of 256×256 that a data
+# worker reads in a second, and the bytes that a disk takes in one.
+RESERVED, DECODED, WRITTEN = 10e9, 300, 1e9
+REHEARSED = 2, 4  # images of rehearsed steps
+COLUMNS = "GPUs", "--accumulate", "R1 of", "memory, GB", "compute, s", "wire, s", "data, s", "between, s", "days"
 
 
-@dataclass(frozen=True)
-class Hardware:
-    """A GPU by its maker's data sheet. Bytes a second are those of an all-reduce, for each GPU."""
+class Hardware(NamedTuple):
+    """A GPU by its maker's data sheet, a second: FLOP, and bytes of its memory, and of an all-reduce within a node of 8
+    GPUs and between nodes. Float32 is without TF32, as train.py asks for.
+    """
 
     name: str
-    flop_rate: dict[torch.dtype, float]  # dense; float32 without TF32, as train.py asks for
+    bfloat16: float
+    float32: float
+    bandwidth: float
     memory: float
-    within_node: float  # over NVLink, 8 GPUs
-    between_nodes: float  # one 200 Gb/s adapter a GPU
+    within_node: float
+    between_nodes: float
 
-    def seconds(self, flop):
-        """The time that {dtype: FLOP} take."""
-        return sum(count / (self.flop_rate[dtype] * UTILIZATION[dtype]) for dtype, count in flop.items())
+    def seconds(self, work):
+        """The time of products and traffic, one after the other."""
+        products = sum(work[dtype] / getattr(self, dtype) for dtype in ("bfloat16", "float32"))
+        return (products + work["moved"] / self.bandwidth) / SHARE_OF_PEAK
 
 
 HARDWARE = {
-    "a100": Hardware("A100 80 GB", {torch.bfloat16: 312e12, torch.float32: 19.5e12}, 80e9, 300e9, 25e9),
-    "h100": Hardware("H100 80 GB", {torch.bfloat16: 989e12, torch.float32: 67e12}, 80e9, 450e9, 50e9),
+    "a100": Hardware("A100 80 GB", 312e12, 19.5e12, 2.04e12, 80e9, 300e9, 25e9),
+    "h100": Hardware("H100 80 GB", 989e12, 67e12, 3.35e12, 80e9, 450e9, 50e9),
+}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Counting.
+
+aten = torch.ops.aten
+
+
+def convolution_backward(upstream, x, weight, *_, out_val, **__):
+    """Either gradient takes the products of the forward pass; PyTorch's formula counts the groups once too often."""
+    wanted = sum(gradient is not None for gradient in out_val[:2])
+    return wanted * conv_flop_count(x.shape, weight.shape, upstream.shape)
+
+
+FORMULAS = flop_registry | {
+    aten.convolution_backward: convolution_backward,
+    aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(
+        q.shape, k.shape, v.shape
+    ),
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda upstream, q, k, v, *_, **__: (
+        sdpa_backward_flop_count(upstream.shape, q.shape, k.shape, v.shape)
+    ),
 }
 
 
 class FlopCounter(TorchDispatchMode):
-    """Adds up PyTorch's own formulas, by the dtype of what is multiplied.
+    """Adds up PyTorch's formulas, two of them corrected, by the dtype of what is multiplied.
 
     PyTorch's FlopCounterMode also says which module, and cannot follow R1 for that.
     """
@@ -81,124 +111,201 @@ class FlopCounter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        if formula := flop_registry.get(func._overloadpacket):
+        if formula := FORMULAS.get(func._overloadpacket):
             dtype = next(leaf.dtype for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor))
-            self.by_dtype[dtype] += formula(*args, **(kwargs or {}), out_val=out)
+            self.by_dtype[str(dtype).removeprefix("torch.")] += formula(*args, **(kwargs or {}), out_val=out)
         return out
 
 
-class MemoryMeter(TorchDispatchMode):
-    """Adds up the bytes of all tensors alive, and remembers the most there were."""
+class Meter(TorchDispatchMode):
+    """Of a step with empty tensors: the bytes alive and the most there were, those that operators read and write, and
+    the number of operators.
+
+    Which expert takes a point depends on its content. The points are spread evenly, as the balance loss wants them.
+    """
 
     def __init__(self):
         super().__init__()
-        self.alive, self.peak, self.sizes = 0, 0, weakref.WeakKeyDictionary()
+        self.alive, self.sizes, self.counts = 0, weakref.WeakKeyDictionary(), Counter()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor):
-                self.count(tensor.untyped_storage())
+        kwargs = kwargs or {}
+        if func is aten.bincount.default:
+            return evenly(args[0].numel(), [*args, *kwargs.values()][-1])  # minlength is last
+        out = func(*args, **kwargs)
+        inputs, outputs = ([x for x in tree_leaves(some) if isinstance(x, torch.Tensor)] for some in (args, out))
+        if outputs and not func.is_view:
+            self.counts["moved"] += sum(x.numel() * x.element_size() for x in inputs + outputs)
+            self.counts["operators"] += 1
+        for storage in (x.untyped_storage() for x in outputs):
+            if storage not in self.sizes:
+                self.sizes[storage] = storage.nbytes()
+                self.alive += storage.nbytes()
+                weakref.finalize(storage, self.release, storage.nbytes())
+        self.counts["memory"] = max(self.counts["memory"], self.alive)
         return out
-
-    def count(self, storage):
-        if storage not in self.sizes:
-            self.sizes[storage] = storage.nbytes()
-            self.alive += storage.nbytes()
-            self.peak = max(self.peak, self.alive)
-            weakref.finalize(storage, self.release, storage.nbytes())
 
     def release(self, size):
         self.alive -= size
 
+    def measure(self, call):
+        """→ all that is counted while it is called."""
+        self.counts.clear()
+        with FlopCounter() as counter:
+            call()
+        return self.counts | counter.by_dtype
 
-@dataclass
+
+def evenly(points, experts):
+    """How many points each expert takes, [E]; a tensor with content."""
+    with unset_fake_temporarily():
+        ends = torch.arange(experts + 1) * points // experts
+        return ends.diff()
+
+
+class Counted:
+    """What is counted of any number of images, on a line through that of REHEARSED ones."""
+
+    def __init__(self, count):
+        self.few, self.more = map(count, REHEARSED)
+
+    def of(self, images):
+        share = (images - REHEARSED[0]) / (REHEARSED[1] - REHEARSED[0])
+        return Counter({name: (1 - share) * self.few[name] + share * self.more[name] for name in self.more})
+
+    def fitting(self, available):
+        """How many images fit into so many bytes."""
+        first, second = self.of(0)["memory"], self.of(1)["memory"]
+        return (available - RESERVED - first) / (second - first)
+
+
 class Rehearsal:
-    """What one rank's step takes."""
+    """What one rank takes. step: without R1, its captions read before it; r1: R1 alone, which comes first; drawing: the
+    generator's forward pass alone, which parts of a batch take once more; evaluation: its average, as CLIP sees it.
 
-    parameters: dict[str, int]  # by part
-    trained: int  # parameters whose gradients are averaged over ranks
-    state: dict[str, int]  # bytes kept from step to step, by part
-    peak: int  # bytes at most
-    peak_with_r1: int  # of a step with R1, one in so many
-    flop: dict[torch.dtype, int]
-    flop_with_r1: dict[torch.dtype, int]
-
-
-def rehearse(preset, clip_model, batch, dtype, parts=1, resolution=None):
-    """A step of training for `batch` images in so many parts on one rank → Rehearsal.
-
-    preset: a presets.Preset. resolution: the highest active one, by default of all. The points are spread evenly over
-    the experts, which is what the balance loss is for.
+    preset: a presets.Preset. resolution: the highest active one, by default of all.
     """
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(mock.patch.object(Experts, "forward", evenly))
-        if dtype == torch.bfloat16:
-            on_gpu = attention.fused_l2_attention or attention.blockwise_l2_attention
-            stack.enter_context(mock.patch.object(attention, "blockwise_l2_attention", on_gpu))
-        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
-        meter = stack.enter_context(MemoryMeter())
-        clip = clip_without_weights(clip_model)
-        preset = fitted_to(preset, clip.width, clip.map_shapes)
-        perceptual = perceptual_network(preset.recipe, with_weights=False)
-        learner = Learner(preset, clip, torch.device("cpu"), dtype, batch, perceptual)
-        learner.learn_at([r for r in learner.resolutions if r <= (resolution or learner.resolutions[-1])])
-        kept = parameters_and_state(learner, clip)
-        rehearsed = [empty_part(learner, batch // parts) for _ in range(parts)]
-        learner.step(1, rehearsed)  # makes Adam's averages
-        peaks, flop = [], []
-        for number in (1, R1_INTERVAL):  # without R1, and with it
-            meter.peak = meter.alive
-            with FlopCounter() as counter:
-                learner.step(number, rehearsed)
-            peaks.append(meter.peak)
-            flop.append(dict(counter.by_dtype))
-    return Rehearsal(*kept, *peaks, *flop)
+
+    def __init__(self, preset, clip_model, dtype=torch.bfloat16, resolution=None):
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(distributed.alone())
+            if dtype == torch.bfloat16:
+                on_gpu = attention.fused_l2_attention or attention.blockwise_l2_attention
+                stack.enter_context(mock.patch.object(attention, "blockwise_l2_attention", on_gpu))
+            stack.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
+            torch.backends.mha.set_fastpath_enabled(False)  # else one operator is all of CLIP's block
+            stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+            self.meter = stack.enter_context(Meter())
+            clip = clip_without_weights(clip_model)
+            preset = fitted_to(preset, clip.width, clip.map_shapes)
+            perceptual = perceptual_network(preset.recipe, with_weights=False)
+            self.learner = Learner(preset, clip, torch.device("cpu"), dtype, 1, perceptual)
+            active = [r for r in self.learner.resolutions if r <= (resolution or self.learner.resolutions[-1])]
+            self.learner.learn_at(active)
+            self.parameters, self.state = parameters_and_state(self.learner)
+            make_averages(self.learner)
+            self.step, self.r1 = Counted(self.count_step), Counted(self.count_r1)
+            self.drawing, self.evaluation = Counted(self.count_drawing), Counted(self.count_evaluation)
+            del self.learner, self.meter
+
+    def count_step(self, images):
+        return self.meter.measure(lambda: self.learner.step(1, [empty_part(self.learner, images)]))
+
+    def count_r1(self, images):
+        self.learner.r1_images = images
+        part = empty_part(self.learner, images)
+        return self.meter.measure(lambda: self.learner.penalize([part], R1_INTERVAL))
+
+    @torch.no_grad()
+    def count_drawing(self, images):
+        part = empty_part(self.learner, images)
+        return self.meter.measure(lambda: self.learner.draw(part))
+
+    @torch.no_grad()
+    def count_evaluation(self, images):
+        learner, part = self.learner, empty_part(self.learner, images)
+        inputs = *part.given, part.z, part.text.tokens, part.text.eot, learner.active[-1]
+        return self.meter.measure(lambda: learner.clip.encode_image(learner.ema(*inputs).image))
+
+    # ------------------------------------------------------------------------------------------------------------------
+
+    def memory(self, images, r1_images):
+        """The bytes at the peak."""
+        kinds = self.step.of(images), self.r1.of(r1_images), self.evaluation.of(DRAWN)
+        return max(counts["memory"] for counts in kinds)
+
+    def divide(self, share, available):
+        """A rank's share of the batch → the fewest parts in which it fits, and how many images R1 takes at a time.
+
+        Raises UserError where one image, or an evaluation, does not fit.
+        """
+        images = largest_divisor(share, self.step.fitting(available))
+        r1_images = largest_divisor(images, self.r1.fitting(available))
+        if not r1_images or self.evaluation.fitting(available) < DRAWN:
+            raise UserError(
+                f"it does not fit: one image takes {self.memory(1, 1) / 1e9:.0f} GB, and of {available / 1e9:.0f} GB "
+                f"{RESERVED / 1e9:.0f} are left free; take a smaller preset or larger GPUs"
+            )
+        return share // images, r1_images
+
+    def work(self, share, parts):
+        """What is counted of a step for a rank's share in so many parts, R1 as one step of R1_INTERVAL."""
+        images = share // parts
+        kinds = {self.step: 1, self.r1: 1 / R1_INTERVAL, self.drawing: int(parts > 1)}
+        work = Counter()
+        for counted, factor in kinds.items():
+            work.update({name: parts * factor * count for name, count in counted.of(images).items()})
+        return work
+
+
+def largest_divisor(number, limit):
+    """The largest divisor of a number that is not above the limit; 0 if there is none."""
+    return max((d for d in range(1, number + 1) if number % d == 0 and d <= limit), default=0)
+
+
+def make_averages(learner):
+    """Those that Adam keeps, and the gradients."""
+    for name in ("generator", "discriminator"):
+        for parameter in getattr(learner, name).parameters():
+            parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
+        getattr(learner, f"optimizer_{name[0]}").step()
 
 
 def empty_part(learner, size):
     """What a step learns from, of `size` images."""
-    side, clip = learner.active[-1], learner.clip
+    side, clip, config = learner.active[-1], learner.clip, learner.generator.config
     text = clip.encode_text(torch.zeros(size, clip.text.context_length, dtype=torch.long))
-    real = pyramid(torch.empty(size, 3, side, side), learner.active)
-    wrong = torch.zeros(size, dtype=torch.long)
-    z, other_z = torch.empty(2, size, learner.generator.config.z_dim)
-    config, cut = learner.generator.config, learner.recipe.crop
-    given = given_images(config, torch.empty(size, 3, side, side), input_noise(config, size, None))
-    if cut:
+    images, wrong = torch.empty(size, 3, side, side), torch.zeros(size, dtype=torch.long)
+    z, other_z = torch.empty(2, size, config.z_dim)
+    given = given_images(config, images, input_noise(config, size, None))
+    real = pyramid(images, learner.active)
+    if cut := learner.recipe.crop:
         small = config.input_resolution
         real = {r: x[..., : r // small * cut, : r // small * cut] for r, x in real.items()}
         given = tuple(x[..., :cut, :cut] for x in given)
     return Part(real, text, wrong, z, other_z, torch.empty(size, 2, NUM_CHANCES), given)
 
 
-def parameters_and_state(learner, clip):
-    """→ parameters by part, how many of them learn, and the bytes kept from step to step by part."""
-    generator, discriminator = learner.generator, learner.discriminator
-    experts = sum(count(module) for module in generator.modules() if isinstance(module, Experts))
-    parameters = {"generator": count(generator), "of it experts": experts, "discriminator": count(discriminator)}
-    parameters["frozen CLIP"] = count(clip)
-    learned = sum(p.numel() for network in (generator, discriminator) for p in network.parameters() if p.requires_grad)
+def parameters_and_state(learner):
+    """→ numbers of parameters, and the bytes kept from step to step, by part."""
+    networks = {"generator": learner.generator, "discriminator": learner.discriminator, "frozen CLIP": learner.clip}
+    parameters = {name: count(network) for name, network in networks.items()}
+    experts = (p for name, p in learner.generator.named_parameters() if ".experts." in name)
+    parameters["experts"] = sum(p.numel() for p in experts)
+    both = [*learner.generator.parameters(), *learner.discriminator.parameters()]
+    parameters["learning"] = sum(p.numel() for p in both if p.requires_grad)
     state = {
-        "networks": 4 * (count(generator) + count(discriminator)),
-        "gradients": 4 * learned,
-        "Adam": 8 * learned,
-        "moving average": 4 * count(generator),
-        "CLIP": sum(t.numel() * t.element_size() for t in clip.state_dict().values()),
+        "networks": 4 * sum(p.numel() for p in both),
+        "gradients": 4 * parameters["learning"],
+        "Adam": 8 * parameters["learning"],
+        "moving average": 4 * parameters["generator"],
+        "CLIP": sum(t.numel() * t.element_size() for t in learner.clip.state_dict().values()),
     }
-    return parameters, learned, state
+    return parameters, state
 
 
 def count(module):
     return sum(p.numel() for p in module.parameters())
-
-
-def evenly(self, points, expert_index, gate):
-    """Stands in for Experts.forward: which expert takes a point depends on its content, the work does not."""
-    share = -(-len(points) // len(self.proj_in))
-    stacks = zip(points.split(share), self.proj_in, self.bias_in, self.proj_out, self.bias_out, strict=False)
-    outputs = torch.cat([expert(part, *weights) for part, *weights in stacks])
-    return torch.empty_like(outputs).index_copy(0, expert_index.argsort(), outputs) * gate[:, None]
 
 
 def clip_without_weights(spec):
@@ -212,104 +319,62 @@ def clip_without_weights(spec):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# From two rehearsals to a run.
-
-
-@dataclass
-class Memory:
-    """The bytes that a step takes at the peak, for any number of images: a part that is fixed, and one an image."""
-
-    fixed: float
-    an_image: float
-
-    def of(self, images):
-        return self.fixed + images * self.an_image
-
-    def parts(self, share, available):
-        """The fewest parts in which a rank's share of the batch fits into the memory there is. Raises UserError."""
-        fits = (available - RESERVED - self.fixed) / self.an_image
-        choices = (parts for parts in range(1, share + 1) if share % parts == 0 and share // parts <= fits)
-        if (parts := next(choices, None)) is None:
-            raise UserError(
-                f"it does not fit: two images take {self.of(2) / 1e9:.0f} GB, and of {available / 1e9:.0f} GB "
-                f"{RESERVED / 1e9:.0f} are left free; take a smaller preset or larger GPUs"
-            )
-        return parts
-
-
-def estimate(preset, clip_model, dtype=torch.bfloat16, resolution=None):
-    """Two rehearsals tell what depends on the batch → Memory, and the rehearsal of REHEARSED images."""
-    batches = (2, REHEARSED)
-    few, more = (rehearse(preset, clip_model, images, dtype, resolution=resolution) for images in batches)
-    an_image = (more.peak_with_r1 - few.peak_with_r1) / (REHEARSED - 2)
-    return Memory(few.peak_with_r1 - 2 * an_image, an_image), more
-
-
-def of_an_image(rehearsal):
-    """{dtype: FLOP} of an image of REHEARSED, a step with R1 counted as one in R1_INTERVAL."""
-    plain, with_r1 = rehearsal.flop, rehearsal.flop_with_r1
-    return {t: (plain.get(t, 0) + (n - plain.get(t, 0)) / R1_INTERVAL) / REHEARSED for t, n in with_r1.items()}
-
-
-def plan(name, preset, clip_model, batch, gpus, hardware, workers):
-    """The lines of `train.py --plan`: what a step takes, and a table for 1, 8, 64 and a given number of GPUs.
-
-    Raises UserError where those cannot share the batch, or where a step does not fit.
-    """
-    if batch % (gpus or 1):
-        raise UserError(f"--batch {batch} cannot be shared by --gpus {gpus}; choose a multiple")
-    *lower, resolution = preset.generator.resolutions
-    memory, rehearsal = estimate(preset, clip_model)
-    in_parts = rehearse(preset, clip_model, REHEARSED, torch.bfloat16, parts=2)
-    flop, accumulated = of_an_image(rehearsal), of_an_image(in_parts)
-    yield f"{name} at {resolution}×{resolution} on {hardware.name}, global batch {batch}, CLIP {clip_model}"
-    yield "  parameters, M:       " + figures(rehearsal.parameters, 1e6)
-    yield "  memory kept, GB:     " + figures(rehearsal.state, 1e9)
-    peak, an_image = memory.fixed / 1e9, memory.an_image / 1e9
-    yield f"  memory at the peak:  {peak:.3g} GB, and {an_image:.3g} GB for each image of a part"
-    by_dtype = {str(dtype).removeprefix("torch."): count for dtype, count in flop.items()}
-    yield f"  work of an image:    {figures(by_dtype, 1e12)} TFLOP, R1 in one step of {R1_INTERVAL} included"
-    heads = ("GPUs", "--accumulate", "memory, GB", "compute, s", "wire, GB", "wire, s", "data, s", "step, s", "days")
-    yield "".join(f"{head:>{width}s}" for head, width in zip(heads, WIDTHS, strict=True)) + "   bound by"
-    images = {}  # of a part, by the number of GPUs
-    for number in sorted(n for n in {1, 8, 64, gpus or 1} if batch % n == 0):
-        share = batch // number
-        images[number] = share // memory.parts(share, hardware.memory)
-        compute = share * hardware.seconds(flop if images[number] == share else accumulated)
-        wire = 2 * (number - 1) / number * 4 * rehearsal.trained  # bytes of an all-reduce of the gradients
-        seconds = {
-            "compute": compute,
-            "the wire": wire / (hardware.within_node if number <= 8 else hardware.between_nodes),
-            "data": share / (DECODED * max(1, workers)),
-        }
-        parts, peak = share // images[number], memory.of(images[number])
-        yield row_of_table(number, parts, peak, wire, seconds, preset.recipe.steps)
-    of_phase = {r: estimate(preset, clip_model, resolution=r)[0] for r in lower} | {resolution: memory}
-    for number, size in images.items():
-        growing = {f"{r}×{r}": of_phase[r].of(size) for r in of_phase}
-        yield f"  memory while growing, {number} GPUs, GB: {figures(growing, 1e9)}"
-    yield f"{preset.recipe.steps:,} steps; compute, wire and data go on at the same time. Parameters, memory and FLOP"
-    yield "are held against real steps on a CPU by tests/training/test_plan.py, compute by one run on an H200."
-    rates = ", ".join(f"{UTILIZATION[t]:.0%} of {r / 1e12:g} TFLOP/s in {t}" for t, r in hardware.flop_rate.items())
-    yield f"Taken: compute at {rates.replace('torch.', '')}. Guessed: {RESERVED / 1e9:.0f} GB of a GPU"
-    yield f"are left free, and a worker reads {DECODED} pictures a second."
+# train.py --plan.
 
 
 def print_plan(args, preset):
     """args: those of train.py. Raises UserError."""
     print("Going through steps with empty tensors; some minutes for a large preset …", flush=True)
     clip, batch = args.clip or preset.clip_model, args.batch or preset.recipe.batch
-    for line in plan(args.preset, preset, clip, batch, args.gpus, HARDWARE[args.hardware], args.workers):
-        print(line, flush=True)
+    if batch % (args.gpus or 1):
+        raise UserError(f"--batch {batch} cannot be shared by --gpus {args.gpus}; choose a multiple")
+    hardware, rehearsal = HARDWARE[args.hardware], Rehearsal(preset, clip)
+    print(f"{args.preset} on {hardware.name}, global batch {batch}, CLIP {clip}. Counted, with shapes alone:")
+    for line in counted(rehearsal):
+        print(line)
+    print("".join(f"{name:>13s}" for name in COLUMNS))
+    for number in sorted(n for n in {1, 8, 64, args.gpus or 1} if batch % n == 0):
+        cells = row(rehearsal, preset.recipe, batch, number, hardware, args)
+        print("".join(f"{value:13.3g}" for value in cells))
+    work = rehearsal.work(32, 1)
+    peak = (work["bfloat16"] + work["float32"]) / hardware.bfloat16 / hardware.seconds(work)
+    print("Compute, wire and data go on at the same time, evaluations and checkpoints between. Measured, on one H200:")
+    print(
+        f"{SHARE_OF_PEAK:.0%} of the peak rates of products and memory; here {peak:.1%} of the rate in bfloat16 alone."
+    )
+    print(
+        f"Assumed: that share for all GPUs and sizes; {RESERVED / 1e9:.0f} GB of a GPU left free; {DECODED} pictures a"
+    )
+    print(f"second by each data worker; {WRITTEN / 1e9:.0f} GB/s to the disk.")
 
 
-def row_of_table(gpus, parts, memory, wire, seconds, steps):
-    """memory, wire: bytes. seconds: of a step, by what takes them; they go on at the same time."""
-    slowest = max(seconds, key=seconds.get)
-    step = seconds[slowest]
-    row = (gpus, parts, memory / 1e9, seconds["compute"], wire / 1e9, seconds["the wire"], seconds["data"], step)
-    cells = (*row, steps * step / 86400)
-    return "".join(f"{value:{width}.3g}" for value, width in zip(cells, WIDTHS, strict=True)) + f"   {slowest}"
+def counted(rehearsal):
+    yield "  parameters, M:       " + figures(rehearsal.parameters, 1e6)
+    yield "  memory kept, GB:     " + figures(rehearsal.state, 1e9)
+    for kind in ("step", "r1", "evaluation"):
+        none, one = (getattr(rehearsal, kind).of(images)["memory"] / 1e9 for images in (0, 1))
+        yield f"  peak of {kind + ',':12s} GB: {none:.3g}, and {one - none:.3g} an image"
+    work = rehearsal.work(32, 1)
+    yield "  of 32 images, R1 as one step of 16, T: " + figures(
+        {name: work[name] for name in ("bfloat16", "float32", "moved")}, 1e12
+    )
+    yield f"  operators of a part: {rehearsal.step.few['operators']:,}"
+
+
+def row(rehearsal, recipe, batch, gpus, hardware, args):
+    """One row of the table. Seconds are of a step."""
+    share = batch // gpus
+    parts, r1_images = rehearsal.divide(share, hardware.memory)
+    compute = hardware.seconds(rehearsal.work(share, parts))
+    wire = 2 * (gpus - 1) / gpus * 4 * rehearsal.parameters["learning"]  # bytes of an all-reduce of the gradients
+    wire /= hardware.within_node if gpus <= 8 else hardware.between_nodes
+    data = share / (DECODED * max(1, args.workers))
+    drawn = recipe.fid_samples / gpus * batch / recipe.fid_every  # images that a step's share of an evaluation draws
+    saved = sum(rehearsal.state[name] for name in ("networks", "Adam", "moving average")) / args.save_every
+    between = hardware.seconds(rehearsal.evaluation.of(drawn)) + saved / WRITTEN
+    days = (args.steps or recipe.steps) * (max(compute, wire, data) + between) / 86400
+    memory = rehearsal.memory(share // parts, r1_images) / 1e9
+    return gpus, parts, r1_images, memory, compute, wire, data, between, days
 
 
 def figures(numbers, unit):
@@ -325,29 +390,25 @@ def auto_or_positive(text):
     return text if text == "auto" else positive_int(text)
 
 
-def choose_parts(accumulate, preset, batch, clip, device, dtype):
-    """In how many parts a global batch is made, by --accumulate → the same number on all ranks.
+def choose_parts(accumulate, preset, batch, clip, device, dtype, path):
+    """→ in how many parts a global batch is made, and how many images R1 takes at a time, None for all; on all ranks.
 
-    accumulate: "auto", as few as the memory allows at the highest resolution; or a number. Raises UserError where that
-    does not fit, where the ranks cannot share the batch, or where a part would hold no wrong caption.
+    accumulate: "auto", as few as the memory allows at the highest resolution; or a number. path: the file that keeps
+    what was found, which takes minutes. Raises UserError where that does not fit, where the ranks cannot share the
+    batch, or where a part would hold no wrong caption.
     """
     ranks = distributed.world_size()
     if batch % ranks:
         raise UserError(f"--batch {batch} cannot be shared by {ranks} ranks; choose a multiple")
-    parts, fewest = 1 if accumulate == "auto" else accumulate, 1
+    parts, fewest, r1_images = 1 if accumulate == "auto" else accumulate, 1, None
     if device.type == "cuda":
-        memory = torch.cuda.get_device_properties(device).total_memory
         with distributed.together():
-            if distributed.is_main():
-                with distributed.alone():
-                    memory_needed, _ = estimate(preset, clip, dtype)
-                fewest = memory_needed.parts(batch // ranks, memory)
-        fewest = distributed.broadcast(fewest)
+            found = kept_division(path, preset, clip, dtype, batch // ranks, device) if distributed.is_main() else None
+        fewest, r1_images = distributed.broadcast(found)
         if accumulate == "auto":
             parts = fewest
-            say(
-                f"--accumulate {parts}: parts of {batch // ranks // parts} images a GPU, by the plan at full resolution"
-            )
+            sizes = f"parts of {batch // ranks // parts} images a GPU, R1 in parts of {r1_images}"
+            say(f"--accumulate {parts}: {sizes}, by the plan at full resolution")
     if parts < fewest:
         raise UserError(f"--accumulate {parts} does not fit into this GPU; take {fewest}, or auto")
     if batch // parts < 2:
@@ -356,4 +417,20 @@ def choose_parts(accumulate, preset, batch, clip, device, dtype):
         )
     if batch % (ranks * parts):
         raise UserError(f"--batch {batch} cannot be shared by {ranks} ranks in {parts} parts; choose a multiple")
-    return parts
+    return parts, r1_images
+
+
+def kept_division(path, preset, clip, dtype, share, device):
+    """Rehearsal.divide for a device, from the file `path`, or else written there."""
+    memory = torch.cuda.get_device_properties(device).total_memory
+    asked = repr((preset, clip, dtype, share, memory, torch.__version__))
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        kept = json.loads(path.read_text("utf-8"))
+        if kept["asked"] == asked:
+            return kept["division"]
+    division = Rehearsal(preset, clip, dtype).divide(share, memory)
+    with contextlib.suppress(OSError):  # which the run tells in a moment
+        path.parent.mkdir(parents=True, exist_ok=True)
+        content = json.dumps({"asked": asked, "division": division})
+        atomically(path, lambda temporary: temporary.write_text(content, "utf-8"))
+    return division

@@ -1,105 +1,138 @@
-"""The figures of --plan against real steps of train.py on this CPU."""
+"""The plan's counts against formulas written out, and against real steps of train.py on this CPU."""
 
 import dataclasses
+import gc
 from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import attention
 import train
 from clip import BUILT_IN, load_small
 from common.cli import UserError
-from data import sources
-from presets import PRESETS
+from layers import recomputed
 from step import Learner
-from tests.figures import TINY, Figures
+from tests.figures import TINY
 from tests.test_attention import peak_memory
 from training import plan
-
-BATCH = 8
-
-
-VARIANTS = {  # dtype, parts, gradient checkpointing
-    "plain": (torch.float32, 1, False),
-    "accumulated": (torch.float32, 2, False),
-    "bfloat16": (torch.bfloat16, 1, False),
-    "recomputed": (torch.float32, 1, True),
-}
+from training.plan import Counted, FlopCounter, Rehearsal
 
 
-@pytest.fixture(scope="module", params=VARIANTS)
-def variant(request):
-    """A preset, the dtype of its products, and the number of parts."""
-    dtype, parts, recompute = VARIANTS[request.param]
-    recipe = dataclasses.replace(TINY.recipe, recompute=recompute)
-    return dataclasses.replace(TINY, recipe=recipe), dtype, parts
+def flop(call):
+    with FlopCounter() as counter:
+        call()
+    return counter.total
+
+
+@pytest.mark.parametrize("batch", [2, 5])
+def test_grouped_convolutions_are_counted_as_their_formula(batch):
+    """A kernel a sample: forward, and either gradient, take 2 · B · D · C · k² · H · W."""
+    x, kernels = (
+        torch.randn(1, batch * 6, 8, 8, requires_grad=True),
+        torch.randn(batch * 4, 6, 3, 3, requires_grad=True),
+    )
+    once = 2 * batch * 4 * 6 * 9 * 8 * 8
+    assert flop(lambda: F.conv2d(x, kernels, padding=1, groups=batch)) == once
+    assert flop(lambda: F.conv2d(x, kernels, padding=1, groups=batch).sum().backward()) == 3 * once
+    assert flop(lambda: F.conv2d(x.detach(), kernels, padding=1, groups=batch).sum().backward()) == 2 * once
+
+
+@pytest.mark.parametrize("batch", [2, 5])
+def test_fused_attention_is_counted_as_its_formula(batch):
+    """Two products of 2 · B · heads · N² · d, and five in the backward pass, which makes the map again."""
+    q, k, v = torch.randn(3, batch, 2, 7, 16, requires_grad=True)
+    product = 2 * batch * 2 * 7 * 7 * 16
+    assert flop(lambda: F.scaled_dot_product_attention(q, k, v)) == 2 * product
+    assert flop(lambda: F.scaled_dot_product_attention(q, k, v).sum().backward()) == (2 + 5) * product
+
+
+@pytest.mark.parametrize("batch", [2, 5])
+def test_what_is_computed_again_is_counted_again(batch):
+    """Of two layers the first, whose result the second needs; the second's own result nothing needs."""
+    x, first, second = (torch.randn(*shape, requires_grad=True) for shape in ((batch, 3), (4, 3), (5, 4)))
+    once = 2 * batch * 3 * 4, 2 * batch * 4 * 5
+
+    def two_layers(x):
+        return F.linear(F.linear(x, first).relu(), second)
+
+    assert flop(lambda: recomputed(two_layers, x).sum().backward()) == 4 * once[0] + 3 * once[1]
+
+
+def test_work_is_counted_by_its_dtype():
+    with FlopCounter() as counter:
+        for dtype, columns in ((torch.float32, 5), (torch.bfloat16, 7)):
+            torch.ones(2, 3, dtype=dtype) @ torch.ones(3, columns, dtype=dtype)
+    assert counter.by_dtype == {"float32": 2 * 2 * 3 * 5, "bfloat16": 2 * 2 * 3 * 7}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Against real steps.
+
+
+def lowest():
+    """The two lowest resolutions of TINY, recomputed."""
+    networks = TINY.generator, TINY.discriminator
+    generator, discriminator = (dataclasses.replace(config, levels=config.levels[:2]) for config in networks)
+    recipe = dataclasses.replace(TINY.recipe, recompute=True)
+    return dataclasses.replace(TINY, generator=generator, discriminator=discriminator, recipe=recipe)
 
 
 @pytest.fixture(scope="module")
-def real(variant):
-    """A learner at its highest resolution, and its step."""
-    preset, dtype, parts = variant
+def both():
+    """A rehearsal, and a learner that learns."""
     clip = load_small(BUILT_IN["emoji"])  # its batch norms not folded, as in the plan, where nothing can be
-    learner = Learner(preset, clip, torch.device("cpu"), dtype, BATCH)
-    batches = sources.loader(Figures(32), 0, BATCH // parts, 0)
-    made = learner.prepare(0, 0, [next(batches) for _ in range(parts)])
-    learner.step(1, made)  # makes Adam's averages, and gradients
-    return learner, lambda number: learner.step(number, made)
+    rehearsal = Rehearsal(lowest(), "emoji", torch.float32)
+    learner = Learner(lowest(), clip, torch.device("cpu"), torch.float32, 8)
+    learner.step(0, [part_of(learner, 2)])  # makes Adam's averages, and gradients
+    return rehearsal, learner
 
 
-@pytest.fixture(scope="module")
-def planned(variant):
-    preset, dtype, parts = variant
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attention, "fused_l2_attention", None)  # which the real step has no GPU for
-        return plan.rehearse(preset, "emoji", BATCH, dtype, parts)
+def part_of(learner, size):
+    part = plan.empty_part(learner, size)
+    real = {r: torch.rand_like(x) for r, x in part.real.items()}
+    return part._replace(real=real, z=torch.randn_like(part.z), chances=torch.rand_like(part.chances))
 
 
-def test_parameters_are_those_of_the_networks(real, planned):
-    learner, _ = real
-    sizes = {"generator": learner.generator, "discriminator": learner.discriminator}
-    assert all(planned.parameters[name] == sum(p.numel() for p in x.parameters()) for name, x in sizes.items())
-    gradients = [p.grad for x in sizes.values() for p in x.parameters() if p.grad is not None]
-    assert planned.trained == sum(g.numel() for g in gradients)
-
-
-def test_state_is_what_a_run_holds(real, planned):
-    learner, _ = real
+def test_parameters_and_state_are_those_of_a_run(both):
+    rehearsal, learner = both
     networks = [*learner.generator.parameters(), *learner.discriminator.parameters()]
-    averages = [
-        state[name] for o in (learner.optimizer_g, learner.optimizer_d) for state in o.state.values()
-        for name in ("exp_avg", "exp_avg_sq")
-    ]  # fmt: skip
+    states = [state for o in (learner.optimizer_g, learner.optimizer_d) for state in o.state.values()]
     held = {
         "networks": networks,
         "gradients": [p.grad for p in networks if p.grad is not None],
-        "Adam": averages,
+        "Adam": [state[name] for state in states for name in ("exp_avg", "exp_avg_sq")],
         "moving average": [*learner.ema.parameters()],
         "CLIP": [*learner.clip.state_dict().values()],
     }
     for name, tensors in held.items():
-        assert planned.state[name] == sum(t.numel() * t.element_size() for t in tensors), name
+        assert rehearsal.state[name] == sum(t.numel() * t.element_size() for t in tensors), name
+    assert rehearsal.parameters["learning"] == sum(p.numel() for p in held["gradients"])
 
 
-@pytest.mark.parametrize(("number", "kind"), [(1, "flop"), (0, "flop_with_r1")], ids=["plain", "with R1"])
-def test_flop_are_those_of_a_step(real, planned, number, kind):
-    _, step = real
-    with plan.FlopCounter() as counter:
-        step(number)
-    assert getattr(planned, kind) == counter.by_dtype
-
-
-@pytest.mark.parametrize(("number", "kind"), [(1, "peak"), (0, "peak_with_r1")], ids=["plain", "with R1"])
-def test_memory_is_that_of_a_step(variant, real, planned, number, kind):
-    """To 10 %, in one part: the plan takes no figure of memory from a rehearsal in several. The profiler sees what a
-    step allocates; what it allocated before is the state but for the gradients.
+@pytest.mark.parametrize("images", [2, 3])
+def test_what_is_counted_is_what_a_step_takes(both, images, monkeypatch):
+    """FLOP exactly, memory to 10 %. The profiler sees what a step allocates; before it the state is there but for the
+    gradients. R1 comes first, before the generator has any.
     """
-    if variant[2] > 1:
-        pytest.skip("the plan takes from it the work alone")
-    _, step = real
-    kept = sum(planned.state.values()) - planned.state["gradients"]
-    assert getattr(planned, kind) == pytest.approx(kept + peak_memory(lambda: step(number)), rel=0.1)
+    rehearsal, learner = both
+    kept = sum(size for name, size in rehearsal.state.items() if name != "gradients")
+    fast = torch.backends.mha.get_fastpath_enabled()
+    monkeypatch.setattr(learner, "r1_images", images)
+    part = part_of(learner, images)
+    for counted, call in (
+        (rehearsal.step, lambda: learner.step(1, [part_of(learner, images)])),
+        (rehearsal.r1, lambda: learner.penalize([part], 16)),
+    ):
+        torch.backends.mha.set_fastpath_enabled(False)
+        found = flop(call)
+        torch.backends.mha.set_fastpath_enabled(fast)
+        assert counted.of(images)["float32"] == found
+        for optimizer in (learner.optimizer_g, learner.optimizer_d):
+            optimizer.zero_grad(set_to_none=True)
+        gc.collect()
+        assert counted.of(images)["memory"] == pytest.approx(kept + peak_memory(call), rel=0.1)
 
 
 def test_in_bfloat16_attention_is_planned_as_on_a_gpu(monkeypatch):
@@ -113,62 +146,80 @@ def test_in_bfloat16_attention_is_planned_as_on_a_gpu(monkeypatch):
 
     monkeypatch.setattr(attention, "fused_l2_attention", kernel)
     with pytest.raises(Reached):
-        plan.rehearse(PRESETS["emoji"], "emoji", 2, torch.bfloat16)
+        Rehearsal(lowest(), "emoji", torch.bfloat16)
 
 
-def test_parts_are_the_fewest_that_fit():
-    memory = plan.Memory(fixed=20e9, an_image=2e9)
-    assert memory.parts(20, 80e9) == 1  # 20 + 20 · 2 and 10 to spare are 70
-    assert memory.parts(32, 80e9) == 2 and memory.parts(32, 38e9) == 8
+# ----------------------------------------------------------------------------------------------------------------------
+# From counts to a run.
+
+
+def linear(**counts):
+    """Counts of (none, each image)."""
+    return Counted(lambda images: {name: fixed + images * each for name, (fixed, each) in counts.items()})
+
+
+@pytest.fixture
+def rehearsed():
+    """20 GB and 2 an image, R1 6 an image; 1 TFLOP an image, R1 3 in float32, a drawing 0.5."""
+    made = Rehearsal.__new__(Rehearsal)
+    made.step = linear(memory=(20e9, 2e9), bfloat16=(0, 1e12), float32=(0, 0), moved=(0, 0), operators=(100, 0))
+    made.r1 = linear(memory=(20e9, 6e9), bfloat16=(0, 0), float32=(0, 3e12), moved=(0, 16e9))
+    made.drawing = linear(memory=(20e9, 1e9), bfloat16=(0, 0.5e12), float32=(0, 0), moved=(0, 0))
+    made.evaluation = linear(memory=(20e9, 0.1e9), bfloat16=(0, 0), float32=(0, 0.1e12), moved=(0, 0))
+    made.parameters, made.state = {"learning": 1e9}, {"networks": 4e9, "Adam": 8e9, "moving average": 4e9}
+    return made
+
+
+def test_parts_are_the_fewest_that_fit_and_r1_has_smaller_ones(rehearsed):
+    """Of 80 GB, 20 and 10 to spare leave room for 25 images, or for 8 of R1."""
+    assert rehearsed.divide(24, 80e9) == (1, 8)
+    assert rehearsed.divide(64, 80e9) == (4, 8) and rehearsed.divide(4, 80e9) == (1, 4)
+    assert rehearsed.memory(24, 8) == 68e9 and rehearsed.memory(8, 8) == 68e9
     with pytest.raises(UserError, match="does not fit"):
-        memory.parts(32, 30e9)
+        rehearsed.divide(32, 33e9)
+    rehearsed.evaluation = linear(memory=(20e9, 4e9))
+    with pytest.raises(UserError, match="does not fit"):
+        rehearsed.divide(32, 80e9)
 
 
-def test_what_fits_is_chosen_and_what_does_not_is_refused(monkeypatch, capsys):
-    """By the plan at the highest resolution: of 80 GB, 20 and 10 to spare leave room for 25 images of 2 GB."""
+def test_work_of_parts_is_drawn_twice(rehearsed):
+    one, several = rehearsed.work(32, 1), rehearsed.work(32, 4)
+    assert one["bfloat16"] == 32e12 and several["bfloat16"] == pytest.approx(48e12)
+    assert one["float32"] == several["float32"] == 32 * 3e12 / 16
+    seconds = (32e12 / 312e12 + 6e12 / 19.5e12 + 32e9 / 2.04e12) / plan.SHARE_OF_PEAK
+    assert plan.HARDWARE["a100"].seconds(one) == pytest.approx(seconds)
+
+
+def test_what_fits_is_chosen_kept_and_what_does_not_is_refused(rehearsed, monkeypatch, capsys, tmp_path):
+    rehearsals = []
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=80e9))
-    monkeypatch.setattr(plan, "estimate", lambda *_: (plan.Memory(fixed=20e9, an_image=2e9), None))
-    run = TINY, 64, "emoji", torch.device("cuda", 0), torch.bfloat16
-    assert plan.choose_parts(train.parse_args([]).accumulate, *run) == 4
-    assert "--accumulate 4: parts of 16 images a GPU" in capsys.readouterr().out
-    assert plan.choose_parts(8, *run) == 8
+    monkeypatch.setattr(plan, "Rehearsal", lambda *options: rehearsals.append(options) or rehearsed)
+    run = TINY, 64, "emoji", torch.device("cuda", 0), torch.bfloat16, tmp_path / "run" / "plan.json"
+    assert plan.choose_parts(train.parse_args([]).accumulate, *run) == (4, 8)
+    assert "--accumulate 4: parts of 16 images a GPU, R1 in parts of 8" in capsys.readouterr().out
+    assert plan.choose_parts(8, *run) == (8, 8) and len(rehearsals) == 1  # the folder of the run knows
     with pytest.raises(UserError, match="--accumulate 2 does not fit into this GPU; take 4, or auto"):
         plan.choose_parts(2, *run)
+    plan.choose_parts("auto", *run[:1], 32, *run[2:])
+    assert len(rehearsals) == 2
     monkeypatch.setattr(plan.distributed, "world_size", lambda: 128)
     with pytest.raises(UserError, match="--batch 64 cannot be shared by 128 ranks"):
         plan.choose_parts("auto", *run)
 
 
-def test_work_is_counted_and_timed_by_its_dtype():
-    with plan.FlopCounter() as counter:
-        for dtype, columns in ((torch.float32, 5), (torch.bfloat16, 7)):
-            torch.ones(2, 3, dtype=dtype) @ torch.ones(3, columns, dtype=dtype)
-    assert counter.by_dtype == {torch.float32: 2 * 2 * 3 * 5, torch.bfloat16: 2 * 2 * 3 * 7}
-    for name, rates in (("a100", (312e12, 19.5e12)), ("h100", (989e12, 67e12))):
-        narrow, wide = (rate * plan.UTILIZATION[t] for rate, t in zip(rates, plan.UTILIZATION, strict=True))
-        seconds = plan.HARDWARE[name].seconds({torch.bfloat16: 6e12, torch.float32: 3e12})
-        assert seconds == pytest.approx(6e12 / narrow + 3e12 / wide)
+def test_a_row_for_people(rehearsed):
+    """8 GPUs with 24 images each; a checkpoint of 16 GB every 100 steps; 1,920 images for a FID every 10 steps."""
+    recipe = dataclasses.replace(TINY.recipe, steps=86400, fid_samples=1920, fid_every=1920)
+    hardware, args = plan.HARDWARE["a100"], SimpleNamespace(workers=1, save_every=100, steps=None)
+    found = plan.row(rehearsed, recipe, 192, 8, hardware, args)
+    compute = hardware.seconds(rehearsed.work(24, 1))
+    between = 24 * 0.1e12 / 19.5e12 / plan.SHARE_OF_PEAK + 0.16
+    assert found[:4] == (8, 1, 8, 68) and found[4] == pytest.approx(compute)
+    assert found[5:7] == pytest.approx((2 * 7 / 8 * 4e9 / 300e9, 24 / 300))
+    assert found[7] == pytest.approx(between) and found[8] == pytest.approx(compute + between)
 
 
-def test_lines_for_people(monkeypatch, planned):
-    quick = dataclasses.replace(TINY, recipe=dataclasses.replace(TINY.recipe, steps=1000))
-    work = dataclasses.replace(planned, flop={torch.bfloat16: 4e12}, flop_with_r1={torch.bfloat16: 4e12})
-    drawn_twice = dataclasses.replace(planned, flop={torch.bfloat16: 5e12}, flop_with_r1={torch.bfloat16: 5e12})
-    monkeypatch.setattr(plan, "rehearse", lambda *_, **__: drawn_twice)
-    monkeypatch.setattr(plan, "estimate", lambda *_, resolution=32: (plan.Memory(20e9, resolution / 32 * 1e9), work))
-    lines = list(plan.plan("quick", quick, "emoji", 256, 16, plan.HARDWARE["a100"], workers=1))
-    rows = [line.split() for line in lines if line.startswith("   ") and line.split()[0].isdigit()]
-    assert [row[0] for row in rows] == ["1", "8", "16", "64"]
-    assert [row[1] for row in rows] == ["8", "1", "1", "1"]  # 20 + 50 GB at most, so up to 50 images in a part
-    hardware, memory = plan.HARDWARE["a100"], [float(row[2]) for row in rows]
-    assert memory == [52, 52, 36, 24] and float(rows[0][4]) == 0 < float(rows[1][4])
-    assert float(rows[3][5]) > float(rows[1][5]) * hardware.within_node / hardware.between_nodes
-    rate = 312e12 * 0.1
-    assert float(rows[0][3]) == pytest.approx(256 * 1.25e12 / rate, rel=0.01)
-    assert float(rows[1][3]) == pytest.approx(32 * 1e12 / rate, rel=0.01)
-    while_growing = next(line for line in lines if "while growing, 1 GPUs" in line)
-    assert "4×4 24, 8×8 28, 16×16 36, 32×32 52" in while_growing
-    with pytest.raises(UserError, match="does not fit"):
-        list(plan.plan("quick", quick, "emoji", 256, 16, dataclasses.replace(hardware, memory=1e6), workers=1))
+def test_numbers_of_gpus_that_cannot_share_a_batch_are_refused():
+    args = SimpleNamespace(clip=None, batch=256, gpus=48, hardware="a100")
     with pytest.raises(UserError, match="--batch 256 cannot be shared by --gpus 48"):
-        list(plan.plan("quick", quick, "emoji", 256, 48, hardware, workers=1))
+        plan.print_plan(args, TINY)

@@ -10,23 +10,20 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 
-import train
-from presets import PRESETS, DiscriminatorConfig, DiscriminatorLevel, GeneratorConfig, Level, Preset, Recipe
-from tests.fake_cuda import two_gpus_on_cpu
+import dataclasses
 
-PRESETS["tiny"] = Preset(
-    GeneratorConfig(
-        levels=(Level(4, 32, num_blocks=1), Level(8, 32, num_blocks=1, attn_depth=1, num_experts=2)),
-        fourier_channels=32, w_dim=32, mapping_layers=1, mapping_dim=32, text_dim=32, text_layers=1, num_heads=2,
-        head_dim=16,
-    ),
-    DiscriminatorConfig(
-        levels=(DiscriminatorLevel(4, 32, num_blocks=0), DiscriminatorLevel(8, 32, num_blocks=0, attn_depth=1)),
-        text_dim=32, text_layers=1, num_heads=2, head_dim=16, head_layers=2, clip_channels=32,
-    ),
-    Recipe(steps=5, batch=4, images_per_phase={4: 8}, ema_half_life=100, fid_samples=8, fid_every=8, fid_factor=0.0),
-    "emoji",
-)  # fmt: skip
+import train
+from presets import PRESETS
+from tests.fake_cuda import two_gpus_on_cpu
+from tests.figures import TINY
+
+GENERATOR, DISCRIMINATOR = (
+    dataclasses.replace(config, levels=config.levels[:2]) for config in (TINY.generator, TINY.discriminator)
+)
+RECIPE = dataclasses.replace(
+    TINY.recipe, steps=5, batch=4, images_per_phase={4: 8}, fid_samples=8, fid_every=8, fid_factor=0.0
+)
+PRESETS["tiny"] = dataclasses.replace(TINY, generator=GENERATOR, discriminator=DISCRIMINATOR, recipe=RECIPE)
 
 
 def step(run, number, batches, learn=train.Run.step):
