@@ -9,6 +9,7 @@ import hashlib
 import itertools
 import logging
 import math
+import os
 import warnings
 from pathlib import Path
 from typing import NamedTuple
@@ -23,6 +24,10 @@ from torch.nn.utils.rnn import pad_sequence
 
 from common.cli import UserError, first_line
 from layers import float32_region, full_precision, rms_norm
+
+# PyTorch reads this at its first dense layer. A ViT projects tokens to q, k and v that lie transposed: it would be a
+# product for each of 257 tokens, with a copy of the weights for each, and is one.
+os.environ.setdefault("TORCH_LINEAR_FLATTEN_3D", "1")
 
 MODELS = Path(__file__).parent / "models"
 MINILM = MODELS / "minilm"

@@ -198,11 +198,11 @@ class Learner:
         return {"g_loss": mean_of(reports, "loss"), **update(self.optimizer_g, reports, "g")}
 
     def score(self, images, text):
-        """The mean of the last prediction for the highest image of a pyramid, with its captions: a scalar."""
+        """The mean of the last prediction for the highest image of a pyramid, with its captions: [B]."""
         with self.autocast():
             code = self.discriminator.encode_text(text.tokens, text.eot)
             logits = self.discriminator.score(feature_maps(self.discriminator, self.clip, images), code)
-        return last_prediction(logits).mean()
+        return last_prediction(logits).mean(1)
 
     def autocast(self):
         """The modules keep routing, demodulation, distances and R1 in float32. CLIP, too, sees images in bfloat16 here,
@@ -226,7 +226,12 @@ class Learner:
     # ------------------------------------------------------------------------------------------------------------------
 
     def state_dict(self):
-        return {"clip": self.clip.name} | {name: getattr(self, name).state_dict() for name in (*NETWORKS, *OPTIMIZERS)}
+        """Without Adam's mean of gradients: as β₁ is zero it is the last one, which no step reads."""
+        state = {"clip": self.clip.name} | {name: getattr(self, name).state_dict() for name in (*NETWORKS, *OPTIMIZERS)}
+        for name in OPTIMIZERS:
+            averages = state[name]["state"].items()
+            state[name]["state"] = {n: {k: x for k, x in its.items() if k != "exp_avg"} for n, its in averages}
+        return state
 
     def load_state_dict(self, state):
         """Loads what state_dict gave → the learning rates that differ from the recipe's, {optimizer: (then, now)}.
@@ -241,7 +246,9 @@ class Learner:
         for name in OPTIMIZERS:
             optimizer = getattr(self, name)
             own = [{key: group[key] for key in ("lr", "eps")} for group in optimizer.param_groups]
-            optimizer.load_state_dict(state[name])
+            averages = state[name]["state"].items()
+            averages = {n: its | {"exp_avg": torch.zeros_like(its["exp_avg_sq"])} for n, its in averages}
+            optimizer.load_state_dict(state[name] | {"state": averages})
             then, now = ([group["lr"] for group in groups] for groups in (optimizer.param_groups, own))
             if then != now:
                 changed[name] = max(then), max(now)

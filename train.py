@@ -186,12 +186,13 @@ class Run:
     def weights_are_finite(self):
         return self.learner.weights_are_finite()
 
-    def save_generator(self, path, notes):
-        resolution = self.growth.active[-1]
-        checkpoint.save_generator(path, self.learner.ema, self.clip, resolution, notes | {"resolution": resolution})
+    def save_generator(self, path, state, notes):
+        resolution = self.learner.resolutions[state["phase"]["number"]]
+        about = notes | {"resolution": resolution}
+        checkpoint.save_generator(path, self.learner.ema, self.clip, resolution, about, state["ema"])
 
     def state_dict(self):
-        return {"phase": vars(self.growth.phase), **self.learner.state_dict()}
+        return {"phase": dict(vars(self.growth.phase)), **self.learner.state_dict()}
 
     def load_state_dict(self, state):
         self.growth.phase = Phase(**state["phase"])

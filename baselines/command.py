@@ -118,11 +118,11 @@ class Trained:
     def weights_are_finite(self):
         return all(p.isfinite().all() for network in self.system.networks.values() for p in network.parameters())
 
-    def save_generator(self, path, notes):
+    def save_generator(self, path, state, notes):
         tensors = {
             f"{name}.{key}": value.contiguous()
             for name in self.system.for_sampling
-            for key, value in self.system.networks[name].state_dict().items()
+            for key, value in state["networks"][name].items()
         }
         about = {"resolution": self.system.resolution, "unconditional": self.args.unconditional, "notes": notes}
         metadata = {"system": type(self.system).__name__, "about": json.dumps(about), "clip": self.system.clip.name}

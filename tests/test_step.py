@@ -10,7 +10,7 @@ import step as step_module
 from clip import load_clip
 from common import distributed
 from losses import r1_penalty, scale_weights
-from step import Learner
+from step import OPTIMIZERS, Learner
 from tests.figures import TINY, Figures
 
 CPU = torch.device("cpu")
@@ -195,3 +195,13 @@ def test_adam_is_gigagans(learner):
     """Without momentum (section 5 there: β₁ = 0, β₂ = 0.99)."""
     for optimizer in (learner.optimizer_g, learner.optimizer_d):
         assert all(group["betas"] == (0.0, 0.99) for group in optimizer.param_groups)
+
+
+def test_the_last_gradient_is_not_saved(learner):
+    """It is half of Adam's averages, and loading does without."""
+    learner.step(1, learner.prepare(0, 1, batches(1, 4)))
+    state = learner.state_dict()
+    for name in OPTIMIZERS:
+        assert state[name]["state"] and all({*its} == {"step", "exp_avg_sq"} for its in state[name]["state"].values())
+    learner.load_state_dict(state)
+    assert all("exp_avg" in its for its in learner.optimizer_g.state.values())

@@ -4,6 +4,7 @@ It serves any system that learns from captioned images, see System.
 """
 
 import contextlib
+import functools
 import math
 import os
 import signal
@@ -97,8 +98,8 @@ class System(Protocol):
     def draw_samples(self):
         """A PIL image to look at, and what is worth logging beside it, {name: [numbers]}."""
 
-    def save_generator(self, path, notes):
-        """Writes what sampling needs."""
+    def save_generator(self, path, state, notes):
+        """Writes what sampling needs, from what state_dict gave."""
 
     @property
     def phase(self):
@@ -161,8 +162,10 @@ class Loop:
             bar.set_postfix_str(f"{phase}, {system.batch / seconds:.0f} images/s, {losses}", refresh=False)
             bar.update()
         bar.close()
+        self.folder.wait()
         if self.folder.saved_step != p.step:
             self.save()
+            self.folder.wait()
 
     def next_batches(self, batches):
         """This rank's batches of a step; None on all ranks where one was asked to stop while it waited for its own."""
@@ -236,9 +239,6 @@ class Loop:
             "progress": vars(self.progress) | {"skipped": dict(self.progress.skipped)},
             **self.system.state_dict(),
         }
-        self.folder.save(self.progress.step, state, self.options.keep, self.save_generator)
-
-    def save_generator(self, path):
         notes = {
             "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
             **self.folder.identity,
@@ -248,7 +248,8 @@ class Loop:
             "machine": f"{distributed.world_size()} × {distributed.describe(self.system.device)}",
             "torch": torch.__version__,
         }
-        self.system.save_generator(path, notes)
+        write_generator = functools.partial(self.system.save_generator, notes=notes)
+        self.folder.save(self.progress.step, state, self.options.keep, write_generator)
 
     def load(self, state):
         """Resumes from what save wrote. Raises UserError where it does not fit."""
@@ -288,6 +289,7 @@ class Loop:
     def check_saved(self):
         """Raises UserError where this step is not on the disk."""
         step, folder = self.progress.step, self.folder
+        folder.wait()
         with distributed.together():
             if distributed.is_main() and folder.saved_step != step:
                 raise UserError(

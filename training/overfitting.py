@@ -6,11 +6,14 @@ images for generated ones, it knows the others by heart, and has nothing left to
 
 import torch
 
+from clip import Text
+from common import distributed
 from common.distributed import say
 from layers import pyramid
 from upsampler import given_images, input_noise
 
-COUNT = 128  # images of each kind
+COUNT = 128  # images of each kind, shared by the ranks
+BATCH = 16  # images at a time
 LIMIT = 0.5  # warn once `overfitting` is above this
 
 
@@ -31,15 +34,20 @@ class OverfittingWatch:
         """
         if self.seen is None or self.held_out is None:
             return {}
-        (images, text), noise = self.held_out, torch.Generator().manual_seed(seed)
-        config = learner.generator.config
-        z = torch.randn(len(images), config.z_dim, generator=noise).to(images.device)
-        given = given_images(config, images, input_noise(config, len(images), noise))
-        generated = learner.ema(*given, z, text.tokens, text.eot, learner.active[-1]).pyramid
-        seen, held_out = (
-            learner.score(pyramid(images, learner.active), text) for images, text in (self.seen, self.held_out)
-        )
-        fake = learner.score(generated, text)
+        config, noise = learner.generator.config, torch.Generator().manual_seed(seed)
+        count = len(self.held_out[0])
+        z, small = torch.randn(count, config.z_dim, generator=noise), input_noise(config, count, noise)
+
+        def real(images, text, _):
+            return pyramid(images, learner.active)
+
+        def generated(images, text, some):
+            given = given_images(config, images, small[some])
+            with learner.autocast():
+                return learner.ema(*given, z[some].to(images.device), *text[:2], learner.active[-1]).pyramid
+
+        kinds = ((self.seen, real), (self.held_out, real), (self.held_out, generated))
+        seen, held_out, fake = (mean_score(learner, *kind) for kind in kinds)
         ratio = (seen - held_out) / (seen - fake).clamp(min=1e-6)
         values = {"logits_seen": seen, "logits_held_out": held_out, "logits_generated": fake, "overfitting": ratio}
         if ratio > LIMIT and not self.told:
@@ -49,6 +57,20 @@ class OverfittingWatch:
             )
             self.told = True
         return {name: value.item() for name, value in values.items()}
+
+
+def mean_score(learner, pairs, look):
+    """The discriminator's mean logit for `look`(images, text, which) of pairs; every rank takes a share of them."""
+    images, text = pairs
+    mine = torch.arange(distributed.rank(), len(images), distributed.world_size())
+    total = images.new_zeros(2)
+    for some in mine.split(BATCH) if len(mine) else ():
+        which = some.to(images.device)
+        captions = Text(*(x[which] for x in text))
+        scores = learner.score(look(images[which], captions, some), captions)
+        total += torch.stack([scores.sum(), scores.new_tensor(len(some))])
+    score, count = distributed.mean(total)
+    return score / count
 
 
 def first_pairs(batches, clip):

@@ -41,8 +41,8 @@ from weights.perceptual import perceptual_network
 # peak rates, what they multiply and move takes this share of it.
 SHARE_OF_PEAK = 0.30
 # Assumed: the bytes to leave for CUDA's context, NCCL's buffers and fragmentation, the pictures of 256×256 that a data
-# worker reads in a second, and the bytes that a disk takes in one.
-RESERVED, DECODED, WRITTEN = 10e9, 300, 1e9
+# worker reads in a second, and the bytes that go to the CPU's memory in one, for a thread to write them.
+RESERVED, DECODED, COPIED = 10e9, 300, 20e9
 REHEARSED = 2, 4  # images of rehearsed steps
 COLUMNS = "GPUs", "--accumulate", "R1 of", "memory, GB", "compute, s", "wire, s", "data, s", "between, s", "days"
 
@@ -345,7 +345,7 @@ def print_plan(args, preset):
     print(
         f"Assumed: that share for all GPUs and sizes; {RESERVED / 1e9:.0f} GB of a GPU left free; {DECODED} pictures a"
     )
-    print(f"second by each data worker; {WRITTEN / 1e9:.0f} GB/s to the disk.")
+    print(f"second by each data worker; {COPIED / 1e9:.0f} GB/s to the CPU.")
 
 
 def counted(rehearsal):
@@ -370,8 +370,9 @@ def row(rehearsal, recipe, batch, gpus, hardware, args):
     wire /= hardware.within_node if gpus <= 8 else hardware.between_nodes
     data = share / (DECODED * max(1, args.workers))
     drawn = recipe.fid_samples / gpus * batch / recipe.fid_every  # images that a step's share of an evaluation draws
-    saved = sum(rehearsal.state[name] for name in ("networks", "Adam", "moving average")) / args.save_every
-    between = hardware.seconds(rehearsal.evaluation.of(drawn)) + saved / WRITTEN
+    kept = rehearsal.state
+    saved = (kept["networks"] + kept["Adam"] / 2 + kept["moving average"]) / args.save_every
+    between = hardware.seconds(rehearsal.evaluation.of(drawn)) + saved / COPIED
     days = (args.steps or recipe.steps) * (max(compute, wire, data) + between) / 86400
     memory = rehearsal.memory(share // parts, r1_images) / 1e9
     return gpus, parts, r1_images, memory, compute, wire, data, between, days

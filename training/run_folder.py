@@ -5,6 +5,7 @@ import json
 import math
 import os
 import shlex
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 try:
@@ -13,6 +14,8 @@ except ImportError:  # Windows has none, so that nothing keeps a second run out 
     fcntl = None
 
 import numpy as np
+import torch
+from torch.utils._pytree import tree_map_only
 
 from clip import BUILT_IN
 from common import disk, distributed
@@ -67,6 +70,7 @@ class RunFolder:
         self.saved_step = None
         self.log_file = self.board = self.lock_file = None
         self.unwritten = set()  # what could not be written, and has been told
+        self.writer, self.writing = ThreadPoolExecutor(1), None
 
     def prepare(self):
         """Makes the folders, and locks them against another run. Raises UserError."""
@@ -210,17 +214,45 @@ class RunFolder:
                     self.board.add_scalar(f"experts/{router}, share of expert {expert}", share, step)
             self.board.flush()
 
-    @written("a checkpoint")
     def save(self, step, state, keep, write_generator):
-        """state: all that a run needs to go on; the last `keep` of such files stay. write_generator: path → file."""
-        own = {"identity": resolved(self.identity), "sharing": self.sharing}
-        self.last_good = checkpoint.save_run(self.checkpoints, step, own | state, keep)
+        """state: all that a run needs to go on; the last `keep` of such files stay. write_generator: writes the file of
+        the generator, from a path and the state.
+
+        A thread writes a copy of the state, while the run goes on. A save waits for the one before.
+        """
+        if distributed.is_main():
+            self.wait()
+            state = on_host({"identity": resolved(self.identity), "sharing": self.sharing, **state})
+            self.writing = self.writer.submit(self.write, step, state, keep, write_generator)
+
+    def wait(self):
+        """Until the last checkpoint is on the disk, or it was told that it could not be written."""
+        if self.writing:
+            self.writing.result()
+
+    @written("a checkpoint")
+    def write(self, step, state, keep, write_generator):
+        self.last_good = checkpoint.save_run(self.checkpoints, step, state, keep)
         self.saved_step = step
-        self.write_generator(write_generator)
+        self.write_generator(write_generator, state)
 
     @written("generator_ema.safetensors")
-    def write_generator(self, write):
-        write(self.generator)
+    def write_generator(self, write, state):
+        write(self.generator, state)
+
+
+def on_host(state):
+    """A copy of nested dicts and lists, its tensors in the memory of the CPU: pinned, where they come from a GPU."""
+    copy = tree_map_only(torch.Tensor, host_copy, state)
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return copy
+
+
+def host_copy(x):
+    if not x.is_cuda:
+        return x.detach().clone()
+    return torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x.detach(), non_blocking=True)
 
 
 def step_of(line):

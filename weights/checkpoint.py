@@ -28,16 +28,17 @@ DEMO = MODELS / "emoji.safetensors"
 # A generator, ready for sample.py.
 
 
-def save_generator(path, generator, clip, resolution, notes):
+def save_generator(path, generator, clip, resolution, notes, state=None):
     """Writes the levels of a generator up to `resolution`, and the names of its text encoder and of its CLIP.
 
-    notes: a dict of what is worth knowing about the run, kept in the file's metadata. Raises OSError on a full disk.
+    notes: a dict of what is worth knowing about the run, kept in the file's metadata. state: an earlier state of the
+    generator, by default its own. Raises OSError on a full disk.
     """
     levels = tuple(level for level in generator.config.levels if level.resolution <= resolution)
     config = dataclasses.replace(generator.config, levels=levels)
     with torch.device("meta"):
         names = new_generator(config).state_dict().keys()
-    state = generator.state_dict()
+    state = state or generator.state_dict()
     tensors = {f"generator.{name}": state[name].contiguous() for name in names}
     metadata = {
         "upsampler" if isinstance(config, UpsamplerConfig) else "generator": json.dumps(dataclasses.asdict(config)),

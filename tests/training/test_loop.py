@@ -39,7 +39,7 @@ class Idle:
     def draw_samples(self):
         return Image.new("RGB", (4, 4)), {}
 
-    def save_generator(self, path, notes):
+    def save_generator(self, path, state, notes):
         path.write_bytes(b"generator")
 
 

@@ -1,8 +1,11 @@
 """The watch on a discriminator that learns its images by heart."""
 
+import contextlib
+
 import torch
 
 from clip import load_clip
+from common import distributed
 from data.sources import Batch
 from training.overfitting import OverfittingWatch
 
@@ -21,12 +24,14 @@ class Learner:
         self.active = [32]
         self.generator = self.ema = self
         self.config = type("Config", (), {"z_dim": 4})
+        self.autocast, self.sizes = contextlib.nullcontext, []
 
     def __call__(self, z, *_):
         return type("Output", (), {"pyramid": {32: torch.zeros(len(z), 3, 32, 32)}})
 
     def score(self, images, text):
-        return -images[32].mean()
+        self.sizes.append(len(images[32]))
+        return -images[32].mean((1, 2, 3))
 
 
 def test_the_ratio_is_that_of_ada_and_is_told_once(capsys):
@@ -36,6 +41,15 @@ def test_the_ratio_is_that_of_ada_and_is_told_once(capsys):
         report = watch.measure(Learner(), seed=0)
     assert report == {"logits_seen": 1, "logits_held_out": -1, "logits_generated": 0, "overfitting": 2}
     assert capsys.readouterr().out.count("by heart") == 1
+
+
+def test_ranks_share_the_images_in_small_batches(monkeypatch):
+    """Of 128 two ranks take 64 each, 16 at a time. The other's sums are added, here as this one's once more."""
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(distributed, "rank", lambda: 1)
+    learner = Learner()
+    report = OverfittingWatch(Source(), load_clip("emoji")).measure(learner, seed=0)
+    assert learner.sizes == 12 * [16] and report["overfitting"] == 2
 
 
 def test_without_held_out_pairs_there_is_nothing_to_tell():

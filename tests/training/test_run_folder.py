@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import textwrap
+import threading
 from pathlib import Path
 
 import pytest
@@ -38,7 +39,8 @@ def made(path, steps=(1, 2), **options):
     folder, _ = opened(path, **options)
     folder.write_config(CONFIG)
     for step in steps:
-        folder.save(step, state(step), 3, lambda generator: generator.write_bytes(b"generator"))
+        folder.save(step, state(step), 3, lambda generator, _: generator.write_bytes(b"generator"))
+    folder.wait()
     return folder
 
 
@@ -246,6 +248,7 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on(tmp_path, monkeypatch, caps
     folder.log({"step": 3})
     folder.write_picture(picture(), {}, 3)
     folder.save(3, state(3), 3, None)
+    folder.wait()
     said = capsys.readouterr().out.splitlines()
     told = r"note: .* could not be written \(No space left on device\) .* 00000002-\w+.pt is whole; make room"
     assert len(said) == 4 and all(re.match(told, line) for line in said)
@@ -276,9 +279,27 @@ def test_a_disk_that_stays_full_is_told_once_and_again_after_there_was_room(tmp_
 def test_a_generator_that_finds_no_room_is_told_apart_from_its_checkpoint(tmp_path, capsys):
     folder = made(tmp_path)
 
-    def full(_):
+    def full(*_):
         raise OSError(28, "No space left on device")
 
     folder.save(3, state(3), 3, full)
+    folder.wait()
     assert "note: generator_ema.safetensors could not" in capsys.readouterr().out
     assert folder.last_good.name.startswith("00000003-") and folder.saved_step == 3
+
+
+def test_a_thread_writes_what_was_saved_while_the_run_goes_on(tmp_path):
+    """The state changes in the next step; what is written is whole, and the generator belongs to its checkpoint."""
+    folder, written, may_write = made(tmp_path), {}, threading.Event()
+    now = {"progress": {"step": 3}, "generator": {}, "discriminator": {}, "ema": {"weight": torch.zeros(3)}}
+
+    def write(path, state):
+        may_write.wait(60)
+        written.update(state["ema"])
+
+    folder.save(3, now, 3, write)
+    now["ema"]["weight"] += 1  # at once, in place
+    may_write.set()
+    folder.wait()
+    assert torch.equal(written["weight"], torch.zeros(3)) and folder.saved_step == 3
+    assert torch.equal(checkpoint.load_run(folder.last_good)["ema"]["weight"], torch.zeros(3))
