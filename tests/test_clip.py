@@ -3,6 +3,7 @@
 import open_clip
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from clip import (
     BUILT_IN,
@@ -100,6 +101,26 @@ def test_it_sees_what_the_towers_of_open_clip_compute_on_the_way(small, large):
     torch.testing.assert_close(maps, outputs)
     for clip, seen in ((small, maps[:4]), (large, maps[4:])):
         assert clip.map_shapes == tuple((x.shape[1], x.shape[2]) for x in seen)
+
+
+class Products(TorchDispatchMode):
+    """The shapes of what batched products multiply."""
+
+    def __init__(self):
+        super().__init__()
+        self.batched = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func in (torch.ops.aten.bmm.default, torch.ops.aten.baddbmm.default):
+            self.batched.append([tuple(x.shape) for x in args])
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_vit_makes_q_k_and_v_by_one_product(large):
+    """Of all tokens, where gradients reach the images; not by one for each token."""
+    with Products() as products:
+        large.encode_image(torch.zeros(2, 3, 32, 32, requires_grad=True)).sum().backward()
+    assert not [shapes for shapes in products.batched if 3 * 64 in shapes[1]]
 
 
 def test_folded_batch_norms_change_nothing():
