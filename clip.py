@@ -29,10 +29,6 @@ from layers import float32_region, full_precision, rms_norm
 # product for each of 257 tokens, with a copy of the weights for each, and is one.
 os.environ.setdefault("TORCH_LINEAR_FLATTEN_3D", "1")
 
-# PyTorch reads this at its first dense layer. A ViT's projection to q, k and v sees its tokens transposed: it would be a
-# product for each of 257 tokens, with a copy of the weights for each, and is one.
-os.environ.setdefault("TORCH_LINEAR_FLATTEN_3D", "1")
-
 MODELS = Path(__file__).parent / "models"
 MINILM = MODELS / "minilm"
 BUILT_IN = {
