@@ -148,7 +148,7 @@ def show(pipe, frames, columns, title, with_experts, animated, picture):
         maps = [[expert_map(index, cell) for index in routing.expert_index] for routing in drawn.routings.values()]
         panels = [beside(strip) for strip in zip(panels, *maps, strict=True)]
         experts = max(routing.logits.shape[-1] for routing in drawn.routings.values())
-        where = ", ".join(f"{name.split('.')[0]}×{name.split('.')[0]} ({name})" for name in drawn.routings)
+        where = ", ".join(f"{name.split('.')[0]}x{name.split('.')[0]} ({name})" for name in drawn.routings)
         title = f"{title}{'. ' if title else ''}Beside each picture, the expert that took each point, at {where}"
     if picture is not None:
         panels = [ImageOps.pad(to_pil(picture), panels[0].size, color="white", centering=(0, 0)), *panels]

@@ -155,7 +155,7 @@ def enlarge(upsampler, drawn, frames):
     All pictures get the same noise, so that they differ no more than the first stage's do, and walks do not flicker.
     """
     config = upsampler.config
-    noise = input_noise(config, 1, torch.Generator().manual_seed(0))
+    noise = input_noise(config, 1, torch.Generator().manual_seed(0)).expand(len(frames), -1, -1, -1)
     given = given_images(config, drawn.images, noise)
     large = draw(upsampler, [frame.large for frame in frames], given)
     routings = {name + LARGE: routing for name, routing in large.routings.items()}

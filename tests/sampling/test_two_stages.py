@@ -12,7 +12,7 @@ from aurora import Generator
 from clip import load_minilm
 from common.cli import UserError
 from presets import Level, UpsamplerConfig
-from sampling import pipeline, settings, views
+from sampling import latent, pipeline, settings, views
 from sampling.pipeline import Pipeline
 from upsampler import Upsampler, enlarge, given_images, input_noise
 from weights import checkpoint
@@ -182,3 +182,11 @@ def test_enlarging_needs_a_second_stage_and_one_caption(file, tmp_path, run_main
     for prompts, given, says in ((("a",), alone, "needs an upsampler"), (("a", "b"), file, "takes one caption")):
         status, _, error = run_main(sample.main, *prompts, *arguments, "--checkpoint", given)
         assert status and says in error
+
+
+def test_more_pictures_than_are_drawn_at_a_time(pipe):
+    many = pipe.sample("red heart", num=latent.BATCH + 2)
+    few = pipe.sample("red heart", num=2)
+    assert len(many) == latent.BATCH + 2
+    difference = np.abs(np.asarray(many[1], dtype=int) - np.asarray(few[1], dtype=int))
+    assert difference.max() <= 1
