@@ -68,7 +68,7 @@ def mean_score(learner, pairs, look):
         which = some.to(images.device)
         captions = Text(*(x[which] for x in text))
         scores = learner.score(look(images[which], captions, some), captions)
-        total += torch.stack([scores.sum(), scores.new_tensor(len(some))])
+        total += torch.stack([scores.sum(), scores.new_full((), len(some))])
     score, count = distributed.mean(total)
     return score / count
 

@@ -18,8 +18,8 @@ from training.loop import Loop
 class Short(Loop):
     """Two steps of the VQGAN, two of the transformer, and a look at what the ranks hold."""
 
-    def __init__(self, system, folder, source, options, minutes):
-        super().__init__(system, folder, source, options, steps=4)
+    def __init__(self, system, folder, source, options, asked_to_stop, minutes):
+        super().__init__(system, folder, source, options, asked_to_stop, steps=4)
 
     def conclude(self):
         super().conclude()

@@ -109,7 +109,7 @@ def test_prompts_and_generators_that_cannot_be_drawn_are_one_line(tmp_path, run_
     system = LadaGAN(load_clip(str(clip)), 32, torch.device("cpu"))
     next(system.networks["ema"].parameters()).fill_(torch.nan)
     trained = command.Trained(system, SimpleNamespace(batch=1, unconditional=False), [])
-    trained.save_generator(path, {"clip": str(clip)})
+    trained.save_generator(path, trained.state_dict(), {"clip": str(clip)})
 
     def draw(prompt):
         options = ("--num", 1, "--checkpoint", path, "--out", tmp_path / "a.png")
