@@ -36,6 +36,7 @@ from layers import Linear
 from modulation import ModulatedConv2d, ModulatedLinear
 from presets import PRESETS
 from router import Router
+from training.loop import stopping_when_asked
 
 BATCH = 32
 COUNT = 1000  # pictures that are measured, beside twice as many real ones
@@ -151,10 +152,13 @@ def run(name, seed, images, folder):
         (folder / "log.txt").open("a", encoding="utf-8") as log,
         contextlib.redirect_stdout(log),
         contextlib.redirect_stderr(log),
+        stopping_when_asked() as asked_to_stop,
     ):
-        trained = train.Run(args, torch.device("cpu"))
-        if trained.train():
-            return  # it was asked to stop, and has saved
+        trained = train.Run(args, torch.device("cpu"), asked_to_stop)
+        try:
+            trained.train()
+        except sources.Stopped:
+            return  # and has saved
     result = measure(trained.learner.ema, trained.clip, COUNT) | {
         "seconds": trained.loop.progress.seconds,
         "images": images,
