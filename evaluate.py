@@ -153,9 +153,6 @@ def measure(args, generator, clip, captions, real, resolution, extractors, devic
     others = real_features[args.count :]
     captions = captions[: args.count]
     texts = embed(extractors[args.clip], captions)
-    different, told_apart = len(set(captions)), len(texts.float().round(decimals=4).unique(dim=0))
-    if told_apart < different:
-        distributed.say(f"note: {args.clip} reads only {told_apart} of {different} captions as different ones")
     fake = extract_generated(generator, clip, captions, args.truncation, args.seed, resolution, extractors)
     fake_features = fake[args.features].to(device)
     result = {"ψ": args.truncation, **compare_images(real_features[: args.count], fake_features)}

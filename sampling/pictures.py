@@ -18,7 +18,7 @@ COLORS = (  # of experts, told apart also by those who confuse red and green
 
 def in_range(images):
     """A network's images, held within [−1, 1]. Raises UserError where one is not of numbers."""
-    if not images.isfinite().all():
+    if (~images.isfinite()).any():
         raise UserError("the pictures are not finite numbers: psi is too large, or the checkpoint's weights are lost")
     return images.clamp(-1, 1)
 

@@ -119,7 +119,7 @@ def test_every_view_of_sampling(device):
             *views.truncation_sweep(generator, clip, PROMPTS, 0),
             *views.interpolation(generator, clip, PROMPTS, 0, 0.7, 3, "both", "spherical"),
             *views.latent_walk(generator, clip, PROMPTS[0], 0, 0.7, 4, "spherical"),
-            *views.layer_mixing(generator, clip, *PROMPTS, 0, 0.7),
+            *views.layer_mixing(generator, None, clip, *PROMPTS, 0, 0.7),
         ]
     drawn = draw(generator, frames)
     assert drawn.images.shape == (len(frames), 3, SIDE, SIDE)
