@@ -154,8 +154,9 @@ def load_minilm():
         for name in [name for name in tensors if ".attention.self.query." in name]:
             parts = [tensors.pop(name.replace("query", part)) for part in ("query", "key", "value")]
             tensors[name.replace("attention.self.query.", "self_attn.in_proj_")] = torch.cat(parts)
-        encoder = MiniLM()
-        encoder.load_state_dict(tensors)
+        with torch.device("meta"):  # no random weights first: that takes a second, and random numbers from the caller
+            encoder = MiniLM()
+        encoder.load_state_dict(tensors, assign=True)
         encoder.tokenizer  # noqa: B018 - reads its file
     except Exception as error:  # safetensors, torch and tokenizers raise many kinds
         raise UserError(f"{MINILM} is damaged or incomplete ({first_line(error)}); get it again") from error
