@@ -113,7 +113,8 @@ def test_a_baseline_stands_where_aurora_stood(tmp_path):
     clip = load_clip("emoji")
     system = StyleGANT(clip, 32, torch.device("cpu"))
     path = tmp_path / "generator_ema.safetensors"
-    Trained(system, SimpleNamespace(batch=1, unconditional=False), []).save_generator(path, {"clip": "emoji"})
+    trained = Trained(system, SimpleNamespace(batch=1, unconditional=False), [])
+    trained.save_generator(path, trained.state_dict(), {"clip": "emoji"})
     broken = tmp_path / "broken.safetensors"
     broken.write_bytes(b"text")
 

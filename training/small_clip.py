@@ -192,7 +192,8 @@ def at_all_resolutions(images):
 @torch.no_grad()
 def accuracy(clip, source, count=1000):
     """The share of `count` pairs whose picture is nearer to its own caption than to all others', of different text."""
-    images, captions, _ = next(source.evaluation(count))
+    batch = next(source.evaluation(count))
+    images, captions = batch.images, batch.captions
     index = list(dict(zip(captions, range(len(captions)), strict=True)).values())
     pictures = F.normalize(torch.cat([clip.encode_image(part) for part in images[index].split(100)]), dim=-1)
     texts = clip.read([captions[i] for i in index]).embedding

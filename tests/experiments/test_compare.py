@@ -26,7 +26,7 @@ def run(tmp_path):
     folder.mkdir()
     trained = Trained(system, SimpleNamespace(batch=32, unconditional=False), [])
     notes = {"clip": "emoji", "step": 2, "images": 64, "seconds": 7200}
-    trained.save_generator(folder / "generator_ema.safetensors", notes)
+    trained.save_generator(folder / "generator_ema.safetensors", trained.state_dict(), notes)
     rows = [{"seconds": 90}, {"seconds": 900, "cpu_seconds": 18}, {"seconds": 9, "cpu_seconds": 9}]
     lines = [json.dumps({"step": step, "images": 32 * step, **row}) for step, row in enumerate(rows, 1)]
     (folder / "metrics.jsonl").write_text("\n".join(lines))

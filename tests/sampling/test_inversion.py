@@ -12,7 +12,7 @@ from weights.efficientnet import load_efficientnet
 
 @pytest.fixture(scope="module")
 def pipe():
-    return Pipeline.load(device="cpu")
+    return Pipeline.load(device="cpu", resolution=64)
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from common.cli import UserError
 from data import sources
 from tests.data.test_sources import jpeg
 from tests.training.test_faults import full_disk, room_afterwards
-from training.small_clip import contrast, draw_batches, ensure_small_clip, learn, mislead, train_small_clip
+from training.small_clip import accuracy, contrast, draw_batches, ensure_small_clip, learn, mislead, train_small_clip
 
 COLORS = {"red": (220, 30, 30), "green": (30, 160, 60), "blue": (40, 60, 220), "yellow": (230, 210, 40)}
 
@@ -80,7 +80,7 @@ def test_contrast_is_clips_loss_where_captions_differ_and_shares_its_targets_whe
 def test_misled_pictures_fit_their_captions_less_and_stay_near():
     clip, captions = load_clip("emoji"), ["red heart", "cat face", "sun", "deciduous tree"] * 4
     source = sources.open_data("emoji", 32, 0)
-    images, _, _ = next(source.evaluation(16))
+    images = next(source.evaluation(16)).images
     text = clip.read(captions).embedding
     same = torch.tensor([[a == b for b in captions] for a in captions])
     images = [images[:8], images[8:]]
@@ -132,7 +132,13 @@ def test_a_step_changes_the_tower_and_the_projection_alone(source):
     clip.projection.requires_grad_(True)
     optimizer = torch.optim.SGD(clip.projection.parameters(), 1.0)
     schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
-    images, captions, _ = next(source.evaluation(8))
-    learn(clip, optimizer, schedule, [images], captions, clip.text.read(captions).embedding, None)
+    batch = next(source.evaluation(8))
+    codes = clip.text.read(batch.captions).embedding
+    learn(clip, optimizer, schedule, [batch.images], batch.captions, codes, None)
     changed = {name for name, value in clip.state_dict().items() if not torch.equal(value, before[name])}
     assert changed == {"projection.weight", "projection.bias"}
+
+
+def test_accuracy_counts_captions_that_come_first(source):
+    share, count = accuracy(load_clip("emoji"), source, 8)
+    assert 0 <= share <= 1 and count == 8

@@ -374,6 +374,8 @@ def test_a_run_is_not_overwritten_nor_resumed_as_another(tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
 def test_a_run_hears_that_it_is_to_stop(number):
+    if number == signal.SIGHUP:
+        signal.signal(number, signal.SIG_DFL)  # under nohup it is ignored, by the run too
     with pytest.raises(SystemExit) as ended, loop.stopping_when_asked() as asked_to_stop:
         os.kill(os.getpid(), number)
         if asked_to_stop():
