@@ -12,14 +12,14 @@ from torch import nn
 
 from attention import l2_attention, merge_heads, split_heads
 from experts import Experts
-from layers import Conv2d, Float32, Linear, full_precision, lrelu, recomputed, rms_norm, upsample
+from layers import Conv2d, Linear, full_precision, in_float32, lrelu, recomputed, rms_norm, upsample
 from modulation import DeformableConv2d, ModulatedConv2d, ModulatedLinear, ToRGB, UpsamplingConv2d
 from presets import GeneratorConfig
 from router import Router, Routing
 from text import TextHead
 
 
-class Mapping(Float32):
+class Mapping(nn.Module):
     """z [B, z_dim] and the global text [B, text_dim], each of unit RMS, → the text-integrated code w [B, w_dim]."""
 
     def __init__(self, config: GeneratorConfig):
@@ -27,6 +27,7 @@ class Mapping(Float32):
         widths = [config.z_dim + config.text_dim, *[config.mapping_dim] * (config.mapping_layers - 1), config.w_dim]
         self.layers = nn.ModuleList(Linear(i, o, lr_mul=config.lr_mul) for i, o in itertools.pairwise(widths))
 
+    @in_float32
     def forward(self, z, global_text):
         w = torch.cat([rms_norm(z), rms_norm(global_text)], dim=-1)
         for layer in self.layers:
@@ -120,7 +121,7 @@ class AttentionBlock(nn.Module):
 # Convolutional blocks.
 
 
-class FourierFeatures(Float32):
+class FourierFeatures(nn.Module):
     """The input of StyleGAN3 (section 3.2): random waves, rotated and shifted by w, mixed: w → [B, C, size, size]."""
 
     def __init__(self, channels, size, w_dim):
@@ -136,6 +137,7 @@ class FourierFeatures(Float32):
         self.lr_scale = {"weight": 1 / math.sqrt(channels)}
         self.size = size
 
+    @in_float32
     def forward(self, w):
         transform = self.affine(w)
         cos, sin, *shift = (transform / transform[:, :2].norm(dim=1, keepdim=True)).unbind(1)

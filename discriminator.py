@@ -54,24 +54,6 @@ class TiedSelfAttention(nn.Module):
         return x + ATTN_GAIN * h.transpose(1, 2).view_as(x)
 
 
-def with_batch_std(x, group=4):
-    """Maps [N, C, H, W] with one more channel: how much those of a group differ (StyleGAN, section 2 of ProGAN)."""
-    group = math.gcd(group, len(x))
-    deviation = (full_precision(x).unflatten(0, (-1, group)).var(1, correction=0) + 1e-8).sqrt().mean((1, 2, 3))
-    return torch.cat([x, deviation.repeat_interleave(group)[:, None, None, None].expand_as(x[:, :1]).to(x.dtype)], 1)
-
-
-class LastStep(nn.Module):
-    """Flatten, told how much images differ that stand next to each other in a batch."""
-
-    def __init__(self, channels):
-        super().__init__()
-        self.flatten = Flatten(channels + 1, channels)
-
-    def forward(self, x):
-        return self.flatten(with_batch_std(x))
-
-
 class Flatten(nn.Module):
     """The last stride: a convolution over the whole map, [B, C, side, side] → [B, D, 1, 1]."""
 
@@ -144,8 +126,7 @@ class Discriminator(nn.Module):
         stages, heads = {}, {}
         for resolution, level in levels.items():
             below = levels.get(resolution // 2)
-            last = LastStep(level.channels) if config.batch_std else Flatten(level.channels, level.channels)
-            step = Downsample(level.channels, below.channels) if below else last
+            step = Downsample(level.channels, below.channels) if below else Flatten(level.channels, level.channels)
             stages[str(resolution)] = Stage(config, level, step)
             width = below.channels if below else level.channels
             heads[str(resolution)] = Head(width, config.text_dim, config.head_layers)
@@ -174,24 +155,26 @@ class Discriminator(nn.Module):
         points = [read(x) for read, x in zip(self.map_readers, clip_maps, strict=True)]
         maps = {(max(pyramid), CLIP): torch.cat(points, dim=2)} if points else {}
         entered = {}  # input → its map, on the way down
-        for resolution in (r for r in self.resolutions if r <= max(pyramid)):
+        for resolution in self.resolutions:
+            if resolution > max(pyramid):
+                continue
             stage = self.stages[str(resolution)]
             if resolution in pyramid:
                 entered[resolution] = lrelu(stage.from_rgb(pyramid[resolution]))
             outputs = stage.body(torch.cat([*entered.values()])).chunk(len(entered))
-            entered = dict(zip(entered, outputs, strict=True))
-            maps |= {(image, resolution): x for image, x in entered.items()}
+            for image, x in zip(entered, outputs, strict=True):
+                entered[image] = maps[image, resolution] = x
         return maps
 
     def score(self, maps, text):
         """The maps of B images and text codes [B, text_dim] → logits {(input, stage): [B, N]}."""
         logits = {}
-        for stage in dict.fromkeys(stage for _, stage in maps):
-            keys = [key for key in maps if key[1] == stage]
-            head = self.heads[str(stage)]
-            # All inputs that passed this stage, as one batch.
-            outputs = head(torch.cat([maps[key] for key in keys]), text.repeat(len(keys), 1)).chunk(len(keys))
-            logits |= dict(zip(keys, outputs, strict=True))
+        for stage in {stage: None for _, stage in maps}:
+            inputs = [entered for entered, its_stage in maps if its_stage == stage]
+            together = torch.cat([maps[entered, stage] for entered in inputs])  # all that passed this stage, one batch
+            outputs = self.heads[str(stage)](together, text.repeat(len(inputs), 1)).chunk(len(inputs))
+            for entered, output in zip(inputs, outputs, strict=True):
+                logits[entered, stage] = output
         return logits
 
     def forward(self, pyramid, clip_maps, tokens, eot):

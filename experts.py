@@ -42,11 +42,14 @@ class Experts(nn.Module):
 
 
 def sliced_experts(points, expert_index, gate, proj_in, bias_in, proj_out, bias_out):
-    """The reference: slice after slice, as Experts says."""
+    """The reference: every expert multiplies the slice of points that is its own."""
     order = expert_index.argsort()
-    slices = points[order].split(expert_index.bincount(minlength=len(proj_in)).tolist())
-    stacks = zip(slices, proj_in, bias_in, proj_out, bias_out, strict=True)
-    outputs = torch.cat([expert(part, *weights) for its, *weights in stacks for part in its.split(POINTS_AT_A_TIME)])
+    counts = expert_index.bincount(minlength=len(proj_in)).tolist()
+    outputs = []
+    for its_points, *weights in zip(points[order].split(counts), proj_in, bias_in, proj_out, bias_out, strict=True):
+        for some in its_points.split(POINTS_AT_A_TIME):
+            outputs.append(expert(some, *weights))
+    outputs = torch.cat(outputs)
     return torch.empty_like(outputs).index_copy(0, order, outputs) * gate[:, None]
 
 

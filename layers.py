@@ -4,6 +4,7 @@ Shapes everywhere: B batch, N = H·W feature points, T text tokens, C channels, 
 Activations may be bfloat16 under autocast; whatever is squared, normalized or compared stays in float32.
 """
 
+import functools
 import math
 
 import torch
@@ -32,15 +33,19 @@ def float32_region(x):
     return torch.autocast(x.device.type, enabled=False)
 
 
-class Float32(nn.Module):
-    """A module that computes in float32 under autocast too, and whose weights are never stored in less.
+def in_float32(forward):
+    """Marks the `forward` of a module that computes in float32 under autocast too, from inputs that are widened.
 
-    The call is wrapped rather than `forward`, which subclasses write as if there were no autocast.
+    Such a module's weights, and those of all modules in it, are never stored in less (sampling/inference.py).
     """
 
-    def __call__(self, *inputs):
+    @functools.wraps(forward)
+    def widened(self, *inputs):
         with float32_region(inputs[0]):
-            return super().__call__(*(full_precision(x) for x in inputs))
+            return forward(self, *[full_precision(x) for x in inputs])
+
+    widened.in_float32 = True
+    return widened
 
 
 def recomputed(function, *inputs):

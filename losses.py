@@ -55,11 +55,12 @@ def wrong_captions(ids):
 
     ids: token ids [B, T] of a part's captions, over all ranks → indices [B].
     """
+    batch, position = len(ids), torch.arange(len(ids), device=ids.device)
     differs = torch.cdist(ids.float(), ids.float(), p=0) > 0  # [B, B], without the host sync that unique needs
-    position = torch.arange(len(ids), device=ids.device)
-    candidates = (position[:, None] + position) % len(ids)  # [B, B]: itself, the next, the one after, …
-    first_other = differs.gather(1, candidates).int().argmax(1)
-    return candidates[position, first_other]
+    steps = (position - position[:, None]) % batch  # [B, B]: how far caption j comes after caption i, 0 for itself
+    steps = steps.masked_fill(~differs, batch + 1)
+    steps.fill_diagonal_(batch)  # itself comes after all that differ
+    return steps.argmin(1)
 
 
 def feature_maps(discriminator, clip, pyramid):

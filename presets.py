@@ -84,7 +84,6 @@ class DiscriminatorConfig:
     text_layers: int = 4
     num_heads: int = 8
     head_dim: int = 64
-    batch_std: bool = False  # whether the last stage also sees how much the images of a batch differ (StyleGAN)
     head_layers: int = 4  # modulated 1×1 convolutions of each ψ
     lr_mul: float = 0.01  # of the text head
     clip_maps: tuple[tuple[int, int], ...] = ((1024, 16),) * 4  # (channels, side) of the frozen CLIP's feature maps

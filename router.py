@@ -3,8 +3,9 @@
 from typing import NamedTuple
 
 import torch
+from torch import nn
 
-from layers import Float32, lrelu
+from layers import in_float32, lrelu
 from modulation import ModulatedLinear
 
 
@@ -21,7 +22,7 @@ class Routing(NamedTuple):
         return Routing(self.logits, expert_index, gate)
 
 
-class Router(Float32):
+class Router(nn.Module):
     """Top-1 routing of feature points u [B, N, C] under the latent code w [B, w_dim] (section 3.2, figure 2).
 
     u comes from cross-attention and has seen the text already. w brings text and noise once more: it scales the
@@ -33,6 +34,7 @@ class Router(Float32):
         super().__init__()
         self.to_logits = ModulatedLinear(dim, num_experts, w_dim)
 
+    @in_float32
     def forward(self, u, w):
         logits = lrelu(self.to_logits(u, w))
         gate, expert_index = logits.softmax(-1).max(-1)

@@ -36,7 +36,7 @@ from baselines.command import main
 from baselines.features import efficientnet
 from baselines.system import System, minimize
 from common import distributed
-from layers import Float32, Linear, lrelu, rms_norm, upsample
+from layers import Linear, in_float32, lrelu, rms_norm, upsample
 from modulation import Affine, ModulatedConv2d, ToRGB, UpsamplingConv2d
 from weights.renaming import load_renamed, reading
 
@@ -130,13 +130,14 @@ class Level(nn.Module):
         return x, self.to_rgb(x, w).clamp(-MAX_ACTIVATION, MAX_ACTIVATION)
 
 
-class Mapping(Float32):
+class Mapping(nn.Module):
     """z [B, z_dim] ~ N(0, 1) → f(z) [B, z_dim]: two layers, the last one linear. The text does not pass through it."""
 
     def __init__(self, z_dim):
         super().__init__()
         self.layers = nn.ModuleList(Linear(z_dim, z_dim, lr_mul=0.01) for _ in range(2))
 
+    @in_float32
     def forward(self, z):
         return self.layers[1](lrelu(self.layers[0](rms_norm(z))))
 
@@ -216,7 +217,7 @@ class TokenConv(nn.Module):
         return F.leaky_relu(self.norm(self.conv(x)), 0.2)
 
 
-class Head(Float32):
+class Head(nn.Module):
     """Judges the tokens of one tap: x [B, C, N] and c [B, text_dim] → logits [B, N], by projection on the text."""
 
     def __init__(self, channels, text_dim, dim=64):
@@ -226,6 +227,7 @@ class Head(Float32):
         self.to_code = spectral_norm(nn.Conv1d(channels, dim, 1))
         self.text = Linear(text_dim, dim)
 
+    @in_float32
     def forward(self, x, c):
         h = self.pointwise(x)
         h = (self.mixing(h) + h) / math.sqrt(2)

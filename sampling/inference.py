@@ -1,22 +1,15 @@
 """Makes a trained generator ready to sample: what never changes is computed once, and weights may be bfloat16."""
 
 import contextlib
-import functools
 
 import torch
-import torch.nn.functional as F
 
 from common.cli import UserError, first_line
-from layers import Float32
-from modulation import ModulatedConv2d, UpsamplingConv2d, mixed_energy, multiply
+from modulation import ModulatedConv2d, UpsamplingConv2d
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 LARGE = 50_000_000  # parameters
-
-# A convolution first copies its kernel into an order of its own. Where a kernel has so many channels for each point it
-# meets, a CPU is faster at unfolding the points and multiplying: 3.6 times as fast for 1600 channels at 4×4.
-CHANNELS_PER_POINT = 4
 
 
 def dtype_of(name, device):
@@ -68,26 +61,14 @@ def compiling():
 @torch.no_grad()
 def freeze(module):
     """Computes once what a ModulatedConv2d computes from its weights alone, which must not change after that."""
-    products = module.kernel_products()
-    module.energy = lambda _, mix: products[0] if mix is None else mixed_energy(products, mix)
-    if type(module).convolve is ModulatedConv2d.convolve:
-        module.convolve = functools.partial(convolve, module.convolve)
-    elif isinstance(module, UpsamplingConv2d) and module.kernel_mix is None:
+    module.products = module.kernel_products()
+    if isinstance(module, UpsamplingConv2d) and module.kernel_mix is None:
         module.weight.data = module.weight.data.movedim(2, -1).contiguous().movedim(-1, 2)  # in the order it is read in
-
-
-def convolve(otherwise, x, kernels):
-    """ModulatedConv2d.convolve, which is `otherwise`, as a matrix product where there are few points."""
-    (batch, channels, height, width), (groups, _, _, *size) = x.shape, kernels.shape
-    if channels < CHANNELS_PER_POINT * batch // groups * height * width:
-        return otherwise(x, kernels)
-    columns = F.unfold(x, size, padding=size[0] // 2)
-    return multiply(kernels.flatten(2), columns).unflatten(2, (height, width))
 
 
 def store(module, dtype):
     """Converts the weights of a module and of all in it, but for those that must stay in float32."""
-    if isinstance(module, Float32):
+    if getattr(module.forward, "in_float32", False):
         return
     for parameter in module.parameters(recurse=False):
         if parameter.ndim > 1:

@@ -86,6 +86,12 @@ def test_upsampling_convolution_is_transposed_convolution_then_filter():
 
     naive = naive_modulated_convolution(layer, x, w, convolve)
     torch.testing.assert_close(layer(x, w), naive)
+    for kernels in (double(1, 5, 4, 3, 3), double(2, 5, 4, 3, 3)):
+        folded, plain = (
+            modulation.folded_transposed_convolution(x, kernels),
+            modulation.transposed_convolution(x, kernels),
+        )
+        torch.testing.assert_close(folded, plain)
     freeze(layer)
     torch.testing.assert_close(layer(x, w), naive)
 

@@ -8,7 +8,6 @@ import torch
 
 from aurora import Generator
 from common.cli import UserError
-from layers import Float32
 from sampling import inference
 
 
@@ -43,7 +42,7 @@ def test_freezing_changes_no_picture(generator, batch):
 
 def test_bfloat16_keeps_routing_and_latent_codes_in_float32(generator):
     half = inference.prepare(generator, torch.bfloat16)
-    kept = {id(p) for module in half.modules() if isinstance(module, Float32) for p in module.parameters()}
+    kept = {id(p) for module in half.modules() if hasattr(module.forward, "in_float32") for p in module.parameters()}
     kept |= {id(p) for p in half.text_head.parameters()}
     for name, parameter in half.named_parameters():
         narrow = parameter.ndim > 1 and id(parameter) not in kept
