@@ -4,6 +4,7 @@ Nothing here knows of files, progress or signals; loop.py goes through the steps
 """
 
 import contextlib
+import functools
 import gc
 from typing import NamedTuple
 
@@ -35,8 +36,8 @@ OPTIMIZERS = ("optimizer_g", "optimizer_d")
 MODE_SEEKING_RESOLUTION = 8
 
 
-class Part(NamedTuple):
-    """This rank's share of the global batch, or of one of the parts that gradients are accumulated over."""
+class MicroBatch(NamedTuple):
+    """This rank's share of the global batch, or of a part of that, where gradients are accumulated."""
 
     real: dict[int, torch.Tensor]  # the pyramid of the images
     text: Text  # of their captions
@@ -52,7 +53,7 @@ class Learner:
 
     preset: a presets.Preset. clip: the frozen CLIP. dtype: of products, under autocast. batch: images of a step, over
     all ranks. perceptual: the frozen network of the recipe's perceptual loss, where it has one. r1_images: how many
-    R1 takes at a time, by default all of a part.
+    R1 takes at a time, by default a whole micro-batch.
     """
 
     def __init__(self, preset, clip, device, dtype, batch, perceptual=None, r1_images=None):
@@ -76,15 +77,32 @@ class Learner:
         for modules in (self.discriminator.stages, self.discriminator.heads):
             for resolution in self.discriminator.resolutions:
                 modules[str(resolution)].requires_grad_(resolution <= active[-1])
-        self.parallel_generator = self.discriminator_loss = self.learn = None
-        gc.collect()  # DDP's buckets and graphs of the former resolutions go before the new ones come
-        self.parallel_generator = self.parallel(self.generator)
-        self.discriminator_loss = self.parallel(DiscriminatorLoss(self.discriminator, self.clip, self.recipe))
-        # A large network, which recomputes, keeps a GPU busy by itself, and has no memory to spare. Several ranks
-        # record nothing: it was never tried, for want of two GPUs, whether NCCL's messages can be played back.
+        self.forget()
+
+    def forget(self):
+        """Drops what was made for the former resolutions, rates and averages; the next step makes it anew."""
+        for name in ("parallel_generator", "discriminator_loss", "learn"):
+            vars(self).pop(name, None)
+        gc.collect()  # DDP's buckets and recorded graphs go before new ones come
+
+    @functools.cached_property
+    def parallel_generator(self):
+        return self.parallel(self.generator)
+
+    @functools.cached_property
+    def discriminator_loss(self):
+        return self.parallel(DiscriminatorLoss(self.discriminator, self.clip, self.recipe))
+
+    @functools.cached_property
+    def learn(self):
+        """learn_from, or a CUDA graph of it.
+
+        A large network, which recomputes, keeps a GPU busy by itself, and has no memory to spare. Several ranks record
+        nothing: it was never tried, for want of two GPUs, whether NCCL's messages can be played back.
+        """
         alone = torch.cuda.is_available() and self.device.type == "cuda" and distributed.world_size() == 1
         recorded = alone and not self.recipe.recompute
-        self.learn = Graphed(self.learn_from, (0, R1_INTERVAL)) if recorded else self.learn_from
+        return Graphed(self.learn_from, (0, R1_INTERVAL)) if recorded else self.learn_from
 
     def parallel(self, module):
         if distributed.world_size() == 1:
@@ -97,103 +115,114 @@ class Learner:
     # ------------------------------------------------------------------------------------------------------------------
 
     def prepare(self, seed, number, batches):
-        """This rank's batches of step `number` → a list of Part. Noise depends on the seed and the step's number."""
-        generator = noise_of(seed, number)
-        z = torch.randn(self.batch, 2, self.generator.config.z_dim, generator=generator)  # of all ranks and parts
-        chances = torch.rand(self.batch, 2, NUM_CHANCES, generator=generator)
-        config = self.generator.config
-        noise, places = input_noise(config, self.batch, generator), torch.rand(self.batch, 2, generator=generator)
-        parts, rank, ranks = [], distributed.rank(), distributed.world_size()
-        mine = [t.unflatten(0, (len(batches), ranks, -1))[:, rank].to(self.device) for t in (z, chances, noise, places)]
-        for batch, codes, chances_of_part, noise_of_part, its_places in zip(batches, *mine, strict=True):
-            ids = self.clip.tokenize(batch.captions)
-            images = batch.images.to(self.device)
-            real, given = pyramid(images, self.active), given_images(config, images, noise_of_part)
-            if given and self.recipe.crop:
-                cut = config.input_resolution, self.recipe.crop, its_places
-                real, given = {r: crop(x, *cut) for r, x in real.items()}, tuple(crop(x, *cut) for x in given)
-            wrong = wrong_captions(distributed.gather(ids)).unflatten(0, (ranks, -1))[rank]
-            text = self.clip.read(batch.captions)
-            parts.append(Part(real, text, wrong, *codes.unbind(1), chances_of_part, given))
-        return parts
+        """This rank's batches of step `number` → a list of MicroBatch.
 
-    def step(self, number, parts):
+        The noise depends on the seed and the step's number alone. It is drawn for the global batch, of which every
+        rank takes its share: so the step is the same on any number of ranks.
+        """
+        config, generator = self.generator.config, noise_of(seed, number)
+        drawn = [
+            torch.randn(self.batch, 2, config.z_dim, generator=generator),
+            torch.rand(self.batch, 2, NUM_CHANCES, generator=generator),
+            input_noise(config, self.batch, generator),
+            torch.rand(self.batch, 2, generator=generator),
+        ]
+        rank, ranks = distributed.rank(), distributed.world_size()
+        mine = [x.unflatten(0, (len(batches), ranks, -1))[:, rank].to(self.device) for x in drawn]
+        return [self.micro_batch(batch, *noise) for batch, *noise in zip(batches, *mine, strict=True)]
+
+    def micro_batch(self, batch, z, chances, noise, places):
+        """A data.sources.Batch and its noise → MicroBatch. places [b, 2]: where the images are cropped."""
+        images = batch.images.to(self.device)
+        real, given = pyramid(images, self.active), given_images(self.generator.config, images, noise)
+        if given and self.recipe.crop:
+            cut = self.generator.config.input_resolution, self.recipe.crop, places
+            real = {r: crop(x, *cut) for r, x in real.items()}
+            given = tuple(crop(x, *cut) for x in given)
+        ids = distributed.gather(self.clip.tokenize(batch.captions))
+        wrong = wrong_captions(ids).unflatten(0, (distributed.world_size(), -1))[distributed.rank()]
+        text = self.clip.read(batch.captions)
+        return MicroBatch(real, text, wrong, *z.unbind(1), chances, given)
+
+    def step(self, number, micro_batches):
         """One step of both networks → {name: scalar}. `rejected` counts updates left out for a gradient not finite."""
-        report, w = self.learn(parts, R1_INTERVAL if number % R1_INTERVAL == 0 else 0)
+        report, w = self.learn(micro_batches, R1_INTERVAL if number % R1_INTERVAL == 0 else 0)
         self.update_ema(number, w)
         return report
 
-    def learn_from(self, parts, r1_interval):
+    def learn_from(self, micro_batches, r1_interval):
         """What step does, but for the moving average → its report, and the mean of the latent codes, [w_dim].
 
         Both networks learn from the same pictures, so these are drawn once. Where gradients are accumulated they are
-        drawn twice: the graphs of all parts together would take the memory that is to be saved.
+        drawn twice: the graphs of all micro-batches together would take the memory that is to be saved.
         """
+        report, judged = {}, self.recipe.adversarial_weight > 0
         self.optimizer_d.zero_grad(set_to_none=True)
-        d_report = {"rejected": 0}
-        r1 = {"r1": self.penalize(parts, r1_interval)} if r1_interval and self.recipe.adversarial_weight else {}
-        with torch.set_grad_enabled(len(parts) == 1):
-            outputs = [self.draw(part) for part in parts]
-        if self.recipe.adversarial_weight:
-            d_report = r1 | self.discriminator_step(parts, outputs)
+        if judged and r1_interval:
+            report["r1"] = self.penalize(micro_batches, r1_interval)
+        with torch.set_grad_enabled(len(micro_batches) == 1):
+            outputs = [self.draw(batch) for batch in micro_batches]
+        d_report = self.discriminator_step(micro_batches, outputs) if judged else {"rejected": 0}
         with frozen(self.discriminator):
-            g_report = self.generator_step(parts, outputs)
+            g_report = self.generator_step(micro_batches, outputs)
+        report |= d_report | g_report | {"rejected": d_report["rejected"] + g_report["rejected"]}
+        report["expert_min_share"] = torch.stack([self.least_used_expert(output) for output in outputs]).min()
         w = torch.stack([full_precision(output.w.detach()).mean(0) for output in outputs]).mean(0)
-        rejected = d_report.pop("rejected") + g_report.pop("rejected")
-        share = torch.stack([self.least_used_expert(output) for output in outputs]).min()
-        return {**d_report, **g_report, "expert_min_share": share, "rejected": rejected}, w
+        return report, w
 
-    def draw(self, part):
+    def draw(self, batch):
         with self.autocast():
-            return self.parallel_generator(*part.given, part.z, part.text.tokens, part.text.eot, self.active[-1])
+            return self.parallel_generator(*batch.given, batch.z, batch.text.tokens, batch.text.eot, self.active[-1])
 
-    def draw_other(self, part):
-        """The part's captions under its other z, at a resolution where shapes and colors are decided already."""
+    def draw_other(self, batch):
+        """The captions under another z, at a resolution where shapes and colors are decided already."""
         low = min(MODE_SEEKING_RESOLUTION, self.active[-1])
-        return self.parallel_generator(*part.given, part.other_z, part.text.tokens, part.text.eot, low)
+        return self.parallel_generator(*batch.given, batch.other_z, batch.text.tokens, batch.text.eot, low)
 
-    def penalize(self, parts, r1_interval):
+    def penalize(self, micro_batches, r1_interval):
         """Adds the gradients of R1, which stands for so many steps, to the discriminator's → R1.
 
         An image takes some six times the memory that the other losses take, and no image affects another's penalty. So
-        R1 has parts of its own, and is done before any other graph is there. DDP averages its gradients with theirs.
+        R1 has smaller batches of its own, and is done before any other graph is there. DDP averages its gradients with
+        theirs.
         """
-        scales, total = scale_weights(parts[0].real, self.recipe.lower_scales), 0
-        for part in parts:
-            real = augment(part.real, self.recipe.augment, part.chances[:, 0])
-            for first in range(0, len(part.wrong), self.r1_images):
+        scales, total = scale_weights(micro_batches[0].real, self.recipe.lower_scales), 0
+        for batch in micro_batches:
+            real = augment(batch.real, self.recipe.augment, batch.chances[:, 0])
+            for first in range(0, len(batch.wrong), self.r1_images):
                 some = slice(first, first + self.r1_images)
-                pyramid, text = {r: x[some] for r, x in real.items()}, (part.text.tokens[some], part.text.eot[some])
-                r1 = r1_penalty(self.discriminator, self.clip, pyramid, *text, self.recipe.r1_gamma, scales)
-                r1 = r1 * len(text[1]) / (len(parts) * len(part.wrong))
+                some_real = {r: x[some] for r, x in real.items()}
+                tokens, eot = batch.text.tokens[some], batch.text.eot[some]
+                r1 = r1_penalty(self.discriminator, self.clip, some_real, tokens, eot, self.recipe.r1_gamma, scales)
+                r1 = r1 * len(eot) / (len(micro_batches) * len(batch.wrong))
                 (r1_interval * r1).backward()
                 total += r1.detach()
         return total
 
-    def discriminator_step(self, parts, outputs):
+    def discriminator_step(self, micro_batches, outputs):
         reports = []
-        for part, output in zip(parts, outputs, strict=True):
+        for batch, output in zip(micro_batches, outputs, strict=True):
             fake = {r: image.detach() for r, image in output.pyramid.items()}
-            with averaging(self.discriminator_loss, part is parts[-1]):
+            with averaging(self.discriminator_loss, batch is micro_batches[-1]):
                 with self.autocast():
-                    report = self.discriminator_loss(part.real, fake, part.text, part.wrong, part.chances)
-                (report["loss"] / len(parts)).backward()
+                    report = self.discriminator_loss(batch.real, fake, batch.text, batch.wrong, batch.chances)
+                (report["loss"] / len(micro_batches)).backward()
             reports.append(report)
         return {"d_loss": mean_of(reports, "loss"), **update(self.optimizer_d, reports, "d")}
 
-    def generator_step(self, parts, outputs):
+    def generator_step(self, micro_batches, outputs):
         self.optimizer_g.zero_grad(set_to_none=True)
         reports = []
-        for part, output in zip(parts, outputs, strict=True):
-            with averaging(self.parallel_generator, part is parts[-1]):
-                if len(parts) > 1:
-                    output = self.draw(part)
+        for batch, output in zip(micro_batches, outputs, strict=True):
+            with averaging(self.parallel_generator, batch is micro_batches[-1]):
+                if len(micro_batches) > 1:
+                    output = self.draw(batch)
                 with self.autocast():
-                    other = self.draw_other(part) if self.recipe.mode_seeking_weight else None
-                    inputs = output, other, part.text, part.wrong, part.chances[:, 1]
-                    truth = part.real, self.perceptual
+                    other = self.draw_other(batch) if self.recipe.mode_seeking_weight else None
+                    inputs = output, other, batch.text, batch.wrong, batch.chances[:, 1]
+                    truth = batch.real, self.perceptual
                     report = generator_loss(*inputs, self.discriminator, self.clip, self.recipe, *truth)
-                (report["loss"] / len(parts)).backward()
+                (report["loss"] / len(micro_batches)).backward()
             reports.append(report)
         return {"g_loss": mean_of(reports, "loss"), **update(self.optimizer_g, reports, "g")}
 
@@ -255,7 +284,7 @@ class Learner:
             for group, its in zip(optimizer.param_groups, own, strict=True):
                 group |= its
                 group["capturable"] = self.device.type == "cuda"  # a checkpoint of a CPU says False
-        self.learn_at(self.active)  # a graph holds the former averages and rates
+        self.forget()
         return changed
 
     def load_weights(self, weights):

@@ -154,6 +154,7 @@ def test_former_wrappers_are_gone_before_the_next_are_built(learner, monkeypatch
         patch.setattr(learner, "parallel", parallel)
         for active in ([4], [4, 8]):
             learner.learn_at(active)
+            assert learner.parallel_generator.module and learner.discriminator_loss.module
     learner.learn_at([4, 8])
     assert alive == [0, 1, 0, 1]
 

@@ -33,7 +33,7 @@ from layers import pyramid
 from losses import R1_INTERVAL
 from presets import fitted_to
 from sampling.latent import BATCH as DRAWN
-from step import Learner, Part
+from step import Learner, MicroBatch
 from upsampler import given_images, input_noise
 from weights.perceptual import perceptual_network
 
@@ -283,7 +283,7 @@ def empty_part(learner, size):
         small = config.input_resolution
         real = {r: x[..., : r // small * cut, : r // small * cut] for r, x in real.items()}
         given = tuple(x[..., :cut, :cut] for x in given)
-    return Part(real, text, wrong, z, other_z, torch.empty(size, 2, NUM_CHANCES), given)
+    return MicroBatch(real, text, wrong, z, other_z, torch.empty(size, 2, NUM_CHANCES), given)
 
 
 def parameters_and_state(learner):
