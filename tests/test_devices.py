@@ -28,7 +28,7 @@ from tests.fake_cuda import DEVICE, fake_cuda
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device")
 BATCH, SIDE, PROMPTS = 4, 8, ["a red circle", "two blue squares"]
 # The batch comes from the CPU. Nothing else of a step does, nor does the host ask for a result.
-OF_A_BATCH = {f"cpu to cuda, {where}" for where in ("clip.py:tokenize", "step.py:prepare", "step.py:<listcomp>")}
+OF_A_BATCH = {f"cpu to cuda, {where}" for where in ("clip.py:tokenize", "step.py:micro_batch", "step.py:<listcomp>")}
 
 
 @pytest.fixture
