@@ -91,15 +91,18 @@ def r1_penalty(discriminator, clip, pyramid, tokens, eot, gamma, scales):
 def clip_loss(clip, embeddings, text_embedding, scales):
     """Symmetric InfoNCE over the global batch between captions and the images, at every resolution and weighed.
 
-    embeddings: {resolution: CLIP's of the images [B, D]}, of any length.
+    embeddings: {resolution: CLIP's of the images [B, D]}, of any length. Gradients pass through the gather: else an
+    image would learn from the captions of its own rank alone, and the step would depend on the number of ranks.
     """
     info_nce = open_clip.ClipLoss(
         gather_with_grad=True, rank=distributed.rank(), world_size=distributed.world_size(), cache_labels=False
     )
     with float32_region(text_embedding):  # the logits are multiplied by up to 100
-        embeddings = {r: F.normalize(full_precision(e), dim=-1) for r, e in embeddings.items()}
-        losses = {r: info_nce(e, text_embedding, clip.logit_scale) for r, e in embeddings.items()}
-        return sum(scales[r] * loss for r, loss in losses.items())
+        total = 0
+        for r, embedding in embeddings.items():
+            embedding = F.normalize(full_precision(embedding), dim=-1)
+            total = total + scales[r] * info_nce(embedding, text_embedding, clip.logit_scale)
+        return total
 
 
 def z_loss(logits):
@@ -131,8 +134,11 @@ def perceptual_distance(maps, others):
     """Between the feature maps of images, each point's channels of unit length: LPIPS (Zhang et al. 2018) without its
     learned weights. Both: lists of [B, C, h, w]; → [B], in 0…4.
     """
-    pairs = ((F.normalize(full_precision(x), dim=1) for x in pair) for pair in zip(maps, others, strict=True))
-    return torch.stack([(a - b).square().sum(1).mean((1, 2)) for a, b in pairs]).mean(0)
+    distances = []
+    for a, b in zip(maps, others, strict=True):
+        a, b = F.normalize(full_precision(a), dim=1), F.normalize(full_precision(b), dim=1)
+        distances.append((a - b).square().sum(1).mean((1, 2)))
+    return torch.stack(distances).mean(0)
 
 
 def pixel_distance(pyramid, real, scales):
@@ -142,12 +148,11 @@ def pixel_distance(pyramid, real, scales):
 
 def moe_loss(output, balance_weight):
     """Both losses of every router of an aurora.Output, weighed and summed: a scalar."""
-    losses = (
-        Z_LOSS_WEIGHT * z_loss(routing.logits)
-        + balance_weight * load_balancing_loss(routing.logits, routing.expert_index)
-        for routing in output.routings.values()
-    )
-    return sum(losses, start=output.w.new_zeros(()))  # zero where there is no router, as at 4×4
+    total = output.w.new_zeros(())  # where there is no router, as at 4×4
+    for routing in output.routings.values():
+        total = total + Z_LOSS_WEIGHT * z_loss(routing.logits)
+        total = total + balance_weight * load_balancing_loss(routing.logits, routing.expert_index)
+    return total
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -209,26 +214,29 @@ def generator_loss(output, other, text, wrong, chances, discriminator, clip, rec
     embeddings, clip_maps = clip.see(*seen.values())  # all in one pass, the highest images last
     clip_maps = [x[-len(wrong) :] for x in clip_maps]
     embeddings = dict(zip(seen, embeddings.chunk(len(seen)), strict=True))
-    alignment = clip_loss(clip, embeddings, text.embedding, scale_weights(seen, recipe.lower_scales))
-    moe = moe_loss(output, recipe.balance_weight)
-    report, loss = {"g_clip": alignment, "g_moe": moe}, recipe.clip_weight * alignment + moe
+    losses = {
+        "g_clip": clip_loss(clip, embeddings, text.embedding, scale_weights(seen, recipe.lower_scales)),
+        "g_moe": moe_loss(output, recipe.balance_weight),
+    }
+    weights = {"g_clip": recipe.clip_weight, "g_moe": 1}
     if recipe.adversarial_weight:
-        adversarial, matching = fooling_losses(output, text, wrong, chances, clip_maps, discriminator, clip, recipe)
-        loss = loss + recipe.adversarial_weight * (adversarial + recipe.matching_weight_generator * matching)
-        report |= {"g_adversarial": adversarial, "g_matching": matching}
+        judged = fooling_losses(output, text, wrong, chances, clip_maps, discriminator, clip, recipe)
+        losses["g_adversarial"], losses["g_matching"] = judged
+        weights["g_adversarial"] = recipe.adversarial_weight
+        weights["g_matching"] = recipe.adversarial_weight * recipe.matching_weight_generator
     if other is not None:
-        resolution = max(other.pyramid)
-        report["g_mode_seeking"] = mode_seeking_loss(output.pyramid[resolution], other.pyramid[resolution])
-        loss = loss + recipe.mode_seeking_weight * report["g_mode_seeking"]
+        r = max(other.pyramid)
+        losses["g_mode_seeking"] = mode_seeking_loss(output.pyramid[r], other.pyramid[r])
+        weights["g_mode_seeking"] = recipe.mode_seeking_weight
     if recipe.l1_weight:
-        report["g_l1"] = pixel_distance(output.pyramid, real, scales)
-        loss = loss + recipe.l1_weight * report["g_l1"]
+        losses["g_l1"] = pixel_distance(output.pyramid, real, scales)
+        weights["g_l1"] = recipe.l1_weight
     if recipe.perceptual_weight:
         with torch.no_grad():
             wanted = perceptual(real[max(real)])
-        report["g_perceptual"] = perceptual_distance(perceptual(output.image), wanted).mean()
-        loss = loss + recipe.perceptual_weight * report["g_perceptual"]
-    return {"loss": loss, **report}
+        losses["g_perceptual"] = perceptual_distance(perceptual(output.image), wanted).mean()
+        weights["g_perceptual"] = recipe.perceptual_weight
+    return losses | {"loss": sum(weights[name] * loss for name, loss in losses.items())}
 
 
 def fooling_losses(output, text, wrong, chances, clip_maps, discriminator, clip, recipe):

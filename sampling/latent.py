@@ -70,7 +70,8 @@ def mean_code(generator, global_text):
 def codes(generator, z, global_text, psi):
     """z [B, z_dim] and the global text of as many prompts, or of one for all → w [B, w_dim] at truncation ψ.
 
-    w̄_c + ψ(w − w̄_c): toward the prompt's own mean, where it is most typical and varies least.
+    w̄_c + ψ(w − w̄_c): toward the prompt's own mean, where it is most typical and varies least. Toward the mean of all
+    prompts the text would fade together with the noise.
     """
     w = generator.mapping(z, global_text.expand(len(z), -1))
     if psi == 1:
