@@ -30,12 +30,19 @@ from sampling.settings import Forced, Settings
 from sampling.sheet import Sheet
 from weights.checkpoint import DEMO, generator_of
 
+EXAMPLES = ("red heart", "a cute kitty", "happy doggy", "a slice of pizza with cheese", "spooky")
 PARTS = {"both": "global and local text", "global": "global text", "local": "local text"}
 SCOPES = {"point": "this point", "picture": "all of its expert's here", "all": "all of its expert's, in every picture"}
 NO_ROUTER = "none"
 MOST_PSI = 1.5
 MOST_TEXT = 1000  # characters of a prompt
-CELL = 176  # CSS pixels of a picture
+CELL = 256  # CSS pixels of a picture
+TYPING = "debounce=250"  # milliseconds without a key after which a prompt counts as typed
+CSS = """
+.page { display: grid; grid-template-columns: minmax(0, 1fr) 20rem; gap: 2rem;
+        width: 100%; max-width: 84rem; margin: auto; align-items: start }
+@media (max-width: 56rem) { .page { grid-template-columns: minmax(0, 1fr) } }
+"""
 WALK_EVERY, WALK_STEP = 0.1, 0.04  # seconds between two pictures, and the share of the way between two seeds
 REST = 0.3  # seconds without a change after which the second stage draws what the first has drawn
 DRAWING = ThreadPoolExecutor(1)  # pictures are drawn one after another, so no page meets another's forced expert
@@ -105,6 +112,12 @@ def within(value, least, most):
     return min(max(number, least), most) if math.isfinite(number) else least
 
 
+def labelled_slider(text, least, most, step, value, on_change):
+    with ui.column().classes("w-full gap-0"):
+        ui.label(text).classes("text-caption")
+        return ui.slider(min=least, max=most, step=step, value=value, on_change=on_change).props("label")
+
+
 def text_of(control):
     return str(control.value or "")[:MOST_TEXT].strip()
 
@@ -128,57 +141,72 @@ class Page:
         self.centre = self.forced = self.point = None  # point: sheet.Point, the one that was clicked
         self.walked = 0.0
         self.busy = self.again = False
+        ui.dark_mode(None)  # as the visitor's system
+        ui.add_css(CSS)
         ui.button.default_props("no-caps")
-        ui.add_css(".sheet img { image-rendering: pixelated }")
-        with ui.column().classes("w-full max-w-6xl mx-auto"):
-            self.add_prompts(checkpoints, prompt)
-            self.add_noise()
-            self.note = ui.label().classes("text-orange-8").mark("note")
-            self.image = ui.interactive_image(on_mouse=self.click).classes("sheet").mark("pictures")
-            self.add_experts()
+        ui.keyboard(on_key=self.press)
+        with ui.element("main").classes("page"):
+            with ui.column().classes("w-full gap-3"):
+                self.add_prompt(prompt)
+                self.image = ui.interactive_image(on_mouse=self.click).classes("sheet").mark("pictures")
+                self.told = ui.label().mark("told")
+            with ui.column().classes("w-full gap-3"):
+                self.add_noise(checkpoints)
+                with ui.expansion("A second prompt", value=True).classes("w-full"):
+                    self.add_second_prompt()
+                with ui.expansion("Experts", value=True).classes("w-full"):
+                    self.add_experts()
         ui.timer(0, self.refresh, once=True)
 
-    def add_prompts(self, checkpoints, prompt):
+    def add_prompt(self, prompt):
+        self.prompt = ui.input("Prompt", value=prompt, on_change=self.refresh).props(TYPING).classes("w-full text-xl")
+        with ui.row().classes("gap-1"):
+            for example in EXAMPLES:
+                choose = functools.partial(self.prompt.set_value, example)
+                ui.button(example, on_click=choose).props("outline rounded dense size=sm").classes("px-3")
+        self.note = ui.label().classes("text-orange-8").mark("note")
+
+    def add_noise(self, checkpoints):
         names = {path: os.path.relpath(path) for path in checkpoints}
         self.checkpoint = ui.select(names, value=checkpoints[0], label="Model", on_change=self.refresh)
-        with ui.row().classes("w-full items-center"):
-            wait = "debounce=250"
-            self.prompt = ui.input("Prompt", value=prompt, on_change=self.refresh).props(wait).classes("grow")
-            self.second = ui.input("Second prompt", on_change=self.refresh).props(wait).classes("grow")
-        with ui.row().classes("w-full items-center"):
-            ui.label("From the first prompt to the second")
-            self.amount = ui.slider(min=0, max=1, step=0.01, value=0, on_change=self.refresh).classes("w-64")
-            self.part = ui.toggle(PARTS, value="both", on_change=self.refresh).props("dense no-caps")
-            self.layers = ui.select({}, value=[], multiple=True, on_change=self.refresh).classes("grow")
-            self.layers.props('label="Layers by the second prompt, coarse to fine" use-chips')
-
-    def add_noise(self):
-        with ui.row().classes("w-full items-center"):
-            self.seed = ui.number("Seed", value=0, min=0, precision=0, on_change=self.reseed).classes("w-24")
-            ui.label("Pictures")
-            self.num = ui.slider(min=1, max=settings.MOST, value=4, on_change=self.renumber).classes("w-32")
-            self.num.props("label")
-            ui.label("ψ")
-            self.psi = ui.slider(min=0, max=MOST_PSI, step=0.05, value=1, on_change=self.refresh).classes("w-32")
-            self.psi.props("label")
+        self.checkpoint.classes("w-full").set_visibility(len(names) > 1)
+        with ui.row().classes("w-full items-center no-wrap"):
+            self.seed = ui.number("Seed", value=0, min=0, precision=0, on_change=self.reseed).classes("grow")
             self.walking = ui.timer(WALK_EVERY, self.walk, active=False)
             self.walk_button = ui.button("Walk", on_click=self.start_or_stop)
-            self.like_button = ui.button("More like this", on_click=self.more_like_this)
-            self.all_button = ui.button("All again", on_click=self.all_again)
+        self.num = labelled_slider("Pictures", 1, settings.MOST, 1, 4, self.renumber)
+        self.psi = labelled_slider("Truncation ψ", 0, MOST_PSI, 0.05, 1, self.refresh)
+        with ui.row():
+            self.like_button = ui.button("More like this", on_click=self.more_like_this).props("outline")
+            self.all_button = ui.button("All again", on_click=self.all_again).props("flat")
+        ui.label("Keys: ← → seed, W walk").classes("text-caption")
+
+    def add_second_prompt(self):
+        self.second = ui.input("Second prompt", on_change=self.refresh).props(TYPING).classes("w-full")
+        self.amount = labelled_slider("From the first to the second", 0, 1, 0.01, 0, self.refresh)
+        self.part = ui.select(PARTS, value="both", label="What moves", on_change=self.refresh).classes("w-full")
+        self.layers = ui.select({}, value=[], multiple=True, on_change=self.refresh).classes("w-full")
+        self.layers.props('label="Layers by the second prompt, coarse to fine" use-chips')
 
     def add_experts(self):
-        with ui.row().classes("w-full items-center"):
-            ui.label("Experts of router")
-            self.router = ui.toggle([NO_ROUTER], value=NO_ROUTER, on_change=self.reroute).props("dense no-caps")
-            self.legend = ui.row().classes("items-center")
-        self.told = ui.label().mark("told")
-        with ui.row().classes("items-center") as self.forcing:
-            ui.label("Give")
-            self.scope = ui.toggle(SCOPES, value="all", on_change=self.mark).props("dense no-caps")
+        self.router = ui.select([NO_ROUTER], value=NO_ROUTER, label="Router", on_change=self.reroute).classes("w-full")
+        self.legend = ui.row().classes("items-center gap-1")
+        with ui.column().classes("w-full gap-2") as self.forcing:
+            self.scope = ui.select(SCOPES, value="all", label="Give", on_change=self.mark).classes("w-full")
             ui.label("to expert")
-            self.takers = ui.row()
+            self.takers = ui.row().classes("gap-1")
             ui.button("Release", on_click=self.release).props("flat")
         self.forcing.set_visibility(False)
+
+    async def press(self, event):
+        """A key that is not meant for a field."""
+        if not event.action.keydown:
+            return
+        if event.key.arrow_left or event.key.arrow_right:
+            step = 1 if event.key.arrow_right else -1
+            self.seed.value = int(within((self.seed.value or 0) + step, 0, 2**53))
+        elif event.key == "w" and self.walk_button.enabled:
+            self.start_or_stop()
 
     # What is drawn.
 

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import math
 from typing import NamedTuple
 
 from PIL import Image
@@ -19,14 +20,14 @@ class Point(NamedTuple):
 
 
 class Sheet(NamedTuple):
-    """`num` pictures of side × side pixels: up to four in a row, more in two rows."""
+    """`num` pictures of side × side pixels, in about as many rows as columns."""
 
     num: int
     side: int
 
     @property
     def columns(self):
-        return self.num if self.num <= 4 else -(-self.num // 2)
+        return math.ceil(math.sqrt(self.num))
 
     @property
     def size(self):

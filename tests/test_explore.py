@@ -210,3 +210,19 @@ def test_mistakes_are_told_in_one_line(run_main, tmp_path):
         assert status == 2 and says in stderr and stderr.count("\n") == 0
     status, _, stderr = run_main(explore.main, "--port", 70_000)
     assert status == 2 and "70000" in stderr and stderr.count("\n") == 0
+
+
+def test_arrow_keys_change_the_seed(base):
+    async def script(user, page):
+        for key, seed in (
+            ("arrow_right", 1),
+            ("arrow_right", 2),
+            ("arrow_left", 1),
+            ("arrow_left", 0),
+            ("arrow_left", 0),
+        ):
+            names = SimpleNamespace(arrow_left=key == "arrow_left", arrow_right=key == "arrow_right")
+            await page.press(SimpleNamespace(action=SimpleNamespace(keydown=True), key=names))
+            assert page.seed.value == seed
+
+    visit(script, base)
