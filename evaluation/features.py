@@ -13,7 +13,7 @@ from common import distributed
 from common.cli import UserError
 from layers import resize
 from sampling import latent
-from sampling.pictures import in_range
+from sampling.pictures import to_bytes
 
 BATCH = 64
 
@@ -28,7 +28,7 @@ def to_pixels(images, resolution):
     """Images [B, 3, R, R] in [−1, 1] → uint8 [B, 3, resolution, resolution], as an image file holds them."""
     if images.shape[-1] != resolution:
         images = F.interpolate(images, resolution, mode="bicubic", antialias=True)
-    return ((in_range(images) + 1) * 127.5).round().to(torch.uint8)
+    return to_bytes(images)
 
 
 def real_pixels(images, resolution):

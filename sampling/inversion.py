@@ -1,7 +1,6 @@
 """From a picture back to latent codes: a w for each layer, fitted by gradient so that the generator draws the picture.
 
-The distance is perceptual: between maps of EfficientNet, each point's channels of unit length, as LPIPS has it (Zhang
-et al. 2018) without its learned weights; and between pixels.
+The distance is that of losses.perceptual_distance, by EfficientNet, and that between pixels.
 """
 
 from typing import NamedTuple
@@ -10,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import trange
 
+from losses import perceptual_distance
 from sampling import inference, latent, views
 from weights.efficientnet import load_efficientnet
 
@@ -40,11 +40,10 @@ class Perceptual:
 
     def maps(self, images):
         images = F.interpolate(images, SIDE, mode="bicubic", antialias=True)
-        return [F.normalize(x, dim=1) for x in self.network(images.contiguous(memory_format=torch.channels_last))]
+        return self.network(images.contiguous(memory_format=torch.channels_last))
 
     def __call__(self, images):
-        pairs = zip(self.maps(images), self.wanted, strict=True)
-        return torch.stack([(a - b).square().sum(1).mean((1, 2)) for a, b in pairs]).mean(0)
+        return perceptual_distance(self.maps(images), self.wanted)
 
 
 def synthesize(generator, w, local_text):

@@ -23,15 +23,23 @@ def in_range(images):
     return images.clamp(-1, 1)
 
 
+def to_bytes(images):
+    """Images [..., 3, R, R], about [−1, 1], → uint8, as an image file holds them. Raises UserError, as in_range."""
+    return ((in_range(images) + 1) * 127.5).round().to(torch.uint8)
+
+
+def at_own_size(image):
+    """[3, R, R], about [−1, 1], → a PIL image."""
+    return Image.fromarray(to_bytes(image).permute(1, 2, 0).cpu().numpy())
+
+
 def to_pil(image):
-    """[3, R, R] in [−1, 1] → a PIL image, enlarged to a cell by whole pixels where it fits; a larger one stays."""
-    pixels = ((image.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
-    picture = Image.fromarray(pixels)
+    """As at_own_size, but enlarged to a cell, by whole pixels if these fit; a larger one stays."""
+    picture = at_own_size(image)
     if picture.width > CELL:
         return picture
-    return picture.resize(
-        (CELL, CELL), Image.Resampling.NEAREST if CELL % picture.width == 0 else Image.Resampling.BICUBIC
-    )
+    fits = CELL % picture.width == 0
+    return picture.resize((CELL, CELL), Image.Resampling.NEAREST if fits else Image.Resampling.BICUBIC)
 
 
 def expert_map(experts, cell=CELL):

@@ -19,7 +19,7 @@ from common import distributed
 from common.cli import UserError
 from router import Routing
 from sampling import inference, latent, views
-from sampling.pictures import in_range
+from sampling.pictures import at_own_size, in_range
 from upsampler import given_images, input_noise
 from weights.checkpoint import DEMO, load_generator, load_upsampler, upsampler_of
 
@@ -37,8 +37,7 @@ class Drawn:
     @property
     def pictures(self) -> list[Image.Image]:
         """The images as PIL has them, at their own resolution."""
-        pixels = ((self.images + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-        return [Image.fromarray(picture) for picture in pixels]
+        return [at_own_size(image) for image in self.images]
 
 
 class Pipeline:

@@ -39,8 +39,12 @@ def frames(generator, z, text, psi, captions):
 
 def samples(generator, clip, prompts, num, seed, psi, numbers=None):
     """A row for each prompt: `num` pictures whose latents depend on the seed alone, or those of some numbers."""
-    z = latent.noise(generator, num, seed)[slice(None) if numbers is None else numbers]
-    return [f for p in prompts for f in frames(generator, z, latent.read(generator, clip, [p]), psi, [p] * len(z))]
+    z, rows = latent.noise(generator, num, seed), []
+    if numbers is not None:
+        z = z[numbers]
+    for prompt in prompts:
+        rows += frames(generator, z, latent.read(generator, clip, [prompt]), psi, [prompt] * len(z))
+    return rows
 
 
 def seeds_by_prompts(generator, clip, prompts, seeds, psi):
@@ -66,19 +70,19 @@ def truncation_sweep(generator, clip, prompts, seed):
 def interpolation(generator, clip, prompts, seed, psi, steps, part, path):
     """From one prompt to another at the same noise. part: both, or the global or the local text alone."""
     amounts = torch.linspace(0, 1, steps)
-    text = on_the_way(*(latent.read(generator, clip, [prompt]) for prompt in prompts), amounts, part, path)
+    start, end = (latent.read(generator, clip, [prompt]) for prompt in prompts)
+    text = on_the_way(start, end, amounts, part, path)
     captions = [prompts[0], *[f"{100 * t:.0f} %" for t in amounts[1:-1]], prompts[1]]
     return frames(generator, latent.noise(generator, 1, seed).expand(steps, -1), text, psi, captions)
 
 
 def on_the_way(start, end, amounts, part, path):
     """Between two Prompts of one row, a row for each amount. part: both, or what moves, global or local; path: how."""
-    moved = latent.Prompt(
-        *(torch.cat([between(a, b, t, path) for t in amounts]) for a, b in zip(start, end, strict=True))
-    )
-    still = latent.Prompt(*(t.expand(len(amounts), *t.shape[1:]) for t in start))
-    parts = zip(("global", "local"), moved, still, strict=True)
-    return latent.Prompt(*(m if part in ("both", name) else s for name, m, s in parts))
+    texts = {}
+    for name, a, b in zip(latent.Prompt._fields, start, end, strict=True):
+        moves = part == "both" or name.startswith(part)
+        texts[name] = torch.cat([between(a, b, amount if moves else 0, path) for amount in amounts])
+    return latent.Prompt(**texts)
 
 
 def latent_walk(generator, clip, prompt, seed, psi, steps, path, stops=4):
@@ -98,19 +102,21 @@ def layer_mixing(generator, upsampler, clip, coarse, fine, seed, psi):
 
     k goes from all layers to none, those of the second stage being the last.
     """
-    stages = [generator] if upsampler is None else [generator, upsampler]
-    z = latent.noise(generator, 1, seed)
-    ends = [[frames(g, z, latent.read(g, clip, [p]), psi, [p])[0] for p in (coarse, fine)] for g in stages]
-    names = [name for g in stages for name in layer_names(g)]
+    names = layer_names(generator) + (layer_names(upsampler) if upsampler else [])
+    first, second = of_both_stages(samples, generator, upsampler, clip, [coarse, fine], 1, seed, psi)
     mixed = []
     for k in range(len(names), -1, -1):
         caption = "all layers by the first prompt" if k == len(names) else f"by the second: from {names[k]} on"
-        first, of_stages = k, []
-        for a, b in ends:
-            own, first = min(max(first, 0), len(a.w)), first - len(a.w)
-            of_stages.append(Frame(torch.cat([a.w[:own], b.w[own:]]), a.local_text, caption))
-        mixed.append(of_stages[0]._replace(large=of_stages[1] if upsampler else None))
+        frame = mix(first, second, k)._replace(caption=caption)
+        if upsampler:
+            frame = frame._replace(large=mix(first.large, second.large, max(0, k - len(first.w))))
+        mixed.append(frame)
     return mixed
+
+
+def mix(first, second, k):
+    """A Frame whose first k layers take w from one Frame, and the rest from another."""
+    return first._replace(w=torch.cat([first.w[:k], second.w[k:]]))
 
 
 def layer_names(generator):
