@@ -67,7 +67,9 @@ class MiniLM(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.words, self.positions, self.types = (nn.Embedding(n, self.width) for n in (30522, 512, 2))
+        # No nn.Embedding with random weights: on the meta device these import torch.compile, which takes two seconds.
+        tables = (torch.empty(n, self.width) for n in (30522, 512, 2))
+        self.words, self.positions, self.types = map(nn.Embedding.from_pretrained, tables)
         self.norm = nn.LayerNorm(self.width, 1e-12)
         layer = nn.TransformerEncoderLayer(self.width, 12, 4 * self.width, 0.0, "gelu", 1e-12, batch_first=True)
         self.layers = nn.TransformerEncoder(layer, 6, enable_nested_tensor=False)
