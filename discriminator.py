@@ -1,8 +1,8 @@
 """The discriminator: GigaGAN's, multi-scale and text-conditional (sections 3.3 and 3.4 there).
 
-Every image of the pyramid enters at its own stage and is judged after every stage from there on, so that early stages
-learn from early judgements and the generator answers for each of its resolutions. At 64×64 that makes 15 predictions
-on 5 inputs. It is vision-aided, too: a 16th judges the highest image by what the frozen CLIP sees in it.
+Every image of the pyramid enters at its own stage and is scored after every stage from there on, so that early stages
+learn from early scores and the generator answers for each of its resolutions. At 64×64 that makes 15 predictions
+on 5 inputs. It is vision-aided, too: a 16th scores the highest image by what the frozen CLIP sees in it.
 """
 
 import math
@@ -112,8 +112,8 @@ class Discriminator(nn.Module):
 
     A smaller pyramid, as while the generator grows, enters at the stages it has images for; that of the upsampler has
     none for the low stages. `clip_maps` is what CLIP sees in the highest image, clip.see()[1]: feature maps
-    [B, C, side, side] of the shapes config.clip_maps; empty for the upsampler, whose judge is not vision-aided. The
-    discriminator's own maps hold no text, so to judge the same images under another caption is to run the heads again:
+    [B, C, side, side] of the shapes config.clip_maps; empty for the upsampler, whose discriminator is not vision-aided. The
+    discriminator's own maps hold no text, so the same images under another caption need the heads only:
     maps(), then score() twice.
     """
 

@@ -243,7 +243,7 @@ class Page:
         try:
             model = await drawing(self.models, self.checkpoint.value)
             if model is not self.model:
-                self.fit_to(model)
+                self.offer(model)
             wanted = self.wanted()
             self.drawn, self.frames = await drawing(draw, model, wanted)
             if self.point and self.point.picture >= wanted.num:  # clicked while fewer were drawn
@@ -281,7 +281,7 @@ class Page:
         self.drawn = dataclasses.replace(small, images=torch.cat(large))
         self.show()
 
-    def fit_to(self, model):
+    def offer(self, model):
         """Offers what this model has."""
         self.model, is_aurora = model, isinstance(model, Pipeline)
         if self.walking.active:

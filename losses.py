@@ -1,6 +1,6 @@
 """Every loss of Aurora, in the paper's order: adversarial, matching-aware, R1, multi-level CLIP, mixture of experts.
 
-A pyramid holds an image for each active resolution. The discriminator judges each image after every stage it passes.
+A pyramid holds an image for each active resolution. The discriminator scores each image after every stage it passes.
 `scales`, {resolution: weight}, says how much each image counts. Losses are means over a rank's images, CLIP's over the
 global batch. Averaged over ranks, as DDP does, the gradients are those of the global batch.
 """
@@ -220,8 +220,8 @@ def generator_loss(output, other, text, wrong, chances, discriminator, clip, rec
     }
     weights = {"g_clip": recipe.clip_weight, "g_moe": 1}
     if recipe.adversarial_weight:
-        judged = fooling_losses(output, text, wrong, chances, clip_maps, discriminator, clip, recipe)
-        losses["g_adversarial"], losses["g_matching"] = judged
+        fooling = fooling_losses(output, text, wrong, chances, clip_maps, discriminator, clip, recipe)
+        losses["g_adversarial"], losses["g_matching"] = fooling
         weights["g_adversarial"] = recipe.adversarial_weight
         weights["g_matching"] = recipe.adversarial_weight * recipe.matching_weight_generator
     if other is not None:

@@ -71,7 +71,7 @@ class DiscriminatorLevel:
     channels: int
     num_blocks: int  # of two residual convolutions each
     attn_depth: int = 0
-    takes_images: bool = True  # whether images of this resolution are judged
+    takes_images: bool = True  # whether images of this resolution enter
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ class Recipe:
     r1_gamma: float = 1.0  # at 64×64; γ at resolution r is r1_gamma · (r/64)²
     lower_scales: float = 0.17 / 0.33  # what each image below the highest resolution counts, relative to that one
     clip_weight: float = 0.1
-    adversarial_weight: float = 1.0  # of what the discriminator says; at 0 it neither judges nor learns
+    adversarial_weight: float = 1.0  # of what the discriminator says; at 0 it neither scores nor learns
     matching_weight_discriminator: float = 1.0
     matching_weight_generator: float = 1.0
     balance_weight: float = 0.001  # of the routers' load-balancing loss; the release's
@@ -144,8 +144,8 @@ SMALL_DISCRIMINATOR = dict(
 )
 
 
-def emoji(channels, judging, w_dim, head_dim, **recipe):
-    """A Preset for emoji, with these channels at 4×4 to 64×64, of the generator and, `judging`, the discriminator."""
+def emoji(channels, discriminator_channels, w_dim, head_dim, **recipe):
+    """A Preset for emoji, whose networks have these channels at 4×4, 8×8, 16×16, 32×32 and 64×64."""
     levels = (
         Level(4, channels[0], num_blocks=1, deformable=True),
         Level(8, channels[1], num_blocks=1, attn_depth=1, num_experts=4, deformable=True),
@@ -153,11 +153,14 @@ def emoji(channels, judging, w_dim, head_dim, **recipe):
         Level(32, channels[3], num_blocks=1, num_kernels=2),
         Level(64, channels[4], num_blocks=1, num_kernels=2),
     )
-    judges = tuple(DiscriminatorLevel(4 * 2**n, c, num_blocks=0, attn_depth=int(n == 1)) for n, c in enumerate(judging))
+    discriminator_levels = tuple(
+        DiscriminatorLevel(resolution, c, num_blocks=0, attn_depth=1 if resolution == 8 else 0)
+        for resolution, c in zip((4, 8, 16, 32, 64), discriminator_channels, strict=True)
+    )
     widths = dict(fourier_channels=w_dim, w_dim=w_dim, mapping_dim=w_dim)
     return Preset(
         GeneratorConfig(levels, **widths, num_heads=4, head_dim=head_dim, **SMALL_GENERATOR),
-        DiscriminatorConfig(judges, num_heads=4, head_dim=head_dim, **SMALL_DISCRIMINATOR),
+        DiscriminatorConfig(discriminator_levels, num_heads=4, head_dim=head_dim, **SMALL_DISCRIMINATOR),
         Recipe(steps=60_000, fid_samples=1024, fid_factor=1.0, r1_gamma=4.0, **SMALL_RECIPE, **recipe), "emoji",
     )
 

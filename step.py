@@ -156,13 +156,13 @@ class Learner:
         Both networks learn from the same pictures, so these are drawn once. Where gradients are accumulated they are
         drawn twice: the graphs of all micro-batches together would take the memory that is to be saved.
         """
-        report, judged = {}, self.recipe.adversarial_weight > 0
+        report, adversarial = {}, self.recipe.adversarial_weight > 0
         self.optimizer_d.zero_grad(set_to_none=True)
-        if judged and r1_interval:
+        if adversarial and r1_interval:
             report["r1"] = self.penalize(micro_batches, r1_interval)
         with torch.set_grad_enabled(len(micro_batches) == 1):
             outputs = [self.draw(batch) for batch in micro_batches]
-        d_report = self.discriminator_step(micro_batches, outputs) if judged else {"rejected": 0}
+        d_report = self.discriminator_step(micro_batches, outputs) if adversarial else {"rejected": 0}
         with frozen(self.discriminator):
             g_report = self.generator_step(micro_batches, outputs)
         report |= d_report | g_report | {"rejected": d_report["rejected"] + g_report["rejected"]}

@@ -134,7 +134,7 @@ def test_a_baseline_stands_where_aurora_stood(tmp_path):
 def test_a_walk_ends_with_its_model_and_a_click_on_what_goes_stops_nothing(base):
     async def script(user, page):
         page.start_or_stop()
-        page.fit_to(page.model)
+        page.offer(page.model)
         assert not page.walking.active
         page.num.value = 2
         await asyncio.sleep(0)
