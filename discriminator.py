@@ -112,9 +112,9 @@ class Discriminator(nn.Module):
 
     A smaller pyramid, as while the generator grows, enters at the stages it has images for; that of the upsampler has
     none for the low stages. `clip_maps` is what CLIP sees in the highest image, clip.see()[1]: feature maps
-    [B, C, side, side] of the shapes config.clip_maps; empty for the upsampler, whose discriminator is not vision-aided. The
-    discriminator's own maps hold no text, so the same images under another caption need the heads only:
-    maps(), then score() twice.
+    [B, C, side, side] of the shapes config.clip_maps; empty for the upsampler, whose discriminator is not vision-aided.
+    The discriminator's own maps hold no text, so another caption of the same images needs the heads only: maps(), then
+    score() twice.
     """
 
     def __init__(self, config: DiscriminatorConfig):
