@@ -234,23 +234,23 @@ class Page:
         try:
             while self.again:
                 self.again = False
-                await self.redraw()
-                await self.enlarge()
+                try:
+                    await self.redraw()
+                    await self.enlarge()
+                except Exception as error:  # whatever it is, the page says it, and draws again
+                    self.note.text = first_line(error)
         finally:
             self.busy = False
 
     async def redraw(self):
-        try:
-            model = await drawing(self.models, self.checkpoint.value)
-            if model is not self.model:
-                self.offer(model)
-            wanted = self.wanted()
-            self.drawn, self.frames = await drawing(draw, model, wanted)
-            if self.point and self.point.picture >= wanted.num:  # clicked while fewer were drawn
-                self.point = None
-        except Exception as error:  # whatever it is, the page says it, and draws again
-            self.note.text, self.frames = first_line(error), []
-            return
+        self.frames = []
+        model = await drawing(self.models, self.checkpoint.value)
+        if model is not self.model:
+            self.offer(model)
+        wanted = self.wanted()
+        self.drawn, self.frames = await drawing(draw, model, wanted)
+        if self.point and self.point.picture >= wanted.num:  # clicked while fewer were drawn
+            self.point = None
         prompts = [wanted.prompt, *[wanted.second] * bool(wanted.second)]
         self.note.text = " ".join(remark + "." for prompt in prompts for remark in latent.remarks(model.clip, prompt))
         self.shown = wanted

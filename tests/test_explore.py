@@ -212,6 +212,30 @@ def test_mistakes_are_told_in_one_line(run_main, tmp_path):
     assert status == 2 and "70000" in stderr and stderr.count("\n") == 0
 
 
+def test_the_second_stage_draws_when_the_page_rests(monkeypatch):
+    """A change while it draws ends that; an error of its own is told, and the next redraw works."""
+
+    async def script(user, page):
+        assert page.drawn.images.shape == (4, 3, 256, 256)
+        enlarge, calls = explore.pipeline.enlarge, []
+
+        def change_or_fail(*arguments):
+            calls.append(arguments)
+            if len(calls) == 1:
+                page.again = True  # as a control does that is moved meanwhile
+            if len(calls) == 3:
+                raise RuntimeError("no memory is left")
+            return enlarge(*arguments)
+
+        monkeypatch.setattr(explore.pipeline, "enlarge", change_or_fail)
+        await page.refresh()
+        assert len(calls) == 3 and "no memory is left" in page.note.text and page.drawn.images.shape[-1] == 64
+        await page.refresh()
+        assert len(calls) == 7 and not page.note.text and page.drawn.images.shape[-1] == 256
+
+    visit(script, DEMO)
+
+
 def test_arrow_keys_change_the_seed(base):
     async def script(user, page):
         for key, seed in (
