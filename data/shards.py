@@ -6,10 +6,10 @@ first period of a name, and do not count what they pass over.
 
 import collections
 import contextlib
-import gzip
 import io
 import itertools
 import math
+import operator
 import os
 import select
 import signal
@@ -29,8 +29,6 @@ from data.pairs import (
     MAX_FACTS,
     MAX_FILE,
     MAX_TEXT,
-    NO_CAPTION,
-    NO_IMAGE,
     SHARD,
     Tally,
     Unusable,
@@ -40,14 +38,13 @@ from data.pairs import (
 )
 from data.sources import FEWEST, Source, collate, is_held_out
 
-TRIED, LOOKED_AT = 5, 1000  # shards, and files of each, by which a source says what it holds
-STRETCH = 3  # samples, on average, that are read at once from a shard on a disk
+TRIED, LOOKED_AT = 5, 300  # shards, and samples of each, by which a source says what it holds
+STRETCH = 3  # samples, on average, that are read at once from a tar on a disk
 LANES = 8  # shards that a stream reads in turn
 BUFFER, BUFFER_BYTES = 2048, 2**27  # samples that a stream shuffles, and what they may take
-BLOCK = 10_000  # samples after which a stream begins anew
-PENDING = 2**28  # bytes of incomplete samples that are kept for a part that comes later
+BLOCK = 2**14  # samples after which a stream begins anew; more than the emoji are
 READ_TIMEOUT = 60  # seconds in which a command must write something
-HEADER = tarfile.BLOCKSIZE
+LONG_NAME = 8 * tarfile.BLOCKSIZE  # bytes that a name of over 100 characters may take before its file's header
 LIMITS = {".txt": MAX_TEXT, ".json": MAX_FACTS} | dict.fromkeys(IMAGE_SUFFIXES, MAX_FILE)  # bytes that are read
 ERRORS = (OSError, EOFError, tarfile.TarError, zlib.error)  # what reading a shard may raise
 CURL = ["curl", "-sSfL", "--connect-timeout", "30"]
@@ -69,20 +66,20 @@ class Sample(NamedTuple):
 
     @property
     def size(self):
-        return sum(map(len, filter(None, self.parts.values())))
+        return sum(len(data) for data in self.parts.values() if data)
 
 
 class Shards(Source):
     """A list of shards, on a disk, behind URLs, or as commands, `pipe:COMMAND`.
 
-    A stream, of one rank and worker, is endless. It reads a few samples from a random place of LANES random shards in
-    turn, and shuffles them in a buffer that is full before the first batch: each sample comes about equally often, and
-    the pairs of a batch come from as many shards. After BLOCK samples it begins anew, under a seed made of the run's,
-    the block's and its own. A resumed run sees what an uninterrupted one would have seen, if ranks, workers and the
-    batch are as many, and of what came before its batch in the block it decodes nothing.
+    A stream, of one rank and worker, is endless. It reads a few samples from a random place of a random shard, then of
+    another, and shuffles them in a buffer that is full before the first batch: each sample comes about equally often,
+    and the pairs of a batch come from as many shards. What is compressed, or comes from a command, is read whole from
+    its front, LANES shards in turn.
 
-    What a command writes, what is compressed, and shards in which the files of a sample lie apart can only be read from
-    their front. There a lane reads whole shards, of the first one only what follows a random place.
+    After BLOCK samples a stream begins anew, under a seed made of the run's, the block's and its own: a resumed run
+    sees what an uninterrupted one would have seen, if ranks, workers and the batch are as many, and of what came before
+    its batch in the block it decodes nothing.
 
     A shard that cannot be read, or holds nothing of use, is passed over. Our own emoji say in `aurora_held_out` which
     samples are held out, and in `aurora_weight` how often one is taken where it is met. Elsewhere a hash of the picture
@@ -91,67 +88,61 @@ class Shards(Source):
 
     def __init__(self, urls, resolution, seed, caption_key=None):
         super().__init__(urls[0] if len(urls) == 1 else f"{urls[0]} … {urls[-1]}", resolution, seed, caption_key)
-        self.urls, self.tally = urls, Tally(self.name, len(urls))
-        self.missing = [url for url in urls if command_of(url) is None and not os.path.isfile(local(url))]
-        if 2 * len(self.missing) > len(urls):
-            raise UserError(f"--data: no such shard: {self.missing[0]}")
-        there = [url for url in urls if url not in self.missing]
-        tried = there[:: -(-len(there) // TRIED)]
-        self.look(tried)
-        met = (sample for url in tried for sample in itertools.islice(self.raw(url, patient=False), LOOKED_AT))
-        usable = next(filter(None, map(self.example, met)), None)
-        told, self.tally = self.tally.told(), Tally(self.name, len(urls))
-        if usable is None:
+        self.urls = urls
+        self.sizes = [size_of(url) for url in urls]  # None for a shard that is not there
+        there = [url for url, size in zip(urls, self.sizes, strict=True) if size is not None]
+        if 2 * len(there) < len(urls):
+            raise UserError(f"--data: no such shard: {urls[self.sizes.index(None)]}")
+        self.tally = Tally(self.name, len(urls))
+        usable = self.look(there[:: -(-len(there) // TRIED)])
+        if not usable:
             raise UserError(
                 f"--data: not one usable pair of an image and a caption in {len(urls)} shard(s) from {urls[0]}: "
-                f"{told or 'they hold none'}. {' '.join(self.describe())}"
+                f"{self.tally.told() or 'they hold none'}. {' '.join(self.describe())}"
             )
+        self.tally = Tally(self.name, len(urls))
 
     def look(self, tried):
-        """Learns from the first files of some shards what kinds there are, where they lie, and what is held out."""
-        names, whole = [], True  # whether they are seen to their ends
-        self.kinds, self.fields, size = collections.Counter(), set(), 0
+        """Learns from the first samples of some shards what they hold → whether one of them can be used."""
+        self.kinds, self.fields, self.complete, images, captions = collections.Counter(), set(), 0, set(), set()
+        number, size, whole, usable = 0, 0, True, False
         for url in tried:
-            count = len(names)
-            found = self.readable(members(url), url, self.tally, patient=False)
-            for key, suffix, data, room in itertools.islice(found, LOOKED_AT):
-                self.kinds[suffix or "no suffix"] += 1
-                self.fields |= facts_of(data).keys() if suffix == ".json" else set()
-                names.append(((url, key), suffix))
-                size += room
-            whole &= len(names) - count < LOOKED_AT
+            count = 0
+            for sample in itertools.islice(self.raw(url, patient=False), LOOKED_AT):
+                count += 1
+                size += sample.size + 1000 * len(sample.parts)  # with the headers, and what fills the last blocks
+                self.kinds.update(suffix or "no suffix" for suffix in sample.parts)
+                self.fields |= facts_of(sample.parts.get(".json")).keys()
+                has_caption = (".json" if self.caption_key else ".txt") in sample.parts
+                if sample.image and has_caption:
+                    self.complete += 1
+                elif sample.image:
+                    images.add((url, sample.key))
+                elif has_caption:
+                    captions.add((url, sample.key))
+                usable = usable or self.example(sample) is not None
+            number += count
+            whole = whole and count < LOOKED_AT
+        if len(images & captions) > self.complete / 10:
+            raise UserError(f"--data: in {tried[0]} the files of a sample lie apart; make it by tar --sort=name -cf")
+        self.alone = len(images)
         self.names_held_out = "aurora_held_out" in self.fields
-        keys, images, captions = (
-            {key for key, suffix in names if suffix in kinds} for kinds in ({s for _, s in names}, *self.wanted[:2])
-        )
-        self.looked_at = len(images & captions), len(images - captions)
-        self.number = len(keys) * len(self.urls) // len(tried) if whole else math.inf  # of the samples, as it seems
-        runs = sum(1 for _ in itertools.groupby(names, lambda name: name[0]))  # more than keys where files lie apart
-        self.lie_apart = runs > 1.5 * len(keys) or not images & captions
-        self.stretches = None  # how many there are in all shards up to the end of each
-        if not self.lie_apart and not any(map(read_from_front, self.urls)):
-            self.stretch = HEADER * max(1, round(STRETCH * size / len(keys) / HEADER))  # bytes
-            sizes = (0 if url in self.missing else os.path.getsize(local(url)) for url in self.urls)
-            self.stretches = np.cumsum([-(-size // self.stretch) for size in sizes])
-        self.holds_out, self.buffer = self.names_held_out or self.number >= FEWEST, min(self.number, BUFFER)
-
-    @property
-    def wanted(self):
-        """The suffixes of which a complete sample has one, of each kind."""
-        caption = (".json",) if self.caption_key else (".txt",)
-        return (IMAGE_SUFFIXES, caption, (".json",)) if self.names_held_out else (IMAGE_SUFFIXES, caption)
+        self.number = number * len(self.urls) // len(tried) if whole else math.inf  # of samples, as it seems
+        self.holds_out = self.names_held_out or self.number >= FEWEST
+        self.finds_places = all(map(is_plain_tar, tried))
+        self.stretch = STRETCH * size // max(number, 1)  # bytes
+        return usable
 
     def describe(self):
         """What the shards hold, in lines for the user."""
-        pairs, alone = self.looked_at
         kinds = ", ".join(f"{count} {kind}" for kind, count in self.kinds.most_common(8))
         yield f"{len(self.urls)} shard(s) from {self.urls[0]}. Of {self.kinds.total()} files seen: {kinds or 'none'};"
-        yield f"among them {pairs} images with a caption and {alone} without."
-        if self.missing:
-            yield f"{len(self.missing)} shard(s) are not there, as {self.missing[0]}."
+        yield f"among them {self.complete} images with a caption and {self.alone} without."
+        if missing := self.sizes.count(None):
+            yield f"{missing} shard(s) are not there, as {self.urls[self.sizes.index(None)]}."
         if others := [kind for kind in self.kinds if kind not in LIMITS]:
             yield f"Not read: {', '.join(others[:8])}."
-        if not pairs and self.fields:
+        if not self.complete and self.fields:
             fields = ", ".join(sorted(self.fields)[:20])
             yield f"The .json hold {fields}; name the caption among these by --caption-key."
         yield "Held out for evaluation is what their .json says." if self.names_held_out else self.said_of_held_out()
@@ -159,44 +150,46 @@ class Shards(Source):
     # ------------------------------------------------------------------------------------------------------------------
     # Samples.
 
-    def readable(self, found, url, tally, patient=True):
-        """What an iterator of a shard's contents gives before it fails; then the failure is counted."""
+    def raw(self, url, start=0, stop=math.inf, patient=True):
+        """The samples of a shard, or of its bytes from start to stop, none decoded, up to where it cannot be read."""
         try:
-            for each in found:
+            for key, files in itertools.groupby(members(url, start, stop), operator.itemgetter(0)):
+                parts = {}
+                for _, suffix, data in files:
+                    if suffix in parts:
+                        self.tally.skip(DUPLICATE, f"{key}{suffix}", url)
+                    parts.setdefault(suffix, data)
                 self.patience.succeed()
-                yield each
+                yield Sample(url, key, parts)
         except ERRORS as error:
             told = f"{url}: {first_line(error)}"
-            tally.skip(SHARD, told, url)
+            self.tally.skip(SHARD, told, url)
             if patient:
                 self.patience.fail(OSError(told))
 
-    def raw(self, url, start=0, stop=math.inf, tally=None, patient=True):
-        """The samples of a shard that belong to its bytes from start to stop, none decoded."""
-        tally = tally or self.tally
-        found = self.readable(members(url, start, stop), url, tally, patient)
-        return (Sample(url, *sample) for sample in samples(found, self.wanted, tally))
+    def places(self, rng):
+        """Endless samples, a few from each of the places that are drawn at random from all shards' bytes.
 
-    def lane(self, rng):
-        """Endless samples from places drawn at random."""
-        if self.stretches is not None:
-            while True:
-                number = int(rng.integers(self.stretches[-1]))
-                shard = int(np.searchsorted(self.stretches, number, "right"))
-                start = self.stretch * (number - (int(self.stretches[shard - 1]) if shard else 0))
-                yield from self.raw(self.urls[shard], start, start + self.stretch)
-        shards = (self.urls[rng.integers(len(self.urls))] for _ in itertools.count())
-        first = next(shards)
-        if self.lie_apart or (size := unpacked_size(first)) is None:  # nobody knows where its middle is
-            whole = itertools.chain.from_iterable(map(self.raw, itertools.chain([first], shards)))
-            yield from itertools.islice(whole, int(rng.integers(min(BLOCK, self.number))), None)
-        yield from self.raw(first, int(rng.integers(size)))
-        yield from itertools.chain.from_iterable(map(self.raw, shards))
+        Places begin up to a stretch before a shard, so that its first samples are as likely as others.
+        """
+        ends = np.cumsum([size + self.stretch if size else 0 for size in self.sizes])
+        while True:
+            place = rng.integers(ends[-1])
+            number = int(np.searchsorted(ends, place, "right"))
+            start = int(place - ends[number]) + self.sizes[number]
+            yield from self.raw(self.urls[number], max(0, start), start + self.stretch)
+
+    def whole(self, rng):
+        """Endless samples of whole shards in random order, beginning somewhere."""
+        shards = (self.raw(self.urls[rng.integers(len(self.urls))]) for _ in itertools.count())
+        return itertools.islice(itertools.chain.from_iterable(shards), rng.integers(min(BLOCK, self.number)), None)
 
     def drawn(self, rng):
-        """Endless samples, from several lanes in turn."""
-        count = LANES if self.stretches is not None else min(LANES, len(self.urls))
-        return (next(lane) for lane in itertools.cycle([self.lane(own) for own in rng.spawn(count)]))
+        """Endless samples of random shards."""
+        if self.finds_places:
+            return self.places(rng)
+        lanes = [self.whole(own) for own in rng.spawn(min(LANES, len(self.urls)))]
+        return (next(lane) for lane in itertools.cycle(lanes))
 
     def is_for(self, sample, held_out):
         """Whether a sample is of the part that is held out, or of the other."""
@@ -207,14 +200,14 @@ class Shards(Source):
 
     def example(self, sample):
         """(image [3, R, R], captions) of a sample, or None, and counted, where it cannot be used."""
-        text, facts = (sample.parts.get(suffix) for suffix in (".txt", ".json"))
+        text, facts = sample.parts.get(".txt"), sample.parts.get(".json")
         try:
             if any(suffix in LIMITS and data is None for suffix, data in sample.parts.items()):
                 raise Unusable(LINK)
+            if sample.image is None and text is None:
+                return None  # a file of another kind, or a .json of its own
             example = read_pair(sample.image, text, facts, self.resolution, self.caption_key)
         except Unusable as error:
-            if str(error) in (NO_CAPTION, NO_IMAGE) and sample.image is None and text is None:
-                return None  # a file of another kind, or a .json of its own
             self.tally.skip(str(error), where(str(error), f"{sample.key} in {sample.shard}", facts), sample.shard)
             return None
         self.tally.use(sample.shard)
@@ -231,18 +224,14 @@ class Shards(Source):
         """
         rng = np.random.default_rng([self.seed, *seed])
         chosen = (s for s in self.drawn(rng) if self.is_for(s, held_out=False) and rng.random() < weight_of(s))
-        mixed = shuffled(chosen, np.random.default_rng([self.seed, *seed, 1]), self.buffer)
+        mixed = shuffled(chosen, np.random.default_rng([self.seed, *seed, 1]), min(BUFFER, self.number))
         stream = itertools.islice(mixed, done * batch, None)
-        ahead = collections.deque()  # the examples from where the batch begins, None for those of no use
+        ahead = []  # the examples from where the batch begins, None for those of no use
         for number in itertools.count(done):
-            usable = sum(example is not None for example in ahead)
-            while usable < batch:
+            while len(examples := [example for example in ahead if example]) < batch:
                 ahead.append(self.example(next(stream)))
-                usable += ahead[-1] is not None
-            examples = itertools.islice((example for example in ahead if example), batch)
-            yield collate(list(examples), np.random.default_rng([self.seed, *seed, 2, number]), self.tally)
-            for _ in range(batch):
-                ahead.popleft()
+            yield collate(examples[:batch], np.random.default_rng([self.seed, *seed, 2, number]), self.tally)
+            del ahead[:batch]
 
     def batches(self, steps, batch, rank, world_size):
         worker, workers = steps.start % steps.step, steps.step  # also after it began at another step
@@ -256,10 +245,10 @@ class Shards(Source):
     def examples(self, held_out=False, rank=0, world_size=1):
         """Every pair that can be used, once. A rank reads shards of its own, or of fewer shards than ranks all."""
         shared = len(self.urls) < world_size
-        urls = self.urls if shared else self.urls[rank::world_size]
-        tally = Tally(self.name) if shared and rank else self.tally  # what all ranks meet is counted once
-        wanted = (sample for url in urls for sample in self.raw(url, tally=tally) if self.is_for(sample, held_out))
-        return filter(None, map(self.example, itertools.islice(wanted, rank, None, world_size) if shared else wanted))
+        samples = itertools.chain.from_iterable(map(self.raw, self.urls if shared else self.urls[rank::world_size]))
+        wanted = (sample for sample in samples if self.is_for(sample, held_out))
+        share = itertools.islice(wanted, rank, None, world_size) if shared else wanted
+        return filter(None, map(self.example, share))
 
 
 def shuffled(samples, rng, most):
@@ -290,8 +279,8 @@ class Piped(io.RawIOBase):
 
     def __init__(self, command):
         self.process, self.errors = None, tempfile.TemporaryFile()  # noqa: SIM115 - closed by close
-        own_group = os.name == "posix"  # so that what a shell starts can be ended with it
         streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": self.errors}
+        own_group = os.name == "posix"  # so that what a shell starts can be ended with it
         try:
             shell = isinstance(command, str)
             self.process = subprocess.Popen(command, shell=shell, bufsize=0, start_new_session=own_group, **streams)
@@ -334,123 +323,62 @@ def local(url):
     return url.removeprefix("file://")
 
 
-def is_packed(url):
+def size_of(url):
+    """The bytes of a shard; 0 for what a command writes, None for a file that is not there."""
+    if command_of(url):
+        return 0
+    return os.path.getsize(local(url)) if os.path.isfile(local(url)) else None
+
+
+def is_plain_tar(url):
+    """Whether a shard is a tar on a disk, not compressed: the only kind in which a place can be found."""
+    if command_of(url):
+        return False
     with open(local(url), "rb") as file:
-        return file.read(2) == b"\x1f\x8b"
-
-
-def read_from_front(url):
-    """Whether only reading all that comes before leads to a place in a shard."""
-    return command_of(url) is not None or (os.path.isfile(local(url)) and is_packed(url))
-
-
-def unpacked_size(url):
-    """Bytes of a shard on a disk, as far as gzip tells, which counts to 4 GiB; None for what a command writes."""
-    if command_of(url) is not None or not os.path.isfile(local(url)):
-        return None
-    if not is_packed(url):
-        return os.path.getsize(local(url))
-    with open(local(url), "rb") as file:
-        file.seek(-4, os.SEEK_END)
-        return int.from_bytes(file.read(4), "little")
+        return file.read(tarfile.BLOCKSIZE)[257:262] == b"ustar"
 
 
 @contextlib.contextmanager
-def opened(url):
-    """A shard, as a binary file and the mode in which tarfile is to read it."""
-    if command := command_of(url):
-        with io.BufferedReader(Piped(command), 2**20) as file:
-            yield file, "r|*"
-    else:
-        with gzip.open(local(url)) if is_packed(url) else open(local(url), "rb") as file:
-            yield file, "r:"
-
-
-def aligned(file, offset):
-    """Moves to the first header at `offset` or after it → whether there is one: each header has a checksum."""
-    file.seek(offset // HEADER * HEADER)
-    while len(block := file.read(HEADER)) == HEADER:
-        with contextlib.suppress(tarfile.HeaderError):
-            tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
-            file.seek(-HEADER, os.SEEK_CUR)
-            return True
-    return False
+def opened(url, start):
+    """A shard as a TarFile, read from byte `start` on if it is a plain tar. It passes over what is no header."""
+    plain, command = is_plain_tar(url), command_of(url)
+    with io.BufferedReader(Piped(command), 2**20) if command else open(local(url), "rb") as file:
+        if plain:
+            file.seek(start // tarfile.BLOCKSIZE * tarfile.BLOCKSIZE)
+        with tarfile.open(fileobj=file, mode="r:" if plain else "r|*", ignore_zeros=plain and start > 0) as tar:
+            tar.ignore_zeros = True  # but for the first header: where that is none, it is no tar
+            yield tar
 
 
 def members(url, start=0, stop=math.inf):
-    """(key, suffix, bytes, room in the tar) of the files of the samples that belong to a shard's bytes from start to
-    stop; of stretches that follow each other, each sample belongs to one.
+    """(key, suffix, bytes) of the files in a shard. The key is the name without its last suffix. Of a link, and of a
+    file that is no image, caption or .json, the bytes are None; of one that is too large they are cut.
 
-    The key is the name without its last suffix. Of a link, and of a file that is no image, caption or .json, the bytes
-    are None, of one that is too large they are cut. Raises one of ERRORS.
-
-    The file after the first whose header is at `start` or behind it belongs, with its sample, to the stretch before: of
-    that first one a part may be missing, as long names stand in a header of their own.
+    start, stop: give the samples that follow the first file at byte `start`, up to that of the first file at `stop`.
+    So of stretches that follow each other each sample belongs to one, and is whole. Raises one of ERRORS.
     """
-    with opened(url) as (file, mode):
-        if start and not aligned(file, start):
-            return
-        with tarfile.open(fileobj=file, mode=mode) as tar:
-            before = after = None  # keys of the samples at `start` and `stop`
-            last = None  # number of the file that `after` is the key of
-            for number, info in enumerate(iter(tar.next, None)):
-                tar.members = []  # else it remembers all
-                folder, _, name = info.name.rpartition("/")
-                stem, _, suffix = name.rpartition(".")
-                key, suffix = f"{folder}/{stem or name}".lstrip("/"), f".{suffix}".lower() if stem else ""
-                if number == last:
-                    after = key
-                elif last is None and info.offset_data > stop:
-                    last = number + 1
-                if after not in (None, key):
-                    return
-                if start and number < 2:
-                    before = key
-                if key == before:
-                    continue
-                before = None
-                is_link = info.islnk() or info.issym()
-                if not (info.isfile() or is_link) or name.startswith(".") or "__MACOSX" in folder:
-                    continue
-                limit = LIMITS.get(suffix)
-                data = tar.extractfile(info).read(limit) if limit and not is_link else None
-                yield key, suffix, data, HEADER * (1 - -info.size // HEADER)
-            if mode == "r:":
-                file.seek(tar.offset)
-                if any(file.read(HEADER)):  # tarfile takes a broken header for the end
-                    raise tarfile.ReadError(f"no header at byte {tar.offset}")
-
-
-def samples(found, wanted, tally):
-    """Members → samples (key, {suffix: bytes}), each as soon as it is complete and the next has begun.
-
-    A sample's files may lie apart: first all images, then all captions. wanted: suffixes of which each sample has one;
-    a tuple of tuples. Incomplete ones come at the end, or when they take more than PENDING bytes.
-    """
-    pending, size, last = {}, 0, None
-
-    def complete(parts):
-        return all(any(suffix in parts for suffix in kinds) for kinds in wanted)
-
-    def taken(key):
-        parts = pending.pop(key)
-        return key, parts, sum(map(len, filter(None, parts.values())))
-
-    for key, suffix, data, _ in found:
-        if last in pending and key != last and complete(pending[last]):
-            *sample, freed = taken(last)
-            size -= freed
-            yield sample
-        last = key
-        parts = pending.setdefault(key, {})
-        if suffix in parts:
-            tally.skip(DUPLICATE, f"{key}{suffix}")
-            continue
-        parts[suffix] = data
-        size += len(data or b"")
-        while size > PENDING and len(pending) > 1:
-            *sample, freed = taken(next(iter(pending)))
-            size -= freed
-            yield sample
-    for key in list(pending):
-        yield taken(key)[:2]
+    first = last = None  # the keys of these two files
+    with opened(url, max(0, start - LONG_NAME)) as tar:
+        for info in iter(tar.next, None):
+            tar.members = []  # else it remembers all
+            folder, _, name = info.name.rpartition("/")
+            is_link = info.islnk() or info.issym()
+            if info.offset < start or not (info.isfile() or is_link) or name.startswith(".") or "__MACOSX" in folder:
+                continue
+            stem, _, suffix = name.rpartition(".")
+            key, suffix = f"{folder}/{stem or name}".lstrip("/"), f".{suffix}".lower() if stem else ""
+            first = first or key
+            if last is None and info.offset >= stop:
+                last = key
+            if last not in (None, key):
+                return
+            if start and key == first:
+                continue
+            data, limit = None, LIMITS.get(suffix)
+            if limit and not is_link:
+                size = min(info.size, limit)
+                tar.fileobj.seek(info.offset_data)  # several times as fast as extractfile
+                data = tar.fileobj.read(size)
+                if len(data) < size:
+                    raise tarfile.ReadError("unexpected end of data")
+            yield key, suffix, data
