@@ -128,12 +128,14 @@ class Learner:
             torch.rand(self.batch, 2, generator=generator),
         ]
         rank, ranks = distributed.rank(), distributed.world_size()
-        mine = [x.unflatten(0, (len(batches), ranks, -1))[:, rank].to(self.device) for x in drawn]
+        mine = [x.unflatten(0, (len(batches), ranks, -1))[:, rank] for x in drawn]
         return [self.micro_batch(batch, *noise) for batch, *noise in zip(batches, *mine, strict=True)]
 
     def micro_batch(self, batch, z, chances, noise, places):
-        """A data.sources.Batch and its noise → MicroBatch. places [b, 2]: where the images are cropped."""
-        images = batch.images.to(self.device)
+        """A data.sources.Batch and its noise → MicroBatch. places [b, 2]: where the images are cropped; these stay on the
+        CPU, which cuts.
+        """
+        images, z, chances, noise = (x.to(self.device) for x in (batch.images, z, chances, noise))
         real, given = pyramid(images, self.active), given_images(self.generator.config, images, noise)
         if given and self.recipe.crop:
             cut = self.generator.config.input_resolution, self.recipe.crop, places

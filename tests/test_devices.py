@@ -18,9 +18,10 @@ from presets import Preset, fitted_to
 from sampling import inference, views
 from sampling.pipeline import draw
 from step import Learner
-from tests.figures import TINY
+from tests.figures import LARGER, TINY
 from training.overfitting import OverfittingWatch
 from training.plan import FlopCounter, clip_without_weights
+from weights.perceptual import perceptual_network
 
 pytest.importorskip("triton")
 from tests.fake_cuda import DEVICE, fake_cuda
@@ -28,7 +29,7 @@ from tests.fake_cuda import DEVICE, fake_cuda
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device")
 BATCH, SIDE, PROMPTS = 4, 8, ["a red circle", "two blue squares"]
 # The batch comes from the CPU. Nothing else of a step does, nor does the host ask for a result.
-OF_A_BATCH = {f"cpu to cuda, {where}" for where in ("clip.py:tokenize", "step.py:micro_batch", "step.py:<listcomp>")}
+OF_A_BATCH = {"cpu to cuda, clip.py:tokenize", "cpu to cuda, step.py:<genexpr>"}
 
 
 @pytest.fixture
@@ -73,6 +74,19 @@ def test_a_step_waits_for_its_batch_alone(device, parts, recompute):
     device.waits.clear()
     report = learner.step(0, learner.prepare(0, 0, [batch_of(BATCH // parts)] * parts))
     assert "r1" in report and {value.device for value in report.values()} == {DEVICE}
+    assert device.waits == OF_A_BATCH
+
+
+def test_a_step_of_the_second_stage_waits_for_its_batch_alone(device):
+    with DEVICE:
+        clip = clip_without_weights("emoji")
+        perceptual = perceptual_network(LARGER.recipe, with_weights=False)
+    learner = Learner(fitted_to(LARGER, clip.width, clip.map_shapes), clip, DEVICE, torch.bfloat16, BATCH, perceptual)
+    batch = Batch(torch.empty(BATCH, 3, 32, 32), PROMPTS * 2, collections.Counter())
+    device.waits.clear()
+    report = learner.step(0, learner.prepare(0, 0, [batch]))
+    assert {"r1", "g_l1", "g_perceptual"} < report.keys()
+    assert {value.device for value in report.values()} == {DEVICE}
     assert device.waits == OF_A_BATCH
 
 
