@@ -132,9 +132,7 @@ class Learner:
         return [self.micro_batch(batch, *noise) for batch, *noise in zip(batches, *mine, strict=True)]
 
     def micro_batch(self, batch, z, chances, noise, places):
-        """A data.sources.Batch and its noise → MicroBatch. places [b, 2]: where the images are cropped; these stay on the
-        CPU, which cuts.
-        """
+        """A data.sources.Batch and its noise → MicroBatch. places [b, 2]: of the crops, on the CPU."""
         images, z, chances, noise = (x.to(self.device) for x in (batch.images, z, chances, noise))
         real, given = pyramid(images, self.active), given_images(self.generator.config, images, noise)
         if given and self.recipe.crop:
