@@ -4,6 +4,7 @@
     python evaluate.py --checkpoint runs/mine/generator_ema.safetensors --data my_pictures
     torchrun --nproc-per-node 8 evaluate.py --checkpoint aurora_v1.pth \\
         --data annotations/captions_val2014.json --count 30000 --features inception --clip ViT-g-14:laion2b_s34b_b88k
+    python evaluate.py --upsampler models/emoji_upsampler.safetensors   # enlarged by the second stage, and by bicubic
 
 The features are an EfficientNet's; with --features inception the distance is the FID of the field. One picture is
 generated for the caption of each real image. On the emoji also how often names, tags and held-out words are drawn
@@ -32,13 +33,12 @@ from common.disk import atomically
 from data import sources
 from data.coco import RESIZER, Coco
 from evaluation import emoji
+from evaluation.enlarging import enlarged, enlarger
 from evaluation.extractors import load_extractor
-from evaluation.features import embed, extract_generated, extract_real, own_resolution
-from evaluation.metrics import CANDIDATES, NEIGHBOURS, compare_images, compare_texts, fid, fid_of_halves
+from evaluation.features import OTHERS, drawing, extract_real, measure, measure_real, own_resolution
+from evaluation.metrics import CANDIDATES, NEIGHBOURS
 from sampling import inference
-from weights.checkpoint import DEMO, load_generator
-
-OTHERS = "FID to other real images"
+from weights.checkpoint import DEMO, load_generator, load_upsampler
 
 
 def parse_args(argv=None):
@@ -48,10 +48,11 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("--checkpoint", type=a_path, default=DEMO, help="generator_ema.safetensors, or aurora_v1.pth")
     add("--text-clip", help="where the generator's own large CLIP is, see sample.py's --clip")
+    add("--upsampler", type=a_path, help="also measure what this second stage makes of the images: a run, or its file")
     add_data(add, ", or COCO's captions_val2014.json")
     add("--images", type=a_path, help="the folder of COCO's images (default: val2014 beside the folder of the JSON)")
     add("--count", type=positive_int, help="generated images (default: 1000, for emoji 2400; on COCO 30000 is usual)")
-    add("--resolution", type=positive_int, help="of the images that are compared (default: the generator's own)")
+    add("--resolution", type=positive_int, help="of the images that are compared (default: the last stage's own)")
     add("--features", default="efficientnet", help="for the FID: efficientnet, inception, inception:FILE, or as --clip")
     add("--clip", help="of CLIP score, R-precision: a small CLIP, or MODEL:WEIGHTS (default: the run's own, or judge)")
     add("--truncation", type=finite_number, default=1.0, help="psi: 1 is all variety")
@@ -92,36 +93,31 @@ def open_source(args, generator, resolution):
     return source, resizer + then
 
 
-def describe(args, clip, generator, resolution, resizer, extractors):
-    """The protocol: what the numbers depend on beside the generator."""
+def describe(args, clip, generator, resolution, resizer, extractors, captions, skipped):
+    """The protocol: what the numbers depend on beside the generator. captions, skipped: of the real images."""
     highest, own = generator.config.levels[-1].resolution, own_resolution(generator, resolution)
     made = f"{highest}×{highest}"
     if own != highest:
         made += f", of which its own output at {own}×{own}, not resized"
     elif resolution != own:
         made += f", resized to {resolution}×{resolution} by antialiased bicubic"
+    half, candidates = len(captions) // 2, min(CANDIDATES, len(set(captions[: args.count])))
+    fewer = f"; with {args.count} it would be lower" if half < args.count else ""
+    reader = extractors["texts"].name
     return {
         "generator": f"{args.checkpoint.name}, {made}",
         "prompts read by": clip.name,
         "data": Path(args.data).name,
         "images": f"{args.count} real ones, {args.count} generated, one for each caption",
         "real images": resizer,
-        "features by": extractors[args.features].name,
+        "features by": extractors["images"].name,
         "precision, recall": f"{NEIGHBOURS} nearest neighbours, in the features of the FID",
-        "seed": args.seed,
-        "versions": f"PyTorch {torch.__version__}, Python {platform.python_version()}",
-    }
-
-
-def describe_real(args, captions, skipped, extractors):
-    """The part of the protocol that is known once the real images are read."""
-    half, candidates = len(captions) // 2, min(CANDIDATES, len(set(captions[: args.count])))
-    fewer = f"; with {args.count} it would be lower" if half < args.count else ""
-    return {
-        "CLIP score by": f"{extractors[args.clip].name}; the mean cosine",
+        "CLIP score by": f"{reader}; the mean cosine",
         "R-precision": f"the share of images whose own caption comes first among {candidates}, by the same network",
         OTHERS: f"of real images: between {half} of them and {half} others{fewer}",
         "passed over": ", ".join(f"{number} {cause}" for cause, number in skipped.items()) or "nothing",
+        "seed": args.seed,
+        "versions": f"PyTorch {torch.__version__}, Python {platform.python_version()}",
     }
 
 
@@ -129,78 +125,60 @@ def describe_real(args, captions, skipped, extractors):
 # What is measured.
 
 
-def measure_emoji(args, generator, text, resolution, extractors):
+def measure_all(draws, captions, real, args, resolution, extractors):
+    """The numbers of the real images and of every {name: function as of features.drawing}, printed → {side: of it}."""
+    results = {"real images": measure_real(captions, real, args.count, extractors)}
+    for name, draw in draws.items():
+        numbers = measure(draw, captions, real, args.count, args.seed, resolution, extractors)
+        results[name] = {"ψ": args.truncation, **numbers}
+    for name, numbers in results.items():
+        distributed.say(f"{name}: {', '.join(f'{what} {value:.4g}' for what, value in numbers.items())}")
+    return results
+
+
+def measure_emoji(draw, args, resolution, extractors):
     """R-precision of words, and variety, printed → what evaluation.json holds of them."""
     pictures = list(emoji.read_emoji())
     asked = emoji.questions([facts for facts, _ in pictures], args.seed)
-    shares = emoji.r_precision(generator, text, asked, args.truncation, args.seed, resolution, extractors[args.clip])
+    shares = emoji.r_precision(draw, asked, args.seed, resolution, extractors["texts"])
     for kind, (share, number) in shares.items():
         distributed.say(f"R-precision of {kind}: {share:.3f} of {number}")
-    share, number = emoji.variety(generator, text, pictures, args.truncation, args.seed)
+    share, number = emoji.variety(draw, pictures, args.seed)
     distributed.say(
         f"Variety: seeds of a name differ {share:.2f} times as much as real pictures of it ({number} names)"
     )
     return {"R-precision of words [share, number]": shares, "variety": share}
 
 
-def measure(args, generator, clip, captions, real, resolution, extractors, device):
-    """All numbers of generated images, and those of real images, printed → {side: of it}.
-
-    The FID is to the real images whose captions were drawn, as in the field. The FID to other real images is the one to
-    hold against that between two sets of real images, which have no captions in common either.
-    """
-    real_features = real[args.features].to(device)
-    others = real_features[args.count :]
-    captions = captions[: args.count]
-    texts = embed(extractors[args.clip], captions)
-    fake = extract_generated(generator, clip, captions, args.truncation, args.seed, resolution, extractors)
-    fake_features = fake[args.features].to(device)
-    result = {"ψ": args.truncation, **compare_images(real_features[: args.count], fake_features)}
-    result |= {OTHERS: fid(others, fake_features)} if len(others) == args.count else {}
-    result |= compare_texts(fake[args.clip], texts, captions)
-    distributed.say(", ".join(f"{name} {value:.4g}" for name, value in result.items()))
-    of_real = {OTHERS: fid_of_halves(real_features)}
-    of_real |= compare_texts(real[args.clip][: args.count], texts, captions)
-    distributed.say(f"Real images: {', '.join(f'{name} {value:.4g}' for name, value in of_real.items())}")
-    return {"results": result, "of real images": of_real}
-
-
 def evaluate(args, device):
     with distributed.together():
         check(args)
         generator, clip, _ = load_generator(args.checkpoint, device, args.text_clip)
+        upsampler = load_upsampler(args.upsampler, clip, device) if args.upsampler else None
         inference.prepare(generator)
-        resolution = args.resolution or generator.config.levels[-1].resolution
+        resolution = args.resolution or (upsampler or generator).config.resolutions[-1]
         source, resizer = open_source(args, generator, resolution)
-        options = {args.clip: "--clip", args.features: "--features"}  # one where they are the same
-        extractors = {spec: load_extractor(spec, option, device) for spec, option in options.items()}
+        specs = {"images": (args.features, "--features"), "texts": (args.clip, "--clip")}
+        extractors = {name: load_extractor(*spec, device) for name, spec in specs.items()}
     captions, real, skipped = extract_real(source, args.count, resolution, extractors)
-    protocol = describe(args, clip, generator, resolution, resizer, extractors)
-    protocol |= describe_real(args, captions, skipped, extractors)
-    if distributed.is_main():
-        print_protocol(protocol)
-    result = {"protocol": protocol}
-    result |= measure(args, generator, clip, captions, real, resolution, extractors, device)
-    if args.data == "emoji":
-        result |= measure_emoji(args, generator, clip, resolution, extractors)
-    if distributed.is_main():
-        write(args, result)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# What is told.
-
-
-def print_protocol(protocol):
+    real = {name: features.to(device) for name, features in real.items()}
+    protocol = describe(args, clip, generator, resolution, resizer, extractors, captions, skipped)
     width = max(map(len, protocol))
     for name, value in protocol.items():
-        print(f"  {name:{width}s}  {value}")
-
-
-def write(args, result):
-    path, content = args.out / "evaluation.json", json.dumps(result, indent=2, ensure_ascii=False)
-    atomically(path, lambda temporary: temporary.write_text(content, "utf-8"))
-    print(f"All of it, with its protocol: {path.resolve()}")
+        distributed.say(f"  {name:{width}s}  {value}")
+    draws = {"generated images": drawing(generator, clip, resolution, args.truncation)}
+    if upsampler:
+        small = drawing(generator, clip, upsampler.config.input_resolution, args.truncation)
+        draws["enlarged by the second stage"] = enlarged(
+            small, enlarger(upsampler, clip), upsampler.config.resolutions[-1]
+        )
+    result = {"protocol": protocol} | measure_all(draws, captions, real, args, resolution, extractors)
+    if args.data == "emoji":
+        result |= measure_emoji(draws["generated images"], args, resolution, extractors)
+    if distributed.is_main():
+        path, content = args.out / "evaluation.json", json.dumps(result, indent=2, ensure_ascii=False)
+        atomically(path, lambda temporary: temporary.write_text(content, "utf-8"))
+        print(f"All of it, with its protocol: {path.resolve()}")
 
 
 def main():

@@ -14,10 +14,10 @@ import torch
 
 from data.pairs import read_image
 from data.sources import EMOJI
-from evaluation.features import embed, extract_generated
+from evaluation.extractors import Extractor
+from evaluation.features import embed, extract_generated, to_pixels
 from evaluation.metrics import own_caption_first
 from layers import resize
-from sampling import latent
 
 SEEDS = 8  # pictures of each name, of which the variety is measured
 FEWEST = 4  # real pictures of a name, to be compared with
@@ -56,23 +56,26 @@ def questions(emoji, seed):
     return asked
 
 
-def r_precision(generator, text, asked, psi, seed, resolution, reader):
-    """{kind: (R-precision, number)} of `questions`. reader: the Extractor that embeds images and captions."""
+def r_precision(draw, asked, seed, resolution, reader):
+    """{kind: (R-precision, number)} of `questions`. draw: of features.drawing. reader: embeds images and captions."""
     kinds, prompts, answers = zip(*asked, strict=True)
-    images = extract_generated(generator, text, list(prompts), psi, seed, resolution, {"reader": reader})["reader"]
+    images = extract_generated(draw, list(prompts), seed, resolution, {"reader": reader})["reader"]
     hits = own_caption_first(images, embed(reader, answers), list(answers)).double()
     of_kind = {kind: [i for i, other in enumerate(kinds) if other == kind] for kind in dict.fromkeys(kinds)}
     return {kind: (hits[rows].mean().item(), len(rows)) for kind, rows in of_kind.items()}
 
 
-def spread(images):
-    """The mean distance between two of some images [N, 3, SIDE, SIDE], as the RMS over pixels and channels."""
-    points = images.flatten(1)
+def small(pixels):
+    """uint8 [B, 3, R, R] → [B, 3 · SIDE²], averaged down: the features that variety is measured in."""
+    return resize(pixels.float() / 127.5 - 1, SIDE).flatten(1)
+
+
+def spread(points):
+    """The mean distance between two of some images of `small`, [N, D], as the RMS over pixels and channels."""
     return (torch.pdist(points) / points.shape[1] ** 0.5).mean().item()
 
 
-@torch.no_grad()
-def variety(generator, text, emoji, psi, seed, names=200):
+def variety(draw, emoji, seed, names=200):
     """How much SEEDS pictures of one name differ, as a share of how much real ones differ → the share, and the number
     of names. emoji: of `read_emoji`, a list.
     """
@@ -82,11 +85,11 @@ def variety(generator, text, emoji, psi, seed, names=200):
             pictures[facts["name"]].append(svg)
     drawn = sorted(name for name, svgs in pictures.items() if len(svgs) >= FEWEST)
     drawn = np.random.default_rng(seed).permutation(drawn)[:names].tolist()
-    z = latent.noise(generator, SEEDS * len(drawn), seed)
     captions = [name for name in drawn for _ in range(SEEDS)]
-    images = [resize(o.image.clamp(-1, 1), SIDE) for o in latent.generate(generator, text, captions, z, None, psi)]
-    generated = sum(map(spread, torch.cat(images).cpu().split(SEEDS)))
+    points = extract_generated(draw, captions, seed, 64, {"small": Extractor("", small, None)})["small"]
+    generated = sum(map(spread, points.split(SEEDS)))
     real = 0.0
     for name in drawn:
-        real += spread(torch.stack([resize(read_image(io.BytesIO(svg), 64)[None], SIDE)[0] for svg in pictures[name]]))
+        images = torch.stack([read_image(io.BytesIO(svg), 64) for svg in pictures[name]])
+        real += spread(small(to_pixels(images, 64)))
     return generated / real, len(drawn)

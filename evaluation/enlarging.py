@@ -18,10 +18,11 @@ from common import distributed
 from common.cli import HelpFormatter, a_path, add_data, positive_int, told_in_one_line
 from data import sources
 from evaluation.extractors import efficientnet
-from evaluation.features import to_pixels
+from evaluation.features import share, to_pixels
 from evaluation.metrics import fid
 from losses import perceptual_distance
 from sampling import latent
+from sampling.pictures import in_range
 from upsampler import given_images, input_noise
 from weights.checkpoint import load_upsampler
 from weights.efficientnet import load_efficientnet
@@ -40,21 +41,32 @@ def enlarger(upsampler, text, seed=0):
     def enlarge(images, captions, resolution):
         given = given_images(config, images, input_noise(config, len(images), rng))
         z = torch.randn(len(images), config.z_dim, generator=rng)
-        (output,) = latent.generate(upsampler, text, captions, z, resolution, batch=len(images), given=given)
-        return output.image
+        outputs = latent.generate(upsampler, text, captions, z, resolution, batch=BATCH, given=given)
+        return torch.cat([output.image for output in outputs])
 
     return enlarge
 
 
+def enlarged(draw, enlarge, resolution):
+    """A function as of features.drawing, whose images are enlarged to a resolution by another, as of `enlarger`."""
+
+    def draw_large(captions, seed):
+        mine = iter(share(captions))
+        for images in draw(captions, seed):
+            yield enlarge(in_range(images), list(itertools.islice(mine, len(images))), resolution)
+
+    return draw_large
+
+
 @torch.no_grad()
 def compare(enlargers, source, small, large, count, device="cpu"):
-    """{name: function(images, captions, resolution)} → {name: {"perceptual", "fd"}} over `count` held-out pictures.
+    """{name: function(images, captions, resolution)} → {name: {"perceptual", "fd"}} over `count` pictures.
 
-    source: of pictures of large × large; small: the side they are averaged down to.
+    source: of pictures of large × large, of which those held out come first; small: the side they are averaged down to.
     """
     network, features_of = load_efficientnet(features_only=True).to(device), efficientnet(device).images
     distances, features = {name: [] for name in enlargers}, {name: [] for name in (*enlargers, "true")}
-    batches = itertools.islice(source.evaluation(BATCH, held_out=True), -(-count // BATCH))
+    batches = itertools.islice(source.evaluation_pairs(BATCH), -(-count // BATCH))
     for batch in tqdm(batches, total=-(-count // BATCH), leave=False):
         true = batch.images.to(device)
         maps = network(true)

@@ -1,6 +1,7 @@
-"""Extracts features of real and of generated images, with several frozen networks at once. The ranks share the images.
+"""Features of real and of generated images, by several frozen networks at once, and what is measured with them.
 
-Of N images a rank takes those numbered rank, rank + world_size, … All ranks return the features of all.
+The ranks share the images. Of N images a rank takes those numbered rank, rank + world_size, … All ranks return the
+features of all.
 """
 
 import collections
@@ -11,11 +12,14 @@ from tqdm import tqdm
 
 from common import distributed
 from common.cli import UserError
+from evaluation.metrics import compare_images, compare_texts, fid, fid_of_halves
 from layers import resize
 from sampling import latent
 from sampling.pictures import to_bytes
 
 BATCH = 64
+OTHERS = "FID to other real images"
+AS_READ = "the same, seen by what reads captions"
 
 
 def own_resolution(generator, resolution):
@@ -84,16 +88,31 @@ def extract_real(source, count, resolution, extractors):
     return captions, features, sum(distributed.collect(skipped), collections.Counter())
 
 
-def extract_generated(generator, clip, captions, psi, seed, resolution, extractors):
-    """Features {extractor: [N, D]} of one generated image for each caption, at truncation psi; z comes from the seed.
+def share(items):
+    """What this rank takes of N items."""
+    return items[distributed.rank() :: distributed.world_size()]
 
-    The images are the generator's own output at `resolution` if it has one, else its highest, resized.
+
+def drawing(generator, clip, resolution, psi=1.0):
+    """A Generator as a function of all captions and a seed, which yields the images of this rank's share in batches.
+
+    They are its own output at `resolution` if it has one, else its highest. psi: the truncation.
     """
-    share = slice(distributed.rank(), None, distributed.world_size())
-    z, own = latent.noise(generator, len(captions), seed)[share], own_resolution(generator, resolution)
-    outputs = latent.generate(generator, clip, captions[share], z, own, psi, BATCH)
-    pixels = (to_pixels(output.image, resolution) for output in outputs)
-    return gather(captions[share], extract(pixels, extractors, -(-len(z) // BATCH)))[1]
+    own = own_resolution(generator, resolution)
+
+    def draw(captions, seed):
+        z = share(latent.noise(generator, len(captions), seed))
+        for output in latent.generate(generator, clip, share(captions), z, own, psi, BATCH):
+            yield output.image
+
+    return draw
+
+
+def extract_generated(draw, captions, seed, resolution, extractors):
+    """Features {extractor: [N, D]} of one generated image for each caption. draw: see drawing."""
+    mine = share(captions)
+    pixels = (to_pixels(images, resolution) for images in draw(captions, seed))
+    return gather(mine, extract(pixels, extractors, -(-len(mine) // BATCH)))[1]
 
 
 @torch.no_grad()
@@ -101,6 +120,35 @@ def embed(extractor, captions):
     """The embeddings [N, D] of captions, on the CPU."""
     parts = (captions[i : i + BATCH] for i in range(0, len(captions), BATCH))
     return torch.cat([extractor.texts(part).cpu() for part in parts])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# All measures of a generator. The extractors are called "images", for distances, and "texts", which reads captions.
+
+
+def measure(draw, captions, real, count, seed, resolution, extractors):
+    """Draws an image for each of the first `count` captions → {measure: number}.
+
+    captions, real: of extract_real. The FID is to the real images whose captions are drawn, as in the field. The one to
+    other real images can be compared with that between two sets of real images, which have no captions in common
+    either. It is measured by both networks, since a system that learned through one of them is flattered by it
+    (Kynkäänniemi et al. 2022).
+    """
+    own, device = captions[:count], real["images"].device
+    made = {name: x.to(device) for name, x in extract_generated(draw, own, seed, resolution, extractors).items()}
+    result = compare_images(real["images"][:count], made["images"])
+    if len(captions) == 2 * count:
+        result[OTHERS] = fid(real["images"][count:], made["images"])
+        result[AS_READ] = fid(real["texts"][count:], made["texts"])
+    return result | compare_texts(made["texts"], embed(extractors["texts"], own).to(device), own)
+
+
+def measure_real(captions, real, count, extractors):
+    """The same of real images, as far as it can be told: distances are between the two halves of them."""
+    own = captions[:count]
+    texts = embed(extractors["texts"], own).to(real["texts"].device)
+    distances = {OTHERS: fid_of_halves(real["images"]), AS_READ: fid_of_halves(real["texts"])}
+    return distances | compare_texts(real["texts"][:count], texts, own)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

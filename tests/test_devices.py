@@ -1,6 +1,5 @@
 """Training, sampling and evaluation on a CUDA device that is not there: they mix no devices, and a step never waits."""
 
-import argparse
 import collections
 import dataclasses
 
@@ -9,9 +8,8 @@ import torch
 from torch._subclasses.fake_tensor import DynamicOutputShapeException
 
 import attention
-import evaluate
 from data.sources import Batch
-from evaluation import extractors
+from evaluation import extractors, features
 from growth import Growth
 from kernels import l2_attention
 from presets import Preset, fitted_to
@@ -143,9 +141,9 @@ def test_every_view_of_sampling(device):
 def test_what_evaluation_measures(device, monkeypatch):
     learner = learner_of()
     monkeypatch.setattr(extractors, "load_clip", lambda spec, device: learner.clip)
-    reader = {"emoji": extractors.small_clip("emoji", DEVICE)}
-    generator = inference.prepare(learner.ema)
-    captions, real, _ = evaluate.extract_real(Source(), BATCH, SIDE, reader)
-    args = argparse.Namespace(features="emoji", clip="emoji", count=BATCH, truncation=1.0, seed=0)
-    result = evaluate.measure(args, generator, learner.clip, captions, real, SIDE, reader, DEVICE)
-    assert {"R-precision", "FID"} <= result["results"].keys()
+    reader = dict.fromkeys(("images", "texts"), extractors.small_clip("emoji", DEVICE))
+    captions, real, _ = features.extract_real(Source(), BATCH, SIDE, reader)
+    real = {name: x.to(DEVICE) for name, x in real.items()}
+    draw = features.drawing(inference.prepare(learner.ema), learner.clip, SIDE)
+    result = features.measure(draw, captions, real, BATCH, 0, SIDE, reader)
+    assert {"R-precision", "FID"} <= result.keys()

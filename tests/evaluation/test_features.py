@@ -113,7 +113,7 @@ def test_a_lower_output_of_the_generator_is_taken_as_it_is(demo, resolution, own
     seen = []
     spy = {"spy": Extractor("", lambda pixels: seen.append(pixels) or means_of(pixels), None)}
     captions = ["red circle"] * 2
-    features.extract_generated(*demo, captions, 1.0, 7, resolution, spy)
+    features.extract_generated(features.drawing(*demo, resolution), captions, 7, resolution, spy)
     assert features.own_resolution(demo[0], resolution) == own
     z = latent.noise(demo[0], 2, seed=7)
     (output,) = latent.generate(*demo, captions, z)
@@ -215,7 +215,7 @@ def test_ranks_generate_different_images_and_together_those_of_one(demo, monkeyp
     captions, clip = [figures.caption(i) for i in range(5)], load_clip("emoji")
 
     def generated():
-        return features.extract_generated(*demo, captions, 1.0, 0, 16, MEANS)["means"]
+        return features.extract_generated(features.drawing(*demo, 16), captions, 0, 16, MEANS)["means"]
 
     def in_training():
         return features.extract_fake_features(demo[0], clip, captions, 16, seed=0)

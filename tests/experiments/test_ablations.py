@@ -1,128 +1,103 @@
-"""Every variant is what its name says, and a short series of runs ends in a table and a plot."""
-
-import json
-import sys
-from concurrent.futures import Executor, Future
+"""Every variant is what its name says, and a short series of runs ends in a table."""
 
 import pytest
 import torch
-from PIL import Image
 
 import aurora
 import discriminator
+from attention import l2_attention
 from aurora import Generator
-from baselines.ladagan import AdditiveAttention
+from evaluation import enlarging, extractors
 from experiments import ablations
 from modulation import DeformableConv2d
 from presets import PRESETS
 from tests import figures
+from upsampler import Upsampler
+
+FULL = ablations.full_preset("emoji")
 
 
-@pytest.fixture
-def variant(monkeypatch):
-    """name → the preset to train; what the variant replaces is put back afterwards."""
-    for name in ("Router", "DeformableConv2d", "l2_attention", "ModulatedSelfAttention"):
-        monkeypatch.setattr(aurora, name, getattr(aurora, name))
-    monkeypatch.setattr(discriminator, "squared_l2_attention", discriminator.squared_l2_attention)
-    return lambda name: ablations.VARIANTS[name](ablations.base(6400))
+def preset(name):
+    return ablations.BASE[name].preset(FULL)
 
 
-def sizes(preset):
-    return sum(p.numel() for p in Generator(preset.generator).parameters())
+def test_the_base_is_emoji_up_to_16_and_grows():
+    assert [level.resolution for level in FULL.generator.levels] == [4, 8, 16]
+    assert FULL.generator.levels[-1].num_kernels == 2 and preset("full") == FULL
+    assert FULL.recipe.images_per_phase == {4: 0, 8: 4000}
+    assert FULL.recipe.lr_generator == PRESETS["emoji"].recipe.lr_generator
 
 
-def test_the_base_is_emoji_up_to_16_and_grows(variant):
-    preset = variant("full")
-    assert [level.resolution for level in preset.generator.levels] == [4, 8, 16]
-    assert preset.recipe.images_per_phase == {4: 0, 8: 1600} and preset.generator.levels[-1].num_kernels == 2
-    assert preset.recipe.lr_generator == PRESETS["emoji"].recipe.lr_generator
-    assert variant("not progressive").recipe.images_per_phase == {4: 0, 8: 0}
-
-
-def test_what_is_left_out_by_the_recipe_and_by_sizes(variant):
-    full = variant("full")
-    assert variant("no CLIP loss").recipe.clip_weight == 0 < full.recipe.clip_weight
-    without = variant("no matching loss").recipe
+def test_what_is_left_out_by_recipe_and_by_sizes():
+    assert preset("no CLIP loss").recipe.clip_weight == 0 < FULL.recipe.clip_weight
+    without = preset("no matching loss").recipe
     assert without.matching_weight_discriminator == without.matching_weight_generator == 0
-    assert [level.num_experts for level in variant("one expert").generator.levels] == [0, 1, 1]
-    assert {level.num_kernels for level in variant("no adaptive kernels").generator.levels} == {1}
-    assert sizes(variant("one expert")) < sizes(full) and sizes(variant("no adaptive kernels")) < sizes(full)
+    assert [level.num_experts for level in preset("one expert").generator.levels] == [0, 1, 1]
+    assert {level.num_kernels for level in preset("no adaptive kernels").generator.levels} == {1}
+    full = PRESETS["emoji-256"]
+    second = {name: variant.preset(full) for name, variant in ablations.SECOND_STAGE.items()}
+    assert second["no noise on the input"].generator.input_noise == 0 < full.generator.input_noise
+    assert max(level.num_experts for level in second["one expert"].generator.levels) == 1
+    l1_only = second["L1 only"].recipe
+    assert l1_only.adversarial_weight == l1_only.clip_weight == l1_only.perceptual_weight == 0 < l1_only.l1_weight
 
 
-def test_the_router_without_w_does_not_hear_it(variant):
+def test_substitutes_are_in_place_for_a_while():
+    own = aurora.Router, aurora.DeformableConv2d
     u, w = torch.randn(2, 9, 64), torch.randn(2, 128)
-    variant("router without w")
-    router = aurora.Router(64, 4, 128)
-    assert torch.equal(router(u, w).logits, router(u, 5 * w + 1).logits)
+    with ablations.BASE["router without w"].in_place():
+        router = aurora.Router(64, 4, 128)
+        assert torch.equal(router(u, w).logits, router(u, 5 * w + 1).logits)
+    with ablations.BASE["no MTM"].in_place():
+        generator = Generator(FULL.generator)
+    assert not any(isinstance(module, DeformableConv2d) for module in generator.modules())
+    with torch.no_grad():
+        assert generator(torch.randn(1, 128), torch.randn(1, 24, 384), torch.tensor([5])).image.shape[-1] == 16
+    with ablations.BASE["dot-product attention"].in_place():
+        q, k, v = torch.randn(3, 2, 4, 9, 8, dtype=torch.float64)
+        torch.testing.assert_close(aurora.l2_attention(q, k, v), (q @ k.mT / 8**0.5).softmax(-1) @ v)
+        tied = (q @ q.mT / 8**0.5).softmax(-1) @ v
+        torch.testing.assert_close(discriminator.squared_l2_attention(q, v), tied)
+    assert (aurora.Router, aurora.DeformableConv2d) == own and aurora.l2_attention is l2_attention
 
 
-def test_no_mtm_leaves_no_deformable_convolution_and_the_shapes_as_they_were(variant):
-    def deformable(preset):
-        return any(isinstance(m, DeformableConv2d) for m in Generator(preset.generator).modules())
-
-    assert deformable(variant("full")) and not deformable(variant("no MTM"))
-    g = Generator(variant("no MTM").generator)
-    image = g(torch.randn(2, 128), torch.randn(2, 24, 384), torch.tensor([5, 7])).image
-    assert image.shape == (2, 3, 16, 16)
-
-
-def test_dot_products_are_what_both_networks_then_attend_by(variant):
-    variant("dot-product attention")
-    q, k, v = torch.randn(3, 2, 4, 9, 8, dtype=torch.float64)
-    expected = (q @ k.mT / 8**0.5).softmax(-1) @ v
-    torch.testing.assert_close(aurora.l2_attention(q, k, v), expected)
-    torch.testing.assert_close(discriminator.squared_l2_attention(q, v), (q @ q.mT / 8**0.5).softmax(-1) @ v)
+def test_a_second_stage_without_text_makes_the_same_of_every_caption():
+    with ablations.SECOND_STAGE["no text"].in_place():
+        network = Upsampler(figures.LARGER.generator)
+    image, noise, z, tokens = (
+        torch.randn(1, 3, 8, 8),
+        torch.randn(1, 3, 8, 8),
+        torch.randn(1, 128),
+        torch.randn(2, 1, 24, 384),
+    )
+    with torch.no_grad():
+        first, second = (network.text_head(read, torch.tensor([eot])) for read, eot in zip(tokens, (3, 9), strict=True))
+        made = network(image, noise, z, tokens[0], torch.tensor([3])).image
+    assert all(map(torch.equal, first, second)) and made.isfinite().all()
 
 
-def test_additive_self_attention_mixes_points_and_hears_w(variant):
-    g = Generator(variant("additive self-attention").generator)
-    attention, _ = [m for m in g.modules() if isinstance(m, AdditiveAttention)]
-    x, w = torch.randn(2, 9, 96, requires_grad=True), torch.randn(2, 192)
-    result = attention(x, w)
-    (gradient,) = torch.autograd.grad(result[:, 0].sum(), x)
-    assert result.shape == x.shape and (gradient != 0).all()  # a point depends on all
-    assert not torch.allclose(result, attention(x, w.flip(0)))
-    image = g(torch.randn(2, 128), torch.randn(2, 24, 384), torch.tensor([5, 7])).image
-    assert image.shape == (2, 3, 16, 16)
-
-
-class InPlace(Executor):
-    """Calls at once, in the main thread, as signals ask."""
-
-    def submit(self, function, *arguments):
-        done = Future()
-        done.set_result(function(*arguments))
-        return done
-
-
-def test_a_short_series_ends_in_a_table_and_a_plot(tmp_path, monkeypatch, capsys):
-    """In one process, and on a small shard in the place of the emoji."""
+@pytest.mark.parametrize("name", ["emoji", "emoji-256"])
+def test_a_short_series_ends_in_a_table(tmp_path, monkeypatch, run_main, name):
+    """On a small shard in the place of the emoji, with tiny networks; a step or two of each run."""
     monkeypatch.setattr("data.sources.EMOJI", figures.write_emoji(tmp_path / "emoji.tar.gz"))
-    monkeypatch.setattr(ablations, "ProcessPoolExecutor", lambda *_, **__: InPlace())
+    monkeypatch.setattr(ablations, "full_preset", {"emoji": figures.TINY, "emoji-256": figures.LARGER}.get)
     monkeypatch.setattr(ablations, "COUNT", 8)
-    command = "ablations.py --only full --seeds 1 --images 64 --out"
-    monkeypatch.setattr(sys, "argv", [*command.split(), str(tmp_path)])
-    ablations.main()
-    said = capsys.readouterr().out
-    assert "| full |" in said and "minutes a run" in said
-    assert Image.open(tmp_path / "ablations.png").width > 1000
-    result = tmp_path / "64" / "full" / "0" / "result.json"
-    assert json.loads(result.read_text())["images"] == 64
-    written = result.stat().st_mtime_ns
-    ablations.main()  # what is done is not done again
-    assert result.stat().st_mtime_ns == written
+    monkeypatch.setattr(ablations, "COUNT_LARGE", 8)
+    monkeypatch.setattr(extractors, "efficientnet", lambda device: figures.GRID_MEANS)
+    monkeypatch.setattr(enlarging, "efficientnet", lambda device: figures.GRID_MEANS)
+    options = ["--preset", name, "--only", "full", "--seeds", 2, "--minutes", 0.001, "--out", tmp_path]
+    status, said, error = run_main(ablations.main, *options)
+    assert status == 0 and "| full |" in said and said.count(" ± ") >= 3, error
+    results = sorted((tmp_path / name / "0.001-minutes" / "full").glob("*.json"))
+    written = [path.stat().st_mtime_ns for path in results]
+    assert [path.name for path in results] == ["0.json", "1.json"]
+    assert run_main(ablations.main, *options)[1] == said  # what is done is not done again
+    assert [path.stat().st_mtime_ns for path in results] == written
 
 
 @pytest.mark.parametrize(
-    ("options", "says"),
-    [
-        ("--only nothing", "no variant 'nothing'"),
-        ("--images 8", "a step takes"),
-        ("--out /proc/x", "error: /proc/x: No such"),
-    ],
+    ("options", "says"), [("--only nothing", "no variant 'nothing'"), ("--out /proc/x", "error: /proc/x: No such")]
 )
-def test_mistakes_are_told_in_one_line(monkeypatch, capsys, options, says):
-    monkeypatch.setattr(sys, "argv", ["ablations.py", *options.split()])
-    with pytest.raises(SystemExit):
-        ablations.main()
-    assert says in capsys.readouterr().err
+def test_mistakes_are_told_in_one_line(run_main, options, says):
+    status, _, error = run_main(ablations.main, *options.split())
+    assert status == 2 and says in error.splitlines()[-1]
