@@ -167,6 +167,12 @@ def test_the_losses_of_a_router_are_their_formulas():
     torch.testing.assert_close(losses.load_balancing_loss(logits, index), balance)
 
 
+def test_mode_seeking_is_the_inverse_of_the_distance():
+    first, second = torch.randn(2, 3, 4, 4, dtype=torch.float64), torch.randn(2, 3, 4, 4, dtype=torch.float64)
+    distance = sum(abs(a - b) for a, b in zip(first.flatten().tolist(), second.flatten().tolist(), strict=True)) / 96
+    assert losses.mode_seeking_loss(first, second).item() == pytest.approx(1 / (distance + 1e-3))
+
+
 def test_balanced_routing_costs_one():
     logits = torch.eye(4).repeat(1, 3, 1) * 20
     assert losses.load_balancing_loss(logits, logits.argmax(-1)).item() == pytest.approx(1)
