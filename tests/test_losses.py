@@ -268,6 +268,19 @@ def test_both_objectives_are_the_sum_of_their_parts():
     assert math.isfinite(report["loss"].item())
 
 
+def test_clip_sees_the_small_images_and_the_largest(monkeypatch):
+    """At 128×128 and 256×256 an image looks alike to it; the largest is always shown."""
+    clip, shown = load_clip("emoji"), []
+    see = clip.see
+    monkeypatch.setattr(clip, "see", lambda *images: [shown.append(x.shape[-1]) for x in images] and see(*images))
+    pyramid = {r: torch.zeros(2, 3, r, r) for r in (32, 64, 128, 256)}
+    output = Output(image=pyramid[256], pyramid=pyramid, w=torch.zeros(2, 4), routings={})
+    recipe = dataclasses.replace(TINY.recipe, adversarial_weight=0.0)
+    text = clip.read(["a", "b"])
+    losses.generator_loss(output, None, text, torch.tensor([1, 0]), CHANCES[:2, 1], None, clip, recipe)
+    assert shown == [32, 64, 256]
+
+
 def test_without_a_wrong_caption_nothing_is_matched():
     generator, discriminator, clip, real, fake, captions, z = objectives()
     recipe, ids = TINY.recipe, clip.tokenize(captions[:1] * 6)
