@@ -186,7 +186,7 @@ def main():
     with told_in_one_line():
         device = distributed.start(args.device)
         try:
-            with distributed.losses_told():
+            with distributed.lost_ranks_reported():
                 evaluate(args, device)
         finally:
             distributed.stop()

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from common import distributed
+from common import distributed, stopping
 from common.cli import UserError
 from common.disk import atomically
 from evaluation.features import extract_clip_features, extract_fake_features
@@ -44,11 +44,11 @@ class Growth:
         """The resolutions that learn, from low to high."""
         return self.resolutions[: self.phase.number + 1]
 
-    def measure_reference(self, source, path, asked_to_stop=lambda: False):
+    def measure_reference(self, source, path):
         """Takes two disjoint sets of real images: one lends its captions, the other the statistics of its features.
 
         They are pairs that training never sees, as far as the source has some. The ranks share the work, and the run
-        keeps the result in the file `path`. → whether it is done; else the run was asked to stop. Raises UserError.
+        keeps the result in the file `path`. Raises UserError, and Stopped where a rank was asked to stop.
         """
         made_from = {"data": list(source.describe()), "samples": self.recipe.fid_samples}
         made_from |= {"clip": self.clip.name, "seed": self.seed}
@@ -56,15 +56,12 @@ class Growth:
             kept = self.read_reference(path, made_from) if distributed.is_main() else None
         kept = distributed.broadcast(kept)
         if kept is None:
-            kept = self.compute_reference(source, asked_to_stop)
-            if kept and distributed.is_main():
+            kept = self.compute_reference(source)
+            if distributed.is_main():
                 kept["made from"] = made_from
                 atomically(path, lambda temporary: write_digested(kept, temporary))
-        if kept:
-            self.captions, self.statistics = kept["captions"], kept["statistics"]
-            self.given = kept.get("given", ())
-            self.reference_fid = kept["reference_fid"]
-        return bool(kept)
+        self.captions, self.given = kept["captions"], kept["given"]
+        self.statistics, self.reference_fid = kept["statistics"], kept["reference_fid"]
 
     def read_reference(self, path, made_from):
         """What an earlier start of this run has kept, or None if it was made from other data or with another CLIP."""
@@ -76,10 +73,8 @@ class Growth:
         return kept if kept.get("made from") == made_from else None
 
     @torch.no_grad()
-    def compute_reference(self, source, asked_to_stop):
-        """→ captions and, for an upsampler, its inputs; {resolution: (mean, covariance)}, {resolution: reference FID};
-        {} where a rank was to stop.
-        """
+    def compute_reference(self, source):
+        """→ captions, inputs of an upsampler, {resolution: (mean, covariance)}, {resolution: reference FID}, by name."""
         rank, ranks = distributed.rank(), distributed.world_size()
         quota = len(range(rank, 2 * self.recipe.fid_samples, ranks))
         features, captions, given = {r: [] for r in self.resolutions}, [], []
@@ -92,13 +87,13 @@ class Growth:
                 given += zip(*given_images(self.config, images, its_noise), strict=True)
                 for r in self.resolutions:
                     features[r].append(extract_clip_features(self.clip, resize(images, r)).cpu())
-                if len(captions) == quota or asked_to_stop():
+                if len(captions) == quota or stopping.asked():
                     break
-        shares = distributed.collect((asked_to_stop(), captions, given, features))
+        shares = distributed.collect((stopping.asked(), captions, given, features))
         if any(stopped for stopped, *_ in shares):
-            return {}
-        captions = [caption for _, share, *_ in shares for caption in share]
-        given = [images for *_, share, _ in shares for images in share]
+            raise stopping.Stopped
+        captions = [caption for _, share, _, _ in shares for caption in share]
+        given = [images for _, _, share, _ in shares for images in share]
         with distributed.together():
             if len(captions) < 4:
                 raise UserError(f"--data holds {len(captions)} usable pairs; training needs at least 4")
@@ -126,12 +121,13 @@ class Growth:
         phase, resolution = self.phase, self.active[-1]
         if resolution == self.resolutions[-1]:
             return None
-        reasons = {
-            "it is near the reference": phase.best_fid <= self.recipe.fid_factor * self.reference_fid[resolution],
-            "it stopped falling": phase.evaluations_since_best >= PATIENCE,
-            "that took its images": phase.images >= self.recipe.images_per_phase[resolution],
-        }
-        return next((reason for reason, holds in reasons.items() if holds), None)
+        if phase.best_fid <= self.recipe.fid_factor * self.reference_fid[resolution]:
+            return "it is near the reference"
+        if phase.evaluations_since_best >= PATIENCE:
+            return "it stopped falling"
+        if phase.images >= self.recipe.images_per_phase[resolution]:
+            return "that took its images"
+        return None
 
     def describe(self):
         """The best FID of the active resolution beside its reference, in words."""

@@ -9,12 +9,13 @@ import argparse
 import dataclasses
 import shlex
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from augment import check as check_augment
 from clip import load_clip
-from common import distributed
+from common import distributed, stopping
 from common.cli import (
     HelpFormatter,
     UserError,
@@ -34,11 +35,10 @@ from presets import PRESETS, fitted_to
 from sampling.inference import DTYPES, dtype_of
 from sampling.pictures import grid, to_pil
 from step import Learner
-from training.loop import Loop, stopping_when_asked
-from training.overfitting import OverfittingWatch
-from training.plan import HARDWARE, auto_or_positive, choose_parts, print_plan
+from training.loop import Loop, overfitting, watched_pairs
+from training.plan import HARDWARE, auto_or_positive, choose_micro_batches, print_plan
 from training.run_folder import RunFolder
-from training.small_clip import clip_for, ensure_small_clip, take_small_clip
+from training.small_clip import clip_for, clip_of_new_run, clip_of_resumed_run
 from weights import checkpoint
 from weights.perceptual import perceptual_network
 
@@ -53,7 +53,7 @@ def parse_args(argv=None):
     add("--out", type=a_path, help="the run's folder (default: runs/PRESET)")
     add("--steps", type=positive_int, help="total steps of the run (default: the preset's)")
     add("--batch", type=positive_int, help="global batch, over all ranks (default: the preset's)")
-    add("--accumulate", type=auto_or_positive, default="auto", help="parts to make each batch in; auto: as a GPU needs")
+    add("--accumulate", type=auto_or_positive, default="auto", help="micro-batches of each batch; auto: as a GPU needs")
     add("--seed", type=natural_number, default=0, help="of weights, data and noise")
     add("--resume", default="auto", help="auto: the run in --out; moved: its data lie elsewhere; no; or a checkpoint")
     add("--clip", help="train (a small one, on these pairs), emoji, a small one's file, or MODEL:WEIGHTS of "
@@ -76,128 +76,56 @@ def parse_args(argv=None):
     return args
 
 
-class Run:
-    """A run of Aurora: its networks, growth, data and folder. training/loop.py takes it through its steps."""
+class Run(NamedTuple):
+    """What a run is made of. `train` has the order of things; none of these knows it."""
 
-    def __init__(self, args, device, asked_to_stop=lambda: False):
-        self.args, self.device = args, device
-        with distributed.together():
-            self.preset = preset_of(args)
-            self.recipe = self.preset.recipe
-            self.batch, clip = args.batch or self.recipe.batch, args.clip or clip_for(args.data, self.preset)
-            self.dtype = dtype_of(args.dtype, device)
-            options = self.preset, self.batch, clip, device, self.dtype, args.out / "plan.json"
-            self.parts, self.r1_images = choose_parts(args.accumulate, *options)
-        identity = {"preset": args.preset, "data": args.data, "batch": self.batch, "seed": args.seed, "clip": clip}
-        identity["caption-key"] = args.caption_key
-        sharing = {"accumulate": self.parts, "workers": args.workers}
-        folder = RunFolder(args.out, identity, args.tensorboard, sharing)
-        state = folder.state(args.resume)
-        if clip == "train":
-            clip = folder.path / "clip.safetensors"
-            if state:
-                take_small_clip(folder.last_good.parent.parent / clip.name, clip)
-            else:
-                ensure_small_clip(clip, args.data, args.caption_key, args.seed, device, asked_to_stop)
-        with distributed.together():
-            self.build(clip)
-            self.loop = Loop(self, folder, self.source, args, asked_to_stop, args.steps or self.recipe.steps)
-            if state:
-                self.loop.load(state)
-            if args.init and state:
-                say(f"note: --init {args.init} is not used, as the run in {args.out} goes on")
-            elif args.init:
-                self.initialize(args.init)
-        self.learner.learn_at(self.growth.active)
+    args: argparse.Namespace
+    learner: Learner
+    growth: Growth
+    source: sources.Source
+    loop: Loop
 
-    def build(self, clip):
-        """The networks and the data."""
-        args, self.clip = self.args, load_clip(str(clip), self.device)
-        preset = fitted_to(self.preset, self.clip.width, self.clip.map_shapes)
+
+def build(args, device):
+    """A run as it starts, or as its last checkpoint left it → Run. Raises UserError; Stopped while a CLIP learns."""
+    with distributed.together():
+        preset = preset_of(args)
+        recipe, clip = preset.recipe, args.clip or clip_for(args.data, preset)
+        batch, dtype = args.batch or recipe.batch, dtype_of(args.dtype, device)
+        options = preset, batch, clip, device, dtype, args.out / "plan.json"
+        micro_batches, r1_images = choose_micro_batches(args.accumulate, *options)
+    identity = {"preset": args.preset, "data": args.data, "batch": batch, "seed": args.seed, "clip": clip}
+    identity["caption-key"] = args.caption_key
+    sharing = {"accumulate": micro_batches, "workers": args.workers}
+    folder = RunFolder(args.out, identity, args.tensorboard, sharing)
+    state = folder.state(args.resume)
+    if clip == "train":
+        clip = folder.path / "clip.safetensors"
+        if state:
+            clip_of_resumed_run(folder.last_good.parent.parent / clip.name, clip)
+        else:
+            clip_of_new_run(clip, args.data, args.caption_key, args.seed, device)
+    with distributed.together():
+        clip = load_clip(str(clip), device)
+        preset = fitted_to(preset, clip.width, clip.map_shapes)
         torch.manual_seed(args.seed)
-        if perceptual := perceptual_network(self.recipe):
-            perceptual.to(self.device)
-        self.learner = Learner(preset, self.clip, self.device, self.dtype, self.batch, perceptual, self.r1_images)
-        self.growth = Growth(self.recipe, self.learner.resolutions, self.clip, args.seed, preset.generator)
-        self.source = sources.open_data(args.data, self.learner.resolutions[-1], args.seed, args.caption_key)
-
-    def initialize(self, path):
-        """Starts from the weights of a generator_ema.safetensors, or of a checkpoint. Raises UserError."""
-        try:
-            missing = self.learner.load_weights(checkpoint.load_weights(path))
-        except (RuntimeError, KeyError) as error:
-            raise UserError(f"--init {path} does not fit preset {self.args.preset}: {first_line(error)}") from error
-        say(f"Starting from the weights of {path}{'; new: ' if missing else ''}{', '.join(missing)}.")
-
-    def train(self):
-        """Goes on up to the last step. Raises Stopped where the run is asked to stop before."""
-        loop = self.loop
-        for line in self.source.describe():
-            say(line)
-        path = loop.folder.path / "reference.pt"
-        if not self.growth.measure_reference(self.source, path, loop.asked_to_stop):
-            raise sources.Stopped
-        self.overfitting = OverfittingWatch(self.source, self.clip)
-        self.introduce()
-        loop.run()
-        loop.conclude()
-        say(f'Now: python sample.py "…" --checkpoint {shlex.quote(str(loop.folder.generator))}')
-
-    def introduce(self):
-        arguments = {name: str(value) for name, value in vars(self.args).items()}
-        self.loop.introduce(arguments | {"steps": self.loop.steps, "recipe": dataclasses.asdict(self.recipe)})
-        say(f"Training {self.args.preset} on {self.device}, {distributed.world_size()} rank(s); all in {self.args.out}")
-
-    # ------------------------------------------------------------------------------------------------------------------
-    # What the loop asks of a system.
-
-    @property
-    def phase(self):
-        return f"{self.growth.active[-1]}×{self.growth.active[-1]}"
-
-    def step(self, number, batches):
-        return self.learner.step(number, self.learner.prepare(self.args.seed, number, batches))
-
-    def after_step(self, number):
-        """Measures the FID now and then, and grows when the resolution is learned."""
-        self.growth.phase.images += self.batch
-        report = {"resolution": self.growth.active[-1]}
-        if number % max(1, self.recipe.fid_every // self.batch) == 0:
-            report |= self.growth.evaluate(self.learner.ema)
-            report |= self.overfitting.measure(self.learner, self.args.seed)
-        if reason := self.growth.reason_to_grow():
-            say(f"{self.phase} done: {self.growth.describe()}; {reason}.")
-            self.growth.grow()
-            self.learner.learn_at(self.growth.active)
-        return report
-
-    @torch.no_grad()
-    def draw_samples(self):
-        """A grid of fixed prompts and fixed z, by the moving average, and how the experts share the points."""
-        captions, given = self.growth.captions[:NUM_PICTURES], [x[:NUM_PICTURES] for x in self.growth.given]
-        ema = self.learner.ema
-        text = self.clip.read(captions)
-        z = torch.randn(len(captions), ema.config.z_dim, generator=torch.Generator().manual_seed(1))
-        given = [images.to(self.device) for images in given]
-        output = ema(*given, z.to(self.device), text.tokens, text.eot, self.growth.active[-1])
-        loads = {name: count / count.sum() for name, count in expert_counts(output.routings).items()}
-        return grid([to_pil(image) for image in output.image], captions, columns=8), loads
-
-    def weights_are_finite(self):
-        return self.learner.weights_are_finite()
-
-    def save_generator(self, path, state, notes):
-        resolution = self.learner.resolutions[state["phase"]["number"]]
-        about = notes | {"resolution": resolution}
-        checkpoint.save_generator(path, self.learner.ema, self.clip, resolution, about, state["ema"])
-
-    def state_dict(self):
-        return {"phase": dict(vars(self.growth.phase)), **self.learner.state_dict()}
-
-    def load_state_dict(self, state):
-        self.growth.phase = Phase(**state["phase"])
-        for name, (then, now) in self.learner.load_state_dict(state).items():
-            say(f"note: the learning rate of {name} was {then:g}, and the recipe now says {now:g}, which is taken")
+        if perceptual := perceptual_network(recipe):
+            perceptual.to(device)
+        learner = Learner(preset, clip, device, dtype, batch, perceptual, r1_images)
+        growth = Growth(recipe, learner.resolutions, clip, args.seed, preset.generator)
+        source = sources.open_data(args.data, learner.resolutions[-1], args.seed, args.caption_key)
+        loop = Loop(folder, args, batch, micro_batches, args.steps or recipe.steps)
+        if state:
+            with loop.resuming(state):
+                growth.phase = Phase(**state["phase"])
+                for name, (then, now) in learner.load_state_dict(state).items():
+                    say(f"note: the learning rate of {name} was {then:g}; now it is the recipe's, {now:g}")
+        if args.init and state:
+            say(f"note: --init {args.init} is not used, as the run in {args.out} goes on")
+        elif args.init:
+            start_from(args, learner)
+    learner.learn_at(growth.active)
+    return Run(args, learner, growth, source, loop)
 
 
 def preset_of(args):
@@ -208,6 +136,71 @@ def preset_of(args):
     return dataclasses.replace(preset, recipe=recipe)
 
 
+def start_from(args, learner):
+    """Loads the weights that --init names. Raises UserError."""
+    try:
+        missing = learner.load_weights(checkpoint.load_weights(args.init))
+    except (RuntimeError, KeyError) as error:
+        raise UserError(f"--init {args.init} does not fit preset {args.preset}: {first_line(error)}") from error
+    say(f"Starting from the weights of {args.init}{'; new: ' if missing else ''}{', '.join(missing)}.")
+
+
+def train(run):
+    """Goes on to the last step. Raises UserError, and Stopped where the run was asked to stop before it."""
+    args, learner, growth, source, loop = run
+    recipe, batch, folder = learner.recipe, learner.batch, loop.folder
+    for line in source.describe():
+        say(line)
+    growth.measure_reference(source, folder.path / "reference.pt")
+    pairs = watched_pairs(source, learner.clip)
+    folder.write_config({**vars(args), "steps": loop.last_step, "recipe": dataclasses.asdict(recipe)})
+    save(run)
+    loop.check_saved()
+    say(f"Training {args.preset} on {learner.device}, {distributed.world_size()} rank(s); all in {args.out}")
+
+    for number, batches in loop.steps(source):
+        report = learner.step(number, learner.prepare(args.seed, number, batches))
+        report = loop.count(report, batches) | {"resolution": growth.active[-1]}
+        growth.phase.images += batch
+        if (number + 1) % max(1, recipe.fid_every // batch) == 0:
+            report |= growth.evaluate(learner.ema)
+            report |= overfitting(learner, pairs, args.seed)
+        if reason := growth.reason_to_grow():
+            say(f"{growth.active[-1]}×{growth.active[-1]} done: {growth.describe()}; {reason}.")
+            growth.grow()
+            learner.learn_at(growth.active)
+        loop.log(report)
+        if loop.draws:
+            folder.write_picture(*draw_samples(learner, growth), number + 1)
+        if loop.saves:
+            save(run)
+
+    save(run)
+    loop.conclude()
+    say(f'Now: python sample.py "…" --checkpoint {shlex.quote(str(folder.generator))}')
+
+
+@torch.no_grad()
+def draw_samples(learner, growth):
+    """A grid of fixed prompts and fixed z, by the moving average; and {router: the experts' shares of the points}."""
+    captions, given = growth.captions[:NUM_PICTURES], [x[:NUM_PICTURES].to(learner.device) for x in growth.given]
+    text = learner.clip.read(captions)
+    z = torch.randn(len(captions), learner.ema.config.z_dim, generator=torch.Generator().manual_seed(1))
+    output = learner.ema(*given, z.to(learner.device), text.tokens, text.eot, growth.active[-1])
+    shares = {name: count / count.sum() for name, count in expert_counts(output.routings).items()}
+    return grid([to_pil(image) for image in output.image], captions, columns=8), shares
+
+
+def save(run):
+    """Writes a checkpoint and the generator's file, unless a weight is not finite."""
+    _, learner, growth, _, loop = run
+    if learner.weights_are_finite():
+        resolution = growth.active[-1]
+        notes = loop.notes(learner.device) | {"resolution": resolution}
+        generator = checkpoint.generator_file(learner.ema, learner.clip, resolution, notes)
+        loop.save({"phase": dict(vars(growth.phase)), **learner.state_dict()}, generator)
+
+
 def main():
     args = parse_args()
     with told_in_one_line():
@@ -215,8 +208,8 @@ def main():
             return print_plan(args, preset_of(args))
         device = distributed.start(args.device)
         try:
-            with distributed.losses_told(), stopping_when_asked() as asked_to_stop:
-                Run(args, device, asked_to_stop).train()
+            with distributed.lost_ranks_reported(), stopping.listening():
+                train(build(args, device))
         finally:
             distributed.stop()
 

@@ -13,11 +13,10 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from baselines.system import RESOLUTIONS
 from clip import load_clip
-from common import distributed
+from common import distributed, stopping
 from common.cli import (
     HelpFormatter,
     UserError,
@@ -29,14 +28,13 @@ from common.cli import (
     positive_int,
     told_in_one_line,
 )
-from common.disk import atomically
 from common.distributed import say
 from data import sources
 from sampling import latent
 from sampling.files import check_picture, save
 from sampling.pictures import grid, in_range, to_pil
 from step import noise_of
-from training.loop import Loop, stopping_when_asked
+from training.loop import Loop
 from training.run_folder import RunFolder
 from weights.checkpoint import generator_of, read_safetensors, without_prefix
 
@@ -87,60 +85,6 @@ def main(system_class):
         args.run(system_class, name, args)
 
 
-class Trained:
-    """A system of this folder as training/loop.py wants one."""
-
-    parts = 1
-
-    def __init__(self, system, args, captions):
-        self.system, self.args, self.captions = system, args, captions
-        self.batch, self.device = args.batch, system.device
-
-    @property
-    def phase(self):
-        return f"{self.system.resolution}×{self.system.resolution}"
-
-    def step(self, number, batches):
-        (batch,) = batches
-        clip, ranks = self.system.clip, distributed.world_size()
-        text = clip.read(batch.captions)
-        noise = noise_of(self.args.seed, number * ranks + distributed.rank())
-        return self.system.step(number, batch.images.to(self.device), text, noise)
-
-    def after_step(self, number):
-        return {}
-
-    def draw_samples(self):
-        clip = self.system.clip
-        images = self.system.sample(clip.read(self.captions), seed=1, count=1)
-        return grid([to_pil(image) for image in images], self.captions, columns=8), {}
-
-    def weights_are_finite(self):
-        return all(p.isfinite().all() for network in self.system.networks.values() for p in network.parameters())
-
-    def save_generator(self, path, state, notes):
-        tensors = {
-            f"{name}.{key}": value.contiguous()
-            for name in self.system.for_sampling
-            for key, value in state["networks"][name].items()
-        }
-        about = {"resolution": self.system.resolution, "unconditional": self.args.unconditional, "notes": notes}
-        metadata = {"system": type(self.system).__name__, "about": json.dumps(about), "clip": self.system.clip.name}
-        atomically(path, lambda temporary: save_file(tensors, temporary, metadata))
-
-    def state_dict(self):
-        kinds = {"networks": self.system.networks, "optimizers": self.system.optimizers}
-        states = {kind: {name: x.state_dict() for name, x in members.items()} for kind, members in kinds.items()}
-        return states | {"clip": self.system.clip.name}
-
-    def load_state_dict(self, state):
-        if state["clip"] != self.system.clip.name:
-            raise ValueError(f"it learned with {state['clip']}, and this is {self.system.clip.name}")
-        for kind, members in {"networks": self.system.networks, "optimizers": self.system.optimizers}.items():
-            for name, x in members.items():
-                x.load_state_dict(state[kind][name])
-
-
 def build(system_class, clip, resolution, device, unconditional):
     """A system as its options say. Raises UserError where it has no unconditional form."""
     if not unconditional:
@@ -163,29 +107,81 @@ def as_texts(args):
 def train(system_class, name, args):
     device = distributed.start("auto")
     try:
-        with distributed.losses_told(), stopping_when_asked() as asked_to_stop:
-            with distributed.together():
-                if args.batch % distributed.world_size():
-                    raise UserError(f"--batch {args.batch} cannot be shared by {distributed.world_size()} ranks")
-            identity = {option: getattr(args, option.replace("-", "_")) for option in IDENTITY}
-            folder = RunFolder(args.out, {"system": name, **identity}, sharing={"workers": args.workers})
-            state = folder.state("auto")
-            torch.manual_seed(args.seed)
-            with distributed.together():
-                system = build(system_class, load_clip(args.clip, device), args.resolution, device, args.unconditional)
-                source = sources.open_data(args.data, args.resolution, args.seed, args.caption_key)
-                captions = next(source.evaluation(NUM_PICTURES)).captions
-                loop = Loop(Trained(system, args, captions), folder, source, args, asked_to_stop, minutes=args.minutes)
-                if state:
-                    loop.load(state)
-            for line in source.describe():
-                say(line)
-            loop.introduce(as_texts(args))
-            say(f"Training {name} on {device}, {distributed.world_size()} rank(s); all in {args.out}")
-            loop.run()
-            loop.conclude()
+        with distributed.lost_ranks_reported(), stopping.listening():
+            run(system_class, name, args, device)
     finally:
         distributed.stop()
+
+
+def run(system_class, name, args, device):
+    with distributed.together():
+        if args.batch % distributed.world_size():
+            raise UserError(f"--batch {args.batch} cannot be shared by {distributed.world_size()} ranks")
+    identity = {option: getattr(args, option.replace("-", "_")) for option in IDENTITY}
+    folder = RunFolder(args.out, {"system": name, **identity}, sharing={"workers": args.workers})
+    state = folder.state("auto")
+    torch.manual_seed(args.seed)
+    with distributed.together():
+        system = build(system_class, load_clip(args.clip, device), args.resolution, device, args.unconditional)
+        source = sources.open_data(args.data, args.resolution, args.seed, args.caption_key)
+        captions = next(source.evaluation(NUM_PICTURES)).captions
+        loop = Loop(folder, args, args.batch, minutes=args.minutes)
+        if state:
+            with loop.resuming(state):
+                restore(system, state)
+    for line in source.describe():
+        say(line)
+    folder.write_config(as_texts(args))
+    save_run(loop, system, args)
+    loop.check_saved()
+    say(f"Training {name} on {device}, {distributed.world_size()} rank(s); all in {args.out}")
+
+    for number, batches in loop.steps(source):
+        (batch,) = batches
+        noise = noise_of(args.seed, number * distributed.world_size() + distributed.rank())
+        scalars = system.step(number, batch.images.to(device), system.clip.read(batch.captions), noise)
+        loop.log(loop.count(scalars, batches) | {"resolution": system.resolution})
+        if loop.draws:
+            images = system.sample(system.clip.read(captions), seed=1, count=1)
+            folder.write_picture(grid([to_pil(image) for image in images], captions, columns=8), {}, number + 1)
+        if loop.saves:
+            save_run(loop, system, args)
+
+    save_run(loop, system, args)
+    loop.conclude()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Files.
+
+
+def save_run(loop, system, args):
+    """Writes a checkpoint and the generator's file, unless a weight is not finite."""
+    if all(p.isfinite().all() for network in system.networks.values() for p in network.parameters()):
+        loop.save(state_of(system), generator_file(system, args.unconditional, loop.notes(system.device)))
+
+
+def state_of(system):
+    kinds = {"networks": system.networks, "optimizers": system.optimizers}
+    states = {kind: {name: x.state_dict() for name, x in members.items()} for kind, members in kinds.items()}
+    return states | {"clip": system.clip.name}
+
+
+def restore(system, state):
+    """The inverse of state_of. Raises ValueError where the run learned with another CLIP."""
+    if state["clip"] != system.clip.name:
+        raise ValueError(f"it learned with {state['clip']}, and this is {system.clip.name}")
+    for kind, members in {"networks": system.networks, "optimizers": system.optimizers}.items():
+        for name, x in members.items():
+            x.load_state_dict(state[kind][name])
+
+
+def generator_file(system, unconditional, notes):
+    """What drawing needs → tensors and metadata of a file."""
+    networks = {name: system.networks[name].state_dict() for name in system.for_sampling}
+    tensors = {f"{name}.{key}": x for name, network in networks.items() for key, x in network.items()}
+    about = {"resolution": system.resolution, "unconditional": unconditional, "notes": notes}
+    return tensors, {"system": type(system).__name__, "about": json.dumps(about), "clip": system.clip.name}
 
 
 @torch.no_grad()

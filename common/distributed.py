@@ -92,7 +92,7 @@ def stop():
 
 
 @contextlib.contextmanager
-def losses_told():
+def lost_ranks_reported():
     """Where another rank died, what its silence raises here becomes a UserError."""
     try:
         yield

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from common import distributed
 from common.cli import UserError, first_line, signals
+from common.stopping import Stopped
 from data.pairs import Tally
 
 EMOJI = Path(__file__).parent / "emoji.tar.gz"
@@ -39,10 +40,6 @@ class Batch(NamedTuple):
     captions: list[str]
     skipped: collections.Counter  # the pairs passed over on the way, by cause
     notes: tuple = ()  # (subject, what was met of it first) on them
-
-
-class Stopped(Exception):
-    """The run was asked to stop while it waited for data."""
 
 
 class Source:

@@ -40,7 +40,7 @@ from router import Router
 from sampling import inference
 from sampling.inference import DTYPES
 from sampling.pictures import to_pil
-from train import Run
+from train import build
 from train import parse_args as training_args
 from training.cuda_graph import WARM_UP
 from weights.checkpoint import DEMO, load_generator
@@ -157,15 +157,16 @@ def training_step(preset, batch, number, device):
     with tempfile.TemporaryDirectory() as folder:
         args = ["--preset", preset, "--dtype", "fp32", "--batch", str(batch), "--clip", "emoji"]
         args += ["--out", folder, "--workers", "0"]
-        run = Run(training_args(args), device)
-    run.learner.learn_at(run.learner.resolutions)
+        run = build(training_args(args), device)
+    learner = run.learner
+    learner.learn_at(learner.resolutions)
     images = next(sources.loader(run.source, 0, batch, 0))
     if device.type == "cuda":  # so that a graph is recorded, where train.py takes one
         for other in (0, 1) * (WARM_UP + 1):
-            run.step(other, [images])
+            learner.step(other, learner.prepare(0, other, [images]))
 
     def step(images=images):
-        run.step(number, [images])
+        learner.step(number, learner.prepare(0, number, [images]))
 
     return step
 

@@ -39,7 +39,7 @@ from presets import (
     Recipe,
     UpsamplerConfig,
 )
-from weights.checkpoint import save_generator
+from weights import checkpoint
 
 SIZES = {"small": 0.2, "large": 0.4}  # radius, as a share of the picture's side
 COLORS = {"red": (230, 30, 30), "yellow": (240, 220, 20), "green": (30, 160, 50), "blue": (30, 60, 220)}
@@ -210,7 +210,8 @@ def generator_file():
         if not parameter.any():
             parameter.data.normal_(std=0.1)  # else to-RGB, which starts at zero, would hide everything
     path = folder().parent / "generator_ema.safetensors"
-    save_generator(path, generator, load_clip("emoji"), 32, {"preset": "tiny", "resolution": 32, "images": 0})
+    notes = {"preset": "tiny", "resolution": 32, "images": 0}
+    checkpoint.save_generator(path, *checkpoint.generator_file(generator, load_clip("emoji"), 32, notes))
     return path
 
 

@@ -17,7 +17,7 @@ from sampling import inference, views
 from sampling.pipeline import draw
 from step import Learner
 from tests.figures import LARGER, TINY
-from training.overfitting import OverfittingWatch
+from training.loop import overfitting, watched_pairs
 from training.plan import FlopCounter, clip_without_weights
 from weights.perceptual import perceptual_network
 
@@ -115,10 +115,10 @@ class Source:
 def test_the_fid_of_training_and_overfitting(device):
     learner = learner_of()
     growth = Growth(dataclasses.replace(learner.recipe, fid_samples=BATCH), learner.resolutions, learner.clip, seed=0)
-    kept = growth.compute_reference(Source(), asked_to_stop=lambda: False)
+    kept = growth.compute_reference(Source())
     vars(growth).update({name: kept[name] for name in ("captions", "statistics", "reference_fid", "given")})
     assert "fid" in growth.evaluate(learner.ema)
-    assert "overfitting" in OverfittingWatch(Source(), learner.clip).measure(learner, seed=0)
+    assert "overfitting" in overfitting(learner, watched_pairs(Source(), learner.clip), seed=0)
 
 
 def test_every_view_of_sampling(device):

@@ -11,7 +11,7 @@ import torch
 from nicegui.testing import user_simulation
 
 import explore
-from baselines.command import Trained
+from baselines.command import generator_file
 from baselines.stylegan_t import StyleGANT
 from clip import load_clip
 from common.cli import UserError
@@ -19,7 +19,7 @@ from sampling import settings
 from sampling.pipeline import Pipeline
 from sampling.sheet import Point, Sheet
 from tests import figures
-from weights.checkpoint import DEMO
+from weights.checkpoint import DEMO, save_generator
 
 
 def visit(script, *checkpoints, prompt="red heart", models=None):
@@ -113,8 +113,7 @@ def test_a_baseline_stands_where_aurora_stood(tmp_path):
     clip = load_clip("emoji")
     system = StyleGANT(clip, 32, torch.device("cpu"))
     path = tmp_path / "generator_ema.safetensors"
-    trained = Trained(system, SimpleNamespace(batch=1, unconditional=False), [])
-    trained.save_generator(path, trained.state_dict(), {"clip": "emoji"})
+    save_generator(path, *generator_file(system, False, {"clip": "emoji"}))
     broken = tmp_path / "broken.safetensors"
     broken.write_bytes(b"text")
 

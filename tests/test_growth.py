@@ -62,7 +62,7 @@ def features_at(images, resolution):
 
 def test_the_reference_is_between_two_disjoint_sets_at_each_resolution(tmp_path):
     measured = Growth(RECIPE, [4, 8], Spread(), seed=0)
-    assert measured.measure_reference(Pictures(), tmp_path / "reference.pt")
+    measured.measure_reference(Pictures(), tmp_path / "reference.pt")
     assert measured.captions == [f"picture {i}" for i in range(5)]  # and the statistics are of the other images
     for resolution in (4, 8):
         features = features_at(Pictures.images, resolution)
@@ -84,7 +84,7 @@ def test_the_ranks_share_the_reference(monkeypatch):
                 yield Batch(self.images[number : number + 1], [f"picture {number}"], {})
 
     def work():
-        return Growth(RECIPE, [8], Spread(), seed=0).compute_reference(Shared(), lambda: False)
+        return Growth(RECIPE, [8], Spread(), seed=0).compute_reference(Shared())
 
     results = by_ranks(monkeypatch, 2, work)
     assert sorted(read) == sorted(2 * [*range(10)])  # by_ranks asks twice
@@ -95,8 +95,9 @@ def test_the_ranks_share_the_reference(monkeypatch):
         assert kept["reference_fid"][8] == pytest.approx(distance(features[0:10:2], features[1:10:2]), rel=1e-3)
 
 
-def test_a_run_is_stopped_while_it_measures_the_reference(tmp_path):
+def test_a_run_is_stopped_while_it_measures_the_reference(tmp_path, monkeypatch):
     read = []
+    monkeypatch.setattr(growth.stopping, "asked", lambda: bool(read))
 
     class Slow(Pictures):
         def evaluation_pairs(self, rank, world_size):
@@ -105,7 +106,8 @@ def test_a_run_is_stopped_while_it_measures_the_reference(tmp_path):
                 yield batch
 
     measured = Growth(RECIPE, [4], Spread(), seed=0)
-    assert not measured.measure_reference(Slow(), tmp_path / "reference.pt", lambda: bool(read))
+    with pytest.raises(growth.stopping.Stopped):
+        measured.measure_reference(Slow(), tmp_path / "reference.pt")
     assert read == [4] and not list(tmp_path.iterdir())
 
 

@@ -14,7 +14,7 @@ from losses import moe_loss
 from presets import DiscriminatorLevel, Level, UpsamplerConfig
 from step import NETWORKS
 from tests import figures
-from training import overfitting
+from training import loop
 from upsampler import Upsampler, add_detail, crop, enlarge, given_images, input_noise, new_generator
 from weights import checkpoint
 
@@ -127,14 +127,12 @@ def test_crops_of_all_resolutions_show_the_same(config):
 def run(*arguments):
     common = ("--preset", "tiny-larger", "--data", figures.folder(), "--clip", "emoji", "--workers", 0, "--batch", 2)
     args = train.parse_args([str(a) for a in (*common, "--set", "fid_samples=4", "fid_every=2", *arguments)])
-    training = train.Run(args, torch.device("cpu"))
-    training.train()
-    return training
+    train.train(train.build(args, torch.device("cpu")))
 
 
 def test_a_run_stopped_and_resumed_is_the_run_uninterrupted(tmp_path, monkeypatch):
     """Bit by bit: what it is given, too, is that of the step's number."""
-    monkeypatch.setattr(overfitting, "COUNT", 2)
+    monkeypatch.setattr(loop, "WATCHED", 2)
     run("--out", tmp_path / "whole", "--steps", 2)
     for steps in (1, 2):
         run("--out", tmp_path / "parts", "--steps", steps)

@@ -391,7 +391,7 @@ def auto_or_positive(text):
     return text if text == "auto" else positive_int(text)
 
 
-def choose_parts(accumulate, preset, batch, clip, device, dtype, path):
+def choose_micro_batches(accumulate, preset, batch, clip, device, dtype, path):
     """→ in how many parts a global batch is made, and how many images R1 takes at a time, None for all; on all ranks.
 
     accumulate: "auto", as few as the memory allows at the highest resolution; or a number. path: the file that keeps

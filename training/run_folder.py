@@ -175,7 +175,8 @@ class RunFolder:
 
     @written("config.json")
     def write_config(self, config):
-        content = json.dumps(config, indent=2) + "\n"
+        config |= self.identity | {"world_size": distributed.world_size(), "torch": torch.__version__}
+        content = json.dumps(config, indent=2, default=str) + "\n"
         disk.atomically(self.path / "config.json", lambda temporary: temporary.write_text(content, "utf-8"))
 
     @written("metrics.jsonl")
@@ -214,16 +215,16 @@ class RunFolder:
                     self.board.add_scalar(f"experts/{router}, share of expert {expert}", share, step)
             self.board.flush()
 
-    def save(self, step, state, keep, write_generator):
-        """state: all that a run needs to go on; the last `keep` of such files stay. write_generator: writes the file of
-        the generator, from a path and the state.
+    def save(self, step, state, generator, keep):
+        """Writes a checkpoint, if this step has none, and the generator's file; the last `keep` checkpoints stay.
 
-        A thread writes a copy of the state, while the run goes on. A save waits for the one before.
+        state: all that a run needs to go on. generator: tensors and metadata, see weights.checkpoint.generator_file.
+        A thread writes a copy, while the run goes on. A save waits for the one before.
         """
-        if distributed.is_main():
-            self.wait()
-            state = on_host({"identity": resolved(self.identity), "sharing": self.sharing, **state})
-            self.writing = self.writer.submit(self.write, step, state, keep, write_generator)
+        self.wait()
+        if distributed.is_main() and step != self.saved_step:
+            state = {"identity": resolved(self.identity), "sharing": self.sharing, **state}
+            self.writing = self.writer.submit(self.write, step, *on_host((state, generator)), keep)
 
     def wait(self):
         """Until the last checkpoint is on the disk, or it was told that it could not be written."""
@@ -231,14 +232,14 @@ class RunFolder:
             self.writing.result()
 
     @written("a checkpoint")
-    def write(self, step, state, keep, write_generator):
+    def write(self, step, state, generator, keep):
         self.last_good = checkpoint.save_run(self.checkpoints, step, state, keep)
         self.saved_step = step
-        self.write_generator(write_generator, state)
+        self.write_generator(*generator)
 
     @written("generator_ema.safetensors")
-    def write_generator(self, write, state):
-        write(self.generator, state)
+    def write_generator(self, tensors, metadata):
+        checkpoint.save_generator(self.generator, tensors, metadata)
 
 
 def on_host(state):

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from clip import BUILT_IN, fold_batch_norms, load_minilm, made_from, new_small, save_small
-from common import distributed
+from common import distributed, stopping
 from common.cli import (
     HelpFormatter,
     UserError,
@@ -45,16 +45,16 @@ STEPS = 1000, 4000  # at least and at most
 MAX_PAIRS = 50_000  # held in memory
 
 
-def train_small_clip(source, steps=None, batch=128, seed=0, device="cpu", asked_to_stop=lambda: False):
+def train_small_clip(source, steps=None, batch=128, seed=0, device="cpu"):
     """Trains a small CLIP on the pairs of a source of 32×32 images → FrozenClip. The same seed gives the same weights.
 
     steps: by default as many as there are pairs, within STEPS. Raises UserError where all captions are the same, and
-    Stopped once asked_to_stop() says so.
+    Stopped where the process was asked to stop.
 
     Half of the batches hold captions that differ in a word or two, as neighbours in the alphabet do: among captions
     drawn at random, telling a face from a flag would do, and skin tones and styles would not be read.
     """
-    pairs = list(until(asked_to_stop, itertools.islice(source.examples(), MAX_PAIRS)))
+    pairs = list(until_stopped(itertools.islice(source.examples(), MAX_PAIRS)))
     if len({line for _, captions in pairs for line in captions}) < 2:
         raise UserError("all captions are the same, and a small CLIP learns from differences; give other captions")
     steps = steps or min(max(len(pairs), STEPS[0]), STEPS[1])
@@ -69,8 +69,8 @@ def train_small_clip(source, steps=None, batch=128, seed=0, device="cpu", asked_
         learned = [parameter for parameter in clip.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(learned, LR, betas=(0.9, 0.98), weight_decay=0.1)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LR, total_steps=steps, pct_start=0.1)
-        batches, codes = draw_batches(captions, batch), sentence_codes(clip.text, captions, asked_to_stop)
-        for step in until(asked_to_stop, tqdm(range(steps), desc="training a small CLIP", unit="step")):
+        batches, codes = draw_batches(captions, batch), sentence_codes(clip.text, captions)
+        for step in until_stopped(tqdm(range(steps), desc="training a small CLIP", unit="step")):
             index, texts = next(batches)
             images = [x.to(device) for x in at_all_resolutions(pixels[index].float() / 127.5 - 1)]
             after = (step / steps - MISLED_AFTER) / (1 - MISLED_AFTER)
@@ -84,25 +84,25 @@ def clip_for(data, preset):
     return "train" if preset.clip_model in BUILT_IN and data != "emoji" else preset.clip_model
 
 
-def ensure_small_clip(path, data, caption_key, seed, device, asked_to_stop=lambda: False):
+def clip_of_new_run(path, data, caption_key, seed, device):
     """The main rank trains a small CLIP on a run's data and writes it to `path`, unless one of these data is there.
 
     Raises Stopped where the run is asked to stop, OSError where the disk is full, before the work.
     """
-    with distributed.together(), contextlib.suppress(sources.Stopped):
+    with distributed.together(), contextlib.suppress(stopping.Stopped):
         source = sources.open_data(data, 32, seed, caption_key)
         made = {"data": str(data), "caption-key": str(caption_key), "seed": str(seed), "text": load_minilm().name}
         made["found"] = " ".join(source.describe())
         if distributed.is_main() and not (path.is_file() and made_from(path) == made):
             check_room(path.parent)
             say("First a small CLIP learns to see these pictures as their captions say: a few minutes on one CPU core.")
-            clip = train_small_clip(source, seed=seed, device=device, asked_to_stop=asked_to_stop)
+            clip = train_small_clip(source, seed=seed, device=device)
             atomically(path, lambda temporary: save_small(clip, temporary, made))
-    if distributed.broadcast(asked_to_stop()):
-        raise sources.Stopped
+    if distributed.broadcast(stopping.asked()):
+        raise stopping.Stopped
 
 
-def take_small_clip(former, path):
+def clip_of_resumed_run(former, path):
     """A run that goes on takes the small CLIP that it learned with, from its former folder. Raises UserError."""
     with distributed.together():
         if not former.is_file():
@@ -111,22 +111,22 @@ def take_small_clip(former, path):
             atomically(path, lambda temporary: shutil.copyfile(former, temporary))
 
 
-def until(asked_to_stop, things):
-    """The things, one after another. Raises Stopped once asked_to_stop() says so."""
+def until_stopped(things):
+    """The things, one after another. Raises Stopped where the process was asked to stop."""
     for thing in things:
-        if asked_to_stop():
-            raise sources.Stopped
+        if stopping.asked():
+            raise stopping.Stopped
         yield thing
 
 
 @torch.no_grad()
-def sentence_codes(text, captions, asked_to_stop=lambda: False, batch=256):
+def sentence_codes(text, captions, batch=256):
     """Lists of captions → {caption: the text encoder's embedding [D]}. Each is read once, next to others as long."""
     lines = sorted({line for lines in captions for line in lines}, key=len)
     codes, device = {}, text.words.weight.device
     with torch.autocast(device.type, torch.bfloat16, enabled=dtype_of("auto", device) == torch.bfloat16):
         parts = tqdm(range(0, len(lines), batch), desc="reading captions", unit="batch")
-        for first in until(asked_to_stop, parts):
+        for first in until_stopped(parts):
             part = lines[first : first + batch]
             ids = text.tokenize(part)
             codes |= zip(part, text.encode(ids[:, : (ids != 0).sum(1).max()]).embedding.float(), strict=True)

@@ -28,24 +28,29 @@ DEMO = MODELS / "emoji.safetensors"
 # A generator, ready for sample.py.
 
 
-def save_generator(path, generator, clip, resolution, notes, state=None):
-    """Writes the levels of a generator up to `resolution`, and the names of its text encoder and of its CLIP.
+def generator_file(generator, clip, resolution, notes):
+    """What is in the file of a generator: tensors and metadata, of the levels up to `resolution` and the names of its
+    text encoder and of its CLIP.
 
-    notes: a dict of what is worth knowing about the run, kept in the file's metadata. state: an earlier state of the
-    generator, by default its own. Raises OSError on a full disk.
+    notes: a dict of what is worth knowing about the run.
     """
     levels = tuple(level for level in generator.config.levels if level.resolution <= resolution)
     config = dataclasses.replace(generator.config, levels=levels)
     with torch.device("meta"):
         names = new_generator(config).state_dict().keys()
-    state = state or generator.state_dict()
-    tensors = {f"generator.{name}": state[name].contiguous() for name in names}
+    state = generator.state_dict()
     metadata = {
         "upsampler" if isinstance(config, UpsamplerConfig) else "generator": json.dumps(dataclasses.asdict(config)),
         "text": clip.text.name,
         "clip": clip.name,
         "notes": json.dumps(notes),
     }
+    return {f"generator.{name}": state[name] for name in names}, metadata
+
+
+def save_generator(path, tensors, metadata):
+    """Writes the file of a generator, see generator_file. Raises OSError on a full disk."""
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     atomically(path, lambda temporary: save_file(tensors, temporary, metadata))
 
 

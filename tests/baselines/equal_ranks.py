@@ -14,24 +14,31 @@ from baselines import command, muse
 from common import distributed
 from training.loop import Loop
 
+system = []
+
 
 class Short(Loop):
     """Two steps of the VQGAN, two of the transformer, and a look at what the ranks hold."""
 
-    def __init__(self, system, folder, source, options, asked_to_stop, minutes):
-        super().__init__(system, folder, source, options, asked_to_stop, steps=4)
+    def __init__(self, folder, options, batch, minutes):
+        super().__init__(folder, options, batch, last_step=4)
 
     def conclude(self):
         super().conclude()
-        networks = self.system.system.networks
-        states = distributed.collect({name: network.state_dict() for name, network in networks.items()})
+        (muse,) = system
+        states = distributed.collect({name: network.state_dict() for name, network in muse.networks.items()})
         for name, state in states[0].items():
             for key, value in state.items():
                 assert all(torch.equal(value, other[name][key]) for other in states[1:]), f"{name}.{key}"
-        distributed.say(f"{len(states)} ranks with {len(networks)} equal networks")
+        distributed.say(f"{len(states)} ranks with {len(muse.networks)} equal networks")
+
+
+def build(*options, build=command.build):
+    system.append(build(*options))
+    return system[0]
 
 
 muse.TOKENIZER_IMAGES = 16
-command.Loop, command.NUM_PICTURES = Short, 2
+command.Loop, command.NUM_PICTURES, command.build = Short, 2, build
 sys.argv[1:] = ["train", "--data", sys.argv[2], "--batch", "8", "--workers", "0", "--out", sys.argv[1]]
 command.main(muse.Muse)

@@ -3,7 +3,6 @@
 import shutil
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -43,7 +42,7 @@ def learn(monkeypatch, run_main):
     monkeypatch.setattr(muse, "TOKENIZER_IMAGES", 2 * BATCH)
 
     def learn(system, steps, *options):
-        monkeypatch.setattr(command, "Loop", lambda *args, **_: Loop(*args, steps=steps))
+        monkeypatch.setattr(command, "Loop", lambda *args, **_: Loop(*args, last_step=steps))
         always = ("--batch", BATCH, "--workers", 0)
         return run_main(lambda: command.main(system), "train", *always, *options)
 
@@ -108,8 +107,7 @@ def test_prompts_and_generators_that_cannot_be_drawn_are_one_line(tmp_path, run_
     shutil.copyfile(BUILT_IN["emoji"], clip)
     system = LadaGAN(load_clip(str(clip)), 32, torch.device("cpu"))
     next(system.networks["ema"].parameters()).fill_(torch.nan)
-    trained = command.Trained(system, SimpleNamespace(batch=1, unconditional=False), [])
-    trained.save_generator(path, trained.state_dict(), {"clip": str(clip)})
+    checkpoint.save_generator(path, *command.generator_file(system, False, {"clip": str(clip)}))
 
     def draw(prompt):
         options = ("--num", 1, "--checkpoint", path, "--out", tmp_path / "a.png")
@@ -128,7 +126,7 @@ def test_prompts_and_generators_that_cannot_be_drawn_are_one_line(tmp_path, run_
         assert status == 2 and says in error and error.count("\n") == 0, error
     system.clip.name = "another"
     with pytest.raises(ValueError, match="it learned with small CLIP"):
-        trained.load_state_dict({"clip": metadata["clip"]})
+        command.restore(system, {"clip": metadata["clip"]})
 
 
 def test_ranks_stay_equal(tmp_path):

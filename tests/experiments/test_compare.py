@@ -8,12 +8,13 @@ import torch
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
-from baselines.command import Trained
+from baselines.command import generator_file
 from baselines.ladagan import LadaGAN
 from clip import BUILT_IN, load_clip
 from evaluation import emoji, extractors
 from experiments import compare
 from tests import figures
+from weights.checkpoint import save_generator
 
 
 @pytest.fixture
@@ -24,9 +25,8 @@ def run(tmp_path, monkeypatch):
     system = LadaGAN(load_clip("emoji"), 32, "cpu")
     folder = tmp_path / "ladagan"
     folder.mkdir()
-    trained = Trained(system, SimpleNamespace(batch=32, unconditional=False), [])
     notes = {"clip": "emoji", "step": 2, "images": 64, "seconds": 7200}
-    trained.save_generator(folder / "generator_ema.safetensors", trained.state_dict(), notes)
+    save_generator(folder / "generator_ema.safetensors", *generator_file(system, False, notes))
     lines = [json.dumps({"step": step, "cpu_seconds": seconds}) for step, seconds in enumerate((90, 18, 9), 1)]
     (folder / "metrics.jsonl").write_text("\n".join(lines))
     return folder, system

@@ -45,7 +45,7 @@ def file(networks, tmp_path_factory):
     folder = tmp_path_factory.mktemp("stages")
     clip = types.SimpleNamespace(name="small CLIP", text=load_minilm())
     for network, name in zip(networks, ("g.safetensors", "g_upsampler.safetensors"), strict=True):
-        checkpoint.save_generator(folder / name, network, clip, 64, {})
+        checkpoint.save_generator(folder / name, *checkpoint.generator_file(network, clip, 64, {}))
     return folder / "g.safetensors"
 
 

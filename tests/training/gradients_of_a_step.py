@@ -23,8 +23,8 @@ def main(path, dtype, *options):
     read_in_the_dtype()
     device = distributed.start("cpu")
     arguments = f"--preset tiny --clip emoji --dtype fp32 --workers 0 --batch 8 --out {path}.run".split()
-    run = train.Run(train.parse_args([*arguments, *options]), device)
-    learner = run.learner
+    run = train.build(train.parse_args([*arguments, *options]), device)
+    learner, micro_batches = run.learner, run.loop.micro_batches
     torch.manual_seed(1)
     for network in (learner.generator, learner.discriminator):
         for parameter in network.parameters():
@@ -34,8 +34,9 @@ def main(path, dtype, *options):
         learner.learn_at(stage)
         for group in learner.optimizer_d.param_groups + learner.optimizer_g.param_groups:
             group["lr"] = 0.0  # else Adam's first step would make of each gradient its sign
-        batches = sources.loader(run.source, 0, run.batch // run.parts, 0)
-        report = run.step(0, [some_alike(next(batches)) for _ in range(run.parts)])
+        loader = sources.loader(run.source, 0, learner.batch // micro_batches, 0)
+        batches = [some_alike(next(loader)) for _ in range(micro_batches)]
+        report = learner.step(0, learner.prepare(0, 0, batches))
         assert report["r1"] > 0 and report["g_clip"] > 0 and report["d_matching"] > 0
         gradients |= {
             f"{stage[-1]}.{kind}.{name}": parameter.grad.clone()

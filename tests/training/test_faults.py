@@ -85,16 +85,16 @@ def room_afterwards():
 
 @pytest.fixture
 def at_step(monkeypatch):
-    """at_step({2: f}) calls f(run) as step 2 begins."""
+    """at_step({2: f}) calls f(learner) as step 2 begins."""
 
     def plan(actions):
-        step = train.Run.step
+        step = Learner.step
 
-        def disturbed(self, number, batches):
+        def disturbed(self, number, micro_batches):
             actions.get(number, lambda _: None)(self)
-            return step(self, number, batches)
+            return step(self, number, micro_batches)
 
-        monkeypatch.setattr(train.Run, "step", disturbed)
+        monkeypatch.setattr(Learner, "step", disturbed)
 
     return plan
 
@@ -164,8 +164,8 @@ def test_weights_that_become_nan(tmp_path, common, expected, at_step, monkeypatc
     """The run stops, names its last good checkpoint, and goes on from there."""
     monkeypatch.setattr(loop, "MOST_REJECTED", 4)
 
-    def poison(training):
-        next(getattr(training.learner, network).parameters()).data.fill_(float("nan"))
+    def poison(learner):
+        next(getattr(learner, network).parameters()).data.fill_(float("nan"))
 
     actions = {2: poison}
     at_step(actions)
@@ -190,7 +190,7 @@ def test_data_that_is_nan_costs_one_update(tmp_path, common, monkeypatch, capsys
     monkeypatch.setattr(Learner, "prepare", poisoned)
     training = run(*common, "--out", tmp_path, "--steps", 5, "--save-every", 100)
     assert training.loop.progress.rejected == 1 and "1 updates were left out as not finite" in capsys.readouterr().out
-    assert training.weights_are_finite() and state_of(tmp_path)["progress"]["step"] == 5
+    assert training.learner.weights_are_finite() and state_of(tmp_path)["progress"]["step"] == 5
 
 
 def test_a_checkpoint_that_holds_code(tmp_path, three_steps, common, expected):
@@ -212,21 +212,3 @@ def test_a_checkpoint_that_holds_code(tmp_path, three_steps, common, expected):
 def test_kills_at_random_moments(tmp_path):
     """The short form of torture.py."""
     torture(ranks=1, kills=2, steps=20, folder=tmp_path)
-
-
-def test_symptoms_are_told_once_when_they_last(monkeypatch):
-    said = []
-    monkeypatch.setattr(loop, "say", said.append)
-    watch = loop.Loop(None, None, None, None, None)
-    healthy = {"expert_min_share": 0.5, "logits_real": 1.0, "logits_fake": -1.0}
-    sick = {"expert_min_share": 0.0, "logits_real": 9.0, "logits_fake": -9.0}
-    for report, steps in ((sick, loop.LASTING - 1), (healthy, 1), (sick, loop.LASTING - 1)):
-        for _ in range(steps):
-            watch.tell_symptoms(report)
-    assert not said
-    for _ in range(loop.LASTING):
-        watch.tell_symptoms(sick)
-    assert len(said) == 2 and "an expert gets next to no points" in said[0] and "certain of every image" in said[1]
-    for _ in range(loop.LASTING):
-        watch.tell_symptoms({**healthy, "logits_real": 0.0, "logits_fake": 0.0})
-    assert len(said) == 3 and "tells nothing apart" in said[2]

@@ -1,76 +1,127 @@
-"""The loop with a system that does nothing: what it saves, and when."""
+"""The loop without networks: what it makes of reports, and when it ends, saves and warns."""
 
+import contextlib
 import itertools
 from collections import Counter
 from types import SimpleNamespace
 
+import pytest
 import torch
-from PIL import Image
 
-from data.sources import Batch, Stopped
+from clip import load_clip
+from common import distributed
+from common.stopping import Stopped
+from data.sources import Batch
 from training import loop
+from training.loop import Loop, overfitting, watched_pairs
 from training.run_folder import RunFolder
-from weights import checkpoint
 
-LOSS = {"d_loss": torch.zeros(())}
 OPTIONS = SimpleNamespace(workers=0, sample_every=100, save_every=100, save_minutes=15, keep=3)
+BATCH = Batch(None, [], Counter())
+HEALTHY = {"expert_min_share": 0.5, "logits_real": 1.0, "logits_fake": -1.0}
 
 
-class Idle:
-    """A system that learns nothing."""
-
-    batch, parts, phase, device = 2, 1, "idle", torch.device("cpu")
-
-    def step(self, number, batches):
-        return LOSS
-
-    def after_step(self, number):
-        return {}
-
-    def weights_are_finite(self):
-        return True
-
-    def state_dict(self):
-        return {}
-
-    def load_state_dict(self, state):
-        pass
-
-    def draw_samples(self):
-        return Image.new("RGB", (4, 4)), {}
-
-    def save_generator(self, path, state, notes):
-        path.write_bytes(b"generator")
+def run(tmp_path, monkeypatch, batches, state=None, minutes_a_step=0, **ends):
+    """A run without networks, from its start or a state, to its end → its loop."""
+    monkeypatch.setattr(loop.sources, "loader", lambda *_, **__: iter(batches))
+    folder = RunFolder(tmp_path, {"seed": 0})
+    folder.state("auto")
+    made = Loop(folder, OPTIONS, batch=2, **ends)
+    if state:
+        with made.resuming(state):
+            pass
+    for _, its_batches in made.steps(None):
+        report = made.count({"d_loss": torch.zeros(())}, its_batches)
+        made.progress.seconds += 61 * minutes_a_step
+        made.log(report | {"resolution": 4})
+    made.save({}, ({}, {}))
+    return made
 
 
 def test_a_run_that_is_stopped_while_its_data_stall_is_saved(tmp_path, monkeypatch):
-    def stalling(*_, **__):
-        yield from [Batch(None, [], Counter())] * 3
+    def stalling():
+        yield from [BATCH] * 3
         raise Stopped
 
-    monkeypatch.setattr(loop.sources, "loader", stalling)
-    folder = RunFolder(tmp_path, {"seed": 0})
-    folder.state("auto")
-    loop.Loop(Idle(), folder, None, OPTIONS, lambda: False, steps=9).run()
-    assert folder.saved_step == 3
-    assert checkpoint.newest_run(folder.checkpoints, print)[1]["progress"]["step"] == 3
+    made = run(tmp_path, monkeypatch, stalling(), last_step=9)
+    with pytest.raises(Stopped):
+        made.conclude()
+    assert made.folder.saved_step == 3
 
 
 def test_a_run_whose_minutes_are_over_makes_no_step_more(tmp_path, monkeypatch, capsys):
-    batches = itertools.repeat(Batch(None, [], Counter()))
-    monkeypatch.setattr(loop.sources, "loader", lambda *_, **__: batches)
-    folder = RunFolder(tmp_path, {"seed": 0})
-    folder.state("auto")
+    state = None
     for minutes, steps in ((1, 2), (1, 2), (3, 4)):  # stopped in the step after; begun again; given more
-        run = loop.Loop(Idle(), folder, None, OPTIONS, lambda: False, minutes=minutes)
-        if checkpoint.checkpoints(folder.checkpoints):
-            run.load(checkpoint.newest_run(folder.checkpoints, print)[1])
-        run.system.after_step = lambda number, run=run: take_a_minute(run.progress)
-        run.run()
-        run.conclude()
-        assert run.progress.step == steps and f"Its {minutes} minutes are over" in capsys.readouterr().out
+        made = run(tmp_path, monkeypatch, itertools.repeat(BATCH), state, minutes_a_step=1, minutes=minutes)
+        made.conclude()
+        assert made.progress.step == steps and f"Its {minutes} minutes are over" in capsys.readouterr().out
+        state = RunFolder(tmp_path, {"seed": 0}).state("auto")
 
 
-def take_a_minute(progress):
-    progress.seconds += 61
-    return {}
+def test_symptoms_are_told_once_when_they_last(tmp_path, monkeypatch):
+    said, sick = [], HEALTHY | {"expert_min_share": 0.0, "logits_real": 9.0, "logits_fake": -9.0}
+    monkeypatch.setattr(loop, "say", said.append)
+    watched = Loop(RunFolder(tmp_path, {}), OPTIONS, batch=2)
+
+    def log(report, steps):
+        for _ in range(steps):
+            watched.warn(report)
+
+    for report, steps in ((sick, loop.LASTING - 1), (HEALTHY, 1), (sick, loop.LASTING - 1)):
+        log(report, steps)
+    assert not said
+    log(sick, 2)
+    assert len(said) == 2 and "an expert gets next to no points" in said[0] and "certain of every image" in said[1]
+    log(HEALTHY | {"logits_real": 0.0, "logits_fake": 0.0}, loop.LASTING)
+    assert len(said) == 3 and "tells nothing apart" in said[2]
+    for _ in range(2):
+        log(HEALTHY | {"overfitting": 0.6}, 1)
+        log(HEALTHY, 1)
+    assert len(said) == 4 and "by heart" in said[3]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Overfitting.
+
+
+class Source:
+    """Black images to learn from, and white ones that are held out."""
+
+    def evaluation(self, batch=64, held_out=False):
+        yield Batch(torch.full((batch, 3, 32, 32), 1.0 if held_out else -1.0), ["a red circle"] * batch, {})
+
+
+class Learner:
+    """Scores an image by how dark it is; its generated images are grey."""
+
+    def __init__(self):
+        self.active = [32]
+        self.generator = self.ema = self
+        self.config = type("Config", (), {"z_dim": 4})
+        self.autocast, self.sizes = contextlib.nullcontext, []
+
+    def __call__(self, z, *_):
+        return type("Output", (), {"pyramid": {32: torch.zeros(len(z), 3, 32, 32)}})
+
+    def score(self, images, text):
+        self.sizes.append(len(images[32]))
+        return -images[32].mean((1, 2, 3))
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_overfitting_is_adas_ratio_and_ranks_share_the_images_in_small_batches(monkeypatch, ranks):
+    """(D(seen) − D(held out)) / (D(seen) − D(generated)) = (1 − −1) / (1 − 0). The other rank's sums are added, here as
+    this one's once more.
+    """
+    monkeypatch.setattr(distributed, "world_size", lambda: ranks)
+    monkeypatch.setattr(distributed, "rank", lambda: ranks - 1)
+    learner = Learner()
+    report = overfitting(learner, watched_pairs(Source(), load_clip("emoji")), seed=0)
+    assert report == {"logits_seen": 1, "logits_held_out": -1, "logits_generated": 0, "overfitting": 2}
+    assert learner.sizes == 3 * 128 // ranks // 16 * [16]
+
+
+def test_without_held_out_pairs_there_is_nothing_to_tell():
+    source = Source()
+    source.evaluation = lambda batch, held_out=False: iter([]) if held_out else Source().evaluation(batch)
+    assert overfitting(Learner(), watched_pairs(source, load_clip("emoji")), seed=0) == {}

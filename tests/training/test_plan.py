@@ -195,16 +195,16 @@ def test_what_fits_is_chosen_kept_and_what_does_not_is_refused(rehearsed, monkey
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=80e9))
     monkeypatch.setattr(plan, "Rehearsal", lambda *options: rehearsals.append(options) or rehearsed)
     run = TINY, 64, "emoji", torch.device("cuda", 0), torch.bfloat16, tmp_path / "run" / "plan.json"
-    assert plan.choose_parts(train.parse_args([]).accumulate, *run) == (4, 8)
+    assert plan.choose_micro_batches(train.parse_args([]).accumulate, *run) == (4, 8)
     assert "--accumulate 4: parts of 16 images a GPU, R1 in parts of 8" in capsys.readouterr().out
-    assert plan.choose_parts(8, *run) == (8, 8) and len(rehearsals) == 1  # the folder of the run knows
+    assert plan.choose_micro_batches(8, *run) == (8, 8) and len(rehearsals) == 1  # the folder of the run knows
     with pytest.raises(UserError, match="--accumulate 2 does not fit into this GPU; take 4, or auto"):
-        plan.choose_parts(2, *run)
-    plan.choose_parts("auto", *run[:1], 32, *run[2:])
+        plan.choose_micro_batches(2, *run)
+    plan.choose_micro_batches("auto", *run[:1], 32, *run[2:])
     assert len(rehearsals) == 2
     monkeypatch.setattr(plan.distributed, "world_size", lambda: 128)
     with pytest.raises(UserError, match="--batch 64 cannot be shared by 128 ranks"):
-        plan.choose_parts("auto", *run)
+        plan.choose_micro_batches("auto", *run)
 
 
 def test_a_row_for_people(rehearsed):

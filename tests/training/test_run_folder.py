@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from common import disk, distributed
 from common.cli import UserError
@@ -39,7 +40,7 @@ def made(path, steps=(1, 2), **options):
     folder, _ = opened(path, **options)
     folder.write_config(CONFIG)
     for step in steps:
-        folder.save(step, state(step), 3, lambda generator, _: generator.write_bytes(b"generator"))
+        folder.save(step, state(step), ({}, {}), 3)
     folder.wait()
     return folder
 
@@ -247,7 +248,7 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on(tmp_path, monkeypatch, caps
     folder.open_log(2)
     folder.log({"step": 3})
     folder.write_picture(picture(), {}, 3)
-    folder.save(3, state(3), 3, None)
+    folder.save(3, state(3), ({}, {}), 3)
     folder.wait()
     said = capsys.readouterr().out.splitlines()
     told = r"note: .* could not be written \(No space left on device\) .* 00000002-\w+.pt is whole; make room"
@@ -276,30 +277,29 @@ def test_a_disk_that_stays_full_is_told_once_and_again_after_there_was_room(tmp_
         full.close()
 
 
-def test_a_generator_that_finds_no_room_is_told_apart_from_its_checkpoint(tmp_path, capsys):
+def test_a_generator_that_finds_no_room_is_told_apart_from_its_checkpoint(tmp_path, monkeypatch, capsys):
     folder = made(tmp_path)
 
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    folder.save(3, state(3), 3, full)
+    monkeypatch.setattr(checkpoint, "save_generator", full)
+    folder.save(3, state(3), ({}, {}), 3)
     folder.wait()
     assert "note: generator_ema.safetensors could not" in capsys.readouterr().out
     assert folder.last_good.name.startswith("00000003-") and folder.saved_step == 3
 
 
-def test_a_thread_writes_what_was_saved_while_the_run_goes_on(tmp_path):
+def test_a_thread_writes_what_was_saved_while_the_run_goes_on(tmp_path, monkeypatch):
     """The state changes in the next step; what is written is whole, and the generator belongs to its checkpoint."""
-    folder, written, may_write = made(tmp_path), {}, threading.Event()
-    now = {"progress": {"step": 3}, "generator": {}, "discriminator": {}, "ema": {"weight": torch.zeros(3)}}
-
-    def write(path, state):
-        may_write.wait(60)
-        written.update(state["ema"])
-
-    folder.save(3, now, 3, write)
-    now["ema"]["weight"] += 1  # at once, in place
+    folder, may_write = made(tmp_path), threading.Event()
+    now, weight = state(3), torch.zeros(3)
+    save_run = checkpoint.save_run
+    monkeypatch.setattr(checkpoint, "save_run", lambda *args: may_write.wait(60) and save_run(*args))
+    folder.save(3, now | {"ema": {"weight": weight}}, ({"generator.weight": weight}, {}), 3)
+    weight += 1  # at once, in place
     may_write.set()
     folder.wait()
-    assert torch.equal(written["weight"], torch.zeros(3)) and folder.saved_step == 3
+    assert folder.saved_step == 3
+    assert torch.equal(load_file(folder.generator)["generator.weight"], torch.zeros(3))
     assert torch.equal(checkpoint.load_run(folder.last_good)["ema"]["weight"], torch.zeros(3))

@@ -11,7 +11,7 @@ from common.cli import UserError
 from data import sources
 from tests.data.test_sources import jpeg
 from tests.training.test_faults import full_disk, room_afterwards
-from training.small_clip import accuracy, contrast, draw_batches, ensure_small_clip, learn, mislead, train_small_clip
+from training.small_clip import accuracy, clip_of_new_run, contrast, draw_batches, learn, mislead, train_small_clip
 
 COLORS = {"red": (220, 30, 30), "green": (30, 160, 60), "blue": (40, 60, 220), "yellow": (230, 210, 40)}
 
@@ -111,10 +111,10 @@ def test_the_clip_of_other_data_is_not_taken(tmp_path, monkeypatch):
     write_pictures(tmp_path / "a", ["red", "blue", "green"] * 2)
     write_pictures(tmp_path / "b", ["red", "blue", "yellow"] * 2)
     for folder, seed in (("a", 0), ("a", 0), ("b", 0), ("b", 1)):
-        ensure_small_clip(path, tmp_path / folder, None, seed, "cpu")
+        clip_of_new_run(path, tmp_path / folder, None, seed, "cpu")
         made.append(path.read_bytes())
     write_pictures(tmp_path / "b", ["red", "blue", "yellow"] * 3)
-    ensure_small_clip(path, tmp_path / "b", None, 1, "cpu")
+    clip_of_new_run(path, tmp_path / "b", None, 1, "cpu")
     assert made[0] == made[1] and len({*made, path.read_bytes()}) == 4
 
 
@@ -123,7 +123,7 @@ def test_a_full_disk_is_told_before_a_clip_is_trained(tmp_path, monkeypatch):
     write_pictures(tmp_path / "data", ["red", "blue"] * 2)
     with room_afterwards(), pytest.raises(OSError, match=f"File too large: '{tmp_path}'"):
         full_disk(2**20)
-        ensure_small_clip(tmp_path / "clip.safetensors", tmp_path / "data", None, 0, "cpu")
+        clip_of_new_run(tmp_path / "clip.safetensors", tmp_path / "data", None, 0, "cpu")
 
 
 def test_a_step_changes_the_tower_and_the_projection_alone(source):

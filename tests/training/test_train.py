@@ -16,13 +16,13 @@ from safetensors import safe_open
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train
+from common import stopping
 from common.cli import UserError
-from data import sources
 from growth import PATIENCE
 from presets import PRESETS
 from sampling import views
 from sampling.pipeline import draw
-from step import update
+from step import Learner, update
 from tests import figures
 from tests.data.test_sources import good, jpeg, write_shard
 from training import loop
@@ -53,8 +53,8 @@ def set_quick_preset(monkeypatch):
 
 def run(*arguments):
     args = train.parse_args([str(a) for a in (*COMMON, *arguments)])
-    training = train.Run(args, torch.device("cpu"))
-    training.train()
+    training = train.build(args, torch.device("cpu"))
+    train.train(training)
     return training
 
 
@@ -118,11 +118,10 @@ def test_a_run_leaves_what_it_promises(tmp_path):
     z = torch.randn(1, generator.config.z_dim)
     expected = training.learner.ema(z, text.tokens, text.eot, 8).image
     torch.testing.assert_close(generator(z, text.tokens, text.eot).image, expected)
-    picture, _ = training.draw_samples()
+    picture, _ = train.draw_samples(training.learner, training.growth)
     for parameter in training.learner.generator.parameters():
-        parameter.data.fill_(float("nan"))  # pictures and FID are of the moving average
-    assert training.draw_samples()[0].tobytes() == picture.tobytes()
-    assert math.isfinite(training.after_step(4)["fid"])
+        parameter.data.fill_(float("nan"))  # pictures are of the moving average
+    assert train.draw_samples(training.learner, training.growth)[0].tobytes() == picture.tobytes()
 
 
 def test_an_update_that_is_not_finite_changes_nothing():
@@ -141,7 +140,7 @@ def test_an_update_that_is_not_finite_changes_nothing():
 def test_a_phase_ends_at_the_reference_fid_or_when_it_stops_falling(tmp_path):
     training = run("--preset", "quick", "--out", tmp_path, "--steps", 1)
     growth, factor = training.growth, 1.5
-    growth.recipe = dataclasses.replace(training.recipe, fid_factor=factor)
+    growth.recipe = dataclasses.replace(growth.recipe, fid_factor=factor)
     growth.phase.images, growth.reference_fid[4], growth.phase.best_fid = 0, 1.0, factor * 1.01
     assert growth.reason_to_grow() is None
     growth.phase.best_fid = factor * 0.99
@@ -246,7 +245,7 @@ def test_a_new_run_starts_from_the_weights_of_another(tmp_path, kind):
         path = checkpoint.checkpoints(tmp_path / "first" / "checkpoints")[0]
     options = (*COMMON, *common, "--out", tmp_path / "second", "--init", path, "--seed", 9)
     args = train.parse_args([*map(str, options)])
-    second = train.Run(args, torch.device("cpu"))
+    second = train.build(args, torch.device("cpu"))
     name = "mapping.layers.0.weight"
     started_from = first.generator if kind == "checkpoint" else first.ema
     assert torch.equal(second.learner.generator.get_parameter(name), started_from.get_parameter(name))
@@ -298,7 +297,7 @@ def test_a_run_stopped_while_its_small_clip_learns_leaves_nothing_half(tmp_path,
     monkeypatch.setattr("training.small_clip.learn", killed)
     data = zebras(tmp_path / "data")
     options = ("--preset", "quick", "--data", data, "--device", "cpu", "--out", tmp_path / "run")
-    assert run_main(train.main, *options)[0] == loop.COME_AGAIN
+    assert run_main(train.main, *options)[0] == stopping.COME_AGAIN
     assert {path.name for path in (tmp_path / "run").iterdir()} == {"checkpoints", "samples"}
 
 
@@ -376,30 +375,30 @@ def test_a_run_is_not_overwritten_nor_resumed_as_another(tmp_path):
 def test_a_run_hears_that_it_is_to_stop(number):
     if number == signal.SIGHUP:
         signal.signal(number, signal.SIG_DFL)  # under nohup it is ignored, by the run too
-    with pytest.raises(SystemExit) as ended, loop.stopping_when_asked() as asked_to_stop:
+    with pytest.raises(SystemExit) as ended, stopping.listening():
         os.kill(os.getpid(), number)
-        if asked_to_stop():
-            raise sources.Stopped
-    assert ended.value.code == loop.COME_AGAIN
+        if stopping.asked():
+            raise stopping.Stopped
+    assert ended.value.code == stopping.COME_AGAIN
 
 
 def test_an_interrupt_loses_nothing(tmp_path, monkeypatch, capsys):
     arguments = (*COMMON, "--preset", "quick", "--out", tmp_path)
     monkeypatch.setattr(sys, "argv", ["train.py", *map(str, arguments), "--steps", "5"])
-    step = train.Run.step
+    step = Learner.step
 
-    def interrupted(self, index, batches):
-        if index == 1:
+    def interrupted(self, number, micro_batches):
+        if number == 1:
             os.kill(os.getpid(), signal.SIGTERM)  # in the middle of the second step
-        return step(self, index, batches)
+        return step(self, number, micro_batches)
 
-    monkeypatch.setattr(train.Run, "step", interrupted)
+    monkeypatch.setattr(Learner, "step", interrupted)
     with pytest.raises(SystemExit) as ended:
         train.main()
-    assert ended.value.code == loop.COME_AGAIN
+    assert ended.value.code == stopping.COME_AGAIN
     assert "Stopped and saved" in capsys.readouterr().out
     assert checkpoint.checkpoints(tmp_path / "checkpoints")[0].name.startswith("00000002-")
-    monkeypatch.setattr(train.Run, "step", step)
+    monkeypatch.setattr(Learner, "step", step)
     train.main()
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 5
 

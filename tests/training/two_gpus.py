@@ -14,6 +14,7 @@ import dataclasses
 
 import train
 from presets import PRESETS
+from step import Learner
 from tests.fake_cuda import two_gpus_on_cpu
 from tests.figures import TINY
 
@@ -26,13 +27,13 @@ RECIPE = dataclasses.replace(
 PRESETS["tiny"] = dataclasses.replace(TINY, generator=GENERATOR, discriminator=DISCRIMINATOR, recipe=RECIPE)
 
 
-def step(run, number, batches, learn=train.Run.step):
+def step(learner, number, micro_batches, learn=Learner.step):
     if number == 2 and os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
         os.kill(os.getpid(), signal.SIGTERM)
-    return learn(run, number, batches)
+    return learn(learner, number, micro_batches)
 
 
 if __name__ == "__main__":
-    train.Run.step = step
+    Learner.step = step
     with two_gpus_on_cpu():
         train.main()

@@ -107,7 +107,7 @@ def test_weights_to_start_from(tmp_path, generator_config):
     assert torch.equal(weights["ema"]["weight"], STATE["ema"]["weight"])
     clip = load_clip("emoji")
     generator = Generator(replace(generator_config, clip_width=clip.width))
-    checkpoint.save_generator(tmp_path / "g.safetensors", generator, clip, 8, {})
+    checkpoint.save_generator(tmp_path / "g.safetensors", *checkpoint.generator_file(generator, clip, 8, {}))
     (tmp_path / "g.safetensors").rename(tmp_path / "g.bin")  # whatever it is called
     weights = checkpoint.load_weights(tmp_path / "g.bin")
     assert weights.keys() == {"generator", "ema"} and weights["ema"].keys() < generator.state_dict().keys()

@@ -1,0 +1,56 @@
+"""Ctrl-C, SIGTERM, SIGHUP and SIGUSR1 ask a process to stop where all is whole, see `listening`."""
+
+import contextlib
+import os
+import signal
+import sys
+
+from common.cli import signals
+from common.distributed import say
+
+COME_AGAIN = 75  # the exit status of a run that was asked to stop and has saved: EX_TEMPFAIL of sysexits.h
+
+_asked = False
+
+
+class Stopped(Exception):
+    """The run was asked to stop, and could not go on to its end."""
+
+
+def asked():
+    """Whether this process was asked to stop since it listens."""
+    return _asked
+
+
+@contextlib.contextmanager
+def listening():
+    """A context in which signals are only noted, see `asked`; a second Ctrl-C ends at once. Stopped ends the process
+    with the exit status COME_AGAIN.
+    """
+    global _asked
+    terminals = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
+
+    def ask(number, _):
+        global _asked
+        if number in signals("SIGHUP"):  # the terminal is gone, and what is written to it would raise
+            for descriptor in terminals:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+        if not _asked:
+            say("Stopping as soon as all is whole …")
+        _asked = True
+        if number == signal.SIGINT:
+            signal.signal(number, signal.default_int_handler)
+
+    _asked = False
+    former = {number: signal.signal(number, ask) for number in signals("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")}
+    for number, handler in former.items():
+        if handler == signal.SIG_IGN and number != signal.SIGINT:  # as nohup wants it; a shell's & ignores SIGINT
+            signal.signal(number, handler)
+    try:
+        yield
+    except Stopped:
+        sys.exit(COME_AGAIN)
+    finally:
+        _asked = False
+        for number, handler in former.items():
+            signal.signal(number, handler)
