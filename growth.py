@@ -74,7 +74,7 @@ class Growth:
 
     @torch.no_grad()
     def compute_reference(self, source):
-        """→ captions, inputs of an upsampler, {resolution: (mean, covariance)}, {resolution: reference FID}, by name."""
+        """→ captions, inputs of an upsampler, {resolution: (mean, covariance)}, {resolution: FID}, by name."""
         rank, ranks = distributed.rank(), distributed.world_size()
         quota = len(range(rank, 2 * self.recipe.fid_samples, ranks))
         features, captions, given = {r: [] for r in self.resolutions}, [], []
