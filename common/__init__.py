@@ -1,3 +1,3 @@
-"""Leaves that everything may use: the manners of a command (`cli.py`), torch.distributed (`distributed.py`), writing of
-files, whole or not at all (`disk.py`), and CLIP's tokenizer (`tokenizer.py`).
+"""Leaves that everything may use: the manners of a command (`cli.py`), torch.distributed (`distributed.py`), signals
+that ask a run to stop (`stopping.py`), and writing of files, whole or not at all (`disk.py`).
 """
