@@ -1,7 +1,6 @@
 """Systems are measured by what they draw and by their logs, and the command writes a table, numbers and a picture."""
 
 import json
-from types import SimpleNamespace
 
 import pytest
 import torch
