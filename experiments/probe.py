@@ -41,60 +41,45 @@ def object_mask(images, side):
     return ((1 - F.interpolate(images, side, mode="area")).amax(1) > 2 * UNLIKE).flatten(1).long()
 
 
-def captions_of_emoji(count):
-    """The names of so many emoji of the training data."""
+def names_of_emoji(count):
+    """The captions of so many emoji of the training data."""
     examples = itertools.islice(sources.open_data("emoji", 64, seed=0).examples(), 4 * count)
     return list(dict.fromkeys(captions[0] for _, captions in examples))[:count]
 
 
 @torch.no_grad()
 def experts_know(generator, clip, captions):
-    """→ {router: {what: bits}}: over all points, within single images on average, and both with points shuffled."""
+    """→ {router: {what: bits}}."""
     z = latent.noise(generator, len(captions), seed=1)
     drawn = draw(generator, views.frames(generator, z, latent.read(generator, clip, captions), 1, captions))
     rng = torch.Generator().manual_seed(0)
     result = {}
     for name, routing in drawn.routings.items():
-        side = int(name.split(".")[0])
-        experts, masks = routing.expert_index, object_mask(drawn.images, side)
+        masks = object_mask(drawn.images, side=int(name.split(".")[0]))
         shuffled = torch.stack([mask[torch.randperm(len(mask), generator=rng)] for mask in masks])
+        experts, labels = routing.expert_index.flatten(), masks.flatten()
         result[name] = {
-            "over all points": mutual_information(experts.flatten(), masks.flatten()),
-            "over all points, shuffled": mutual_information(experts.flatten(), shuffled.flatten()),
-            "within a picture": mean_information(experts, masks),
-            "within a picture, shuffled": mean_information(experts, shuffled),
-            "at most (what there is to know)": mutual_information(masks.flatten(), masks.flatten()),
+            "expert and object": mutual_information(experts, labels),
+            "the same, points shuffled": mutual_information(experts, shuffled.flatten()),
+            "at most (what there is to know)": mutual_information(labels, labels),
         }
     return result
 
 
-def mean_information(experts, masks):
-    return sum(map(mutual_information, experts, masks)) / len(masks)
+def noise_path(generator, clip, prompt, seed):
+    """The frames of one prompt, from one noise to another."""
+    start, end = latent.noise(generator, 2, seed).split(1)
+    z = torch.cat([views.between(start, end, t, "spherical") for t in torch.linspace(0, 1, STEPS + 1)])
+    return views.frames(generator, z, latent.read(generator, clip, [prompt]), 1, [prompt] * len(z))
 
 
 @torch.no_grad()
-def path_steps(generator, clip, extractor, captions):
-    """Between pairs of captions → {path: sizes of its steps [pairs, STEPS]}, of features of unit length."""
-    pairs, paths = list(zip(captions[::2], captions[1::2], strict=False)), {}
-    for kind in ("spherical", "linear"):
-        paths[f"text, {kind}"] = [
-            views.interpolation(generator, clip, pair, i, 1, STEPS + 1, "both", kind) for i, pair in enumerate(pairs)
-        ]
-        paths[f"noise, {kind}"] = [noise_path(generator, clip, a, i, kind) for i, (a, _) in enumerate(pairs)]
-    sizes = {}
-    for name, lists in paths.items():
-        images = draw(generator, [frame for frames in lists for frame in frames]).images
-        features = F.normalize(extractor.images(to_pixels(images, images.shape[-1])), dim=-1)
-        features = features.unflatten(0, (len(pairs), STEPS + 1))
-        sizes[name] = (features[:, 1:] - features[:, :-1]).norm(dim=-1)
-    return sizes
-
-
-def noise_path(generator, clip, prompt, number, kind):
-    """The frames of one prompt, from one noise to another."""
-    start, end = latent.noise(generator, 2, number).split(1)
-    z = torch.cat([views.between(start, end, t, kind) for t in torch.linspace(0, 1, STEPS + 1)])
-    return views.frames(generator, z, latent.read(generator, clip, [prompt]), 1, [prompt] * len(z))
+def path_steps(generator, extractor, paths):
+    """Frames of some paths → the sizes of their steps [paths, STEPS], of features of unit length."""
+    images = draw(generator, [frame for frames in paths for frame in frames]).images
+    features = F.normalize(extractor.images(to_pixels(images, images.shape[-1])), dim=-1)
+    features = features.unflatten(0, (len(paths), STEPS + 1))
+    return (features[:, 1:] - features[:, :-1]).norm(dim=-1)
 
 
 def main():
@@ -104,16 +89,21 @@ def main():
     args = parser.parse_args()
     with told_in_one_line():
         generator, clip, _ = load_generator(args.checkpoint)
-        captions = captions_of_emoji(args.count)
+        captions = names_of_emoji(args.count)
         for router, bits in experts_know(generator, clip, captions).items():
             print(f"Expert and object or background at {router}, {len(captions)} pictures, bits:")
             for what, value in bits.items():
                 print(f"  {what:32s} {value:.4f}")
         extractor = load_extractor("judge", "--features", torch.device("cpu"))
-        print(f"Paths of {STEPS} steps, {len(captions) // 2} of each kind; features: {extractor.name}")
-        for name, sizes in path_steps(generator, clip, extractor, captions).items():
+        text_paths, noise_paths = [], []
+        for seed, pair in enumerate(zip(captions[::2], captions[1::2], strict=False)):
+            text_paths.append(views.interpolation(generator, clip, pair, seed, 1, STEPS + 1, "both", "spherical"))
+            noise_paths.append(noise_path(generator, clip, pair[0], seed))
+        print(f"Paths of {STEPS} steps, {len(text_paths)} of each kind; features: {extractor.name}")
+        for name, paths in (("text", text_paths), ("noise", noise_paths)):
+            sizes = path_steps(generator, extractor, paths)
             uneven = (sizes.max(1).values / sizes.mean(1)).mean()
-            print(f"  {name:16s} length {sizes.sum(1).mean():.3f}, largest step {uneven:.2f} times the mean one")
+            print(f"  {name:6s} length {sizes.sum(1).mean():.3f}, largest step {uneven:.2f} times the mean one")
 
 
 if __name__ == "__main__":

@@ -27,15 +27,8 @@ def test_the_mask_is_where_a_picture_is_not_white():
 
 
 def test_the_demos_answer_is_printed(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["probe.py", "--count", "6"])
+    monkeypatch.setattr(sys, "argv", ["probe.py", "--count", "2"])
     probe.main()
     said = capsys.readouterr().out
-    for words in (
-        "at 8.0.0",
-        "shuffled",
-        "what there is to know",
-        "text, spherical",
-        "noise, linear",
-        "times the mean",
-    ):
+    for words in ("at 8.0.0", "shuffled", "what there is to know", "text ", "noise ", "times the mean"):
         assert words in said
