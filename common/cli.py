@@ -41,7 +41,7 @@ def told_in_one_line():
         sys.stdout.flush()
     except UserError as error:
         if str(error):  # else another rank tells it
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr)  # a path may hold line breaks
         sys.exit(2)
     except BrokenPipeError:  # who read the output has gone, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -110,7 +110,12 @@ def a_path(text):
 
 def add_data(add, also=""):
     """The options that name captioned pictures, by the add_argument of a command; also: another kind that it reads."""
-    add("--data", default="emoji", help=f"emoji, a folder of images with captions, .tar shards{also}")
+    add(
+        "--data",
+        default="emoji",
+        type=os.path.expanduser,
+        help=f"emoji, a folder of images with captions, .tar shards{also}",
+    )
     add("--caption-key", help="the field of each .json that holds the caption, where there is no .txt")
 
 

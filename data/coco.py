@@ -5,27 +5,26 @@ import json
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
 from torchvision.transforms.functional import center_crop
 
 from common.cli import UserError, first_line
-from data.pairs import FORMATS
-from data.sources import Batch
+from data.pairs import FORMATS, to_tensor
+from data.sources import Source
 
 RESIZER = f"centre crop, then Pillow's Lanczos (Pillow {Image.__version__})"
 
 
-class Coco:
+class Coco(Source):
     """Images of COCO 2014 val with a caption each, both drawn by a seed: `count` different images in random order, then
-    up to as many others, for the distance between two sets of real images.
+    up to as many others, for the distance between two sets of real images. For evaluation alone.
 
     annotations: captions_val2014.json. folder: of the images, by default val2014 beside the folder of the JSON. Raises
     UserError for a file of another kind or split, for fewer than `count` images, and for images that are not there.
     """
 
     def __init__(self, annotations, folder, resolution, count, seed):
-        self.resolution = resolution
+        super().__init__(str(annotations), resolution, seed)
         images, captions = read_annotations(annotations)
         if others := [name for name in images.values() if "val2014" not in name]:
             raise UserError(
@@ -35,20 +34,16 @@ class Coco:
             raise UserError(
                 f"--data {annotations} has {len(captions)} images with captions, and --count asks for {count}"
             )
-        self.folder = Path(folder or Path(annotations).parent.parent / "val2014")
+        folder = Path(folder or Path(annotations).parent.parent / "val2014")
         rng = np.random.default_rng(seed)
         chosen = rng.permutation(sorted(captions))[: 2 * count]
-        self.pairs = [(self.folder / images[i], str(rng.choice(captions[i]))) for i in chosen]
+        self.pairs = [(folder / images[i], str(rng.choice(captions[i]))) for i in chosen]
         if missing := next((path for path, _ in self.pairs if not path.is_file()), None):
             raise UserError(f"no image {missing}; say with --images where the folder val2014 lies")
 
-    def evaluation_pairs(self, batch=64, rank=0, world_size=1):
-        """Batches of a rank's share, which is every world_size-th pair."""
-        share = self.pairs[rank::world_size]
-        for first in range(0, len(share), batch):
-            paths, captions = zip(*share[first : first + batch], strict=True)
-            images = torch.stack([read_image(path, self.resolution) for path in paths])
-            yield Batch(images, list(captions), collections.Counter())
+    def examples(self, held_out=False, rank=0, world_size=1):
+        for path, caption in () if held_out else self.pairs[rank::world_size]:
+            yield read_image(path, self.resolution), [caption]
 
 
 def read_annotations(path):
@@ -73,7 +68,6 @@ def read_image(path, resolution):
     try:
         with Image.open(path, formats=FORMATS) as image:
             square = center_crop(image.convert("RGB"), min(image.size))
-            square = square.resize((resolution, resolution), Image.Resampling.LANCZOS)
     except Exception as error:  # Pillow stumbles over broken files in every way there is
         raise UserError(f"{path} cannot be read as an image ({first_line(error)}); get it again") from error
-    return torch.from_numpy(np.array(square)).permute(2, 0, 1).float() / 127.5 - 1
+    return to_tensor(square.resize((resolution, resolution), Image.Resampling.LANCZOS))

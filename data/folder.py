@@ -20,45 +20,62 @@ class Search:
     def __init__(self, path, caption_key=None):
         self.caption_key = caption_key
         self.pairs = []  # (image, the file of its caption)
-        self.without_caption, self.without_image = [], []
+        self.lacks = collections.defaultdict(list)  # what is wrong: the paths of which it is
         self.others = collections.Counter()  # files that are neither image nor caption, by suffix
-        self.refused, self.astray = [], []  # folders that may not be read, and links that lead out
         suffix = ".json" if caption_key else ".txt"
-        for folder, names in walk(path, self.refused.append, self.astray.append):
+        for folder, names in self.walk(path):
             captions = {name.stem: name for name in names if name.suffix.lower() == suffix}
             images = {name.stem for name in names if name.suffix.lower() in IMAGE_SUFFIXES}
-            self.without_image += [folder / name for stem, name in captions.items() if stem not in images]
             for name in names:
                 kind = name.suffix.lower()
-                if kind not in IMAGE_SUFFIXES:
-                    self.others[kind or "no suffix"] += kind != suffix
+                if kind == suffix:
+                    if name.stem not in images:
+                        self.lacks["captions have no image"].append(folder / name)
+                elif kind not in IMAGE_SUFFIXES:
+                    self.others[kind or "no suffix"] += 1
                 elif name.stem in captions:
                     self.pairs.append((folder / name, folder / captions[name.stem]))
                 else:
-                    self.without_caption.append(folder / name)
+                    self.lacks["images have no caption"].append(folder / name)
         self.pairs.sort()
+
+    def walk(self, path):
+        """A folder, and all below it → (folder, the names of its files); hidden ones are left out."""
+
+        def refuse(error):
+            self.lacks["folders may not be read"].append(error.filename)
+
+        seen = set()
+        for folder, folders, names in os.walk(path, followlinks=True, onerror=refuse):
+            real = os.path.realpath(folder)
+            if real in seen:  # a link that leads back
+                folders.clear()
+                continue
+            seen.add(real)
+            for kind in (folders, names):
+                kind[:] = sorted(name for name in kind if not name.startswith((".", "__MACOSX")))
+                astray = [name for name in kind if leads_out(os.path.join(folder, name), path)]
+                self.lacks["links lead out of the folder and are not followed"] += [Path(folder, n) for n in astray]
+                kind[:] = [name for name in kind if name not in astray]
+            yield Path(folder), [Path(name) for name in names]
 
     def describe(self):
         """What was found, in lines for the user."""
-        place = f'in the field "{self.caption_key}" of a .json' if self.caption_key else "in a .txt"
-        example = "cat.jpg with cat.json" if self.caption_key else "cat.jpg with cat.txt"
-        yield f"{len(self.pairs)} images have a caption {place} beside them, as {example}."
-        if self.without_caption:
-            yield f"{len(self.without_caption)} images have no caption, as {self.without_caption[0]}."
-        if self.without_image:
-            yield f"{len(self.without_image)} captions have no image, as {self.without_image[0]}."
-        if kinds := ", ".join(f"{number} {kind}" for kind, number in self.others.most_common(6) if number):
-            yield f"Not read: {kinds}."
-        if self.refused:
-            yield f"{len(self.refused)} folders may not be read, as {self.refused[0]}."
-        if self.astray:
-            yield f"{len(self.astray)} links lead out of the folder and are not followed, as {self.astray[0]}."
+        place, suffix = f'in the field "{self.caption_key}" of a .json', ".json"
+        if not self.caption_key:
+            place, suffix = "in a .txt", ".txt"
+        yield f"{len(self.pairs)} images have a caption {place} beside them, as cat.jpg with cat{suffix}."
+        for what, paths in self.lacks.items():
+            if paths:
+                yield f"{len(paths)} {what}, as {paths[0]}."
+        if self.others:
+            yield f"Not read: {', '.join(f'{number} {kind}' for kind, number in self.others.most_common(6))}."
         if not self.caption_key and (fields := self.fields()):
             yield f"The .json files hold {fields}; name the caption among these by --caption-key."
 
     def fields(self):
         """The names of the fields of one .json that lies beside an image without a caption."""
-        for image in self.without_caption[:100]:
+        for image in self.lacks["images have no caption"][:100]:
             if (path := image.with_suffix(".json")).is_file():
                 return ", ".join(sorted(facts_of(start_of(path, MAX_FACTS))))
         return ""
@@ -84,7 +101,6 @@ class Folder(Source):
         self.holds_out = len(self.pairs) >= FEWEST
 
     def describe(self):
-        """What was found, in lines for the user."""
         yield from self.search.describe()
         yield self.said_of_held_out()
 
@@ -136,7 +152,6 @@ class Folder(Source):
             yield collate(examples, np.random.default_rng([self.seed, *indices]), self.tally)
 
     def examples(self, held_out=False, rank=0, world_size=1):
-        """Every pair of a rank's share of the files that can be used, once."""
         usable = False
         for number in self.order(0)[rank::world_size]:
             if example := self.example(number, held_out):
@@ -144,26 +159,6 @@ class Folder(Source):
                 yield example
         if not usable and not held_out and len(self.pairs) > rank:
             raise self.none_usable()
-
-
-def walk(path, refuse, stray):
-    """A folder, and all below it → (folder, the names of its files); hidden ones are left out.
-
-    refuse, stray: called with each folder that may not be read, and with each link that leads out.
-    """
-    seen = set()
-    for folder, folders, names in os.walk(path, followlinks=True, onerror=lambda error: refuse(error.filename)):
-        real = os.path.realpath(folder)
-        if real in seen:  # a link that leads back
-            folders.clear()
-            continue
-        seen.add(real)
-        for kind in (folders, names):
-            kind[:] = sorted(name for name in kind if not name.startswith((".", "__MACOSX")))
-            for name in [name for name in kind if leads_out(os.path.join(folder, name), path)]:
-                stray(os.path.join(folder, name))
-                kind.remove(name)
-        yield Path(folder), [Path(name) for name in names]
 
 
 def start_of(path, most):

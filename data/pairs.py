@@ -38,8 +38,7 @@ MAX_CAPTION = 1000  # characters; no CLIP reads as many, and tokenizing a novel 
 MAX_TEXT = 16 * MAX_CAPTION  # bytes of a caption file that are read
 MAX_HEAD = 1000  # bytes in which an SVG says that it is one
 MAX_FACTS = 2**20  # bytes of a .json that are read
-WINDOW = 1000  # pairs; if most of so many in a row are unusable, and of the shards as well, the source is given up
-ENOUGH, MANY = 5, 50  # shards that are judged by; pairs of one that are of no use
+WINDOW, ENOUGH = 1000, 10  # pairs in a row, of so many shards; if most are of no use, the source is given up
 
 Image.MAX_IMAGE_PIXELS = None  # decode looks itself, before a pixel is decoded
 
@@ -57,7 +56,7 @@ CAUSES = (
     NO_IMAGE := "captions without an image",
     FIELD := ".json files without the caption's field",
     LINK := "links to other files of a shard",
-    REFUSED := "drawings that refer to other files, or take too long",
+    REFUSED := "drawings that refer to other files, hold letters, or take too long",
 )
 
 
@@ -68,15 +67,14 @@ class Unusable(ValueError):
 class Tally:
     """Counts what a source passes over, by cause. Raises UserError where that is most of what it holds.
 
-    A shard of little use ends nothing. num_shards: of the source; 1 for a folder.
+    num_shards: of the source. A shard of little use, read from its front to its end, is not most of them.
     """
 
     def __init__(self, name, num_shards=1):
         self.name, self.num_shards = name, num_shards
-        self.skipped, self.notes = collections.Counter(), []  # since the last batch; (subject, what is new about it)
-        self.window = collections.Counter()
-        self.shards = {}  # of which pairs were met: how many were of use, and how many not
+        self.skipped, self.notes = collections.Counter(), {}  # since the last batch
         self.first = {}  # cause: where it was met first, in words
+        self.window, self.shards = collections.Counter(), set()  # what came of the last pairs, and whence they were
 
     def use(self, shard=""):
         self.count("used", shard)
@@ -84,40 +82,31 @@ class Tally:
     def skip(self, cause, where="", shard=""):
         if cause not in self.first:
             self.first[cause] = where
-            self.notes.append((cause, self.told({cause: 1})))
+            self.notes[cause] = self.told({cause: 1})
         self.skipped[cause] += 1
         self.count(cause, shard)
 
     def count(self, outcome, shard):
         self.window[outcome] += 1
-        counts = self.shards.setdefault(shard, [0, 0])
-        counts[outcome != "used"] += 1
-        used, useless = counts
-        if shard and useless == MANY > used:
-            self.notes.append((shard, f"{shard} is of little use: {used} of {used + useless} pairs, {outcome}"))
-        if self.window.total() >= WINDOW:
-            self.judge()
-
-    def judge(self):
-        causes, used = self.told(self.window), self.window["used"]
-        self.window.clear()
-        useless = sum(b > a for a, b in self.shards.values())
-        enough = len(self.shards) >= min(self.num_shards, ENOUGH)
-        if used < WINDOW / 2 and enough and 2 * useless > len(self.shards):
-            raise UserError(f"--data {self.name}: only {used} of {WINDOW} pairs in a row are usable: {causes}")
+        self.shards.add(shard)
+        number, used = self.window.total(), self.window["used"]
+        if number >= WINDOW and len(self.shards) >= min(self.num_shards, ENOUGH):
+            if used < number / 2:
+                causes = self.told(self.window)
+                raise UserError(f"--data {self.name}: only {used} of {number} pairs in a row are usable: {causes}")
+            self.window.clear()
+            self.shards.clear()
 
     def told(self, counts=None):
         """The causes in a count of them, by default what was skipped, each with where it was met first."""
-        return ", ".join(
-            f"{count} {cause}" + (f" (first: {self.first[cause]})" if self.first.get(cause) else "")
-            for cause, count in collections.Counter(self.skipped if counts is None else counts).most_common()
-            if cause != "used"
-        )
+        counts = collections.Counter(self.skipped if counts is None else counts)
+        causes = [cause for cause, _ in counts.most_common() if cause != "used"]
+        return ", ".join(f"{counts[cause]} {cause} (first: {self.first[cause]})" for cause in causes)
 
     def take(self):
         """What was skipped since the last call, and the notes on it."""
-        taken = self.skipped, tuple(self.notes)
-        self.skipped, self.notes = collections.Counter(), []
+        taken = self.skipped, self.notes
+        self.skipped, self.notes = collections.Counter(), {}
         return taken
 
 
@@ -168,7 +157,7 @@ def where(cause, name, facts):
 def captions_of(data):
     """The bytes of a text → its captions, one a line, each of at most MAX_CAPTION characters.
 
-    A line that stands twice is drawn twice as often. Raises Unusable where the text is not UTF-8, or empty.
+    A line that stands twice is drawn twice as often. Raises Unusable where the text is not UTF-8, or shows nothing.
     """
     whole = len(data) < MAX_TEXT  # else the last character may be cut
     try:
@@ -177,8 +166,8 @@ def captions_of(data):
         raise Unusable(ENCODING) from error
     if "\0" in text:  # UTF-16 without a mark: every other byte of English is zero
         raise Unusable(ENCODING)
-    lines = (" ".join(line.split())[:MAX_CAPTION] for line in re.split(r"\r\n|\r|\n", text))  # no other sign ends one
-    if not (captions := [line for line in lines if line]):
+    lines = [" ".join(line.split())[:MAX_CAPTION] for line in re.split(r"\r\n|\r|\n", text)]  # no other sign ends one
+    if not (captions := [line for line in lines if any(map(str.isprintable, line.replace(" ", "")))]):
         raise Unusable(EMPTY)
     return captions
 
@@ -196,13 +185,14 @@ def read_image(file, resolution):
     except svg.Refused as error:
         raise Unusable(REFUSED) from error
     except Exception as error:  # Pillow stumbles over broken files in every way there is
-        raise Unusable(FORMAT if is_avif(data[:12]) and "AVIF" not in FORMATS else IMAGE) from error
+        is_avif = data[4:12] in (b"ftypavif", b"ftypavis")
+        raise Unusable(FORMAT if is_avif and "AVIF" not in FORMATS else IMAGE) from error
+    return to_tensor(image)
+
+
+def to_tensor(image):
+    """A PIL image in RGB → [3, H, W] in [−1, 1]."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
-
-
-def is_avif(head):
-    """Whether these are the first 12 bytes of an AVIF, which not every Pillow reads, whatever its name."""
-    return head[4:] in (b"ftypavif", b"ftypavis")
 
 
 def decode(data, resolution):
@@ -234,11 +224,16 @@ def centre_square(data, resolution):
         if image.width * image.height > MAX_PIXELS:
             raise Unusable(LARGE)
         image.draft(None, (4 * resolution, 4 * resolution))  # a large JPEG is decoded at a fraction of its size
-        profile = image.info.get("icc_profile")
-        image = upright(image)
-        if image.mode in ("F", "I"):
+        image.load()  # a TIFF is upright from here on
+        profile, turn = image.info.get("icc_profile"), None
+        with contextlib.suppress(Exception):  # a tag of a wrong type beside the orientation raises anything
+            turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+        if turn is not None:
+            image = image.transpose(turn)
+        is_16_bit = image.mode.startswith("I;16")
+        if image.mode in ("F", "I") or (is_16_bit and image.has_transparency_data):
             raise Unusable(FORMAT)  # 32 bits do not say which value is white
-        if image.mode.startswith("I;16"):
+        if is_16_bit:
             image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
         if image.has_transparency_data:
             image = image.convert("RGBA")
@@ -258,20 +253,11 @@ def to_srgb(profile, mode):
     return ImageCms.buildTransform(io.BytesIO(profile), ImageCms.createProfile("sRGB"), mode, "RGB")
 
 
-def upright(image):
-    """An image turned as its EXIF says, if that can be read."""
-    try:
-        turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
-    except Exception:  # a tag of a wrong type raises anything
-        turn = None
-    return image if turn is None else image.transpose(turn)
-
-
 def pixels_alone(png):
     """A PNG file without the chunks that do not concern its pixels. A chunk is its length, kind, data and checksum."""
-    kept, at = [png[: len(PNG)]], len(PNG)
+    kept, at = png[: len(PNG)], len(PNG)
     while chunk := png[at : at + 12 + int.from_bytes(png[at : at + 4])]:
         if chunk[4:5].isupper() or chunk[4:8] == b"tRNS":
-            kept.append(chunk)
+            kept += chunk
         at += len(chunk)
-    return b"".join(kept)
+    return kept

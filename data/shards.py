@@ -6,13 +6,11 @@ first period of a name, and do not count what they pass over.
 
 import collections
 import contextlib
-import io
 import itertools
 import math
 import operator
 import os
 import select
-import signal
 import subprocess
 import tarfile
 import tempfile
@@ -43,11 +41,11 @@ STRETCH = 3  # samples, on average, that are read at once from a tar on a disk
 LANES = 8  # shards that a stream reads in turn
 BUFFER, BUFFER_BYTES = 2048, 2**27  # samples that a stream shuffles, and what they may take
 BLOCK = 2**14  # samples after which a stream begins anew; more than the emoji are
-READ_TIMEOUT = 60  # seconds in which a command must write something
+FIRST_BYTE = 60  # seconds in which a command must begin to write
 LONG_NAME = 8 * tarfile.BLOCKSIZE  # bytes that a name of over 100 characters may take before its file's header
 LIMITS = {".txt": MAX_TEXT, ".json": MAX_FACTS} | dict.fromkeys(IMAGE_SUFFIXES, MAX_FILE)  # bytes that are read
 ERRORS = (OSError, EOFError, tarfile.TarError, zlib.error)  # what reading a shard may raise
-CURL = ["curl", "-sSfL", "--connect-timeout", "30"]
+CURL = ["curl", "-sSfL", "--connect-timeout", "30", "--speed-limit", "1", "--speed-time", "60"]
 FETCH = {  # how a URL is read: the command, before the URL and after it
     **dict.fromkeys(("http", "https", "ftp"), (CURL, [])),
     "s3": (["aws", "s3", "cp"], ["-"]),
@@ -93,14 +91,14 @@ class Shards(Source):
         there = [url for url, size in zip(urls, self.sizes, strict=True) if size is not None]
         if 2 * len(there) < len(urls):
             raise UserError(f"--data: no such shard: {urls[self.sizes.index(None)]}")
-        self.tally = Tally(self.name, len(urls))
+        self.tally = Tally(self.name, len(there))
         usable = self.look(there[:: -(-len(there) // TRIED)])
         if not usable:
             raise UserError(
                 f"--data: not one usable pair of an image and a caption in {len(urls)} shard(s) from {urls[0]}: "
                 f"{self.tally.told() or 'they hold none'}. {' '.join(self.describe())}"
             )
-        self.tally = Tally(self.name, len(urls))
+        self.tally = Tally(self.name, len(there))
 
     def look(self, tried):
         """Learns from the first samples of some shards what they hold → whether one of them can be used."""
@@ -274,43 +272,6 @@ def weight_of(sample):
 # Tar files, from a disk, a web server or a command.
 
 
-class Piped(io.RawIOBase):
-    """What a command writes, as a file. Raises OSError, in the command's own words, where it fails or falls silent."""
-
-    def __init__(self, command):
-        self.process, self.errors = None, tempfile.TemporaryFile()  # noqa: SIM115 - closed by close
-        streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": self.errors}
-        own_group = os.name == "posix"  # so that what a shell starts can be ended with it
-        try:
-            shell = isinstance(command, str)
-            self.process = subprocess.Popen(command, shell=shell, bufsize=0, start_new_session=own_group, **streams)
-        except FileNotFoundError as error:
-            raise OSError(f"there is no command {command[0]} here") from error
-
-    def readable(self):
-        return True
-
-    def readinto(self, buffer):
-        if os.name == "posix" and not select.select([self.process.stdout], [], [], READ_TIMEOUT)[0]:
-            raise OSError(f"nothing came for {READ_TIMEOUT} s")
-        count = self.process.stdout.readinto(buffer)
-        if count == 0 and (status := self.process.wait()) != 0:
-            self.errors.seek(0)
-            lines = self.errors.read(10_000).decode(errors="replace").strip().splitlines() or ["no word"]
-            raise OSError(f"{lines[-1][:200]} (exit status {status})")
-        return count
-
-    def close(self):
-        if self.process and not self.closed:
-            if self.process.poll() is None:
-                with contextlib.suppress(OSError):
-                    os.killpg(self.process.pid, signal.SIGKILL) if os.name == "posix" else self.process.kill()
-            self.process.stdout.close()
-            self.process.wait()
-        self.errors.close()
-        super().close()
-
-
 def command_of(url):
     """The command that writes a shard to its output, or None for a file on the disk."""
     if url.startswith("pipe:"):
@@ -339,10 +300,34 @@ def is_plain_tar(url):
 
 
 @contextlib.contextmanager
+def output_of(command):
+    """What a command writes, as a file. Where that is no whole tar, raises OSError in the command's own words."""
+    streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE}
+    with tempfile.TemporaryFile() as errors:
+        shell = isinstance(command, str)
+        process = subprocess.Popen(command, shell=shell, stderr=errors, start_new_session=True, **streams)
+        try:
+            if os.name == "posix" and not select.select([process.stdout], [], [], FIRST_BYTE)[0]:
+                raise OSError(f"nothing came for {FIRST_BYTE} s")
+            yield process.stdout
+        except tarfile.TarError as error:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                if status := process.wait(1):
+                    errors.seek(0)
+                    lines = errors.read(10_000).decode(errors="replace").strip().splitlines() or ["no word"]
+                    raise OSError(f"{lines[-1][:200]} (exit status {status})") from error
+            raise
+        finally:
+            process.kill()
+            process.stdout.close()
+            process.wait()
+
+
+@contextlib.contextmanager
 def opened(url, start):
     """A shard as a TarFile, read from byte `start` on if it is a plain tar. It passes over what is no header."""
     plain, command = is_plain_tar(url), command_of(url)
-    with io.BufferedReader(Piped(command), 2**20) if command else open(local(url), "rb") as file:
+    with output_of(command) if command else open(local(url), "rb") as file:
         if plain:
             file.seek(start // tarfile.BLOCKSIZE * tarfile.BLOCKSIZE)
         with tarfile.open(fileobj=file, mode="r:" if plain else "r|*", ignore_zeros=plain and start > 0) as tar:

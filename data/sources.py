@@ -1,11 +1,9 @@
 """Where captioned images come from: the emoji, a folder, or WebDataset shards; and the processes that load them."""
 
 import collections
-import contextlib
 import hashlib
 import itertools
 import os
-import re
 import signal
 import time
 import zlib
@@ -28,9 +26,8 @@ SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 HELD_OUT_OF = 50  # one pair in so many is held out for evaluation
 FEWEST = 200  # pairs; of fewer none is held out
 AT_ONCE = 20  # failures in a row that are passed over at once: some shards may be missing for good
-PAUSES = (1, 2, 4, 8, 16, 32, 64)  # seconds to wait after each further one; shorter together than a worker may take
+PAUSE, GIVEN_UP = 1, 120  # seconds to wait after each further one, and in which none may be read
 WORKER_TIMEOUT = 300  # seconds in which a worker must make a batch; longer than its own patience
-QUEUE_BYTES = 2**20  # of shared memory that DataLoader needs beside the batches, generously
 POLL = 1  # seconds of waiting for a batch after which the run is asked whether to stop
 RETRIES = 3  # of workers that hang or die, in a row
 
@@ -39,22 +36,40 @@ class Batch(NamedTuple):
     images: torch.Tensor  # [b, 3, R, R] in [−1, 1]
     captions: list[str]
     skipped: collections.Counter  # the pairs passed over on the way, by cause
-    notes: tuple = ()  # (subject, what was met of it first) on them
+    notes: dict = {}  # cause: where it was met, if for the first time  # noqa: RUF012
 
 
 class Source:
-    """Captioned images. `batches` are for training: endless, from any step on, since the seed and the number of a step
-    decide what it holds. `evaluation` gives every pair once. `describe` says in lines for the user what was found.
+    """Captioned images. A kind of source has the three methods that raise NotImplementedError here.
 
-    A kind of source has `batches(steps, batch, rank, world_size)`, `describe()`, and `examples(held_out, rank,
-    world_size)`, which yields a rank's share of the pairs, (image [3, R, R], all its captions): those that training
-    never sees, or the others. A pair that cannot be used is passed over, and its batch counts it by cause.
+    A pair that cannot be used is passed over: `tally.skip(cause, where)`; one that can, `tally.use()`. `collate` makes
+    a batch of some examples. After a failure of the disk or the network comes `patience.fail(error)`.
+
+    name: for messages. caption_key: the field of each .json that holds the caption, if no .txt does.
     """
 
     def __init__(self, name, resolution, seed, caption_key=None):
         self.name, self.resolution, self.seed, self.caption_key = name, resolution, seed, caption_key
         self.tally, self.patience = Tally(name), Patience(name)
-        self.holds_out, self.known = True, set()  # subjects of the notes that were told
+        self.holds_out = True  # whether any pairs are kept from training
+        self.told = set()  # causes of the notes that were told
+
+    def batches(self, steps, batch, rank, world_size):
+        """For training: for each of the steps, a range without an end, a rank's share of `batch` pairs, as a Batch.
+
+        The seed and the number of a step decide what it holds.
+        """
+        raise NotImplementedError
+
+    def examples(self, held_out=False, rank=0, world_size=1):
+        """For evaluation: a rank's share of the pairs, once each, as (image [3, R, R], all its captions): those that
+        training never sees, or the others.
+        """
+        raise NotImplementedError
+
+    def describe(self):
+        """What was found, in lines for the user."""
+        raise NotImplementedError
 
     def evaluation(self, batch=64, held_out=False, rank=0, world_size=1):
         """Batches of every pair that can be used, once; held_out: of those alone that training never sees.
@@ -66,12 +81,19 @@ class Source:
             images, captions = zip(*some, strict=True)
             numbers = (zlib.crc32(image.numpy().tobytes(), self.seed) for image in images)
             drawn = [lines[number % len(lines)] for lines, number in zip(captions, numbers, strict=True)]
-            yield told(Batch(torch.stack(images), drawn, *self.tally.take()), self.known)
+            yield self.tell(Batch(torch.stack(images), drawn, *self.tally.take()))
 
     def evaluation_pairs(self, batch=64, rank=0, world_size=1):
         """Batches of the pairs to evaluate with: those held out first, then those of training."""
-        held_out, others = (self.evaluation(batch, part, rank, world_size) for part in (True, False))
-        return itertools.chain(held_out, others)
+        for held_out in (True, False):
+            yield from self.evaluation(batch, held_out, rank, world_size)
+
+    def tell(self, batch):
+        """Says on the main rank what a batch passed over for the first time → the batch."""
+        for cause in batch.notes.keys() - self.told:
+            distributed.say(f"note: of the data is passed over, and counted: {batch.notes[cause]}")
+        self.told |= batch.notes.keys()
+        return batch
 
     def said_of_held_out(self):
         if self.holds_out:
@@ -83,15 +105,6 @@ def collate(examples, rng, tally):
     """Some (image, captions) → a Batch, for each image one of its captions."""
     images, captions = zip(*examples, strict=True)
     return Batch(torch.stack(images), [lines[rng.integers(len(lines))] for lines in captions], *tally.take())
-
-
-def told(batch, known):
-    """Says on the main rank what a batch passed over for the first time → the batch. known: subjects told before."""
-    for subject, note in batch.notes:
-        if subject not in known:
-            distributed.say(f"note: of the data is passed over, and counted: {note}")
-            known.add(subject)
-    return batch
 
 
 def is_held_out(image, facts):
@@ -112,37 +125,26 @@ def sample_indices(step, batch, rank, world_size):
 
 
 class Patience:
-    """Waits, ever longer, for a source that fails again and again, and at last gives up."""
+    """Waits for a source that fails again and again, and at last gives up."""
 
     def __init__(self, name):
-        self.name = name
-        self.failures = 0  # in a row
-        self.first, self.since = "", 0.0  # the first of them, and when
-        self.asked_to_stop = lambda: False
-
-    def __getstate__(self):
-        return {**vars(self), "asked_to_stop": None}  # a worker is ended from outside
-
-    def __setstate__(self, state):
-        vars(self).update(state, asked_to_stop=lambda: False)
+        self.name, self.failures, self.asked_to_stop = name, 0, None
 
     def succeed(self):
         self.failures = 0
 
     def fail(self, error):
-        """Waits if that may help. Raises UserError with the first error, or Stopped."""
+        """Waits if that may help. Raises UserError with the first error of those in a row, or Stopped."""
         if not self.failures:
             self.first, self.since = first_line(error), time.monotonic()
         self.failures += 1
-        elapsed, number = time.monotonic() - self.since, self.failures - AT_ONCE - 1
-        if number >= len(PAUSES) or (elapsed > sum(PAUSES) and self.failures > 2):  # a failure itself may take a minute
+        if self.asked_to_stop and self.asked_to_stop():
+            raise Stopped
+        elapsed = time.monotonic() - self.since
+        if elapsed > GIVEN_UP and self.failures > 2:  # a failure itself may take a minute
             raise UserError(f"--data {self.name}: for {elapsed:.0f} s nothing could be read: {self.first}")
-        if number >= 0:
-            until = time.monotonic() + PAUSES[number]
-            while time.monotonic() < until:
-                if self.asked_to_stop():
-                    raise Stopped
-                time.sleep(min(0.2, PAUSES[number]))
+        if self.failures > AT_ONCE:
+            time.sleep(PAUSE)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -162,7 +164,8 @@ def open_data(spec, resolution, seed, caption_key=None):
     if spec == "emoji":
         return Shards([str(EMOJI)], resolution, seed)
     is_folder = os.path.isdir(spec)
-    if not (shards := shards_in(spec) if is_folder else expand_shards(spec)):
+    shards = shards_in(spec) if is_folder else expand_shards(spec)
+    if not shards:
         return Folder(spec, resolution, seed, caption_key)
     if is_folder and (pairs := Search(spec, caption_key).pairs):
         raise UserError(
@@ -175,11 +178,11 @@ def open_data(spec, resolution, seed, caption_key=None):
 def shards_in(folder):
     """The shards that lie in a folder itself, sorted."""
     try:
-        paths = [os.path.join(folder, name) for name in os.listdir(folder) if not name.startswith(".")]
+        names = sorted(os.listdir(folder))
     except OSError as error:
         raise UserError(f"--data {folder} cannot be read: {error.strerror}") from error
-    shards = (path for path in paths if path.lower().endswith(SHARD_SUFFIXES) and os.path.isfile(path))
-    return sorted(path for path in shards if not leads_out(path, folder))
+    paths = [os.path.join(folder, name) for name in names if name.lower().endswith(SHARD_SUFFIXES) and name[0] != "."]
+    return [path for path in paths if os.path.isfile(path) and not leads_out(path, folder)]
 
 
 def leads_out(path, folder):
@@ -190,17 +193,13 @@ def leads_out(path, folder):
 
 def expand_shards(spec):
     """A shard's file, URL or command, or a pattern of them, as data/{00000..00041}.tar, → the shards; else → none."""
-    is_command = spec.startswith("pipe:")
-    if is_command or spec.lower().endswith(SHARD_SUFFIXES):
-        if os.path.isfile(spec):
-            return [spec]
-        try:
-            # A backslash is the shell's in a command, and parts folders on Windows.
-            return list(braceexpand(spec, escape=not is_command and os.sep != "\\"))
-        except ValueError as error:
-            message = f"--data {spec}: the braces do not match; write shards as data/{{00000..00041}}.tar"
-            raise UserError(message) from error
-    return []
+    if not spec.startswith("pipe:") and not spec.lower().endswith(SHARD_SUFFIXES):
+        return []
+    try:
+        return [spec] if os.path.isfile(spec) else list(braceexpand(spec, escape=False))
+    except ValueError as error:
+        message = f"--data {spec}: the braces do not match; write shards as data/{{00000..00041}}.tar"
+        raise UserError(message) from error
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -214,25 +213,20 @@ def loader(source, first, batch, workers, asked_to_stop=lambda: False):
     waited for. Raises Stopped once it says so, UserError where the data cannot be read.
     """
     share = batch // distributed.world_size(), distributed.rank(), distributed.world_size()
-    if not workers and hasattr(source, "patience"):
-        source.patience.asked_to_stop = asked_to_stop
-    failures, known = 0, set()
+    source.patience.asked_to_stop = None if workers else asked_to_stop
+    options = {"num_workers": workers, "worker_init_fn": leave_signals_to_the_run, "timeout": POLL if workers else 0}
+    failures = 0
     while True:
-        stream, timeout = Stream(source, first, *share), min(POLL, WORKER_TIMEOUT) if workers else 0
-        options = {"num_workers": workers, "worker_init_fn": leave_signals_to_the_run, "timeout": timeout}
         try:
-            if workers:
-                with room_in_shared_memory():
-                    torch.empty(QUEUE_BYTES, dtype=torch.uint8).share_memory_()
-            batches = iter(DataLoader(stream, batch_size=None, **options))
+            batches = iter(DataLoader(Stream(source, first, *share), batch_size=None, **options))
             # DataLoader's handler raises at a worker's death, wherever the run happens to be; waiting sees it too.
             for number in signals("SIGCHLD"):
                 signal.signal(number, signal.SIG_DFL)
             while True:
-                yield told(wait_for(batches, asked_to_stop), known)
+                yield source.tell(wait_for(batches, asked_to_stop))
                 first, failures = first + 1, 0
         except UserError as error:  # a worker's comes with its traceback
-            raise UserError(re.sub(r"^\S*UserError: ", "", str(error).strip().splitlines()[-1])) from error
+            raise UserError(str(error).strip().splitlines()[-1].partition("UserError: ")[2] or str(error)) from error
         except (RuntimeError, EOFError, ConnectionError) as error:  # what becomes of DataLoader when a worker dies
             if asked_to_stop():  # and the workers with the run
                 raise Stopped from None
@@ -264,11 +258,26 @@ def leave_signals_to_the_run(_):
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-@contextlib.contextmanager
-def room_in_shared_memory():
-    """Where shared memory is full, a UserError says what helps."""
+class Stream(IterableDataset):
+    """A source's training batches for one rank. Worker k of n makes batches k, k + n, …, so their order stays fixed."""
+
+    def __init__(self, source, first, *share):
+        self.source, self.first = source, first
+        self.share = share  # batch of this rank, rank, number of ranks
+
+    def __iter__(self):
+        worker = get_worker_info()
+        offset, stride = (worker.id, worker.num_workers) if worker else (0, 1)
+        for batch in self.source.batches(range(self.first + offset, 2**62, stride), *self.share):
+            if worker:
+                share_memory(batch.images)  # the queue would do it as well, but in a thread, whose errors reach nobody
+            yield batch
+
+
+def share_memory(images):
+    """Moves a tensor to shared memory. Raises UserError where that is full."""
     try:
-        yield
+        images.share_memory_()
     except RuntimeError as error:
         if "No space left" not in str(error):
             raise
@@ -276,21 +285,3 @@ def room_in_shared_memory():
             "there is too little shared memory (/dev/shm) for the data workers: take --workers 0, or give more, as by "
             "docker run --shm-size 8g"
         ) from error
-
-
-class Stream(IterableDataset):
-    """A source's training batches for one rank. Worker k of n makes batches k, k + n, …, so their order stays fixed."""
-
-    def __init__(self, source, first, *share):
-        self.source = source
-        self.first = first
-        self.share = share  # batch of this rank, rank, number of ranks
-
-    def __iter__(self):
-        worker = get_worker_info()
-        offset, stride = (worker.id, worker.num_workers) if worker else (0, 1)
-        for batch in self.source.batches(range(self.first + offset, 2**62, stride), *self.share):
-            if worker:  # the queue would do it as well, but in a thread, whose errors reach nobody
-                with room_in_shared_memory():
-                    batch.images.share_memory_()
-            yield batch

@@ -23,16 +23,15 @@ class Refused(ValueError):
 
 
 def check(svg):
-    """Raises Refused for the bytes of an SVG that refer to anything but its own parts, or would take long to draw.
-
-    Raises ExpatError where they are no XML.
+    """Raises Refused for the bytes of an SVG that refer to anything but its own parts, hold letters, whose fonts are
+    not there, or would take long to draw. Raises ExpatError where they are no XML.
     """
     if len(svg) > MAX_BYTES:
         raise Refused("too large")
     inside, sizes, references = [""], collections.Counter(), collections.defaultdict(list)  # by id
 
     def start(name, attributes):
-        if name.rpartition(":")[2] in ("script", "foreignObject") or len(inside) > MAX_DEPTH:
+        if name.rpartition(":")[2] in ("script", "foreignObject", "text") or len(inside) > MAX_DEPTH:
             raise Refused(f"{name} at depth {len(inside)}")
         inside.append(attributes.get("id", inside[-1]))
         sizes[inside[-1]] += 1

@@ -24,7 +24,7 @@ from PIL import Image, ImageDraw
 
 from aurora import Generator
 from clip import load_clip
-from data.sources import EMOJI, Batch, sample_indices
+from data.sources import EMOJI, Batch, Source, sample_indices
 from evaluation.extractors import Extractor
 from presets import (
     PRESETS,
@@ -145,11 +145,11 @@ def images(numbers, resolution, seed=0):
     return torch.stack(pictures).view(-1, resolution, resolution, 3).permute(0, 3, 1, 2) / 127.5 - 1
 
 
-class Figures:
-    """A source of figures in memory, see data/sources.py. Those of evaluation have another seed."""
+class Figures(Source):
+    """A source of figures in memory. Those of evaluation have another seed."""
 
     def __init__(self, resolution, seed=0):
-        self.resolution, self.seed = resolution, seed
+        super().__init__("figures", resolution, seed)
 
     def draw(self, numbers, seed):
         captions = [caption(i, seed) for i in numbers]
@@ -159,12 +159,9 @@ class Figures:
         for step in steps:
             yield self.draw(sample_indices(step, batch, rank, world_size), self.seed)
 
-    def evaluation(self, batch=64, held_out=False, rank=0, world_size=1):
-        for first in () if held_out else itertools.count(rank, batch * world_size):
-            yield self.draw(range(first, first + batch * world_size, world_size), self.seed + 1)
-
-    def evaluation_pairs(self, batch=64, rank=0, world_size=1):
-        return self.evaluation(batch, False, rank, world_size)
+    def examples(self, held_out=False, rank=0, world_size=1):
+        for number in () if held_out else itertools.count(rank, world_size):
+            yield images([number], self.resolution, self.seed + 1)[0], [caption(number, self.seed + 1)]
 
 
 def write(folder, count=48, resolution=32, seed=0):

@@ -1,19 +1,13 @@
 """Folders as people have them: all that can be read is read, and a source says what it holds."""
 
-import itertools
 import os
-import signal
-import threading
-import time
 
 import pytest
 
 from common.cli import UserError
 from data import sources
 from data.pairs import FILE
-from data.sources import Patience, Stopped
 from tests.data.test_shards import PICTURE, all_captions, named, write_tar
-from tests.figures import Figures
 
 
 def pair(folder, stem, caption=None, image=".jpg", text=".txt"):
@@ -97,34 +91,15 @@ def test_pairs_and_shards_in_one_folder_are_refused_but_not_images_alone(tmp_pat
             sources.open_data(str(data), 16, seed=0)
 
 
-def test_only_exact_suffixes_are_shards(tmp_path):
-    filled(tmp_path)
+def test_only_exact_suffixes_are_shards_and_braces_and_brackets_may_be_in_real_names(tmp_path):
+    folder = filled(tmp_path / "a{1}[x]*")
     for name in ("notes.tar.txt", "old.tarball", "0.tar.part", ".0.tar", "0_stats.tar.json"):
-        (tmp_path / name).write_bytes(b"no shard")
-    assert len(all_captions(sources.open_data(str(tmp_path), 16, seed=0))) == 6
-
-
-def test_braces_and_brackets_in_real_names(tmp_path):
-    folder = tmp_path / "a{1}[x]*"
-    folder.mkdir()
-    spec = write_tar(folder / "x{7}.tar", named([{"jpg": PICTURE, "txt": b"x"}] * 6))
-    for path in (spec, str(folder)):
-        assert len(all_captions(sources.open_data(path, 16, seed=0))) == 6
-
-
-def test_backslashes_of_windows_and_of_commands_stay(monkeypatch):
+        (folder / name).write_bytes(b"no shard")
+    (tmp_path / "b{2}").mkdir()
+    shard = write_tar(tmp_path / "b{2}" / "x{7}.tar", named([{"jpg": PICTURE, "txt": b"x"}] * 6))
+    for path in (folder, tmp_path / "b{2}", shard):
+        assert len(all_captions(sources.open_data(str(path), 16, seed=0))) == 6
     assert sources.expand_shards(r"pipe:cat a\ {0..1}.tar") == [r"pipe:cat a\ 0.tar", r"pipe:cat a\ 1.tar"]
-    monkeypatch.setattr(sources.os, "sep", "\\")
-    assert sources.expand_shards(r"C:\data\{0..1}.tar") == [r"C:\data\0.tar", r"C:\data\1.tar"]
-
-
-def test_a_folder_that_may_not_be_read_is_one_clear_line(tmp_path, monkeypatch):
-    def refuses(_):
-        raise PermissionError(13, "Permission denied")
-
-    monkeypatch.setattr(sources.os, "listdir", refuses)
-    with pytest.raises(UserError, match="cannot be read: Permission denied"):
-        sources.open_data(str(tmp_path), 16, seed=0)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
@@ -133,107 +108,9 @@ def test_what_may_not_be_read_is_told(tmp_path):
     (tmp_path / "0.jpg").chmod(0)
     source = sources.open_data(str(tmp_path), 16, seed=0)
     assert next(source.evaluation()).skipped == {FILE: 1}
-
-
-def test_files_that_vanish_are_waited_for_and_then_told(tmp_path, monkeypatch):
-    monkeypatch.setattr("data.sources.PAUSES", (0.05, 0.1))
-    source = sources.open_data(str(filled(tmp_path)), 16, seed=0)
-    for path in tmp_path.glob("*.jpg"):
-        path.unlink()
-    with pytest.raises(UserError, match=r"nothing could be read: .*No such file or directory"):
-        next(source.batches(range(9), 4, 0, 1))
-
-
-def test_a_disk_that_comes_back_ends_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr("data.sources.PAUSES", (0.05, 0.1, 0.4, 0.8, 1))
-    data = filled(tmp_path / "data")
-    source = sources.open_data(str(data), 16, seed=0)
-    data.rename(tmp_path / "away")
-    back = threading.Timer(0.3, lambda: (tmp_path / "away").rename(data))
-    back.start()
-    assert len(next(source.batches(range(9), 4, 0, 1)).captions) == 4
-    back.join()
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Stopping.
-
-
-class Stalled(Figures):
-    """Batches that never come."""
-
-    def draw(self, *_):
-        time.sleep(600)
-
-
-def test_a_run_is_stopped_while_its_data_stall(monkeypatch):
-    monkeypatch.setattr(sources, "POLL", 0.1)
-    asked = []
-    former = signal.signal(signal.SIGTERM, lambda *_: asked.append(1))
-    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
-    try:
-        with pytest.raises(Stopped):
-            next(sources.loader(Stalled(8), 0, 2, workers=1, asked_to_stop=lambda: bool(asked)))
-    finally:
-        signal.signal(signal.SIGTERM, former)
-    assert asked
-
-
-def test_a_stalled_batch_is_not_waited_for_until_its_worker_is_given_up(monkeypatch):
-    """That takes minutes, and a scheduler gives seconds."""
-    monkeypatch.setattr(sources, "WORKER_TIMEOUT", 0)
-
-    class Stalls:
-        def __next__(self):
-            raise RuntimeError("DataLoader timed out after 1 seconds")
-
-    with pytest.raises(Stopped):
-        sources.wait_for(Stalls(), asked_to_stop=lambda: True)
-    with pytest.raises(RuntimeError, match="no batch came"):
-        sources.wait_for(Stalls(), asked_to_stop=lambda: False)
-
-
-def test_a_run_without_workers_is_stopped_while_it_waits_for_its_disk(tmp_path, monkeypatch):
-    monkeypatch.setattr("data.sources.PAUSES", (600,))
-    source = sources.open_data(str(filled(tmp_path)), 16, seed=0)
-    for path in tmp_path.glob("*.jpg"):
-        path.unlink()
-    with pytest.raises(Stopped):
-        next(sources.loader(source, 0, 4, workers=0, asked_to_stop=lambda: True))
-
-
-def test_workers_that_are_ended_with_the_run_are_not_replaced(monkeypatch, capsys):
-    """A scheduler's SIGTERM reaches them too, and ends them at once."""
-    source = Figures(8)
-    monkeypatch.setattr(source, "draw", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
-    with pytest.raises(Stopped):
-        next(sources.loader(source, 0, 2, workers=1, asked_to_stop=lambda: True))
-
-
-def test_failures_that_take_a_minute_each_are_not_counted_to_the_end(monkeypatch):
-    now = itertools.count(step=30)
-    monkeypatch.setattr("data.sources.time.monotonic", now.__next__)
-    patience = Patience("x")
-    with pytest.raises(UserError, match="nothing could be read: a connection timed out"):
-        for _ in range(8):
-            patience.fail(OSError("a connection timed out"))
-
-
-def test_patience_grows_and_ends(monkeypatch):
-    slept = []
-    monkeypatch.setattr("data.sources.AT_ONCE", 2)
-    now = itertools.count(step=0.25)
-    monkeypatch.setattr("data.sources.time.monotonic", lambda: sum(slept) + 0 * next(now))
-    monkeypatch.setattr("data.sources.time.sleep", slept.append)
-    patience = Patience("x")
-    for _ in range(9):
-        patience.fail(OSError("the first"))
-    assert 120 < sum(slept) < 130
-    with pytest.raises(UserError, match=r"^--data x: for 12\d s nothing could be read: the first$"):
-        patience.fail(OSError("a later one"))
-    patience.succeed()
-    patience.fail(OSError("another"))
-    assert patience.first == "another"
+    tmp_path.chmod(0)
+    with pytest.raises(UserError, match="cannot be read: Permission denied"):
+        sources.open_data(str(tmp_path), 16, seed=0)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Images and captions as the web has them: read right, or skipped for a cause that is told; never anything else."""
 
 import collections
+import contextlib
 import io
 import struct
 import zlib
@@ -104,8 +105,9 @@ def test_a_picture_is_cut_to_its_centre_and_upright():
     exif[0x0112] = 3  # upside down
     upright = read(encoded(image), 10)
     assert (upright[1, :5] == -1).all() and (upright[1, 5:] == 1).all()
-    for turned in (exif, b"Exif\0\0" + wrong):
-        torch.testing.assert_close(read(encoded(image, exif=turned), 10), upright.flip(1, 2))
+    for kind, turned in (("PNG", exif), ("WEBP", exif), ("TIFF", exif), ("PNG", b"Exif\0\0" + wrong)):
+        content = encoded(image, kind, exif=turned, lossless=True)
+        torch.testing.assert_close(read(content, 10), upright.flip(1, 2), atol=0.02, rtol=0)
 
 
 ADOBE_RGB = np.array([[0.60974, 0.20528, 0.14919], [0.31111, 0.62567, 0.06322], [0.01947, 0.06087, 0.74457]])  # to XYZ
@@ -150,6 +152,12 @@ def bomb(side):
     return pairs.PNG + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 1000))
 
 
+def clear_gray_of_16_bits():
+    """A PNG whose one gray is told to be transparent."""
+    content = encoded(Image.fromarray(np.full((20, 20), 90 * 257, np.uint16)))
+    return content[:33] + chunk(b"tRNS", struct.pack(">H", 90 * 257)) + content[33:]
+
+
 @pytest.mark.parametrize(
     ("content", "cause"),
     [
@@ -162,6 +170,7 @@ def bomb(side):
         (bomb(100), IMAGE),
         (encoded(Image.fromarray(np.full((20, 20), 70_000, np.int32)), "TIFF"), FORMAT),
         (encoded(Image.fromarray(np.full((20, 20), 0.5, np.float32)), "TIFF"), FORMAT),
+        (clear_gray_of_16_bits(), FORMAT),
         (encoded(Image.new("RGB", (20, 20)), "EPS"), IMAGE),  # Pillow would start Ghostscript on it
         (encoded(Image.new("RGB", (20, 20)), "PPM"), IMAGE),
         (b"<svg", IMAGE),
@@ -189,6 +198,7 @@ def uses(levels, times=10):
         drawing("<rect fill=\"url( 'a.svg#b' )\"/>"),
         drawing("<style>rect { fill: url(http://example.org/a.svg#b) }</style>"),
         drawing("<script>alert(1)</script>"),
+        drawing('<text y="9">letters need a font</text>'),
         drawing("&a;", head='<!DOCTYPE svg [<!ENTITY a "b">]>'),
         drawing("&a;", head='<!DOCTYPE svg [<!ENTITY a SYSTEM "/etc/passwd">]>'),
         drawing(uses(7)),
@@ -219,7 +229,7 @@ def test_what_this_pillow_cannot_read_is_not_called_broken(monkeypatch):
             read(b"\0\0\0\x20ftypavif" + bytes(50))
 
 
-def test_five_thousand_hostile_images_do_no_harm():
+def test_a_thousand_hostile_images_do_no_harm():
     """Whole files with bytes changed, cut, doubled or swapped; each is read, or skipped for a cause."""
     rng = np.random.default_rng(0)
     noise = Image.fromarray(rng.integers(0, 256, (24, 24, 3), np.uint8))  # small, so that every part of a file is hit
@@ -227,7 +237,7 @@ def test_five_thousand_hostile_images_do_no_harm():
     seeds += [encoded(noise.convert("CMYK"), "JPEG"), encoded(noise.convert("P"), "PNG", transparency=3)]
     seeds += [drawing(uses(2)), encoded(noise, icc_profile=icc_profile(ADOBE_RGB, 2.2))]
     outcomes = collections.Counter()
-    for i in range(5000):
+    for i in range(1000):
         content = bytearray(seeds[i % len(seeds)])
         for _ in range(rng.integers(1, 9)):
             at = int(rng.integers(len(content))) if rng.random() < 0.5 else int(rng.integers(min(64, len(content))))
@@ -246,14 +256,14 @@ def test_five_thousand_hostile_images_do_no_harm():
             outcomes["read"] += 1
         except Unusable as error:
             outcomes[str(error)] += 1
-    assert outcomes["read"] > 100 and outcomes[IMAGE] > 1000 and set(outcomes) <= {"read", *CAUSES}
+    assert outcomes["read"] > 20 and outcomes[IMAGE] > 200 and set(outcomes) <= {"read", *CAUSES}
 
 
 def test_captions_are_cleaned_and_cut():
     assert captions_of(b"\xef\xbb\xbf a  cat\ton a mat \r\n\n a dog\na dog") == ["a cat on a mat", "a dog", "a dog"]
     assert captions_of("a\u2028red\x0bcat\x85sits\x0c\rdown".encode()) == ["a red cat sits", "down"]
     assert captions_of("日".encode() * 10_000_000) == ["日" * pairs.MAX_CAPTION]
-    for content in (b"", b" \n"):
+    for content in (b"", b" \n", "\u200b\ufeff\u2060".encode()):
         with pytest.raises(Unusable, match=f"^{EMPTY}$"):
             captions_of(content)
     marked, unmarked = "red heart".encode("utf-16"), ["red heart".encode(f"utf-16-{end}") for end in ("le", "be")]
@@ -262,30 +272,15 @@ def test_captions_are_cleaned_and_cut():
             captions_of(content)
 
 
+PIECES = ["<start_of_text>", "<end_of_text>", "&lt;", "🦖", "\u202e", "a\u0301" * 50, "٣", "日本", "x" * 5000, "'\"\\"]
+
+
 def test_hostile_captions_do_no_harm():
     """Any bytes at all become a caption that CLIP takes in, or are skipped."""
-    rng, clip = np.random.default_rng(0), load_clip("emoji")
-    pieces = [
-        "<start_of_text>",
-        "<end_of_text>",
-        "&lt;",
-        "🦖",
-        "\u202e",
-        "a\u0301" * 50,
-        "٣",
-        "日本",
-        "x" * 5000,
-        "'\"\\",
-    ]
-    taken = []
-    for i in range(300):
-        if i % 2:
-            content = "".join(rng.choice(pieces, rng.integers(1, 30))).encode()
-        else:
-            content = rng.bytes(int(rng.integers(1, 60)))
-        try:
-            taken += captions_of(content)
-        except Unusable:
-            continue
-    assert len(taken) > 150
+    rng, clip, taken = np.random.default_rng(0), load_clip("emoji"), []
+    for i in range(100):
+        text = "".join(rng.choice(PIECES, rng.integers(2, 30))).encode()
+        with contextlib.suppress(Unusable):
+            taken += captions_of(text if i % 2 else rng.bytes(int(rng.integers(1, 60))))
+    assert len(taken) >= 50
     assert clip.read(taken).embedding.isfinite().all()
