@@ -15,9 +15,8 @@ from braceexpand import braceexpand
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from tqdm import tqdm
 
-from common import distributed
+from common import distributed, stopping
 from common.cli import UserError, first_line, signals
-from common.stopping import Stopped
 from data.pairs import Tally
 
 EMOJI = Path(__file__).parent / "emoji.tar.gz"
@@ -128,7 +127,7 @@ class Patience:
     """Waits for a source that fails again and again, and at last gives up."""
 
     def __init__(self, name):
-        self.name, self.failures, self.asked_to_stop = name, 0, None
+        self.name, self.failures = name, 0
 
     def succeed(self):
         self.failures = 0
@@ -138,8 +137,8 @@ class Patience:
         if not self.failures:
             self.first, self.since = first_line(error), time.monotonic()
         self.failures += 1
-        if self.asked_to_stop and self.asked_to_stop():
-            raise Stopped
+        if stopping.asked():
+            raise stopping.Stopped
         elapsed = time.monotonic() - self.since
         if elapsed > GIVEN_UP and self.failures > 2:  # a failure itself may take a minute
             raise UserError(f"--data {self.name}: for {elapsed:.0f} s nothing could be read: {self.first}")
@@ -206,14 +205,13 @@ def expand_shards(spec):
 # Workers.
 
 
-def loader(source, first, batch, workers, asked_to_stop=lambda: False):
+def loader(source, first, batch, workers):
     """An endless iterator of this rank's share of each global batch from number `first` on, loaded by worker processes.
 
-    Workers that hang or are killed are replaced, and their batches made again. asked_to_stop: called while a batch is
-    waited for. Raises Stopped once it says so, UserError where the data cannot be read.
+    Workers that hang or are killed are replaced, and their batches made again. Raises Stopped where the process is
+    asked to stop while a batch is waited for, UserError where the data cannot be read.
     """
     share = batch // distributed.world_size(), distributed.rank(), distributed.world_size()
-    source.patience.asked_to_stop = None if workers else asked_to_stop
     options = {"num_workers": workers, "worker_init_fn": leave_signals_to_the_run, "timeout": POLL if workers else 0}
     failures = 0
     while True:
@@ -223,20 +221,20 @@ def loader(source, first, batch, workers, asked_to_stop=lambda: False):
             for number in signals("SIGCHLD"):
                 signal.signal(number, signal.SIG_DFL)
             while True:
-                yield source.tell(wait_for(batches, asked_to_stop))
+                yield source.tell(wait_for(batches))
                 first, failures = first + 1, 0
         except UserError as error:  # a worker's comes with its traceback
             raise UserError(str(error).strip().splitlines()[-1].partition("UserError: ")[2] or str(error)) from error
         except (RuntimeError, EOFError, ConnectionError) as error:  # what becomes of DataLoader when a worker dies
-            if asked_to_stop():  # and the workers with the run
-                raise Stopped from None
+            if stopping.asked():  # and the workers with the run
+                raise stopping.Stopped from None
             failures += 1
             if failures > RETRIES:
                 raise UserError(f"the data workers failed {failures} times in a row: {first_line(error)}") from error
             tqdm.write(f"note: a data worker failed and is replaced ({first_line(error)})")
 
 
-def wait_for(batches, asked_to_stop):
+def wait_for(batches):
     """The next batch of a DataLoader's iterator whose timeout is POLL. Raises RuntimeError after WORKER_TIMEOUT."""
     deadline = time.monotonic() + WORKER_TIMEOUT
     while True:
@@ -245,8 +243,8 @@ def wait_for(batches, asked_to_stop):
         except RuntimeError as error:
             if "DataLoader timed out" not in str(error):
                 raise
-            if asked_to_stop():
-                raise Stopped from None
+            if stopping.asked():
+                raise stopping.Stopped from None
             if time.monotonic() > deadline:
                 raise RuntimeError(f"no batch came for {WORKER_TIMEOUT} s") from error
 

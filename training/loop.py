@@ -64,7 +64,7 @@ class Loop:
         """Yields the number of a step and this rank's batches of it, one for each micro-batch."""
         p = self.progress
         first, size = p.step * self.micro_batches, self.batch // self.micro_batches
-        loader = sources.loader(source, first, size, self.options.workers, asked_to_stop=stopping.asked)
+        loader = sources.loader(source, first, size, self.options.workers)
         self.folder.open_log(p.step)
         self.ends, self.saved_at = p.step >= self.last_step or self.out_of_time, time.monotonic()
         total = self.last_step if self.last_step < math.inf else None

@@ -18,10 +18,11 @@ import pytest
 import torch
 from PIL import Image
 
+from common import stopping
 from common.cli import UserError
 from data import shards, sources
 from data.pairs import EMPTY, ENCODING, IMAGE, NO_CAPTION, NO_IMAGE, SHARD
-from data.sources import Patience, Stopped
+from data.sources import Patience
 from tests.figures import Figures
 
 ROOT = Path(__file__).parent.parent.parent
@@ -210,8 +211,9 @@ def test_a_disk_that_comes_back_ends_nothing_and_one_that_does_not_ends_the_run(
         path.unlink()
     with pytest.raises(UserError, match=r"nothing could be read: .*No such file or directory"):
         take(source, 1)
-    with pytest.raises(Stopped):
-        next(sources.loader(source, 0, 4, workers=0, asked_to_stop=lambda: True))
+    monkeypatch.setattr(stopping, "asked", lambda: True)
+    with pytest.raises(stopping.Stopped):
+        loaded(source, 1, workers=0)
 
 
 def test_patience_ends_after_two_minutes_however_long_a_failure_takes(monkeypatch):
@@ -262,22 +264,19 @@ def test_workers_that_are_ended_with_the_run_are_not_replaced(monkeypatch):
     """A scheduler's SIGTERM reaches them too, and ends them at once."""
     source = Figures(8)
     monkeypatch.setattr(source, "draw", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
-    with pytest.raises(Stopped):
-        next(sources.loader(source, 0, 2, workers=1, asked_to_stop=lambda: True))
+    monkeypatch.setattr(stopping, "asked", lambda: True)
+    with pytest.raises(stopping.Stopped):
+        loaded(source, 1)
 
 
 def test_a_run_is_stopped_while_its_data_stall(monkeypatch):
     monkeypatch.setattr(sources, "POLL", 0.1)
-    source, asked = Figures(8), []
+    source = Figures(8)
     monkeypatch.setattr(source, "draw", lambda *_: time.sleep(600))
-    former = signal.signal(signal.SIGTERM, lambda *_: asked.append(1))
     threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
-    try:
-        with pytest.raises(Stopped):
-            next(sources.loader(source, 0, 2, workers=1, asked_to_stop=lambda: bool(asked)))
-    finally:
-        signal.signal(signal.SIGTERM, former)
-    assert asked
+    with pytest.raises(SystemExit) as ended, stopping.listening():
+        loaded(source, 1)
+    assert ended.value.code == stopping.COME_AGAIN
 
 
 TINY_MEMORY = """
