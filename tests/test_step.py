@@ -50,6 +50,9 @@ def test_the_active_resolutions_learn_and_no_others(learner):
     silent = [name for name, gradient in found.items() if gradient is None]
     for place in ("g.synthesis.levels.2.", "g.synthesis.levels.3.", "d.stages.16.", "d.heads.32."):
         assert all(name in silent for name in found if name.startswith(place)), place
+    for kind, network in (("g", learner.generator), ("d", learner.discriminator)):
+        for name, parameter in network.named_parameters():
+            assert not (parameter.requires_grad and f"{kind}.{name}" in silent), name  # DDP would wait for it
 
 
 @pytest.mark.parametrize("number", [0, 1])
@@ -102,13 +105,15 @@ def test_r1_in_small_parts_has_the_gradients_of_the_whole(learner, size):
         assert (found[name] - gradient).abs().max() <= 1e-12 * largest, name
 
 
-def test_the_generator_is_augmented_by_the_chances_of_fake_images(learner, monkeypatch):
-    seen = []
-    loss = step_module.generator_loss
-    monkeypatch.setattr(step_module, "generator_loss", lambda *x: seen.append(x[4]) or loss(*x))
-    (part,) = learner.prepare(0, 1, batches(1, 4))
-    learner.step(1, [part])
-    assert torch.equal(seen[0], part.chances[:, 1]) and not torch.equal(seen[0], part.chances[:, 0])
+def test_real_and_fake_images_are_augmented_by_chances_of_their_own(learner, monkeypatch):
+    of_real, of_fake = [], []
+    loss, augment = step_module.generator_loss, step_module.augment
+    monkeypatch.setattr(step_module, "generator_loss", lambda *x: of_fake.append(x[4]) or loss(*x))
+    monkeypatch.setattr(step_module, "augment", lambda *x: of_real.append(x[2]) or augment(*x))  # for R1
+    (part,) = learner.prepare(0, 0, batches(1, 4))
+    learner.step(0, [part])
+    assert not torch.equal(part.chances[:, 0], part.chances[:, 1])
+    assert torch.equal(of_real[0], part.chances[:, 0]) and torch.equal(of_fake[0], part.chances[:, 1])
 
 
 def test_the_mean_of_w_is_that_of_all_parts(learner):
