@@ -92,9 +92,9 @@ def show(path):
 def write_each(pipe: Pipeline, prompts, num, seed, psi, folder: Path, checkpoint: str):
     """Writes `num` pictures of each prompt, at their own resolution, into a folder → how many are new.
 
-    They are 000000.png and so on, each with its prompt, seed and psi in it and in a line of pictures.jsonl. A folder
-    that holds some of them is completed. They are drawn in batches, so thousands take no more memory than a few, and
-    the same ones in any attempt. Raises UserError where the folder holds pictures of another command.
+    They are 000000.png and so on, each with its prompt, seed and psi in it, and in the end in a line of pictures.jsonl.
+    A folder that holds some of them is completed. They are drawn in batches, so thousands take no more memory than a
+    few, and the same ones in any attempt. Raises UserError where the folder holds pictures of another command.
     """
     folder.mkdir(parents=True, exist_ok=True)
     abouts = [
@@ -102,31 +102,30 @@ def write_each(pipe: Pipeline, prompts, num, seed, psi, folder: Path, checkpoint
         | {"resolution": pipe.resolution}
         for i, (prompt, n) in enumerate(itertools.product(prompts, range(num)))
     ]
-    done = read_index(folder / INDEX, abouts)
+    lines = [json.dumps(about, ensure_ascii=False).encode() + b"\n" for about in abouts]
+    index, missing = folder / INDEX, set()
+    if index.exists() and not set(index.read_bytes().splitlines(keepends=True)) <= set(lines):
+        raise UserError(f"--each {folder} holds pictures of another command; name another folder")
     for about in abouts:
         path = folder / about["file"]
-        if about["file"] not in done and path.exists() and how_made(path) != about:
+        if not path.exists():
+            missing.add(about["file"])
+        elif how_made(path) != about:
             raise UserError(f"--each {folder} holds {path.name}, which is not of this command; name another folder")
     for path in left_over(folder, r"\d+\.png"):
         path.unlink()
-    new = 0
-    with (folder / INDEX).open("a", encoding="utf-8") as index:
-        for first in tqdm(range(0, len(abouts), latent.BATCH), unit="batch"):
-            batch = abouts[first : first + latent.BATCH]
-            missing = [a for a in batch if a["file"] not in done or not (folder / a["file"]).is_file()]
-            if not missing:
-                continue
-            frames = []
-            for prompt, members in itertools.groupby(batch, key=lambda about: about["prompt"]):
-                frames += pipe.frames(prompt, num, seed, psi, [about["number"] for about in members])
-            pictures = dict(zip((a["file"] for a in batch), pipe.draw(frames).pictures, strict=True))
-            for about in missing:
-                save([pictures[about["file"]]], folder / about["file"], about)
-                if about["file"] not in done:
-                    index.write(json.dumps(about, ensure_ascii=False) + "\n")
-                new += 1
-            index.flush()
-    return new
+    for first in tqdm(range(0, len(abouts), latent.BATCH), unit="batch"):
+        batch = abouts[first : first + latent.BATCH]
+        if not any(about["file"] in missing for about in batch):
+            continue
+        frames = []
+        for prompt, members in itertools.groupby(batch, key=lambda about: about["prompt"]):
+            frames += pipe.frames(prompt, num, seed, psi, [about["number"] for about in members])
+        for about, picture in zip(batch, pipe.draw(frames).pictures, strict=True):
+            if about["file"] in missing:
+                save([picture], folder / about["file"], about)
+    atomically(index, lambda temporary: temporary.write_bytes(b"".join(lines)))
+    return len(missing)
 
 
 def how_made(path):
@@ -135,25 +134,3 @@ def how_made(path):
         return show(path)
     except UserError:
         return None
-
-
-def read_index(path, abouts):
-    """The files that an index names, of those wanted. A last line that was cut off is removed. Raises UserError."""
-    if not path.is_file():
-        return set()
-    wanted, whole, done = {about["file"]: about for about in abouts}, 0, set()
-    with path.open("rb") as file:
-        for line in file:
-            try:
-                about = json.loads(line) if line.endswith(b"\n") else None
-            except ValueError:
-                about = {}
-            if about is None and line.startswith(b'{"file": "'):
-                break
-            if not isinstance(about, dict) or about != wanted.get(about.get("file")):
-                raise UserError(f"--each {path.parent} holds pictures of another command; name another folder")
-            whole += len(line)
-            done.add(about["file"])
-    with path.open("rb+") as file:
-        file.truncate(whole)
-    return done
