@@ -110,12 +110,8 @@ def a_path(text):
 
 def add_data(add, also=""):
     """The options that name captioned pictures, by the add_argument of a command; also: another kind that it reads."""
-    add(
-        "--data",
-        default="emoji",
-        type=os.path.expanduser,
-        help=f"emoji, a folder of images with captions, .tar shards{also}",
-    )
+    names = f"emoji, a folder of images with captions, .tar shards{also}"
+    add("--data", type=os.path.expanduser, default="emoji", help=names)
     add("--caption-key", help="the field of each .json that holds the caption, where there is no .txt")
 
 
@@ -151,17 +147,19 @@ def finite_number(text):
 def with_fields(settings, option, assignments):
     """A dataclass with fields set by texts as "lr_generator=1e-3", which an option brought. Raises UserError."""
     changes = {}
-    for name, _, text in (assignment.partition("=") for assignment in assignments):
+    for assignment in assignments:
+        name, _, text = assignment.partition("=")
         if name not in vars(settings):
             raise UserError(f"{option}: {name!r} is no field here; choose one of {', '.join(vars(settings))}")
-        former = getattr(settings, name)
-        try:
-            value = text if isinstance(former, str) else ast.literal_eval(text)
-            changes[name] = float(value) if isinstance(former, float) else value
-        except (ValueError, SyntaxError, TypeError):
-            changes[name] = None
-        if not is_like(changes[name], former):
+        former, value = getattr(settings, name), text
+        with contextlib.suppress(ValueError, SyntaxError, TypeError):
+            if not isinstance(former, str):
+                value = ast.literal_eval(text)
+            if isinstance(former, float):
+                value = float(value)
+        if not is_like(value, former):
             raise UserError(f"{option} {name}={text}: write {name}=VALUE with a value like {former!r}")
+        changes[name] = value
     return dataclasses.replace(settings, **changes)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from common.cli import a_path, signals, told_in_one_line
+from common.cli import UserError, a_path, add_data, signals, told_in_one_line
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -57,11 +57,17 @@ def test_what_the_system_says_of_a_file_is_one_line(number, capsys):
         raise OSError(number, os.strerror(number), "out/a.png")
     assert ended.value.code == 2
     assert capsys.readouterr().err.startswith("error: out/a.png: ")
+    with pytest.raises(SystemExit), told_in_one_line():
+        raise UserError("--data a\nb: no such folder")  # as a path may be called
+    assert capsys.readouterr().err == "error: --data a b: no such folder\n"
 
 
 def test_a_path_knows_the_home_folder_and_refuses_what_no_file_can_be(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     assert a_path("~/runs/new") == tmp_path / "runs" / "new"
+    parser = argparse.ArgumentParser()
+    add_data(parser.add_argument)
+    assert parser.parse_args(["--data=~/x"]).data == f"{tmp_path}/x"  # a shell expands no "~" behind "="
     os.mkfifo(tmp_path / "pipe")
     for text in ("", "  ", str(tmp_path / "pipe")):
         with pytest.raises(argparse.ArgumentTypeError):
