@@ -185,8 +185,9 @@ def read_image(file, resolution):
     except svg.Refused as error:
         raise Unusable(REFUSED) from error
     except Exception as error:  # Pillow stumbles over broken files in every way there is
-        is_avif = data[4:12] in (b"ftypavif", b"ftypavis")
-        raise Unusable(FORMAT if is_avif and "AVIF" not in FORMATS else IMAGE) from error
+        is_avif = data[8:12] in (b"avif", b"avis")  # and no HEIC, whatever the file is called
+        is_readable = data[4:8] != b"ftyp" or (is_avif and "AVIF" in FORMATS)
+        raise Unusable(IMAGE if is_readable else FORMAT) from error
     return to_tensor(image)
 
 

@@ -336,13 +336,15 @@ def opened(url, start):
 
 
 def members(url, start=0, stop=math.inf):
-    """(key, suffix, bytes) of the files in a shard. The key is the name without its last suffix. Of a link, and of a
-    file that is no image, caption or .json, the bytes are None; of one that is too large they are cut.
+    """(key, suffix, bytes) of the files in a shard. The key is the name without its last suffix; behind a file of 0, as
+    0.jpg, comes 0.mask.png as another one of 0. Of a link, and of a file that is no image, caption or .json, the bytes
+    are None; of one that is too large they are cut.
 
     start, stop: give the samples that follow the first file at byte `start`, up to that of the first file at `stop`.
     So of stretches that follow each other each sample belongs to one, and is whole. Raises one of ERRORS.
     """
     first = last = None  # the keys of these two files
+    former = ""
     with opened(url, max(0, start - LONG_NAME)) as tar:
         for info in iter(tar.next, None):
             tar.members = []  # else it remembers all
@@ -352,12 +354,14 @@ def members(url, start=0, stop=math.inf):
                 continue
             stem, _, suffix = name.rpartition(".")
             key, suffix = f"{folder}/{stem or name}".lstrip("/"), f".{suffix}".lower() if stem else ""
-            first = first or key
+            if former and key.startswith(f"{former}."):
+                key, suffix = former, key[len(former) :].lower() + suffix
+            former, first = key, first or key
             if last is None and info.offset >= stop:
                 last = key
             if last not in (None, key):
                 return
-            if start and key == first:
+            if start and (key == first or first.startswith(f"{key}.")):
                 continue
             data, limit = None, LIMITS.get(suffix)
             if limit and not is_link:

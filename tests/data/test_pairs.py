@@ -171,6 +171,7 @@ def clear_gray_of_16_bits():
         (encoded(Image.fromarray(np.full((20, 20), 70_000, np.int32)), "TIFF"), FORMAT),
         (encoded(Image.fromarray(np.full((20, 20), 0.5, np.float32)), "TIFF"), FORMAT),
         (clear_gray_of_16_bits(), FORMAT),
+        (b"\0\0\0\x18ftypheic" + bytes(99), FORMAT),
         (encoded(Image.new("RGB", (20, 20)), "EPS"), IMAGE),  # Pillow would start Ghostscript on it
         (encoded(Image.new("RGB", (20, 20)), "PPM"), IMAGE),
         (b"<svg", IMAGE),

@@ -133,7 +133,7 @@ def test_of_stretches_of_a_shard_each_sample_belongs_to_one_and_is_whole(tmp_pat
     files = []
     for i in range(40):
         stem = f"{'folder-' * 8}{i}/{'name-' * 12}{i}" if form != tarfile.USTAR_FORMAT else f"{i}"
-        files += [(stem + suffix, bytes([i]) * (50 * i)) for suffix in (".jpg", ".txt", ".json")]
+        files += [(stem + suffix, bytes([i]) * (50 * i)) for suffix in (".jpg", ".mask.png", ".txt")]
     path = write_tar(tmp_path / "0.tar", files, format=form)
     size = (tmp_path / "0.tar").stat().st_size
     parts = [list(shards.members(path, start, start + stretch)) for start in range(0, size, stretch)]
@@ -242,7 +242,12 @@ def test_several_lines_are_several_captions_of_which_each_use_draws_one(tmp_path
 def test_names_with_periods_and_folders(tmp_path):
     stems = [f"IMG 2.{i}" for i in range(5)] + ["a.b/c.d.e", "v1.0/v1.0", "trailing."]
     files = [(stem + kind, data) for stem in stems for kind, data in ((".jpg", PICTURE), (".txt", stem.encode()))]
-    assert all_captions(opened("tar", tmp_path, files)) == sorted(stems)
+    files += [(f"0{kind}", PICTURE) for kind in (".jpg", ".mask.png", ".depth.png", ".txt")]  # masks are left out
+    files[-1] = ("0.txt", b"a mask between")
+    source = opened("tar", tmp_path, files)
+    (batch,) = source.evaluation()
+    assert sorted(batch.captions) == sorted([*stems, "a mask between"]) and not batch.skipped
+    assert any("Not read: .mask.png, .depth.png" in line for line in source.describe())
 
 
 def encoded(kind):
