@@ -31,7 +31,7 @@ from common.cli import (
 from common.distributed import say
 from data import sources
 from sampling import latent
-from sampling.files import check_picture, save
+from sampling.files import check_picture, read_picture, save
 from sampling.pictures import grid, in_range, to_pil
 from step import noise_of
 from training.loop import Loop
@@ -40,15 +40,8 @@ from weights.checkpoint import generator_of, read_safetensors, without_prefix
 
 SYSTEMS = {"StyleGANT": "stylegan_t", "LadaGAN": "ladagan", "Muse": "muse"}  # the classes, and where they are
 NUM_PICTURES = 24
-IDENTITY = (
-    "data",
-    "caption-key",
-    "clip",
-    "resolution",
-    "batch",
-    "seed",
-    "unconditional",
-)  # options that a run keeps to its end
+# The options that a run keeps to its end.
+IDENTITY = "data", "caption-key", "clip", "resolution", "batch", "seed", "unconditional"
 
 
 def main(system_class):
@@ -77,6 +70,7 @@ def main(system_class):
     add("--num", type=positive_int, default=4, help="pictures for each prompt")
     add("--seed", type=natural_number, default=0)
     add("--truncation", type=finite_number, default=1.0, help="1 is all variety, 0 each prompt's mean picture")
+    add("--edit", type=a_path, help="a picture that Muse changes toward the prompts, in the place of drawing new ones")
     add("--checkpoint", type=a_path, default=Path("runs") / name / "generator_ema.safetensors")
     add("--out", type=a_path, default=Path("sample.png"))
     sampling.set_defaults(run=sample)
@@ -189,11 +183,14 @@ def sample(system_class, name, args):
     latent.check(args.prompt)
     check_picture(args.out)
     system, _ = load(system_class, args.checkpoint)
-    if args.truncation != 1 and not takes(system.sample, "truncation"):
-        raise UserError(f"--truncation: {system_class.__name__} has none")
-    truncation = {} if args.truncation == 1 else {"truncation": args.truncation}
+    options = {"truncation": args.truncation} if args.truncation != 1 else {}
+    if args.edit:
+        options["edit"] = read_picture(args.edit, system.resolution)
+    for option in options:
+        if not takes(system.sample, option):
+            raise UserError(f"--{option}: {system_class.__name__} has none")
     latent.tell(system.clip.text, args.prompt)
-    images = in_range(system.sample(system.clip.read(args.prompt), args.seed, args.num, **truncation))
+    images = in_range(system.sample(system.clip.read(args.prompt), args.seed, args.num, **options))
     captions = [prompt for prompt in args.prompt for _ in range(args.num)]
     picture = grid([to_pil(image) for image in images], captions, columns=args.num)
     save([picture], args.out, as_texts(args))

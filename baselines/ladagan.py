@@ -2,7 +2,7 @@
 is additive, so that its cost grows with the number of feature points N, not with N².
 
 Read from the top down: the attention, the generator, the discriminator, the losses, then LadaGAN, which a run trains.
-The authors' weights load, and give the authors' outputs.
+With the authors' weights the networks give the authors' outputs (tests/baselines/test_ladagan.py).
 
 Differences from the paper:
 - The paper is unconditional. Our extension: the generator's noise is [z ‖ text], the text of unit RMS, and the
@@ -16,7 +16,6 @@ Differences from the paper:
 
 import itertools
 import math
-import re
 import sys
 from pathlib import Path
 
@@ -32,7 +31,6 @@ from baselines.command import main
 from baselines.system import System, minimize
 from layers import float32_region, full_precision, rms_norm
 from losses import R1_INTERVAL
-from weights.renaming import load_renamed, reading
 
 FIRST, LAST = 8, 32  # the sides of the generator's first and last block
 TOP = 16  # the side at which the discriminator has its block
@@ -276,7 +274,7 @@ class LadaGAN(System):
     def step(self, number, images, text, noise):
         generator, discriminator = self.networks["generator"], self.networks["discriminator"]
         condition = self.condition(text)
-        fake = generator(self.codes(len(images), noise), condition)
+        fake = generator(self.sample_z(len(images), noise), condition)
         chances = torch.rand(2, len(images), NUM_CHANCES, generator=noise)
         real, fake = (
             augment({self.resolution: x}, POLICY, chances[n])[self.resolution] for n, x in enumerate((images, fake))
@@ -297,84 +295,6 @@ class LadaGAN(System):
     @torch.no_grad()
     def draw(self, z, text, truncation=1.0):
         return self.networks["ema"](truncation * z, self.condition(text)).clamp(-1, 1)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The authors' weights. Every size is read off names and shapes.
-
-BLOCK_RENAMES = [
-    (r"\.ln_(\d)\.", r".norm\1."),
-    (r"\.h\.0\.", ".hidden."),
-    (r"\.mlp_gamma\.", ".scale."),
-    (r"\.mlp_beta\.", ".shift."),
-    (r"\.attn\.q_attn\.", ".attention.to_weight."),
-    (r"\.attn\.to_out\.", ".attention.proj_out."),
-    (r"\.attn\.", ".attention."),
-]
-GENERATOR_RENAMES = [
-    *BLOCK_RENAMES,
-    (r"^init\.0\.", "start."),
-    (r"^ch_conv\.", "levels.2.conv."),
-]
-for level, points in enumerate((64, 256, 1024)):  # theirs are called by the number of points
-    GENERATOR_RENAMES += [
-        (rf"^pos_{points}$", f"levels.{level}.position"),
-        (rf"^block_{points}\.", f"levels.{level}.block."),
-        (rf"^conv_{points}\.", f"levels.{level - 1}.conv."),
-    ]
-DISCRIMINATOR_RENAMES = [
-    *BLOCK_RENAMES,
-    (r"^inp_conv\.", "stem."),
-    (r"^encoder\.", "downs."),
-    (r"^pos_256$", "position"),
-    (r"^(block|conv)_256\.", r"\1."),
-    (r"^logits\.0\.", "points.0."),
-    (r"^logits\.2\.", "to_logits."),
-]
-
-
-def load_official(state):
-    """The authors' networks, a state dict of tensors or arrays → Generator and Discriminator in eval mode.
-
-    The names of the state begin with "generator." and "discriminator.". Raises ValueError where names or shapes are not
-    those of the authors.
-    """
-    parts = {
-        part: {name.removeprefix(f"{part}."): x for name, x in state.items() if name.startswith(f"{part}.")}
-        for part in ("generator", "discriminator")
-    }
-    with reading("LadaGAN"):
-        generator, discriminator = build_generator(parts["generator"]), build_discriminator(parts["discriminator"])
-        return (
-            load_renamed(generator, parts["generator"], GENERATOR_RENAMES),
-            load_renamed(discriminator, parts["discriminator"], DISCRIMINATOR_RENAMES),
-        )
-
-
-def build_generator(state):
-    """A generator of the sizes of the authors' state dict."""
-    blocks = [f"block_{n}." for n in (64, 256, 1024)]
-    factor = math.isqrt(state["pos_1024"].shape[2] // state["ch_conv.weight"].shape[1])
-    return Generator(
-        resolution=factor * LAST,
-        width=state["pos_64"].shape[2],
-        num_heads=[len(state[block + "attn.q_attn.weight"]) for block in blocks],
-        hidden=[len(state[block + "mlp.0.weight"]) for block in blocks],
-        z_dim=state["init.0.weight"].shape[1],
-    )
-
-
-def build_discriminator(state):
-    """A discriminator of the sizes of the authors' state dict."""
-    num_downs = sum(re.fullmatch(r"encoder\.\d+\.main\.0\.weight", name) is not None for name in state)
-    downs = [len(state[f"encoder.{i}.main.0.weight"]) for i in range(num_downs)]
-    return Discriminator(
-        channels=[len(state["inp_conv.0.weight"]), *downs],
-        num_heads=len(state["block_256.attn.q_attn.weight"]),
-        hidden=len(state["block_256.mlp.0.weight"]),
-        code_channels=len(state["conv_256.weight"]),
-        logit_channels=len(state["logits.0.weight"]),
-    )
 
 
 if __name__ == "__main__":

@@ -25,16 +25,16 @@ sys.path.append(str(Path(__file__).parents[1]))  # for `python baselines/muse.py
 
 from attention import merge_heads, split_heads
 from baselines.command import main
-from baselines.system import minimize
+from baselines.system import minimize, update_average
 from clip import Text
 from common import distributed
-from step import ema_weight
+from losses import perceptual_distance
 
 # The VQGAN.
 FACTOR = 4  # pixels along the side of a token
 CHANNELS = (32, 64, 64)  # at R, R/2 and R/4
 NUM_CODES, CODE_DIM = 1024, 32
-LOSS_WEIGHTS = {"reconstruction": 1, "perceptual": 0.05, "adversarial": 0.1, "codebook": 1}
+LOSS_WEIGHTS = {"reconstruction": 1, "perceptual": 0.2, "adversarial": 0.1, "codebook": 1}
 COMMITMENT = 0.25  # within the codebook's loss
 USAGE_DECAY, DEAD = 0.95, 0.05  # a code is dead if it is used less often than this share of the mean
 TOKENIZER_IMAGES = 40_000  # images that the VQGAN learns from; after them it is frozen, and the transformer learns
@@ -161,14 +161,6 @@ def patch_discriminator(width=32):
     return nn.Sequential(*first, *second, nn.Conv2d(2 * width, 1, 3, padding=1))
 
 
-def perceptual_loss(clip, images, reconstructed):
-    """LPIPS (Zhang et al. 2018) without its learned weights: the distance of CLIP's feature maps, of unit length."""
-    with torch.no_grad():
-        wanted = clip.see(images)[1]
-    maps = zip(wanted, clip.see(reconstructed)[1], strict=True)
-    return sum((F.normalize(a) - F.normalize(b)).square().sum(1).mean() for a, b in maps)
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # The transformer.
 
@@ -256,12 +248,11 @@ def gumbel(shape, noise, device):
     return -torch.log(-torch.log(uniform(shape, noise, device).clamp(1e-20, 1 - 1e-7)))
 
 
-def guided_logits(network, tokens, text, negative, t):
-    """ℓ = (1 + t)·ℓ_c − t·ℓ_u, logits [B, H, W, K]. ℓ_u is without text, or with a negative prompt."""
-    negative = negative or text._replace(tokens=torch.zeros_like(text.tokens))
-    both = Text(*(torch.cat(pair) for pair in zip(text, negative, strict=True)))
-    wanted, unwanted = network(tokens.repeat(2, 1, 1), both).chunk(2)
-    return (1 + t) * wanted - t * unwanted
+def guided_logits(network, tokens, text, t):
+    """ℓ = (1 + t)·ℓ_c − t·ℓ_u, logits [B, H, W, K]. ℓ_u is without text."""
+    conditional = network(tokens, text)
+    unconditional = network(tokens, text._replace(tokens=torch.zeros_like(text.tokens)))
+    return (1 + t) * conditional - t * unconditional
 
 
 def keep_certain(tokens, drawn, confidence, count):
@@ -271,7 +262,7 @@ def keep_certain(tokens, drawn, confidence, count):
     return filled.masked_fill(lowest(confidence.masked_fill(~unknown, math.inf), count), MASK)
 
 
-def fill(network, tokens, text, noise, negative=None, steps=STEPS, guidance=GUIDANCE):
+def fill(network, tokens, text, noise, steps=STEPS, guidance=GUIDANCE):
     """Parallel decoding: tokens [B, H, W], those to be drawn being MASK → the same without MASK.
 
     After step i of T, N₀·cos(π/2·i/T) tokens are masked, N₀ being the number of unknown ones at the start. Guidance
@@ -280,7 +271,7 @@ def fill(network, tokens, text, noise, negative=None, steps=STEPS, guidance=GUID
     unknown = (tokens == MASK).sum((1, 2)).double()
     for step in range(steps):
         progress = (step + 1) / steps
-        logits = guided_logits(network, tokens, text, negative, guidance * (step / (steps - 1) if steps > 1 else 1))
+        logits = guided_logits(network, tokens, text, guidance * (step / (steps - 1) if steps > 1 else 1))
         drawn = (logits + gumbel(logits.shape, noise, logits.device)).argmax(-1)
         certainty = logits.log_softmax(-1).gather(-1, drawn[..., None])[..., 0]
         confidence = certainty + TEMPERATURE * (1 - progress) * gumbel(drawn.shape, noise, logits.device)
@@ -288,12 +279,12 @@ def fill(network, tokens, text, noise, negative=None, steps=STEPS, guidance=GUID
     return tokens
 
 
-def resample(network, tokens, text, noise, negative=None, iterations=EDIT_ITERATIONS):
+def resample(network, tokens, text, noise, iterations=EDIT_ITERATIONS):
     """Mask-free editing: again and again, a few random tokens are drawn anew under the text."""
     count = torch.full((len(tokens),), EDIT_SHARE * tokens[0].numel(), device=tokens.device)
     for _ in range(iterations):
         chosen = lowest(uniform(tokens.shape, noise, tokens.device), count)
-        logits = guided_logits(network, tokens.masked_fill(chosen, MASK), text, negative, EDIT_GUIDANCE)
+        logits = guided_logits(network, tokens.masked_fill(chosen, MASK), text, EDIT_GUIDANCE)
         likely, index = logits.topk(EDIT_TOP_K)
         choice = (likely + gumbel(likely.shape, noise, likely.device)).argmax(-1, keepdim=True)
         tokens = torch.where(chosen, index.gather(-1, choice)[..., 0], tokens)
@@ -337,9 +328,11 @@ class Muse:
         z = self.vqgan.encoder(images)
         quantized, tokens, codebook_loss = self.vqgan.codebook(z)
         reconstructed = self.vqgan.decoder(quantized)
+        with torch.no_grad():
+            wanted = self.clip.see(images)[1]
         report = {
             "reconstruction": F.l1_loss(reconstructed, images),
-            "perceptual": perceptual_loss(self.clip, images, reconstructed),
+            "perceptual": perceptual_distance(self.clip.see(reconstructed)[1], wanted).mean(),
             "adversarial": -self.discriminator(reconstructed).mean(),
             "codebook": codebook_loss,
         }
@@ -361,33 +354,26 @@ class Muse:
         masked = shown == MASK  # what the transformer was shown does not count
         loss = F.cross_entropy(logits.flatten(0, -2), tokens.masked_fill(~masked, -1).flatten(), ignore_index=-1)
         minimize(self.optimizers["transformer"], loss)
-        weight = ema_weight(number, len(images) * distributed.world_size(), EMA_HALF_LIFE)
-        with torch.no_grad():
-            torch._foreach_lerp_(list(self.ema.parameters()), list(self.transformer.parameters()), weight)
+        update_average(self.ema, self.transformer, number, len(images), EMA_HALF_LIFE)
         right = ((logits.argmax(-1) == tokens) & masked).sum() / masked.sum()
         return {"transformer_loss": loss.detach(), "accuracy": right, "masked": masked.float().mean()}
 
-    def sample(self, text, seed, count):
-        """`count` images for each of P captions, one caption after the other: [P · count, 3, R, R] in [−1, 1]."""
-        return self.draw(seed, Text(*(x.repeat_interleave(count, dim=0) for x in text)))
+    def sample(self, text, seed, count, edit=None):
+        """`count` images for each of P captions, one caption after the other: [P · count, 3, R, R] in [−1, 1].
 
-    @torch.no_grad()
-    def draw(self, seed, text, tokens=None, **options):
-        """clip.Text of B captions → images [B, 3, R, R] in [−1, 1].
-
-        tokens: [B, R/4, R/4], MASK where to draw, as `with_hole` makes them; by default all MASK.
-        options, as `fill` takes them: negative, the clip.Text of what not to draw; steps; guidance.
+        edit: an image [3, R, R] that is changed toward the captions, in the place of drawing new ones.
         """
-        side = self.resolution // FACTOR
-        if tokens is None:
-            tokens = torch.full((len(text.eot), side, side), MASK, device=self.device)
-        return self.vqgan.decode(fill(self.ema, tokens, text, torch.Generator().manual_seed(seed), **options))
+        text = Text(*(x.repeat_interleave(count, dim=0) for x in text))
+        if edit is None:
+            return self.draw(seed, text)
+        return self.edit(seed, edit.expand(len(text.eot), -1, -1, -1), text)
 
     @torch.no_grad()
-    def with_hole(self, images, region):
-        """The tokens of images, MASK where `region`, bool [B, R, R], touches them; for outpainting it is the border."""
-        touched = F.max_pool2d(region.float(), FACTOR).bool()
-        return self.vqgan.encode(images).masked_fill(touched, MASK)
+    def draw(self, seed, text, **options):
+        """clip.Text of B captions → images [B, 3, R, R] in [−1, 1]. options: steps, guidance, as of `fill`."""
+        side = self.resolution // FACTOR
+        tokens = torch.full((len(text.eot), side, side), MASK, device=self.device)
+        return self.vqgan.decode(fill(self.ema, tokens, text, torch.Generator().manual_seed(seed), **options))
 
     @torch.no_grad()
     def edit(self, seed, images, text, **options):

@@ -1,13 +1,14 @@
-"""StyleGAN-T (Sauer et al. 2023, arXiv 2301.09515): a style-based generator, and a discriminator that judges the tokens
+"""StyleGAN-T (Sauer et al. 2023, arXiv 2301.09515): a style-based generator, and a discriminator that scores the tokens
 of a frozen network. One pass makes a picture, as in Aurora, but without attention and without experts.
 
-Read from the top down: the generator, the discriminator, the losses, then StyleGANT, which a run trains. The authors'
-weights load, and give the authors' outputs.
+Read from the top down: the generator, the discriminator, the losses, then StyleGANT, which a run trains. With
+the authors' weights the networks give the authors' outputs (tests/baselines/test_stylegan_t.py).
 
 Differences from the paper:
 - The default sizes are for a CPU: see CHANNELS, and one pair of layers each. The text code is that of the small CLIP.
-- The frozen network is an EfficientNet-lite0, unless `features.dino()` is given, whose weights need a download. Its
-  taps have unequal numbers of tokens, so losses are means over tokens, then over taps. For DINO that is the paper's.
+- The frozen network is an EfficientNet-lite0, as DINO's weights need a download. Its taps have unequal numbers of
+  tokens, so losses are means over tokens, then over taps. For DINO that is the paper's.
+- The second phase, in which the text encoder learns and the generator is frozen, is left out.
 - Both networks learn from the same fake images in a step, seen through the same augmentation, which is augment.py's.
 - To-RGB starts at a tenth of the authors' scale. At theirs pixels begin with a standard deviation of 7, and were still
   beyond it after 350 steps, as the frozen network cannot tell how bright something is that is far too bright.
@@ -16,9 +17,7 @@ Differences from the paper:
 - Both losses of the generator are means over the batch. Where the authors accumulate gradients, only one of them is.
 """
 
-import copy
 import math
-import re
 import sys
 from pathlib import Path
 
@@ -33,12 +32,11 @@ sys.path.append(str(Path(__file__).parents[1]))  # for `python baselines/stylega
 from augment import NUM_CHANCES, augment
 from aurora import FourierFeatures
 from baselines.command import main
-from baselines.features import efficientnet
 from baselines.system import System, minimize
 from common import distributed
 from layers import Linear, in_float32, lrelu, rms_norm, upsample
 from modulation import Affine, ModulatedConv2d, ToRGB, UpsamplingConv2d
-from weights.renaming import load_renamed, reading
+from weights.efficientnet import load_efficientnet
 
 FIRST = 8  # the lowest resolution
 CHANNELS = {8: 256, 16: 128, 32: 64, 64: 32}  # of the size for a CPU
@@ -50,7 +48,6 @@ EMA_HALF_LIFE = 10_000  # images, at a batch of 32
 POLICY = ("color", "translation", "cutout")
 BLUR_SHARE, BLUR_IMAGES = 1 / 16, 10_000  # σ at the start, of the side; images after which there is none
 GUIDANCE = 0.2
-TEXT_LR, TEXT_GUIDANCE = 3e-6, 50.0  # of the second phase
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -178,12 +175,29 @@ class Generator(nn.Module):
 
     @torch.no_grad()
     def update_x_avg(self, w):
-        """Moves the mean of f(z) toward that of a batch of latent codes."""
+        """Moves the mean of f(z) toward that of a batch of w."""
         self.x_avg.lerp_(distributed.mean(w[:, : self.z_dim].mean(0)), 1 - 0.995)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The discriminator (section 3.2): heads on the tokens of a frozen network.
+# The discriminator (section 3.2): heads on the tokens of a frozen network (Projected GANs, Sauer et al. 2021).
+
+
+class FrozenFeatures(nn.Module):
+    """Images [B, 3, R, R] in [−1, 1] → what EfficientNet-lite0 sees in them: tokens [B, C, N] of five stages.
+
+    Its weights never change; gradients pass through it to the images. side: the size that images are brought to.
+    """
+
+    channels = 16, 24, 40, 112, 320  # C of each tap
+
+    def __init__(self, side=64):
+        super().__init__()
+        self.model, self.side = load_efficientnet(features_only=True), side
+
+    def forward(self, images):
+        images = F.interpolate(images, self.side, mode="bilinear", antialias=True)
+        return [x.flatten(2) for x in self.model(images)]
 
 
 class LocalBatchNorm(nn.Module):
@@ -218,7 +232,7 @@ class TokenConv(nn.Module):
 
 
 class Head(nn.Module):
-    """Judges the tokens of one tap: x [B, C, N] and c [B, text_dim] → logits [B, N], by projection on the text."""
+    """Scores the tokens of one tap: x [B, C, N] and c [B, text_dim] → logits [B, N], by projection on the text."""
 
     def __init__(self, channels, text_dim, dim=64):
         super().__init__()
@@ -231,8 +245,8 @@ class Head(nn.Module):
     def forward(self, x, c):
         h = self.pointwise(x)
         h = (self.mixing(h) + h) / math.sqrt(2)
-        codes, text = self.to_code(h), self.text(c)  # [B, dim, N], [B, dim]
-        return (codes * text[..., None]).sum(1) / math.sqrt(text.shape[1])
+        h, text = self.to_code(h), self.text(c)  # [B, dim, N], [B, dim]
+        return (h * text[..., None]).sum(1) / math.sqrt(text.shape[1])
 
 
 class Discriminator(nn.Module):
@@ -285,32 +299,23 @@ def blur_sigma(images_seen, resolution):
 
 
 class StyleGANT(System):
-    """StyleGAN-T as a run trains it, see System. The text code is the embedding of CLIP. features: FrozenFeatures."""
+    """StyleGAN-T as a run trains it, see System. The text code is the embedding of CLIP."""
 
-    def __init__(self, clip, resolution, device, features=None):
-        self.features = (features or efficientnet()).to(device)
+    def __init__(self, clip, resolution, device):
+        self.features = FrozenFeatures().to(device)
         text_dim = clip.read(["text"]).embedding.shape[1]
         generator = Generator({r: c for r, c in CHANNELS.items() if r <= resolution}, text_dim=text_dim)
         discriminator = Discriminator(self.features.channels, text_dim)
         super().__init__(clip, resolution, device, generator, discriminator, LR, BETAS)
 
     def step(self, number, images, text, noise):
-        """The first phase: both networks learn, and the text encoder is frozen."""
-        generator = self.networks["generator"]
-        w = generator.latent(self.codes(len(images), noise), text.embedding)
+        generator, discriminator, c = self.networks["generator"], self.networks["discriminator"], text.embedding
+        w = generator.latent(self.sample_z(len(images), noise), c)
         fake = generator.synthesize(w, noise)
-        report = self.compete(number, images, fake, text, noise, self.optimizers["generator"], GUIDANCE)
-        generator.update_x_avg(w)
-        self.update_ema(number, len(images), EMA_HALF_LIFE)
-        return report
-
-    def compete(self, number, real, fake, text, noise, optimizer, guidance):
-        """One step of the discriminator, then one of the optimizer of what made the fake images, guided by CLIP."""
-        discriminator, c = self.networks["discriminator"], text.embedding
-        sigma = blur_sigma(number * len(real) * distributed.world_size(), self.resolution)
-        chances = torch.rand(2, len(real), NUM_CHANCES, generator=noise)
+        sigma = blur_sigma(number * len(images) * distributed.world_size(), self.resolution)
+        chances = torch.rand(2, len(images), NUM_CHANCES, generator=noise)
         with torch.no_grad():
-            real_taps = self.see(real, sigma, chances[0])
+            real_taps = self.see(images, sigma, chances[0])
         fake_taps = self.see(fake, sigma, chances[1])
 
         real_logits, fake_logits = discriminator(real_taps, c), discriminator([x.detach() for x in fake_taps], c)
@@ -319,8 +324,10 @@ class StyleGANT(System):
 
         adversarial = -mean_logit(discriminator(fake_taps, c))
         distance = spherical_distance(self.clip.encode_image(fake), c).mean()
-        g_loss = adversarial + guidance * distance
-        minimize(optimizer, g_loss)
+        g_loss = adversarial + GUIDANCE * distance
+        minimize(self.optimizers["generator"], g_loss)
+        generator.update_x_avg(w)
+        self.update_ema(number, len(images), EMA_HALF_LIFE)
         report = {"d_loss": d_loss, "g_loss": g_loss, "g_adversarial": adversarial, "g_clip": distance}
         report |= {"logits_real": mean_logit(real_logits), "logits_fake": mean_logit(fake_logits)}
         return {name: value.detach() for name, value in report.items()}
@@ -332,71 +339,6 @@ class StyleGANT(System):
     @torch.no_grad()
     def draw(self, z, text, truncation=1.0):
         return self.networks["ema"](z, text.embedding, truncation).clamp(-1, 1)
-
-
-def text_tower(clip):
-    """A copy of a FrozenClip, whose text encoder and projection are to be trained, and its optimizer."""
-    tower = copy.deepcopy(clip)
-    tower.visual = None
-    tower.requires_grad_(True)
-    return tower, torch.optim.Adam(tower.parameters(), lr=TEXT_LR, betas=BETAS)
-
-
-def step_text_encoder(system, tower, optimizer, number, images, ids, text, noise):
-    """One step of the second phase (section 3.3): the generator is frozen, and its text encoder learns.
-
-    ids [B, T] and text are of the same captions: the discriminator and the guidance go on with the frozen encoder. To
-    sample, put `tower.encode_text(ids).embedding` in the place of the text's embedding. The rest is as in `step`.
-    """
-    c = tower.encode_text(ids).embedding
-    fake = system.networks["generator"](system.codes(len(images), noise), c, noise=noise)
-    return system.compete(number, images, fake, text, noise, optimizer, TEXT_GUIDANCE)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The authors' weights. Every size is read off names and shapes.
-
-# What becomes "" holds nothing learned: the filters, which are constants, and a transform that a user may set.
-RENAMES = [
-    (r".*\.(resample_filter|transform)$", ""),
-    (r"^mapping\.x_avg$", "x_avg"),
-    (r"^mapping\.mlp\.fc", "mapping.layers."),
-    (r"^synthesis\.b\d+\.input\.", "fourier."),
-    (r"^synthesis\.b(\d+)\.", lambda match: f"levels.{int(math.log2(int(match[1]) // FIRST))}."),
-    (r"\.conv0\.", ".up."),
-    (r"\.convs1\.", ".layers."),
-    (r"\.torgb\.", ".to_rgb."),
-    (r"^(levels\.\d+\.(?:up|layers\.\d+))\.(weight|bias|affine)", r"\1.conv.\2"),
-    (r"^(levels\..*)\.affine\.proj\.", r"\1.style."),
-]
-HEAD_RENAMES = [
-    (r"^main\.0\.", "pointwise."),
-    (r"^main\.1\.fn\.", "mixing."),
-    (r"^cls\.", "to_code."),
-    (r"^cmapper\.", "text."),
-    (r"\.0\.(bias|weight)", r".conv.\1"),
-    (r"\.1\.(bias|weight)$", r".norm.\1"),
-    (r"weight_orig$", "parametrizations.weight.original"),
-    (r"weight_([uv])$", r"parametrizations.weight.0._\1"),
-]
-
-
-def load_official(state):
-    """The authors' generator, a state dict of tensors or arrays → Generator in eval mode. Else raises ValueError."""
-    with reading("a StyleGAN-T generator"):
-        (z_dim,) = state["mapping.x_avg"].shape
-        w_dim = state["synthesis.b8.input.affine.weight"].shape[1]
-        resolutions = sorted({int(match[1]) for name in state if (match := re.match(r"synthesis\.b(\d+)\.", name))})
-        channels = {r: len(state[f"synthesis.b{r}.convs1.0.bias"]) for r in resolutions}
-        depth = sum(name.startswith("synthesis.b8.") and name.endswith(".gamma") for name in state)
-        return load_renamed(Generator(channels, depth, z_dim, w_dim - z_dim), state, RENAMES)
-
-
-def load_official_head(state):
-    """One head of the authors' discriminator, as load_official → Head in eval mode."""
-    with reading("a head of StyleGAN-T's discriminator"):
-        dim, text_dim = state["cmapper.weight"].shape
-        return load_renamed(Head(len(state["main.0.0.bias"]), text_dim, dim), state, HEAD_RENAMES)
 
 
 if __name__ == "__main__":

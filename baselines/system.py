@@ -40,24 +40,27 @@ class System:
             for name in ("generator", "discriminator")
         }
 
-    def codes(self, count, noise):
+    def sample_z(self, count, noise):
         """z ~ N(0, 1), [count, z_dim]."""
         return torch.randn(count, self.networks["generator"].z_dim, generator=noise).to(self.device)
 
-    @torch.no_grad()
     def update_ema(self, number, batch, half_life):
-        """Moves the moving average toward the generator, as step.py does Aurora's. Buffers are copied."""
-        ema, generator = self.networks["ema"], self.networks["generator"]
-        weight = ema_weight(number, batch * distributed.world_size(), half_life)
-        torch._foreach_lerp_(list(ema.parameters()), list(generator.parameters()), weight)
-        for average, buffer in zip(ema.buffers(), generator.buffers(), strict=True):
-            average.copy_(buffer)
+        update_average(self.networks["ema"], self.networks["generator"], number, batch, half_life)
 
     def sample(self, text, seed, count, truncation=1.0):
         """`count` images for each of P captions, one caption after the other: [P · count, 3, R, R] in [−1, 1]."""
         text = Text(*(x.repeat_interleave(count, dim=0) for x in text))
-        z = self.codes(len(text.embedding), torch.Generator().manual_seed(seed))
+        z = self.sample_z(len(text.embedding), torch.Generator().manual_seed(seed))
         return self.draw(z, text, truncation)
+
+
+@torch.no_grad()
+def update_average(average, network, number, batch, half_life):
+    """Moves a moving average toward a network, as step.py does Aurora's. Buffers are copied. batch: of this rank."""
+    weight = ema_weight(number, batch * distributed.world_size(), half_life)
+    torch._foreach_lerp_(list(average.parameters()), list(network.parameters()), weight)
+    for own, buffer in zip(average.buffers(), network.buffers(), strict=True):
+        own.copy_(buffer)
 
 
 def minimize(optimizer, loss):

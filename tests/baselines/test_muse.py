@@ -41,7 +41,7 @@ class Recorder:
         self.seen = []
 
     def __call__(self, tokens, text):
-        self.seen.append((tokens.chunk(2)[0], text))
+        self.seen.append((tokens, text))
         return self.logits.expand(len(tokens), *self.logits.shape)
 
 
@@ -94,13 +94,6 @@ def test_dead_codes_move_to_vectors_and_used_ones_stay():
     moved = codebook.codes.detach().clone()
     codebook.restart(z + 1, tokens, seeded(1))  # they are given time before they count as dead again
     assert torch.equal(codebook.codes, moved)
-
-
-def test_vqgan_takes_any_size():
-    vqgan = muse.VQGAN(channels=(8, 8, 8), num_codes=16, code_dim=4)
-    tokens = vqgan.encode(torch.zeros(2, 3, 12, 20))
-    assert tokens.shape == (2, 3, 5)
-    assert vqgan.decode(tokens).shape == (2, 3, 12, 20)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -157,14 +150,6 @@ def test_text_of_zeros_is_self_attention_alone():
     torch.testing.assert_close(network(tokens, text), silent)
 
 
-def test_transformer_tells_rows_from_columns():
-    network, text = small_transformer(), some_text(1)
-    logits = network(torch.full((1, 4, 4), MASK), text)
-    assert logits.shape == (1, 4, 4, 10)
-    corners = [logits[0, row, column] for row in (0, 3) for column in (0, 3)]
-    assert not any(torch.allclose(a, b) for a, b in itertools.combinations(corners, 2))
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Decoding.
 
@@ -173,16 +158,8 @@ def test_guidance_at_its_ends_and_between():
     network, tokens, text = small_transformer(), torch.full((2, 4, 4), MASK), some_text(2)
     wanted = network(tokens, text)
     unwanted = network(tokens, text._replace(tokens=torch.zeros_like(text.tokens)))
-    torch.testing.assert_close(guided_logits(network, tokens, text, None, 0), wanted)
-    torch.testing.assert_close(guided_logits(network, tokens, text, None, 2.5), 3.5 * wanted - 2.5 * unwanted)
-
-
-def test_negative_prompt_replaces_the_unconditional_logits():
-    network, tokens, text, other = small_transformer(), torch.full((2, 4, 4), MASK), some_text(2), some_text(2, 4, 1)
-    expected = 3 * network(tokens, text) - 2 * network(tokens, other)
-    torch.testing.assert_close(guided_logits(network, tokens, text, other, 2), expected)
-    neutral = guided_logits(network, tokens, text, text, 2)  # what is wanted, unwanted as much
-    torch.testing.assert_close(neutral, network(tokens, text))
+    torch.testing.assert_close(guided_logits(network, tokens, text, 0), wanted)
+    torch.testing.assert_close(guided_logits(network, tokens, text, 2.5), 3.5 * wanted - 2.5 * unwanted)
 
 
 @pytest.mark.parametrize(("steps", "expected"), [(1, [3.0]), (2, [0.0, 3.0]), (5, [0.0, 0.75, 1.5, 2.25, 3.0])])
@@ -202,7 +179,7 @@ def test_masked_counts_at_every_step(steps):
         row[torch.randperm(64, generator=seeded(count))[:count]] = MASK
     network, tokens = Recorder(torch.randn(side, side, 7, generator=seeded())), tokens.view(4, side, side)
     filled = fill(network, tokens, some_text(4), seeded(), steps=steps)
-    states = [seen for seen, _ in network.seen] + [filled]
+    states = [seen for seen, _ in network.seen[::2]] + [filled]  # each is seen with and without the text
     counts = [(state == MASK).sum((1, 2)).tolist() for state in states]
     shares = [math.cos(math.pi / 2 * i / steps) + 1e-9 for i in range(steps + 1)]
     assert counts == [[math.floor(n * share) for n in unknown] for share in shares]
@@ -268,7 +245,7 @@ def learn(monkeypatch):
 
 
 def test_both_losses_fall(learn):
-    steps = 16
+    steps = 12
     system, _, _, reports = learn(steps)
     tokenizer, transformer = reports[:steps], reports[steps:]
     assert tokenizer[-1]["reconstruction"] < 0.6 * tokenizer[0]["reconstruction"]
@@ -301,25 +278,8 @@ def test_same_seed_same_everything(learn):
     assert torch.equal(one.edit(3, images, text, iterations=2), two.edit(3, images, text, iterations=2))
 
 
-def test_draws_inpaints_and_outpaints(learn):
+def test_editing_begins_with_the_given_picture(learn, monkeypatch):
     system, images, text, _ = learn(1)
-    drawn = system.draw(0, text, steps=3)
-    assert drawn.shape == images.shape
-    assert drawn.abs().max() <= 1
-
-    tokens = system.vqgan.encode(images)
-    region = torch.zeros(8, 16, 16, dtype=torch.bool)
-    region[:, 5:9, 7] = True  # touches two by one tokens
-    holed = system.with_hole(images, region)
-    assert (holed == MASK).nonzero()[:2].tolist() == [[0, 1, 1], [0, 2, 1]]
-    assert ((holed == MASK) | (holed == tokens)).all()
-    assert (holed == MASK).sum() == 16
-    filled = fill(system.ema, holed, text, seeded(), steps=3)
-    assert torch.equal(filled[holed != MASK], tokens[holed != MASK])
-    torch.testing.assert_close(system.draw(0, text, holed, steps=3), system.vqgan.decode(filled))
-
-    border = torch.ones(8, 16, 16, dtype=torch.bool)
-    border[:, 4:12, 4:12] = False
-    surrounded = system.with_hole(images, border)
-    assert (surrounded == MASK).sum() == 8 * 12
-    assert torch.equal(surrounded[:, 1:3, 1:3], tokens[:, 1:3, 1:3])
+    monkeypatch.setattr(muse, "resample", lambda network, tokens, *_: tokens)
+    edited = system.sample(text, 0, 2, edit=images[0])
+    torch.testing.assert_close(edited, system.vqgan.decode(system.vqgan.encode(images[:1])).expand(16, -1, -1, -1))
