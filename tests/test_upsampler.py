@@ -81,6 +81,20 @@ def test_text_noise_and_image_reach_the_picture(config):
         assert not torch.allclose(upsampler(*others, eot).image, output), ["image", "noise", "z", "text"][i]
 
 
+def test_each_resolution_of_the_way_down_is_used_once(config):
+    """The lowest is what the way up begins with; each other one is added at its level."""
+    upsampler, given = Upsampler(config).eval(), {}
+    for level in upsampler.synthesis.levels:
+        level.register_forward_hook(lambda level, inputs, _: given.update({level.resolution: (inputs[0], inputs[3])}))
+    with torch.no_grad():
+        image, noise, *others = inputs(config)
+        upsampler(image, noise, *others)
+        maps = upsampler.synthesis.encoder(image + config.input_noise * noise)
+    assert torch.equal(given[4][0], maps[4]) and given[4][1] is None
+    assert torch.equal(given[8][1], maps[8]) and torch.equal(given[16][1], maps[16])
+    assert given[32][1] is given[64][1] is None
+
+
 def test_what_a_level_adds_shifts_no_color():
     """Of its RGB counts what is finer than the input; and that is all of what is finer."""
     torch.manual_seed(0)
