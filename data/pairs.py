@@ -167,9 +167,14 @@ def captions_of(data):
     if "\0" in text:  # UTF-16 without a mark: every other byte of English is zero
         raise Unusable(ENCODING)
     lines = [" ".join(line.split())[:MAX_CAPTION] for line in re.split(r"\r\n|\r|\n", text)]  # no other sign ends one
-    if not (captions := [line for line in lines if any(map(str.isprintable, line.replace(" ", "")))]):
+    if not (captions := [line for line in lines if shows_something(line)]):
         raise Unusable(EMPTY)
     return captions
+
+
+def shows_something(text):
+    """Whether any sign of a text can be seen; a space, or U+200B, cannot."""
+    return any(sign.isprintable() and sign != " " for sign in text)
 
 
 def read_image(file, resolution):

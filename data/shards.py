@@ -102,8 +102,9 @@ class Shards(Source):
 
     def look(self, tried):
         """Learns from the first samples of some shards what they hold → whether one of them can be used."""
-        self.kinds, self.fields, self.complete, images, captions = collections.Counter(), set(), 0, set(), set()
+        self.kinds, self.fields, self.complete = collections.Counter(), set(), 0
         number, size, whole, usable = 0, 0, True, False
+        images, others = set(), set()  # keys of images without a caption, and of what has no image
         for url in tried:
             count = 0
             for sample in itertools.islice(self.raw(url, patient=False), LOOKED_AT):
@@ -114,14 +115,12 @@ class Shards(Source):
                 has_caption = (".json" if self.caption_key else ".txt") in sample.parts
                 if sample.image and has_caption:
                     self.complete += 1
-                elif sample.image:
-                    images.add((url, sample.key))
-                elif has_caption:
-                    captions.add((url, sample.key))
+                else:
+                    (images if sample.image else others).add(sample.key)
                 usable = usable or self.example(sample) is not None
             number += count
             whole = whole and count < LOOKED_AT
-        if len(images & captions) > self.complete / 10:
+        if len(images & others) > self.complete / 10:
             raise UserError(f"--data: in {tried[0]} the files of a sample lie apart; make it by tar --sort=name -cf")
         self.alone = len(images)
         self.names_held_out = "aurora_held_out" in self.fields

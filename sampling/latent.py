@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 
 from common.cli import UserError
+from data.pairs import shows_something
 from sampling import inference
 from sampling.pictures import boxes, in_range
 
@@ -24,7 +25,7 @@ def check(prompts):
     if not isinstance(prompts, list | tuple) or not prompts:
         raise UserError('nothing to draw; give a prompt, as "red heart", or several')
     for prompt in prompts:
-        if not isinstance(prompt, str) or not prompt.strip():
+        if not isinstance(prompt, str) or not shows_something(prompt):
             raise UserError("a prompt is empty; say what to draw")
         if "\0" in prompt or prompt != prompt.encode("utf-8", "replace").decode():
             raise UserError("a prompt is not UTF-8 text")

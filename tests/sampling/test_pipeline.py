@@ -58,6 +58,7 @@ def test_numpys_numbers_are_numbers_and_what_is_not_finite_is_no_picture():
         (lambda pipe: pipe.sample(3), "nothing to draw"),
         (lambda pipe: pipe.sample(["red heart", 3]), "a prompt is empty"),
         (lambda pipe: pipe.sample(" "), "a prompt is empty"),
+        (lambda pipe: pipe.sample("\u200b"), "a prompt is empty"),  # which nobody sees
         (lambda pipe: pipe.sample("red heart", num=0), "num=0: give a whole number, 1 or more"),
         (lambda pipe: pipe.experts("red heart", num=1.5), "num=1.5: give a whole number"),
         (lambda pipe: pipe.sample("red heart", seed="a"), "seed='a': give a whole number"),
