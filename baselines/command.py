@@ -41,7 +41,7 @@ from weights.checkpoint import generator_of, read_safetensors, without_prefix
 SYSTEMS = {"StyleGANT": "stylegan_t", "LadaGAN": "ladagan", "Muse": "muse"}  # the classes, and where they are
 NUM_PICTURES = 24
 # The options that a run keeps to its end.
-IDENTITY = "data", "caption-key", "clip", "resolution", "batch", "seed", "unconditional"
+IDENTITY = "data", "caption-key", "clip", "resolution", "batch", "seed"
 
 
 def main(system_class):
@@ -55,7 +55,6 @@ def main(system_class):
     add("--resolution", type=int, choices=RESOLUTIONS, default=32)
     add("--minutes", type=positive_int, default=60, help="of training, after which the run ends")
     add("--batch", type=positive_int, default=32, help="over all ranks")
-    add("--unconditional", action="store_true", help="without text, as LadaGAN's paper has it")
     add("--out", type=a_path, default=Path("runs") / name, help="the run's folder; a run in it is resumed")
     add("--seed", type=natural_number, default=0)
     add("--workers", type=natural_number, default=1, help="processes that load data")
@@ -77,20 +76,6 @@ def main(system_class):
     args = parser.parse_args()
     with told_in_one_line():
         args.run(system_class, name, args)
-
-
-def build(system_class, clip, resolution, device, unconditional):
-    """A system as its options say. Raises UserError where it has no unconditional form."""
-    if not unconditional:
-        return system_class(clip, resolution, device)
-    if not takes(system_class, "unconditional"):
-        raise UserError(f"--unconditional: {system_class.__name__} has no such form")
-    return system_class(clip, resolution, device, unconditional=True)
-
-
-def takes(function, parameter):
-    """Whether a function, or a class's constructor, has a parameter, which not all systems' have."""
-    return parameter in inspect.signature(function).parameters
 
 
 def as_texts(args):
@@ -116,7 +101,7 @@ def run(system_class, name, args, device):
     state = folder.state("auto")
     torch.manual_seed(args.seed)
     with distributed.together():
-        system = build(system_class, load_clip(args.clip, device), args.resolution, device, args.unconditional)
+        system = system_class(load_clip(args.clip, device), args.resolution, device)
         source = sources.open_data(args.data, args.resolution, args.seed, args.caption_key)
         captions = next(source.evaluation(NUM_PICTURES)).captions
         loop = Loop(folder, args, args.batch, minutes=args.minutes)
@@ -126,7 +111,7 @@ def run(system_class, name, args, device):
     for line in source.describe():
         say(line)
     folder.write_config(as_texts(args))
-    save_run(loop, system, args)
+    save_run(loop, system)
     loop.check_saved()
     say(f"Training {name} on {device}, {distributed.world_size()} rank(s); all in {args.out}")
 
@@ -139,9 +124,9 @@ def run(system_class, name, args, device):
             images = system.sample(system.clip.read(captions), seed=1, count=1)
             folder.write_picture(grid([to_pil(image) for image in images], captions, columns=8), {}, number + 1)
         if loop.saves:
-            save_run(loop, system, args)
+            save_run(loop, system)
 
-    save_run(loop, system, args)
+    save_run(loop, system)
     loop.conclude()
 
 
@@ -149,10 +134,10 @@ def run(system_class, name, args, device):
 # Files.
 
 
-def save_run(loop, system, args):
+def save_run(loop, system):
     """Writes a checkpoint and the generator's file, unless a weight is not finite."""
     if all(p.isfinite().all() for network in system.networks.values() for p in network.parameters()):
-        loop.save(state_of(system), generator_file(system, args.unconditional, loop.notes(system.device)))
+        loop.save(state_of(system), generator_file(system, loop.notes(system.device)))
 
 
 def state_of(system):
@@ -170,11 +155,11 @@ def restore(system, state):
             x.load_state_dict(state[kind][name])
 
 
-def generator_file(system, unconditional, notes):
+def generator_file(system, notes):
     """What drawing needs → tensors and metadata of a file."""
     networks = {name: system.networks[name].state_dict() for name in system.for_sampling}
     tensors = {f"{name}.{key}": x for name, network in networks.items() for key, x in network.items()}
-    about = {"resolution": system.resolution, "unconditional": unconditional, "notes": notes}
+    about = {"resolution": system.resolution, "notes": notes}
     return tensors, {"system": type(system).__name__, "about": json.dumps(about), "clip": system.clip.name}
 
 
@@ -187,7 +172,7 @@ def sample(system_class, name, args):
     if args.edit:
         options["edit"] = read_picture(args.edit, system.resolution)
     for option in options:
-        if not takes(system.sample, option):
+        if option not in inspect.signature(system.sample).parameters:
             raise UserError(f"--{option}: {system_class.__name__} has none")
     latent.tell(system.clip.text, args.prompt)
     images = in_range(system.sample(system.clip.read(args.prompt), args.seed, args.num, **options))
@@ -220,7 +205,7 @@ def load(system_class, path, device="cpu"):
         clip = load_clip(about["notes"]["clip"], device)
         if clip.name != learned_with:
             raise UserError(f"{path} learned with {learned_with}, and {about['notes']['clip']} is {clip.name}")
-        system = build(system_class, clip, about["resolution"], torch.device(device), about["unconditional"])
+        system = system_class(clip, about["resolution"], torch.device(device))
         for name in system.for_sampling:
             system.networks[name].load_state_dict(without_prefix(tensors, f"{name}."))
     except UserError:

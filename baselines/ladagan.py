@@ -6,7 +6,7 @@ With the authors' weights the networks give the authors' outputs (tests/baseline
 
 Differences from the paper:
 - The paper is unconditional. Our extension: the generator's noise is [z ‖ text], the text of unit RMS, and the
-  discriminator adds a projection on the text (Miyato and Koyama 2018). `unconditional=True` is the paper.
+  discriminator adds a projection on the text (Miyato and Koyama 2018). Without a text both are the paper's.
 - The default sizes are for a CPU: 384 channels at 8×8 rather than 1024, and 5.2 M parameters in the generator.
 - R1 is computed once in 16 steps and weighed by 16. Its weight is the paper's, which was chosen for a batch of 128; it
   should be chosen again for other resolutions.
@@ -259,42 +259,38 @@ def r1_penalty(discriminator, images, text):
 
 
 class LadaGAN(System):
-    """LadaGAN as a run trains it, see System. unconditional: the paper's, which draws without looking at the text."""
+    """LadaGAN as a run trains it, see System. It reads the embedding of CLIP."""
 
-    def __init__(self, clip, resolution, device, unconditional=False):
-        self.unconditional = unconditional
-        text_dim = 0 if unconditional else clip.read(["text"]).embedding.shape[1]
+    def __init__(self, clip, resolution, device):
+        text_dim = clip.read(["text"]).embedding.shape[1]
         generator = Generator(resolution, text_dim=text_dim)
         discriminator = Discriminator(default_channels(resolution), text_dim=text_dim)
         super().__init__(clip, resolution, device, generator, discriminator, LR, BETAS)
 
-    def condition(self, text):
-        return None if self.unconditional else text.embedding
-
     def step(self, number, images, text, noise):
         generator, discriminator = self.networks["generator"], self.networks["discriminator"]
-        condition = self.condition(text)
-        fake = generator(self.sample_z(len(images), noise), condition)
+        c = text.embedding
+        fake = generator(self.sample_z(len(images), noise), c)
         chances = torch.rand(2, len(images), NUM_CHANCES, generator=noise)
         real, fake = (
             augment({self.resolution: x}, POLICY, chances[n])[self.resolution] for n, x in enumerate((images, fake))
         )
-        real_logits, fake_logits = discriminator(real, condition), discriminator(fake.detach(), condition)
+        real_logits, fake_logits = discriminator(real, c), discriminator(fake.detach(), c)
         d_loss = F.softplus(-real_logits).mean() + F.softplus(fake_logits).mean()
         report = {"d_adversarial": d_loss, "logits_real": real_logits.mean(), "logits_fake": fake_logits.mean()}
         if number % R1_INTERVAL == 0:
-            report["r1"] = r1_penalty(discriminator, real, condition)
+            report["r1"] = r1_penalty(discriminator, real, c)
             d_loss = d_loss + R1_INTERVAL * R1_WEIGHT * report["r1"]
         minimize(self.optimizers["discriminator"], d_loss)
 
-        g_loss = F.softplus(-discriminator(fake, condition)).mean()
+        g_loss = F.softplus(-discriminator(fake, c)).mean()
         minimize(self.optimizers["generator"], g_loss)
         self.update_ema(number, len(images), EMA_HALF_LIFE)
         return {name: value.detach() for name, value in {"d_loss": d_loss, "g_loss": g_loss, **report}.items()}
 
     @torch.no_grad()
     def draw(self, z, text, truncation=1.0):
-        return self.networks["ema"](truncation * z, self.condition(text)).clamp(-1, 1)
+        return self.networks["ema"](truncation * z, text.embedding).clamp(-1, 1)
 
 
 if __name__ == "__main__":

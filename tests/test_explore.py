@@ -113,7 +113,7 @@ def test_a_baseline_stands_where_aurora_stood(tmp_path):
     clip = load_clip("emoji")
     system = StyleGANT(clip, 32, torch.device("cpu"))
     path = tmp_path / "generator_ema.safetensors"
-    save_generator(path, *generator_file(system, False, {"clip": "emoji"}))
+    save_generator(path, *generator_file(system, {"clip": "emoji"}))
     broken = tmp_path / "broken.safetensors"
     broken.write_bytes(b"text")
 

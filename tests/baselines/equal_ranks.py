@@ -33,12 +33,13 @@ class Short(Loop):
         distributed.say(f"{len(states)} ranks with {len(muse.networks)} equal networks")
 
 
-def build(*options, build=command.build):
-    system.append(build(*options))
-    return system[0]
+class Kept(muse.Muse):
+    def __init__(self, *options):
+        super().__init__(*options)
+        system.append(self)
 
 
 muse.TOKENIZER_IMAGES = 16
-command.Loop, command.NUM_PICTURES, command.build = Short, 2, build
+command.Loop, command.NUM_PICTURES = Short, 2
 sys.argv[1:] = ["train", "--data", sys.argv[2], "--batch", "8", "--workers", "0", "--out", sys.argv[1]]
-command.main(muse.Muse)
+command.main(Kept)

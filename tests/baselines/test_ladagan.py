@@ -96,14 +96,6 @@ def test_additive_attention_is_a_naive_loop():
     torch.testing.assert_close(attention(x), expected)
 
 
-def test_additive_attention_passes_gradcheck():
-    """Its second derivatives too, which R1 needs."""
-    attention = AdditiveAttention(4, num_heads=2).double()
-    x = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(attention, x)
-    assert torch.autograd.gradgradcheck(attention, x)
-
-
 def small_discriminator(text_dim=0):
     return ladagan.Discriminator([8, 16], 2, 12, code_channels=12, logit_channels=10, text_dim=text_dim)
 
@@ -157,10 +149,9 @@ def states(system):
 
 
 @pytest.mark.parametrize("number", [0, 1], ids=["with R1", "without R1"])
-@pytest.mark.parametrize("unconditional", [False, True])
-def test_a_step_changes_what_learns_and_nothing_else(clip, text, number, unconditional):
+def test_a_step_changes_what_learns_and_nothing_else(clip, text, number):
     torch.manual_seed(0)
-    system = LadaGAN(clip, 32, "cpu", unconditional)
+    system = LadaGAN(clip, 32, "cpu")
     images = torch.rand(4, 3, 32, 32) * 2 - 1
     before, kept = states(system), images.clone()
     report = system.step(number, images, text, torch.Generator().manual_seed(1))
@@ -173,19 +164,9 @@ def test_a_step_changes_what_learns_and_nothing_else(clip, text, number, uncondi
             assert parameter.grad is not None and parameter.grad.isfinite().all(), key
 
 
-def test_the_reported_loss_is_adversarial_and_r1(clip, text):
-    system = LadaGAN(clip, 32, "cpu")
-    report = system.step(16, torch.rand(4, 3, 32, 32), text, torch.Generator().manual_seed(1))
-    expected = report["d_adversarial"] + 16 * 1e-4 * report["r1"]
-    assert report["d_loss"].item() == pytest.approx(expected.item())
-
-
-@pytest.mark.parametrize("resolution", [32, 64])
-def test_what_is_drawn_follows_the_text_unless_unconditional(clip, text, resolution):
-    z, other = torch.randn(4, 64), type(text)(*(x.flip(0) for x in text))
-    for unconditional in (False, True):
-        system = LadaGAN(clip, resolution, "cpu", unconditional)
-        images = system.draw(z, text)
-        assert images.shape == (4, 3, resolution, resolution) and images.abs().max() <= 1
-        assert torch.equal(images, system.draw(z, other)) == unconditional
-        assert torch.equal(system.draw(z, text, truncation=0.5), system.draw(z / 2, text))
+def test_what_is_drawn_follows_the_text(clip, text):
+    z, other, system = torch.randn(4, 64), type(text)(*(x.flip(0) for x in text)), LadaGAN(clip, 64, "cpu")
+    images = system.draw(z, text)
+    assert images.shape == (4, 3, 64, 64) and images.abs().max() <= 1
+    assert not torch.equal(images, system.draw(z, other))
+    assert torch.equal(system.draw(z, text, truncation=0.5), system.draw(z / 2, text))

@@ -25,7 +25,7 @@ def run(tmp_path, monkeypatch):
     folder = tmp_path / "ladagan"
     folder.mkdir()
     notes = {"clip": "emoji", "step": 2, "images": 64, "seconds": 7200}
-    save_generator(folder / "generator_ema.safetensors", *generator_file(system, False, notes))
+    save_generator(folder / "generator_ema.safetensors", *generator_file(system, notes))
     lines = [json.dumps({"step": step, "cpu_seconds": seconds}) for step, seconds in enumerate((90, 18, 9), 1)]
     (folder / "metrics.jsonl").write_text("\n".join(lines))
     return folder, system

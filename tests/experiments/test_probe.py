@@ -1,4 +1,4 @@
-"""What the experts know, and how even paths are: the formulas, on cases whose answer is known."""
+"""What the experts know: the formulas, on cases whose answer is known."""
 
 import math
 import sys
@@ -30,5 +30,5 @@ def test_the_demos_answer_is_printed(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["probe.py", "--count", "2"])
     probe.main()
     said = capsys.readouterr().out
-    for words in ("at 8.0.0", "shuffled", "what there is to know", "text ", "noise ", "times the mean"):
+    for words in ("at 8.0.0", "shuffled", "what there is to know"):
         assert words in said
