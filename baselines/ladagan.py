@@ -28,7 +28,7 @@ sys.path.append(str(Path(__file__).parents[1]))  # for `python baselines/ladagan
 from attention import merge_heads, split_heads
 from augment import NUM_CHANCES, augment
 from baselines.command import main
-from baselines.system import System, minimize
+from baselines.system import System, minimize, update_average
 from layers import float32_region, full_precision, rms_norm
 from losses import R1_INTERVAL
 
@@ -285,7 +285,7 @@ class LadaGAN(System):
 
         g_loss = F.softplus(-discriminator(fake, c)).mean()
         minimize(self.optimizers["generator"], g_loss)
-        self.update_ema(number, len(images), EMA_HALF_LIFE)
+        update_average(self.networks["ema"], generator, number, len(images), EMA_HALF_LIFE)
         return {name: value.detach() for name, value in {"d_loss": d_loss, "g_loss": g_loss, **report}.items()}
 
     @torch.no_grad()

@@ -32,7 +32,7 @@ sys.path.append(str(Path(__file__).parents[1]))  # for `python baselines/stylega
 from augment import NUM_CHANCES, augment
 from aurora import FourierFeatures
 from baselines.command import main
-from baselines.system import System, minimize
+from baselines.system import System, minimize, update_average
 from common import distributed
 from layers import Linear, in_float32, lrelu, rms_norm, upsample
 from modulation import Affine, ModulatedConv2d, ToRGB, UpsamplingConv2d
@@ -327,7 +327,7 @@ class StyleGANT(System):
         g_loss = adversarial + GUIDANCE * distance
         minimize(self.optimizers["generator"], g_loss)
         generator.update_x_avg(w)
-        self.update_ema(number, len(images), EMA_HALF_LIFE)
+        update_average(self.networks["ema"], generator, number, len(images), EMA_HALF_LIFE)
         report = {"d_loss": d_loss, "g_loss": g_loss, "g_adversarial": adversarial, "g_clip": distance}
         report |= {"logits_real": mean_logit(real_logits), "logits_fake": mean_logit(fake_logits)}
         return {name: value.detach() for name, value in report.items()}

@@ -6,7 +6,6 @@ import torch
 
 from clip import Text
 from common import distributed
-from common.cli import UserError
 from layers import parameter_groups
 from step import ema_weight
 
@@ -29,8 +28,6 @@ class System:
     for_sampling = ("ema",)  # the networks that drawing needs
 
     def __init__(self, clip, resolution, device, generator, discriminator, lr, betas):
-        if resolution not in RESOLUTIONS:
-            raise UserError(f"resolution {resolution}: {type(self).__name__} draws at 32 or 64")
         self.clip, self.resolution, self.device = clip, resolution, device
         ema = copy.deepcopy(generator).eval().requires_grad_(False)
         self.networks = {"generator": generator, "discriminator": discriminator, "ema": ema}
@@ -43,9 +40,6 @@ class System:
     def sample_z(self, count, noise):
         """z ~ N(0, 1), [count, z_dim]."""
         return torch.randn(count, self.networks["generator"].z_dim, generator=noise).to(self.device)
-
-    def update_ema(self, number, batch, half_life):
-        update_average(self.networks["ema"], self.networks["generator"], number, batch, half_life)
 
     def sample(self, text, seed, count, truncation=1.0):
         """`count` images for each of P captions, one caption after the other: [P · count, 3, R, R] in [−1, 1]."""

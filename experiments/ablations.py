@@ -11,7 +11,6 @@ learns and is measured. What is done is not done again, so two commands can shar
 import argparse
 import contextlib
 import dataclasses
-import functools
 import json
 import statistics
 import time
@@ -29,9 +28,8 @@ from common.cli import HelpFormatter, UserError, a_path, finite_number, positive
 from common.disk import atomically
 from data import sources
 from evaluation import enlarging
-from evaluation.extractors import load_extractor
-from evaluation.features import drawing, extract_real, measure
-from experiments.compare import markdown, shown
+from evaluation.features import drawing, measure
+from experiments.compare import markdown, real_emoji, shown
 from modulation import ModulatedConv2d
 from presets import PRESETS, UpsamplerConfig, fitted_to
 from router import Router
@@ -171,18 +169,9 @@ def learn(preset, seed, minutes):
     return learner, number * recipe.batch
 
 
-@functools.cache
-def real_emoji(resolution):
-    """The extractors, and what extract_real says of the emoji."""
-    networks = {"images": "efficientnet", "texts": "judge"}
-    extractors = {name: load_extractor(spec, "", CPU) for name, spec in networks.items()}
-    captions, real, _ = extract_real(sources.open_data("emoji", resolution, 0), COUNT, resolution, extractors)
-    return extractors, captions, real
-
-
 def measure_base(generator, clip):
     resolution = generator.config.resolutions[-1]
-    extractors, captions, real = real_emoji(resolution)
+    extractors, captions, real = real_emoji(COUNT, resolution)
     found = measure(drawing(generator, clip, resolution), captions, real, COUNT, 0, resolution, extractors)
     return {name: found[name] for name in ("R-precision", "precision", "recall", "FID")}
 

@@ -9,6 +9,7 @@ machine do not count. The table, its numbers as JSON and a picture go to --out.
 """
 
 import argparse
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -114,14 +115,20 @@ def measure_sampling(entry):
     }
 
 
+@functools.cache
+def real_emoji(count, resolution):
+    """→ the networks that measure emoji, and the captions and features that extract_real has of them."""
+    networks = {"images": "efficientnet", "texts": "judge"}
+    extractors = {name: load_extractor(spec, "", torch.device("cpu")) for name, spec in networks.items()}
+    captions, real, _ = extract_real(sources.open_data("emoji", resolution, 0), count, resolution, extractors)
+    return extractors, captions, real
+
+
 def compare(args):
     """→ {system: {measure: number}}, and the picture: a row for each system, a column for each of PROMPTS."""
     paths = {name: generator_of(path) for name, path in args.systems}
     entries = {name: open_system(path, args.resolution) for name, path in paths.items()}
-    networks = {"images": "efficientnet", "texts": "judge"}
-    extractors = {name: load_extractor(spec, "", torch.device("cpu")) for name, spec in networks.items()}
-    source = sources.open_data("emoji", args.resolution, seed=0)
-    captions, real, _ = extract_real(source, args.count, args.resolution, extractors)
+    extractors, captions, real = real_emoji(args.count, args.resolution)
     pictures, columns, panels, titles = list(emoji.read_emoji()), {}, [], []
     for name, entry in entries.items():
         columns[name] = measure_training(entry, paths[name]) | measure_sampling(entry)

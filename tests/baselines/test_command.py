@@ -17,6 +17,7 @@ from clip import BUILT_IN, load_clip
 from tests import figures
 from tests.data.test_sources import COLORS, good, jpeg, write_shard
 from tests.training.test_distributed import ROOT, torchrun
+from tests.training.torture import identical
 from training.loop import Loop
 from weights import checkpoint
 from weights.checkpoint import DEMO
@@ -52,15 +53,6 @@ def learn(monkeypatch, run_main):
     return learn
 
 
-def same(a, b):
-    """Whether two nested dicts and lists hold the same tensors and values."""
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(same, a, b))
-    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
-
-
 @pytest.mark.parametrize(
     ("system", "kind"),
     [
@@ -77,9 +69,9 @@ def test_a_run_resumes_to_the_last_bit_and_draws(tmp_path, data, learn, run_main
         assert status == 0, error
     assert f"Resuming from step {STEPS - 1}" in said and len((stopped / "metrics.jsonl").read_text().splitlines()) == 4
     first, second = (checkpoint.load_run(checkpoint.checkpoints(out / "checkpoints")[0]) for out in (whole, stopped))
-    assert all(same(first[part], second[part]) for part in ("networks", "optimizers"))
+    assert all(identical(first[part], second[part]) for part in ("networks", "optimizers"))
     generator = stopped / "generator_ema.safetensors"
-    assert same(load_file(whole / generator.name), load_file(generator))
+    assert identical(load_file(whole / generator.name), load_file(generator))
     picture = tmp_path / "picture.png"
     draw = ("sample", "red heart", "--num", 2, "--checkpoint", generator, "--out", picture)
     status, said, error = run_main(lambda: command.main(system), *draw)

@@ -14,7 +14,7 @@ from clip import load_clip
 from common import distributed
 from common.cli import UserError
 from data import shards, sources
-from evaluation import extractors, features
+from evaluation import features
 from evaluation.extractors import Extractor
 from sampling import latent
 from tests import figures
@@ -94,16 +94,6 @@ def test_efficientnet_knows_what_is_in_a_photograph():
     assert "military uniform" not in first_words()
 
 
-def test_efficientnets_features_are_what_its_classifier_reads():
-    """At a size that needs no resizing."""
-    pixels = torch.randint(256, (2, 3, 96, 96), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    network, extractor = load_efficientnet(), extractors.load_extractor("efficientnet", "", "cpu")
-    found = extractor.images(pixels)
-    assert found.shape == (2, 1280) and extractor.texts is None
-    expected = network(pixels / 127.5 - 1)
-    torch.testing.assert_close(network.classifier(found), expected, atol=1e-4, rtol=1e-3)
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # One resolution for both sides.
 
@@ -128,22 +118,6 @@ def test_real_images_are_averaged_down():
     expected = (images.unflatten(2, (16, 2)).unflatten(4, (16, 2)).mean((3, 5)) + 1) * 127.5
     pixels = features.real_pixels(images, 16)
     torch.testing.assert_close(pixels.float(), expected, atol=0.5 + 1e-4, rtol=0)  # rounded to whole numbers
-
-
-def test_pictures_do_not_depend_on_how_many_are_drawn_at_a_time(demo):
-    captions = [figures.caption(i) for i in range(5)]
-    z = latent.noise(demo[0], 5, seed=0)
-    (whole,) = latent.generate(*demo, captions, z)
-    parts = torch.cat([output.image for output in latent.generate(*demo, captions, z, batch=2)])
-    torch.testing.assert_close(parts, whole.image, atol=1e-4, rtol=1e-4)
-
-
-def test_truncation_to_nothing_is_the_prompts_mean_picture(demo):
-    captions = ["red circle"] * 2
-    (output,) = latent.generate(*demo, captions, latent.noise(demo[0], 2, seed=0), psi=0)
-    prompt = latent.read(*demo, captions[:1])
-    expected = demo[0].synthesis(latent.mean_code(demo[0], prompt.global_text), prompt.local_text).image
-    torch.testing.assert_close(output.image, expected.expand(2, -1, -1, -1), atol=1e-4, rtol=1e-4)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
