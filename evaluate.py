@@ -38,7 +38,7 @@ from evaluation.extractors import load_extractor
 from evaluation.features import OTHERS, drawing, extract_real, measure, measure_real, own_resolution
 from evaluation.metrics import CANDIDATES, NEIGHBOURS
 from sampling import inference
-from weights.checkpoint import DEMO, load_generator, load_upsampler
+from weights.generator_file import DEMO, load_generator, load_upsampler
 
 
 def parse_args(argv=None):

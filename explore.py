@@ -28,7 +28,7 @@ from sampling.pictures import COLORS, in_range
 from sampling.pipeline import Drawn, Pipeline, routers
 from sampling.settings import Forced, Settings
 from sampling.sheet import Sheet
-from weights.checkpoint import DEMO, generator_of
+from weights.generator_file import DEMO, generator_of
 
 EXAMPLES = ("red heart", "a cute kitty", "happy doggy", "a slice of pizza with cheese", "spooky")
 PARTS = {"both": "global and local text", "global": "global text", "local": "local text"}

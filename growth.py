@@ -9,12 +9,11 @@ import torch
 
 from common import distributed, stopping
 from common.cli import UserError
-from common.disk import atomically
+from common.disk import atomically, load_tensors, write_tensors
 from evaluation.features import extract_clip_features, extract_fake_features
 from evaluation.metrics import fid, frechet_distance, statistics
 from layers import resize
 from upsampler import given_images, input_noise
-from weights.checkpoint import load_tensors, write_digested
 
 PATIENCE = 10  # evaluations without a better FID after which a phase ends
 
@@ -59,7 +58,7 @@ class Growth:
             kept = self.compute_reference(source)
             if distributed.is_main():
                 kept["made from"] = made_from
-                atomically(path, lambda temporary: write_digested(kept, temporary))
+                atomically(path, lambda temporary: write_tensors(kept, temporary))
         self.captions, self.given = kept["captions"], kept["given"]
         self.statistics, self.reference_fid = kept["statistics"], kept["reference_fid"]
 

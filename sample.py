@@ -24,7 +24,7 @@ from common.cli import (
 from sampling import files, inference, latent, views
 from sampling.pictures import animation, beside, expert_map, grid, to_pil
 from sampling.pipeline import Pipeline
-from weights.checkpoint import DEMO
+from weights.generator_file import DEMO
 
 
 def parse_args(argv=None):

@@ -39,7 +39,7 @@ from training.loop import Loop, overfitting, watched_pairs
 from training.plan import HARDWARE, auto_or_positive, choose_micro_batches, print_plan
 from training.run_folder import RunFolder
 from training.small_clip import clip_for, clip_of_new_run, clip_of_resumed_run
-from weights import checkpoint
+from weights import checkpoint, generator_file
 from weights.perceptual import perceptual_network
 
 NUM_PICTURES = 24
@@ -118,6 +118,7 @@ def build(args, device):
         if state:
             with loop.resuming(state):
                 growth.phase = Phase(**state["phase"])
+                state["ema"] = checkpoint.moving_average(state)
                 for name, (then, now) in learner.load_state_dict(state).items():
                     say(f"note: the learning rate of {name} was {then:g}; now it is the recipe's, {now:g}")
         if args.init and state:
@@ -162,7 +163,8 @@ def train(run):
         report = learner.step(number, learner.prepare(args.seed, number, batches))
         report = loop.count(report, batches) | {"resolution": growth.active[-1]}
         growth.phase.images += batch
-        if (number + 1) % max(1, recipe.fid_every // batch) == 0:
+        is_due = (number + 1) % max(1, recipe.fid_every // batch) == 0
+        if is_due and not loop.rejected_in_a_row:  # NaN has no FID, and the guard is about to stop the run
             report |= growth.evaluate(learner.ema)
             report |= overfitting(learner, pairs, args.seed)
         if reason := growth.reason_to_grow():
@@ -197,8 +199,10 @@ def save(run):
     if learner.weights_are_finite():
         resolution = growth.active[-1]
         notes = loop.notes(learner.device) | {"resolution": resolution}
-        generator = checkpoint.generator_file(learner.ema, learner.clip, resolution, notes)
-        loop.save({"phase": dict(vars(growth.phase)), **learner.state_dict()}, generator)
+        generator = generator_file.content(learner.ema, learner.clip, resolution, notes)
+        state = {"phase": dict(vars(growth.phase)), **learner.state_dict()}
+        del state["ema"]  # it is in the generator's file
+        loop.save(state, generator)
 
 
 def main():

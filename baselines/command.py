@@ -36,7 +36,7 @@ from sampling.pictures import grid, in_range, to_pil
 from step import noise_of
 from training.loop import Loop
 from training.run_folder import RunFolder
-from weights.checkpoint import generator_of, read_safetensors, without_prefix
+from weights.generator_file import generator_of, read_safetensors, without_prefix
 
 SYSTEMS = {"StyleGANT": "stylegan_t", "LadaGAN": "ladagan", "Muse": "muse"}  # the classes, and where they are
 NUM_PICTURES = 24
@@ -141,18 +141,22 @@ def save_run(loop, system):
 
 
 def state_of(system):
-    kinds = {"networks": system.networks, "optimizers": system.optimizers}
+    """What a run needs to go on, beside the networks in its generator's file."""
+    others = {name: network for name, network in system.networks.items() if name not in system.for_sampling}
+    kinds = {"networks": others, "optimizers": system.optimizers}
     states = {kind: {name: x.state_dict() for name, x in members.items()} for kind, members in kinds.items()}
     return states | {"clip": system.clip.name}
 
 
 def restore(system, state):
-    """The inverse of state_of. Raises ValueError where the run learned with another CLIP."""
+    """Loads a checkpoint. Raises ValueError where the run learned with another CLIP."""
     if state["clip"] != system.clip.name:
         raise ValueError(f"it learned with {state['clip']}, and this is {system.clip.name}")
-    for kind, members in {"networks": system.networks, "optimizers": system.optimizers}.items():
-        for name, x in members.items():
-            x.load_state_dict(state[kind][name])
+    drawing = {name: without_prefix(state["generator_file"], f"{name}.") for name in system.for_sampling}
+    for name, network in system.networks.items():
+        network.load_state_dict((state["networks"] | drawing)[name])
+    for name, optimizer in system.optimizers.items():
+        optimizer.load_state_dict(state["optimizers"][name])
 
 
 def generator_file(system, notes):

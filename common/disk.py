@@ -1,15 +1,25 @@
-"""Writing files so that a crash, a full disk or a loss of power leaves the old one whole, or the new one."""
+"""Writing files so that a crash, a full disk or a loss of power leaves the old one whole, or the new one; and reading
+tensors so that no code in their file runs.
+"""
 
 import contextlib
+import hashlib
 import os
 import re
 import secrets
+import shutil
 import tempfile
+import warnings
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 
-from common.cli import first_line
+from common.cli import UserError, first_line
+
+
+class Damaged(UserError):
+    """A file does not hold what was written to it."""
 
 
 def atomically(path, write):
@@ -25,12 +35,42 @@ def atomically(path, write):
         mode = temporary.stat().st_mode
         write(temporary)
         temporary.chmod(mode)  # safetensors lets the owner alone read its files
+        flush(temporary)
         rename(temporary, path)
     except SafetensorError as error:  # its word for an error of the disk
         number = re.search(r"os error (\d+)", str(error))
         raise OSError(int(number[1]) if number else None, first_line(error), str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def link(source, path):
+    """Gives a file another name, atomically; where the disk has no links, a copy."""
+
+    def write(temporary):
+        temporary.unlink()
+        try:
+            os.link(source, temporary)
+        except OSError:
+            shutil.copyfile(source, temporary)
+
+    atomically(path, write)
+
+
+def rename(temporary, path):
+    """Gives a file or folder its name, in place of what had it."""
+    os.replace(temporary, path)
+    with contextlib.suppress(OSError):  # Windows opens no folder, and some network disks flush none
+        flush(path.parent, os.O_RDONLY)
+
+
+def flush(path, mode=os.O_RDWR):  # Windows flushes only what is open for writing
+    """Waits until a file, or the list of what a folder holds, is on the disk."""
+    descriptor = os.open(path, mode)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def check_room(folder, size=2**25):
@@ -49,18 +89,49 @@ def left_over(folder, names):
     return [path for path in folder.glob(".*.tmp") if ours.fullmatch(path.name)]
 
 
-def rename(temporary, path):
-    """Gives a file its name once it is on the disk."""
-    flush(temporary, os.O_RDWR)  # Windows flushes only what is open for writing
-    os.replace(temporary, path)
-    with contextlib.suppress(OSError):  # Windows opens no folder, and some network disks flush none
-        flush(path.parent, os.O_RDONLY)
+# ----------------------------------------------------------------------------------------------------------------------
+# Tensors.
 
 
-def flush(path, mode):
-    """Waits until a file, or the list of what a folder holds, is on the disk."""
-    descriptor = os.open(path, mode)
+def write_tensors(state, path):
+    """torch.save, of tensors and plain values in any nest. Raises OSError, which PyTorch would hide in its own."""
+    errors = []
+
+    class Writer:
+        def __init__(self, file):
+            self.file, self.flush = file, file.flush
+
+        def write(self, data):
+            try:
+                return self.file.write(data)
+            except OSError as error:
+                errors.append(error)
+                raise
+
+    with open(path, "wb") as file:
+        try:
+            torch.save(state, Writer(file))
+        except RuntimeError as error:
+            raise errors[0] if errors else OSError(first_line(error)) from error
+
+
+def load_tensors(path, mmap=False):
+    """What write_tensors wrote: no code in it can run.
+
+    mmap: leaves the tensors on the disk until they are used. Raises UserError: Damaged, unless the disk or the memory
+    is at fault.
+    """
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        with warnings.catch_warnings(action="ignore"):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except (OSError, MemoryError) as error:
+        raise UserError(f"{path} cannot be read: {first_line(error)}") from error
+    except Exception as error:  # on foreign bytes the unpickler stumbles in every way there is
+        reason = "it is damaged, or no checkpoint, or holds code, which is not run"
+        raise Damaged(f"{path} cannot be read: {reason}") from error
+
+
+def digest(path):
+    """Sixteen digits that tell a file's content."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]

@@ -24,8 +24,8 @@ from losses import perceptual_distance
 from sampling import latent
 from sampling.pictures import in_range
 from upsampler import given_images, input_noise
-from weights.checkpoint import load_upsampler
 from weights.efficientnet import load_efficientnet
+from weights.generator_file import load_upsampler
 
 BATCH = 8
 

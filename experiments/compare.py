@@ -32,7 +32,7 @@ from presets import PRESETS
 from sampling import inference
 from sampling.pictures import grid, to_pil
 from training.plan import FlopCounter
-from weights.checkpoint import generator_of, load_generator
+from weights.generator_file import generator_of, load_generator
 
 PROMPTS = ["red heart", "grinning face", "fox", "hot dog", "red apple", "automobile", "sun", "man astronaut"]
 NAMES = 50  # of which the variety is measured

@@ -18,7 +18,7 @@ from evaluation.extractors import load_extractor
 from evaluation.features import BATCH, real_pixels, to_pixels
 from sampling import files, inference, latent
 from sampling.pictures import grid, in_range, to_pil
-from weights.checkpoint import DEMO, load_generator
+from weights.generator_file import DEMO, load_generator
 
 NEAREST = 3
 MOST = 50_000  # training pictures

@@ -17,7 +17,7 @@ from common.cli import HelpFormatter, a_path, positive_int, told_in_one_line
 from data import sources
 from sampling import latent, views
 from sampling.pipeline import draw
-from weights.checkpoint import DEMO, load_generator
+from weights.generator_file import DEMO, load_generator
 
 UNLIKE = 0.1  # A point is of the object if one of its colors, in [0, 1], is so far from white.
 

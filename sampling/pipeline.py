@@ -21,7 +21,7 @@ from router import Routing
 from sampling import inference, latent, views
 from sampling.pictures import at_own_size, in_range
 from upsampler import given_images, input_noise
-from weights.checkpoint import DEMO, load_generator, load_upsampler, upsampler_of
+from weights.generator_file import DEMO, load_generator, load_upsampler, upsampler_of
 
 LARGE = ", large"  # ends the names of the second stage's routers, whose resolutions the first has, too
 

@@ -39,7 +39,7 @@ from presets import (
     Recipe,
     UpsamplerConfig,
 )
-from weights import checkpoint
+from weights.generator_file import content, save_generator
 
 SIZES = {"small": 0.2, "large": 0.4}  # radius, as a share of the picture's side
 COLORS = {"red": (230, 30, 30), "yellow": (240, 220, 20), "green": (30, 160, 50), "blue": (30, 60, 220)}
@@ -108,7 +108,16 @@ LARGER = Preset(
     dataclasses.replace(TINY.recipe, images_per_phase={16: 0}, crop=4, l1_weight=10.0, perceptual_weight=5.0),
     clip_model="emoji",
 )
-PRESETS |= {"tiny": TINY, "tiny-larger": LARGER}
+# The two lowest resolutions of TINY, which grow after two steps of four images.
+QUICK = dataclasses.replace(
+    TINY,
+    generator=dataclasses.replace(TINY.generator, levels=TINY.generator.levels[:2]),
+    discriminator=dataclasses.replace(TINY.discriminator, levels=TINY.discriminator.levels[:2]),
+    recipe=dataclasses.replace(
+        TINY.recipe, steps=5, batch=4, images_per_phase={4: 8}, fid_samples=8, fid_every=8, fid_factor=0.0
+    ),
+)
+PRESETS |= {"tiny": TINY, "tiny-larger": LARGER, "quick": QUICK}
 # In the place of EfficientNet's 1,280 features, whose covariances take seconds.
 GRID_MEANS = Extractor("means of a 4×4 grid", lambda pixels: F.adaptive_avg_pool2d(pixels / 255, 4).flatten(1), None)
 
@@ -208,7 +217,7 @@ def generator_file():
             parameter.data.normal_(std=0.1)  # else to-RGB, which starts at zero, would hide everything
     path = folder().parent / "generator_ema.safetensors"
     notes = {"preset": "tiny", "resolution": 32, "images": 0}
-    checkpoint.save_generator(path, *checkpoint.generator_file(generator, load_clip("emoji"), 32, notes))
+    save_generator(path, *content(generator, load_clip("emoji"), 32, notes))
     return path
 
 

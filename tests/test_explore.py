@@ -19,7 +19,7 @@ from sampling import settings
 from sampling.pipeline import Pipeline
 from sampling.sheet import Point, Sheet
 from tests import figures
-from weights.checkpoint import DEMO, save_generator
+from weights.generator_file import DEMO, save_generator
 
 
 def visit(script, *checkpoints, prompt="red heart", models=None):

@@ -16,7 +16,7 @@ from sampling import latent
 from tests import figures
 from tests.evaluation.test_features import by_ranks
 from tests.figures import TINY
-from weights.checkpoint import load_generator
+from weights.generator_file import load_generator
 
 RECIPE = dataclasses.replace(TINY.recipe, fid_samples=5)
 
@@ -167,3 +167,19 @@ def test_a_level_without_images_per_phase_is_refused_at_the_start():
     recipe = dataclasses.replace(PRESETS["emoji"].recipe, images_per_phase={4: 0, 8: 0})
     with pytest.raises(UserError, match="does not say when to grow from 16×16"):
         Growth(recipe, [4, 8, 16, 32], clip=None, seed=0)
+
+
+def test_a_phase_ends_at_the_reference_fid_or_when_it_stops_falling_or_by_its_images():
+    recipe = dataclasses.replace(RECIPE, fid_factor=1.5, images_per_phase={4: 100})
+    measured = Growth(recipe, [4, 8], clip=None, seed=0)
+    measured.reference_fid, phase = {4: 1.0}, measured.phase
+    for images, fid, since, reason in (
+        (99, 1.51, growth.PATIENCE - 1, None),
+        (99, 1.49, 0, "it is near the reference"),
+        (99, 1.51, growth.PATIENCE, "it stopped falling"),
+        (100, 1.51, 0, "that took its images"),
+    ):
+        phase.images, phase.best_fid, phase.evaluations_since_best = images, fid, since
+        assert measured.reason_to_grow() == reason
+    measured.grow()
+    assert measured.active == [4, 8] and measured.reason_to_grow() is None

@@ -12,11 +12,11 @@ import train
 from clip import load_minilm
 from losses import moe_loss
 from presets import DiscriminatorLevel, Level, UpsamplerConfig
-from step import NETWORKS
 from tests import figures
 from training import loop
 from upsampler import Upsampler, add_detail, crop, enlarge, given_images, input_noise, new_generator
 from weights import checkpoint
+from weights.generator_file import load_upsampler
 
 
 @pytest.fixture
@@ -150,16 +150,18 @@ def test_a_run_stopped_and_resumed_is_the_run_uninterrupted(tmp_path, monkeypatc
     run("--out", tmp_path / "whole", "--steps", 2)
     for steps in (1, 2):
         run("--out", tmp_path / "parts", "--steps", steps)
-    whole, parts = (checkpoint.newest_run(tmp_path / name / "checkpoints", print)[1] for name in ("whole", "parts"))
-    for name in NETWORKS:
+    whole, parts = (checkpoint.newest(tmp_path / name / "checkpoints", print)[1] for name in ("whole", "parts"))
+    for name in ("generator", "discriminator", "generator_file"):
         assert all(torch.equal(parts[name][key], value) for key, value in whole[name].items()), name
     rows = [json.loads(line) for line in (tmp_path / "parts" / "metrics.jsonl").read_text("utf-8").splitlines()]
     assert [row["resolution"] for row in rows] == [16, 32]
     assert all(row["g_l1"] > 0 and row["g_perceptual"] > 0 and row["d_adversarial"] > 0 for row in rows)
     assert rows[-1]["fid"] >= 0
-    upsampler = checkpoint.load_upsampler(tmp_path / "parts", load_minilm())
+    upsampler = load_upsampler(tmp_path / "parts", load_minilm())
     assert upsampler.config.resolutions == [16, 32]
-    assert all(torch.equal(value, whole["ema"][name]) for name, value in upsampler.state_dict().items())
+    assert all(
+        torch.equal(value, checkpoint.moving_average(whole)[name]) for name, value in upsampler.state_dict().items()
+    )
     assert len(list((tmp_path / "parts" / "samples").iterdir()))
 
 

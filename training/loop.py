@@ -138,8 +138,9 @@ class Loop:
 
     @property
     def draws(self):
-        """Whether a picture of samples is due; the last step has one."""
-        return distributed.is_main() and (self.progress.step % self.options.sample_every == 0 or self.ends)
+        """Whether a picture of samples is due; the last step has one. Of NaN there is none."""
+        due = self.progress.step % self.options.sample_every == 0 or self.ends
+        return due and not self.rejected_in_a_row and distributed.is_main()
 
     @property
     def saves(self):

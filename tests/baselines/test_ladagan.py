@@ -11,8 +11,8 @@ from baselines.ladagan import AdditiveAttention, LadaGAN
 from clip import load_clip
 from tests.baselines.test_stylegan_t import changed
 from tests.weights.test_official import FIXTURES, read
-from weights.checkpoint import without_prefix
-from weights.renaming import load_renamed
+from weights.generator_file import without_prefix
+from weights.official import load_renamed
 
 AUTHORS = FIXTURES[0].parent / "ladagan_small.npz"
 # The authors' names and ours. Levels are called by the number of points there.

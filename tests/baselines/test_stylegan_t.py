@@ -14,7 +14,7 @@ from baselines.stylegan_t import StyleGANT
 from clip import load_clip
 from tests.weights.test_official import FIXTURES, read
 from weights.efficientnet import load_efficientnet
-from weights.renaming import load_renamed
+from weights.official import load_renamed
 
 AUTHORS = {name: FIXTURES[0].parent / f"stylegan_t_{name}.npz" for name in ("small", "head")}
 # The authors' names and ours. What becomes "" is constant: the filters, and a transform that a user may set.

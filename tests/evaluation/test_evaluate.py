@@ -17,7 +17,7 @@ from data import coco
 from evaluation import emoji, extractors, features, metrics
 from tests import figures
 from upsampler import Upsampler
-from weights.checkpoint import generator_file, save_generator
+from weights.generator_file import content, save_generator
 
 COMMON = ("--device", "cpu", "--checkpoint", figures.generator_file(), "--clip", "emoji")
 
@@ -196,7 +196,7 @@ def test_on_emoji_words_and_variety_are_measured_too(run, tmp_path, monkeypatch)
 def test_what_the_second_stage_makes_is_measured_beside_bicubic(run, tmp_path):
     """A second stage that has learned nothing interpolates, as bicubic does, nearly."""
     path = tmp_path / "upsampler.safetensors"
-    save_generator(path, *generator_file(Upsampler(figures.LARGER.generator), load_clip("emoji"), 32, {}))
+    save_generator(path, *content(Upsampler(figures.LARGER.generator), load_clip("emoji"), 32, {}))
     status, said, stderr = run("--data", figures.folder(), "--count", 8, "--upsampler", path, "--resolution", 32)
     assert status == 0 and "enlarged by the second stage: ψ 1, FID" in said, stderr
     written = json.loads((tmp_path / "out" / "evaluation.json").read_text())

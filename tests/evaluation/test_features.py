@@ -19,8 +19,8 @@ from evaluation.extractors import Extractor
 from sampling import latent
 from tests import figures
 from tests.data.test_sources import good, write_shard
-from weights.checkpoint import load_generator
 from weights.efficientnet import load_efficientnet
+from weights.generator_file import load_generator
 
 
 def means_of(pixels):

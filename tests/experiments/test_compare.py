@@ -13,7 +13,7 @@ from clip import BUILT_IN, load_clip
 from evaluation import emoji, extractors
 from experiments import compare
 from tests import figures
-from weights.checkpoint import save_generator
+from weights.generator_file import save_generator
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from clip import MODELS
 from presets import PRESETS
 from sampling import pictures, pipeline, views
 from tests import figures
-from weights.checkpoint import DEMO, load_generator
+from weights.generator_file import DEMO, load_generator
 
 ROOT = Path(__file__).parent.parent.parent
 

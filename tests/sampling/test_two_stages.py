@@ -15,7 +15,7 @@ from presets import Level, UpsamplerConfig
 from sampling import latent, pipeline, settings, views
 from sampling.pipeline import Pipeline
 from upsampler import Upsampler, enlarge, given_images, input_noise
-from weights import checkpoint
+from weights import generator_file
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def file(networks, tmp_path_factory):
     folder = tmp_path_factory.mktemp("stages")
     clip = types.SimpleNamespace(name="small CLIP", text=load_minilm())
     for network, name in zip(networks, ("g.safetensors", "g_upsampler.safetensors"), strict=True):
-        checkpoint.save_generator(folder / name, *checkpoint.generator_file(network, clip, 64, {}))
+        generator_file.save_generator(folder / name, *generator_file.content(network, clip, 64, {}))
     return folder / "g.safetensors"
 
 

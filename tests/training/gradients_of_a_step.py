@@ -1,7 +1,6 @@
-"""The gradients of one training step, for test_distributed.py: torchrun gradients_of_a_step.py FILE DTYPE [OPTION …].
+"""The gradients of training steps, for test_distributed.py: torchrun gradients_of_a_step.py FILE.
 
-A whole step of train.py at 8×8 and at the highest resolution, R1 included, with random weights everywhere, zeros
-included.
+Whole steps in float64 at 8×8 and at the highest resolution, R1 included, from random weights, zeros included.
 """
 
 import sys
@@ -11,25 +10,38 @@ sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 
 import torch
 
-import train
 from clip import MiniLM, Text
 from common import distributed
 from data import sources
-from tests import figures  # noqa: F401 - it has the preset
+from tests import figures
+from tests.training.runs import build
+
+CASES = ("--preset tiny", "--preset tiny --accumulate 2", "--preset tiny-larger")
 
 
-def main(path, dtype, *options):
-    torch.set_default_dtype(getattr(torch, dtype))
-    read_in_the_dtype()
-    device = distributed.start("cpu")
-    arguments = f"--preset tiny --clip emoji --dtype fp32 --workers 0 --batch 8 --out {path}.run".split()
-    run = train.build(train.parse_args([*arguments, *options]), device)
+def main(path):
+    torch.set_default_dtype(torch.float64)
+    read_in_float64()
+    distributed.start("cpu")
+    data = distributed.broadcast(str(figures.folder()))
+    gradients = {}
+    for number, case in enumerate(CASES):
+        out = Path(f"{path}.run{number}")
+        options = f"{case} --data {data} --clip emoji --dtype fp32 --workers 0 --batch 8 --out {out}"
+        for name, gradient in gradients_of(build(*options.split())):
+            gradients[f"{case} {name}"] = gradient.clone()
+    if distributed.is_main():
+        torch.save(gradients, path)
+    distributed.stop()
+
+
+def gradients_of(run):
+    """Yields the name and the gradient of every parameter that learns."""
     learner, micro_batches = run.learner, run.loop.micro_batches
     torch.manual_seed(1)
     for network in (learner.generator, learner.discriminator):
         for parameter in network.parameters():
             parameter.data += 0.1 * torch.randn_like(parameter)
-    gradients = {}
     for stage in (learner.resolutions[:2], learner.resolutions):
         learner.learn_at(stage)
         for group in learner.optimizer_d.param_groups + learner.optimizer_g.param_groups:
@@ -38,31 +50,26 @@ def main(path, dtype, *options):
         batches = [some_alike(next(loader)) for _ in range(micro_batches)]
         report = learner.step(0, learner.prepare(0, 0, batches))
         assert report["r1"] > 0 and report["g_clip"] > 0 and report["d_matching"] > 0
-        gradients |= {
-            f"{stage[-1]}.{kind}.{name}": parameter.grad.clone()
-            for kind, network in (("g", learner.generator), ("d", learner.discriminator))
-            for name, parameter in network.named_parameters()
-            if parameter.grad is not None
-        }
-    if distributed.is_main():
-        torch.save(gradients, path)
-    distributed.stop()
+        for kind, network in (("g", learner.generator), ("d", learner.discriminator)):
+            for name, parameter in network.named_parameters():
+                if parameter.grad is not None:
+                    yield f"{stage[-1]}.{kind}.{name}", parameter.grad
 
 
-def read_in_the_dtype():
-    """MiniLM remembers captions in half precision, and gives them in float32: here in the dtype at hand."""
+def read_in_float64():
+    """MiniLM remembers captions in half precision, and gives them in float32."""
     read = MiniLM.read
 
-    def read_in_dtype(encoder, captions):
-        return Text(*(x.to(torch.get_default_dtype()) if x.is_floating_point() else x for x in read(encoder, captions)))
+    def read_in_float64(encoder, captions):
+        return Text(*(x.double() if x.is_floating_point() else x for x in read(encoder, captions)))
 
-    MiniLM.read = read_in_dtype
+    MiniLM.read = read_in_float64
 
 
 def some_alike(batch):
-    """The batch in the dtype at hand, about half of its captions the same, which are not wrong for one another."""
+    """The batch in float64, about half of its captions the same, which are not wrong for one another."""
     captions = ["red circle" if len(caption) % 2 else caption for caption in batch.captions]
-    return batch._replace(images=batch.images.to(torch.get_default_dtype()), captions=captions)
+    return batch._replace(images=batch.images.double(), captions=captions)
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ def run(tmp_path, monkeypatch, batches, state=None, minutes_a_step=0, **ends):
         report = made.count({"d_loss": torch.zeros(())}, its_batches)
         made.progress.seconds += 61 * minutes_a_step
         made.log(report | {"resolution": 4})
-    made.save({}, ({}, {}))
+    made.save({}, ({"generator.weight": torch.zeros(1)}, {}))
     return made
 
 
@@ -56,6 +56,17 @@ def test_a_run_whose_minutes_are_over_makes_no_step_more(tmp_path, monkeypatch, 
         made.conclude()
         assert made.progress.step == steps and f"Its {minutes} minutes are over" in capsys.readouterr().out
         state = RunFolder(tmp_path, {"seed": 0}).state("auto")
+
+
+def test_a_checkpoint_is_due_after_some_steps_or_minutes(tmp_path, monkeypatch):
+    made = Loop(RunFolder(tmp_path, {}), OPTIONS, batch=2)
+    made.saved_at, now = 0, 0
+    monkeypatch.setattr(loop.time, "monotonic", lambda: now)
+    for step, now, due in ((99, 900, False), (100, 0, True), (101, 901, True)):  # noqa: B007 - read above
+        made.progress.step = step
+        assert made.saves == due
+    made.ends = True
+    assert not made.saves  # as train.py saves after the loop
 
 
 def test_symptoms_are_told_once_when_they_last(tmp_path, monkeypatch):

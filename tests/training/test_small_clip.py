@@ -10,7 +10,7 @@ from clip import load_clip
 from common.cli import UserError
 from data import sources
 from tests.data.test_sources import jpeg
-from tests.training.test_faults import full_disk, room_afterwards
+from tests.training.runs import full_disk, room_afterwards
 from training.small_clip import accuracy, clip_of_new_run, contrast, draw_batches, learn, mislead, train_small_clip
 
 COLORS = {"red": (220, 30, 30), "green": (30, 160, 60), "blue": (40, 60, 220), "yellow": (230, 210, 40)}

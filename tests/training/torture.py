@@ -20,6 +20,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from tests import figures
+from tests.training.runs import identical, state_of
 from weights import checkpoint
 
 ROOT = Path(__file__).parent.parent.parent
@@ -89,23 +90,11 @@ def torture(ranks, kills, steps, folder, seed=0):
     if last_step(out) >= steps:
         sys.exit("it was done before all kills were made; take more --steps")
     finish(ranks, out, steps)
-    states = [checkpoint.newest_run(path / "checkpoints", print)[1] for path in (whole, out)]
-    for state in states:
-        state["progress"].pop("seconds")
-    if not identical(*states):
+    if not identical(state_of(whole), state_of(out)):
         sys.exit(f"the states differ: {whole} and {out}")
     if last_step(out) != steps or (out / "metrics.jsonl").read_text().count("\n") != steps:
         sys.exit("the log has lost or doubled steps")
     return while_saving
-
-
-def identical(a, b):
-    """Bitwise, through dicts and lists."""
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(identical(a[key], b[key]) for key in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(identical, a, b))
-    return a.equal(b) if hasattr(a, "equal") else a == b
 
 
 def main():

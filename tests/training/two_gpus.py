@@ -10,21 +10,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 
-import dataclasses
-
 import train
-from presets import PRESETS
 from step import Learner
+from tests import figures  # noqa: F401 - it has the preset
 from tests.fake_cuda import two_gpus_on_cpu
-from tests.figures import TINY
-
-GENERATOR, DISCRIMINATOR = (
-    dataclasses.replace(config, levels=config.levels[:2]) for config in (TINY.generator, TINY.discriminator)
-)
-RECIPE = dataclasses.replace(
-    TINY.recipe, steps=5, batch=4, images_per_phase={4: 8}, fid_samples=8, fid_every=8, fid_factor=0.0
-)
-PRESETS["tiny"] = dataclasses.replace(TINY, generator=GENERATOR, discriminator=DISCRIMINATOR, recipe=RECIPE)
 
 
 def step(learner, number, micro_batches, learn=Learner.step):

@@ -16,8 +16,8 @@ import time
 from pathlib import Path
 
 from tests import figures
-from tests.training.torture import ROOT, command, finish, identical, last_step
-from weights import checkpoint
+from tests.training.runs import identical, state_of
+from tests.training.torture import ROOT, command, finish, last_step
 
 STEPS = 120
 ADDRESSES = {"aurora-a": "10.77.0.1", "aurora-b": "10.77.0.2"}
@@ -82,9 +82,7 @@ def main():
             for name in ADDRESSES:
                 kill(name)
                 ip("netns", "delete", name)
-        states = [checkpoint.newest_run(path / "checkpoints", print)[1] for path in (whole, out)]
-        for state in states:
-            state["progress"].pop("seconds")
+        states = state_of(whole), state_of(out)
         print(f"both agents ended, with {codes}, at step {last_step(out)}; equal bit by bit: {identical(*states)}")
         sys.exit(codes != (0, 0) or not identical(*states))
 

@@ -1,124 +1,212 @@
-"""Saving and loading: atomic, held against a digest, and never at the cost of another file."""
+"""Checkpoints: whole or not at all, held against their digests, and never at the cost of another file."""
 
-import builtins
-import hashlib
+import os
+import re
+import stat
 from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from aurora import Generator
 from clip import load_clip
+from common import disk
 from common.cli import UserError
-from weights import checkpoint
+from weights import checkpoint, generator_file
+from weights.generator_file import FILE
 
-STATE = {
-    "identity": {"seed": 5},
-    "progress": {"step": 3},
-    "generator": {"weight": torch.randn(5)},
-    "ema": {"weight": torch.randn(5)},
-    "discriminator": {"weight": torch.randn(300, 400)},
-}
+WEIGHT = torch.randn(300, 400)
+STATE = {"identity": {"seed": 5}, "progress": {"step": 3}, "generator": {"w": WEIGHT}, "discriminator": {"w": WEIGHT}}
+GENERATOR = {"generator.w": WEIGHT + 1}, {}
 
 
-def test_a_checkpoint_is_hashed_as_it_is_written(tmp_path, monkeypatch):
-    """Reading 24 GB again would keep every GPU waiting."""
-    opened = []
-    real_open = builtins.open
-    monkeypatch.setattr(
-        builtins, "open", lambda *args, **options: opened.append(args[1:]) or real_open(*args, **options)
-    )
-    path = checkpoint.save_run(tmp_path, 3, STATE, keep=3)
-    assert ("rb",) not in opened
-    assert path.name == f"00000003-{hashlib.sha256(path.read_bytes()).hexdigest()[:16]}.pt"
+def save(folder, step=3, keep=3):
+    return checkpoint.save(folder, step, STATE, GENERATOR, keep)
 
 
-@pytest.mark.parametrize("room", [0, 100, 1000, 100_000, 480_000])
-def test_a_full_disk_is_an_oserror_that_names_it(tmp_path, monkeypatch, room):
-    first = checkpoint.save_run(tmp_path, 1, STATE, keep=1)
-    real_open = builtins.open
+def test_a_checkpoint_is_read_as_it_was_written_also_once_it_is_gone(tmp_path):
+    """It is mapped into memory, and the run that reads it deletes it later."""
+    path = save(tmp_path)
+    assert re.fullmatch("00000003-[0-9a-f]{16}", path.name) and len(list(path.iterdir())) == 2
+    state = checkpoint.load(path)
+    for file in path.iterdir():
+        file.unlink()
+    assert state["progress"] == {"step": 3} and torch.equal(state["discriminator"]["w"], WEIGHT)
+    assert torch.equal(checkpoint.moving_average(state)["w"], WEIGHT + 1)
 
-    class Full:
-        def __init__(self, file):
-            self.file, self.left = file, room
 
-        def __enter__(self):
-            return self
+@pytest.mark.parametrize("file", [checkpoint.STATE, FILE])
+def test_a_bit_that_flipped_is_noticed(tmp_path, file):
+    """Any bit; torch.load would pass most of them, and so would the checksums that torch.save writes."""
+    small = {"identity": {}, "progress": {}, "generator": {"w": torch.randn(9)}}
+    path = checkpoint.save(tmp_path, 3, small, ({"generator.w": torch.randn(9)}, {}), keep=1)
+    content = (path / file).read_bytes()
+    for bit in range(0, 8 * len(content), 31):
+        flipped = bytearray(content)
+        flipped[bit // 8] ^= 1 << bit % 8
+        (path / file).write_bytes(flipped)
+        with pytest.raises(disk.Damaged):
+            checkpoint.load(path)
+    (path / file).write_bytes(content)
+    checkpoint.load(path)
 
-        def __exit__(self, *_):
-            self.file.close()
 
-        def write(self, data):
-            self.left -= len(data)
-            if self.left < 0:
-                raise OSError(28, "No space left on device")
-            return self.file.write(data)
+@pytest.mark.parametrize("file", [checkpoint.STATE, FILE])
+@pytest.mark.parametrize("share", [None, 0, 0.5, 0.99])
+def test_a_checkpoint_cut_short_is_put_aside_and_the_one_before_is_taken(tmp_path, file, share):
+    before, path = save(tmp_path, 2), save(tmp_path, 3)
+    content = (path / file).read_bytes()
+    (path / file).unlink()
+    if share is not None:
+        (path / file).write_bytes(content[: int(share * len(content))])
+    assert checkpoint.newest(tmp_path, print)[0] == before
+    assert path.with_name(f"{path.name}.damaged").exists() and checkpoint.checkpoints(tmp_path) == [before]
 
-        def flush(self):
-            self.file.flush()
 
-    with monkeypatch.context() as patch:
-        patch.setattr(builtins, "open", lambda *args, **options: Full(real_open(*args, **options)))
-        with pytest.raises(OSError, match="No space left on device"):
-            checkpoint.save_run(tmp_path, 2, STATE, keep=1)
-    assert list(tmp_path.iterdir()) == [first]
-    assert torch.equal(checkpoint.load_run(first)["discriminator"]["weight"], STATE["discriminator"]["weight"])
+def test_code_in_a_checkpoint_does_not_run(tmp_path):
+    class Hostile:
+        def __reduce__(self):
+            return (os.mkdir, (str(tmp_path / "executed"),))
+
+    path = save(tmp_path)
+    torch.save({name: Hostile() for name in STATE}, path / checkpoint.STATE)
+    path = path.rename(tmp_path / f"00000004-{disk.digest(path / checkpoint.STATE)}")
+    with pytest.raises(UserError, match="holds code, which is not run"):
+        checkpoint.load(path)
+    assert not (tmp_path / "executed").exists()
 
 
 def test_only_one_rank_reads_the_whole_file(tmp_path, monkeypatch):
-    path = checkpoint.save_run(tmp_path, 3, STATE, keep=3)
-    calls = []
-    monkeypatch.setattr(checkpoint, "digest", lambda path: calls.append(path) or "0" * 16)
-    state = checkpoint.load_run(path, verify=False)
-    assert not calls and torch.equal(state["discriminator"]["weight"], STATE["discriminator"]["weight"])
-    with pytest.raises(checkpoint.Damaged):
-        checkpoint.load_run(path)
+    path = save(tmp_path)
+    monkeypatch.setattr(checkpoint, "digest", lambda path: pytest.fail("the main rank has read it"))
+    assert torch.equal(checkpoint.load(path, verify=False)["discriminator"]["w"], WEIGHT)
 
 
-def test_a_state_stays_readable_after_its_file_is_gone(tmp_path):
-    """It is mapped into memory, and the run that reads it prunes it later."""
-    path = checkpoint.save_run(tmp_path, 3, STATE, keep=3)
-    state = checkpoint.load_run(path)
-    before = path.read_bytes()
-    state["ema"]["weight"].add_(1)
-    assert path.read_bytes() == before  # what is learned is not written back
-    path.unlink()
-    assert torch.equal(state["discriminator"]["weight"], STATE["discriminator"]["weight"])
+def test_a_disk_that_does_not_give_it_is_not_called_damaged(tmp_path, monkeypatch):
+    path = save(tmp_path)
+
+    def fails(_):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(checkpoint, "digest", fails)
+    with pytest.raises(UserError, match="cannot be read: Input/output error"):
+        checkpoint.newest(tmp_path, print)
+    assert path.is_dir()
 
 
-def test_checkpoints_are_ordered_by_step_and_copies_are_none(tmp_path):
-    for name in ("00000009-0123456789abcdef.pt", "100000000-0123456789abcdef.pt", "00000010-0123456789abcdef.pt"):
-        (tmp_path / name).touch()
-    for name in ("best-a.pt", "00000011-copy.pt", "00000012-0123456789ABCDEF.pt", "00000013-0123456789abcdef (1).pt"):
-        (tmp_path / name).touch()
-    steps = [int(path.name.partition("-")[0]) for path in checkpoint.checkpoints(tmp_path)]
-    assert steps == [100_000_000, 10, 9]
+def test_the_newest_are_kept_by_step_and_copies_are_none_of_ours(tmp_path):
+    others = ["best-a", "00000011-copy", "00000012-0123456789ABCDEF", "00000013-0123456789abcdef (1)", "notes.txt"]
+    for name in others:
+        (tmp_path / name).mkdir()
+    paths = [save(tmp_path, step, keep=2) for step in (9, 10, 100_000_000)]
+    assert checkpoint.checkpoints(tmp_path) == [paths[2], paths[1]]
+    assert {path.name for path in tmp_path.iterdir()} == {*others, paths[1].name, paths[2].name}
+    copy = paths[1].rename(tmp_path / "best of all")
+    assert checkpoint.load(copy)["progress"] == {"step": 3}
 
 
-def test_a_copy_of_a_checkpoint_under_another_name_is_read(tmp_path):
-    path = checkpoint.save_run(tmp_path, 3, STATE, keep=3).rename(tmp_path / "best-of-all.pt")
-    assert checkpoint.load_run(path)["progress"] == {"step": 3}
+class Killed(BaseException):
+    """In the place of kill −9: what comes after it does not happen."""
+
+
+def test_whatever_call_of_the_system_is_the_last_a_whole_checkpoint_is_there(tmp_path):
+    """A run has one checkpoint, writes another, keeps one, and gives the generator's file its name in the folder."""
+    killed, life = True, 0
+    while killed:
+        folder = tmp_path / str(life)
+        folder.mkdir()
+        first = save(folder, 1, keep=1)
+        disk.link(first / FILE, folder / FILE)
+        with pytest.MonkeyPatch.context() as patch:
+            killed = killed_after(life, patch, folder)
+        for path in folder.glob("*.tmp"):  # which the next start removes
+            assert re.fullmatch(checkpoint.UNFINISHED, path.name) or path.name.startswith(f".{FILE}")
+        path, state = checkpoint.newest(folder, pytest.fail)
+        assert path.name[:8] in ("00000001", "00000002") and torch.equal(state["generator"]["w"], WEIGHT)
+        assert torch.equal(generator_file.read_safetensors(folder / FILE)[1]["generator.w"], WEIGHT + 1)
+        life += 1
+    assert path.name[:8] == "00000002" and life > 15
+
+
+def killed_after(number, patch, folder):
+    """Writes a checkpoint until so many calls of the system were made → whether it was killed before its end."""
+    calls = iter(range(1000))
+    for name in ("mkdir", "open", "fsync", "replace", "rename", "link", "unlink", "rmdir", "chmod"):
+        call = getattr(os, name)
+
+        def counted(*args, call=call, **options):
+            if next(calls) >= number:
+                raise Killed
+            return call(*args, **options)
+
+        patch.setattr(os, name, counted)
+    try:
+        disk.link(save(folder, 2, keep=1) / FILE, folder / FILE)
+    except Killed:
+        return True
+    return False
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Files.
+
+
+def test_a_file_written_atomically_is_the_old_one_or_the_new_one_and_touches_no_other(tmp_path):
+    path, others = tmp_path / "x.png", ("x.png.tmp", ".x.png.tmp", "x.tmp")
+    for name in others:
+        (tmp_path / name).write_text("mine")
+
+    def fails(temporary):
+        temporary.write_text("half")
+        raise OSError(28, "No space left on device")
+
+    disk.atomically(path, lambda temporary: temporary.write_text("new"))
+    with pytest.raises(OSError, match="No space"):
+        disk.atomically(path, fails)
+    assert path.read_text() == "new" and {file.name for file in tmp_path.iterdir()} == {*others, "x.png"}
+    assert all((tmp_path / name).read_text() == "mine" for name in others)
+
+
+def test_a_file_has_the_permissions_of_any_other_and_may_have_a_long_name(tmp_path):
+    path, other = tmp_path / ("x" * 250), tmp_path / "other"
+    other.write_text("")
+    for write in (lambda temporary: temporary.write_text("new"), lambda temporary: save_file({}, temporary)):
+        disk.atomically(path, write)
+        assert stat.S_IMODE(path.stat().st_mode) == stat.S_IMODE(other.stat().st_mode)
+
+
+def test_a_disk_without_links_gets_a_copy(tmp_path, monkeypatch):
+    def fails(*_):
+        raise OSError(95, "Operation not supported")
+
+    (tmp_path / "a").write_text("new")
+    monkeypatch.setattr(os, "link", fails)
+    disk.link(tmp_path / "a", tmp_path / "b")
+    assert (tmp_path / "b").read_text() == "new" and not (tmp_path / "b").samefile(tmp_path / "a")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Weights to start from.
 
 
 def test_weights_to_start_from(tmp_path, generator_config):
-    path = checkpoint.save_run(tmp_path, 3, STATE, keep=3)
-    weights = checkpoint.load_weights(path)
+    weights = checkpoint.load_weights(save(tmp_path))
+    assert torch.equal(weights["generator"]["w"], WEIGHT) and torch.equal(weights["ema"]["w"], WEIGHT + 1)
     assert weights.keys() == {"generator", "ema", "discriminator"}
-    assert torch.equal(weights["ema"]["weight"], STATE["ema"]["weight"])
     clip = load_clip("emoji")
     generator = Generator(replace(generator_config, clip_width=clip.width))
-    checkpoint.save_generator(tmp_path / "g.safetensors", *checkpoint.generator_file(generator, clip, 8, {}))
-    (tmp_path / "g.safetensors").rename(tmp_path / "g.bin")  # whatever it is called
-    weights = checkpoint.load_weights(tmp_path / "g.bin")
+    path = tmp_path / "g.bin"  # whatever it is called
+    generator_file.save_generator(path, *generator_file.content(generator, clip, 8, {}))
+    weights = checkpoint.load_weights(path)
     assert weights.keys() == {"generator", "ema"} and weights["ema"].keys() < generator.state_dict().keys()
     for name, value in weights["generator"].items():
         assert torch.equal(value, generator.state_dict()[name])
 
 
 @pytest.mark.parametrize("content", [None, b"", b"PK\x03\x04", b"not a checkpoint" * 100, "list", "legacy", "folder"])
-@pytest.mark.parametrize("suffix", [".pt", ".safetensors", ".pth"])
-def test_what_holds_no_weights_is_one_clear_line(tmp_path, content, suffix):
-    path = tmp_path / f"x{suffix}"
+def test_what_holds_no_weights_is_one_clear_line(tmp_path, content):
+    path = tmp_path / "x.pth"
     if content == "folder":
         path.mkdir()
     elif content == "list":
@@ -127,6 +215,6 @@ def test_what_holds_no_weights_is_one_clear_line(tmp_path, content, suffix):
         torch.save({"weights": torch.zeros(3)}, path, _use_new_zipfile_serialization=False)
     elif content is not None:
         path.write_bytes(content)
-    with pytest.raises(UserError, match=r"x\.(pt|safetensors|pth)") as caught:
+    with pytest.raises(UserError, match=r"x\.pth") as caught:
         checkpoint.load_weights(path)
     assert len(str(caught.value).splitlines()) == 1

@@ -1,0 +1,59 @@
+"""Short runs of train.py, and what is asked about them."""
+
+import contextlib
+import resource
+
+import torch
+
+import train
+from tests import figures
+from weights import checkpoint
+
+COMMON = ("--data", figures.folder(), "--clip", "emoji", "--workers", 0, "--device", "cpu")
+SHORT = (*COMMON, "--preset", "quick", "--sample-every", 2, "--save-every", 1, "--keep", 9)
+
+
+def build(*arguments):
+    return train.build(train.parse_args([str(a) for a in arguments]), torch.device("cpu"))
+
+
+def run(*arguments):
+    """A run to its end → train.Run."""
+    made = build(*arguments)
+    train.train(made)
+    return made
+
+
+def state_of(out):
+    """The state in the newest checkpoint of a run, without what differs from run to run."""
+    state = checkpoint.newest(out / "checkpoints", print)[1]
+    state["progress"].pop("seconds")
+    del state["identity"]
+    return state
+
+
+def identical(a, b):
+    """Whether two nests of dicts and lists are the same, to the last bit."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(identical(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(identical, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def full_disk(room=100_000):
+    """From here on no file can grow beyond `room` bytes, so that a checkpoint fails midway, as on a full disk."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, resource.RLIM_INFINITY))
+
+
+def room_again():
+    full_disk(resource.RLIM_INFINITY)
+
+
+@contextlib.contextmanager
+def room_afterwards():
+    """Frees the disk before pytest reports the test, as its report may go to a file, too."""
+    try:
+        yield
+    finally:
+        room_again()

@@ -1,0 +1,145 @@
+"""The file of a generator: its moving average, and all that sampling needs to know."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from clip import MODELS, load_text
+from common.cli import UserError, first_line
+from common.disk import atomically, load_tensors
+from presets import OPENAI_CLIP, GeneratorConfig, UpsamplerConfig
+from upsampler import Upsampler, new_generator
+from weights.official import load_official
+
+STAGES = {"generator": GeneratorConfig, "upsampler": UpsamplerConfig}  # as their files call them
+FILE = "generator_ema.safetensors"  # its name in a run's folder
+DEMO = MODELS / "emoji.safetensors"
+
+
+def content(generator, clip, resolution, notes):
+    """What is in the file of a generator: tensors and metadata, of the levels up to `resolution` and the names of its
+    text encoder and of its CLIP.
+
+    notes: a dict of what is worth knowing about the run.
+    """
+    levels = tuple(level for level in generator.config.levels if level.resolution <= resolution)
+    config = dataclasses.replace(generator.config, levels=levels)
+    with torch.device("meta"):
+        names = new_generator(config).state_dict().keys()
+    state = generator.state_dict()
+    metadata = {
+        "upsampler" if isinstance(config, UpsamplerConfig) else "generator": json.dumps(dataclasses.asdict(config)),
+        "text": clip.text.name,
+        "clip": clip.name,
+        "notes": json.dumps(notes),
+    }
+    return {f"generator.{name}": state[name] for name in names}, metadata
+
+
+def save_generator(path, tensors, metadata):
+    """Writes the file of a generator, see content. Raises OSError on a full disk."""
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    atomically(path, lambda temporary: save_file(tensors, temporary, metadata))
+
+
+def load_generator(path, device="cpu", clip_spec=None):
+    """A file of save_generator, or the authors' aurora_v1.pth → (Generator in eval mode, its text encoder, notes).
+
+    path may also be a run's folder. The second stage is load_upsampler's. clip_spec: another way to get a large CLIP,
+    see load_clip. Raises UserError for a file that is missing, damaged or foreign, and where its text encoder cannot be
+    had.
+    """
+    path = generator_of(path)
+    if is_safetensors(path):
+        generator, name, notes = load_ours(path)
+        if isinstance(generator, Upsampler):
+            raise UserError(
+                f"{path} is an upsampler, which enlarges pictures; give a generator, and this as --upsampler"
+            )
+    else:
+        generator, name, notes = load_official_file(path), OPENAI_CLIP, {}
+    text = load_text(clip_spec or name, device)
+    if text.width != generator.config.clip_width:
+        width = generator.config.clip_width
+        raise UserError(f"{path} needs a text encoder of width {width}, and {text.name} has {text.width}")
+    return generator.to(device).eval().requires_grad_(False), text, notes
+
+
+def load_upsampler(path, text, device="cpu"):
+    """A file of save_generator that holds a second stage, or its run's folder → Upsampler in eval mode.
+
+    text: the text encoder of the first stage. Raises UserError, as load_generator, and where it needs another one.
+    """
+    path = generator_of(path)
+    upsampler, name, _ = load_ours(path)
+    if not isinstance(upsampler, Upsampler):
+        raise UserError(f"{path} is no upsampler, but a generator")
+    if (name, upsampler.config.clip_width) != (text.name, text.width):
+        raise UserError(f"{path} reads prompts by {name}, and the generator by {text.name}")
+    return upsampler.to(device).eval().requires_grad_(False)
+
+
+def upsampler_of(path):
+    """The file of the second stage that lies beside a generator's: NAME_upsampler.safetensors; or None."""
+    path = generator_of(path)
+    beside = path.with_name(f"{path.stem}_upsampler.safetensors")
+    return beside if beside.is_file() else None
+
+
+def generator_of(path):
+    """A file to draw from, or a run's folder → the file. Raises UserError."""
+    path = Path(path)
+    file = path / FILE if path.is_dir() else path
+    if not file.is_file():
+        raise UserError(f"no generator at {file}; a run writes its first as it starts")
+    return file
+
+
+def is_safetensors(path):
+    """Whatever the file is called: it begins with the length of its header, which is JSON."""
+    with open(path, "rb") as file:
+        return file.read(9)[8:] == b"{"
+
+
+def load_ours(path):
+    """→ generator, the name of its text encoder, notes."""
+    metadata, state = read_safetensors(path)
+    if not metadata.keys() & STAGES.keys():
+        raise UserError(f"{path} holds no generator of Aurora; that of a run is its generator_ema.safetensors")
+    if "text" not in metadata:
+        raise UserError(f"{path} is of an earlier version, whose text encoder is gone; train it anew")
+    try:
+        stage = next(stage for stage in STAGES if stage in metadata)
+        generator = new_generator(STAGES[stage].from_dict(json.loads(metadata[stage])))
+        generator.load_state_dict(without_prefix(state, "generator."))
+        return generator, metadata["text"], json.loads(metadata["notes"])
+    except (IndexError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"{path} is not a generator of train.py, or it is damaged ({first_line(error)})") from error
+
+
+def read_safetensors(path):
+    """→ the metadata, {name: text}, and the tensors, {name: tensor}. Raises UserError."""
+    try:
+        with safe_open(path, "pt") as file:
+            return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is damaged, or no .safetensors ({first_line(error)})") from error
+
+
+def load_official_file(path):
+    """The authors' generator. Raises UserError."""
+    state = load_tensors(path)
+    if isinstance(state, dict) and "progress" in state:
+        raise UserError(f"{path} is the state of a run; sample with {FILE} of its folder")
+    try:
+        return load_official(state)
+    except ValueError as error:
+        raise UserError(f"{path}: {first_line(error)}; nor is it a .safetensors of train.py") from error
+
+
+def without_prefix(state, prefix):
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
