@@ -46,6 +46,8 @@ COLORS = {"red": (230, 30, 30), "yellow": (240, 220, 20), "green": (30, 160, 50)
 SHAPES = {"circle": 0, "square": 4, "triangle": 3}  # corners
 BACKGROUNDS = {"black": (0, 0, 0), "white": (255, 255, 255), "brown": (120, 70, 30)}
 
+GENERATOR = SMALL_GENERATOR | {"w_dim": 64, "mapping_dim": 64, "num_heads": 2, "head_dim": 16}
+DISCRIMINATOR = SMALL_DISCRIMINATOR | {"num_heads": 2, "head_dim": 16}
 TINY = Preset(
     GeneratorConfig(
         levels=(
@@ -55,11 +57,7 @@ TINY = Preset(
             Level(32, 16, num_blocks=1, num_kernels=2),
         ),
         fourier_channels=32,
-        w_dim=64,
-        mapping_dim=64,
-        num_heads=2,
-        head_dim=16,
-        **SMALL_GENERATOR,
+        **GENERATOR,
     ),
     DiscriminatorConfig(
         levels=(
@@ -68,9 +66,7 @@ TINY = Preset(
             DiscriminatorLevel(16, 32, num_blocks=0),
             DiscriminatorLevel(32, 16, num_blocks=0),
         ),
-        num_heads=2,
-        head_dim=16,
-        **SMALL_DISCRIMINATOR,
+        **DISCRIMINATOR,
     ),
     Recipe(
         steps=1000,
@@ -89,11 +85,7 @@ LARGER = Preset(
     UpsamplerConfig(
         levels=(Level(4, 32, num_blocks=1, attn_depth=1, num_experts=2), *(Level(r, 32, 1) for r in (8, 16, 32))),
         input_resolution=8,
-        w_dim=64,
-        mapping_dim=64,
-        num_heads=2,
-        head_dim=16,
-        **SMALL_GENERATOR,
+        **GENERATOR,
     ),
     DiscriminatorConfig(
         levels=(
@@ -101,9 +93,7 @@ LARGER = Preset(
             DiscriminatorLevel(16, 32, num_blocks=0),
             DiscriminatorLevel(32, 16, num_blocks=0),
         ),
-        num_heads=2,
-        head_dim=16,
-        **SMALL_DISCRIMINATOR | {"clip_maps": ()},
+        **DISCRIMINATOR | {"clip_maps": ()},
     ),
     dataclasses.replace(TINY.recipe, images_per_phase={16: 0}, crop=4, l1_weight=10.0, perceptual_weight=5.0),
     clip_model="emoji",
