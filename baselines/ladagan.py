@@ -39,7 +39,9 @@ EMA_HALF_LIFE = 22_000  # images: the decay of 0.999 a step, once 440,000 images
 R1_WEIGHT = 1e-4
 POLICY = ("color", "translation")
 
-WIDTH, NUM_HEADS, HIDDEN, Z_DIM = 384, 4, 512, 64  # of the generator's size for a CPU
+# Of the sizes for a CPU: the generator's, and the channels of the discriminator at R and at each halving down to 16×16.
+WIDTH, HIDDEN, Z_DIM = 384, 512, 64
+CHANNELS = {32: (64, 128), 64: (32, 64, 128)}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -210,11 +212,6 @@ class DownBlock(nn.Module):
         return (self.main(x) + self.direct(x)) / 2
 
 
-def default_channels(resolution):
-    """Of the discriminator's size for a CPU: 128 at 16×16, half of that at each doubling."""
-    return [2048 // r for r in (resolution // 2**i for i in range(int(math.log2(resolution // TOP)) + 1))]
-
-
 class Discriminator(nn.Module):
     """Images [B, 3, R, R] in [−1, 1] and, where it is conditional, text [B, text_dim] → logits [B, 25] of patches.
 
@@ -264,7 +261,7 @@ class LadaGAN(System):
     def __init__(self, clip, resolution, device):
         text_dim = clip.read(["text"]).embedding.shape[1]
         generator = Generator(resolution, text_dim=text_dim)
-        discriminator = Discriminator(default_channels(resolution), text_dim=text_dim)
+        discriminator = Discriminator(CHANNELS[resolution], text_dim=text_dim)
         super().__init__(clip, resolution, device, generator, discriminator, LR, BETAS)
 
     def step(self, number, images, text, noise):

@@ -27,7 +27,7 @@ from sampling.inference import DTYPES
 from step import Learner
 from training.cuda_graph import WARM_UP
 
-TRAINED = {"emoji-gpu": 64, "small-64": 8}  # presets and their batches
+TRAINED = {"cpu": {"emoji-gpu": 16, "small-64": 8}, "cuda": {"emoji-gpu": 64, "small-64": 32}}  # presets, batches
 POINTS = {"cpu": 4096, "cuda": 65536}  # that experts take together
 SIDES = 16, 32, 64  # of the images of attention
 
@@ -38,14 +38,15 @@ SIDES = 16, 32, 64  # of the images of attention
 @torch.no_grad()
 def sampling(stopwatch):
     """The synthesis network of the release's sizes, 1,166 M parameters, with random weights."""
-    for dtype in DTYPES:
-        with stopwatch.device:
-            generator = inference.prepare(Generator(PRESETS["aurora-64"].generator), DTYPES[dtype])
+    with stopwatch.device:
+        generator = Generator(PRESETS["aurora-64"].generator)
+    for dtype in DTYPES:  # float32 first; then its weights are rounded where they are
+        inference.prepare(generator, DTYPES[dtype])
         for batch in (1, 8):
             w = torch.randn(batch, generator.config.w_dim, device=stopwatch.device)
             local_text = torch.randn(batch, 76, generator.config.text_dim, device=stopwatch.device)
 
-            def sample(generator=generator, w=w, local_text=local_text):
+            def sample(w=w, local_text=local_text):
                 with inference.autocast(generator):
                     generator.synthesis(w, local_text)
 
@@ -55,7 +56,7 @@ def sampling(stopwatch):
 def training(stopwatch):
     """Steps at the highest resolution, one in 16 of which has R1; the small CLIP stands in for a large one."""
     clip = load_clip("emoji", stopwatch.device)
-    for name, batch in TRAINED.items():
+    for name, batch in TRAINED[stopwatch.device.type].items():
         preset = fitted_to(PRESETS[name], clip.width, clip.map_shapes)
         learner = Learner(preset, clip, stopwatch.device, torch.float32, batch)
         batches = sources.loader(sources.open_data("emoji", learner.resolutions[-1], seed=0), 0, batch, workers=0)

@@ -14,7 +14,7 @@ from tests.figures import TINY
 def test_every_case_runs(case, monkeypatch):
     """At tiny sizes, with a stopwatch that calls and does not measure."""
     monkeypatch.setattr(bench, "PRESETS", dict.fromkeys(("aurora-64", "emoji-gpu", "small-64"), TINY))
-    monkeypatch.setattr(bench, "TRAINED", {"emoji-gpu": 2, "small-64": 2})
+    monkeypatch.setattr(bench, "TRAINED", {"cpu": {"emoji-gpu": 2, "small-64": 2}})
     monkeypatch.setattr(bench, "POINTS", {"cpu": 64})
     monkeypatch.setattr(bench, "SIDES", (2, 4))
     called = SimpleNamespace(device=torch.device("cpu"), row=lambda name, function, *_: (name, function()))
