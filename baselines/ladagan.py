@@ -29,7 +29,7 @@ from attention import merge_heads, split_heads
 from augment import NUM_CHANCES, augment
 from baselines.command import main
 from baselines.system import System, minimize, update_average
-from layers import float32_region, full_precision, rms_norm
+from layers import rms_norm
 from losses import R1_INTERVAL
 
 FIRST, LAST = 8, 32  # the sides of the generator's first and last block
@@ -240,7 +240,7 @@ class Discriminator(nn.Module):
         if text is not None:  # our extension: a projection of what each patch holds on the text
             direction = self.text(rms_norm(text))[..., None, None]
             logits = logits + (F.avg_pool2d(x, 4, 1) * direction).sum(1, keepdim=True) / math.sqrt(x.shape[1])
-        return full_precision(logits).flatten(1)
+        return logits.flatten(1)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -248,11 +248,10 @@ class Discriminator(nn.Module):
 
 
 def r1_penalty(discriminator, images, text):
-    """R1 (Mescheder et al. 2018), in float32: the mean over the images of ‖∇ Σ logits‖², a scalar."""
-    with float32_region(images):
-        images = full_precision(images.detach()).requires_grad_()
-        (gradient,) = torch.autograd.grad(discriminator(images, text).sum(), images, create_graph=True)
-        return gradient.square().sum((1, 2, 3)).mean()
+    """R1 (Mescheder et al. 2018): the mean over the images of ‖∇ Σ logits‖², a scalar."""
+    images = images.detach().requires_grad_()
+    (gradient,) = torch.autograd.grad(discriminator(images, text).sum(), images, create_graph=True)
+    return gradient.square().sum((1, 2, 3)).mean()
 
 
 class LadaGAN(System):

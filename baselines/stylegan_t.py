@@ -34,7 +34,7 @@ from aurora import FourierFeatures
 from baselines.command import main
 from baselines.system import System, minimize, update_average
 from common import distributed
-from layers import Linear, in_float32, lrelu, rms_norm, upsample
+from layers import Linear, lrelu, rms_norm, upsample
 from modulation import Affine, ModulatedConv2d, ToRGB, UpsamplingConv2d
 from weights.efficientnet import load_efficientnet
 
@@ -134,7 +134,6 @@ class Mapping(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(Linear(z_dim, z_dim, lr_mul=0.01) for _ in range(2))
 
-    @in_float32
     def forward(self, z):
         return self.layers[1](lrelu(self.layers[0](rms_norm(z))))
 
@@ -241,7 +240,6 @@ class Head(nn.Module):
         self.to_code = spectral_norm(nn.Conv1d(channels, dim, 1))
         self.text = Linear(text_dim, dim)
 
-    @in_float32
     def forward(self, x, c):
         h = self.pointwise(x)
         h = (self.mixing(h) + h) / math.sqrt(2)

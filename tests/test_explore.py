@@ -204,7 +204,7 @@ def test_mistakes_are_told_in_one_line(run_main, tmp_path):
         assert status == 2 and f"port {port}" in stderr and "another --port" in stderr and stderr.count("\n") == 0
         free = port
     (tmp_path / "a.safetensors").write_bytes(b"text")
-    for name, says in (("a.safetensors", "is damaged"), ("none.pth", "no checkpoint")):
+    for name, says in (("a.safetensors", "is damaged"), ("none.pth", "no generator")):
         status, _, stderr = run_main(explore.main, "--checkpoint", tmp_path / name, "--port", free, "--device", "cpu")
         assert status == 2 and says in stderr and stderr.count("\n") == 0
     status, _, stderr = run_main(explore.main, "--port", 70_000)

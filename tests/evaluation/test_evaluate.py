@@ -152,7 +152,7 @@ def test_mistakes_are_told_in_one_line(run, tmp_path):
         (("--count", 4, "--clip", "inception"), "reads no text"),
         (("--count", 4, "--clip", "efficientnet"), "reads no text"),
         (("--count", 4, "--features", "nonsense"), "--features nonsense: neither a file nor MODEL:WEIGHTS"),
-        (("--count", 4, "--checkpoint", "/missing.safetensors"), "no checkpoint at"),
+        (("--count", 4, "--checkpoint", "/missing.safetensors"), "no generator at"),
         (("--count", 4, "--out", tmp_path / "file" / "below"), "a file stands where"),
     ):
         status, _, stderr = run(*arguments)

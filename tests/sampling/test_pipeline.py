@@ -65,7 +65,7 @@ def test_numpys_numbers_are_numbers_and_what_is_not_finite_is_no_picture():
         (lambda pipe: pipe.sample("red heart", seed=2**70), "give a whole number, 0 or more"),
         (lambda pipe: pipe.interpolate("cat face", "dog face", steps=1), "steps=1: give a whole number, 2 or more"),
         (lambda pipe: pipe.interpolate(["cat face"], "dog face"), "a prompt is empty"),
-        (lambda _: Pipeline.load(MODELS), "no checkpoint at"),
+        (lambda _: Pipeline.load(MODELS), "no generator at"),
     ],
 )
 def test_mistakes_are_told_in_one_line(pipe, call, says):

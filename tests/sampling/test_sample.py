@@ -135,7 +135,7 @@ def test_a_bad_checkpoint_is_told_in_one_line(run, tmp_path, name, kind):
         ((), "nothing to draw"),
         (("",), "a prompt is empty"),
         (("a circle", "  "), "a prompt is empty"),
-        (("x", "--checkpoint", "/missing.safetensors"), "no checkpoint at"),
+        (("x", "--checkpoint", "/missing.safetensors"), "no generator at"),
         (("--latent-walk", "--out", "/proc/a.gif", "x"), "error: /proc/a.gif: No such"),
         (("--latent-walk", "x", "y"), "shows one prompt"),
         (("--interpolate", "x", "y", "--steps", "1"), "a way has two ends"),
