@@ -15,6 +15,7 @@ try:
 except ImportError:  # Triton comes with PyTorch on Linux only
     fused_l2_attention = None
 
+FUSED_ON = {"cuda"}  # devices on which a kernel computes it; training/plan.py counts as if a CPU were one
 MAP_ENTRIES = {"cpu": 2**19, "cuda": 2**26}  # of the attention map in memory at a time; 2**19 fit a CPU's cache
 
 
@@ -40,7 +41,7 @@ def l2_attention(q, k, v):
     On a GPU a Triton kernel does it, and keeps no map; elsewhere the map is made block by block. The result has the
     dtype of v.
     """
-    fused = q.is_cuda and fused_l2_attention and q.dtype != torch.float64
+    fused = q.device.type in FUSED_ON and fused_l2_attention and q.dtype != torch.float64
     return fused_l2_attention(q, k, v) if fused else blockwise_l2_attention(q, k, v)
 
 

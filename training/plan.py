@@ -13,7 +13,6 @@ import weakref
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
-from unittest import mock
 
 import open_clip
 import torch
@@ -34,16 +33,17 @@ from losses import R1_INTERVAL
 from presets import fitted_to
 from sampling.latent import BATCH as DRAWN
 from step import Learner, MicroBatch
-from upsampler import given_images, input_noise
+from upsampler import crop, given_images, input_noise
 from weights.perceptual import perceptual_network
 
-# Measured: steps of aurora-64 on an H200, in parts of 16 and before attention was fused, took 1.38 s on average. They
-# multiplied 76 TFLOP in bfloat16 and 8.5 in float32, and moved 1.7 TB; at the peak rates that is this share of it.
+# Measured: steps of aurora-64 on an H200, in micro-batches of 16 and before attention was fused, took 1.38 s on
+# average. They multiplied 76 TFLOP in bfloat16 and 8.5 in float32, and moved 1.7 TB; at the peak rates that is this
+# share of it.
 SHARE_OF_PEAK = 0.40
 # Assumed: the bytes to leave for CUDA's context, NCCL's buffers and fragmentation, the pictures of 256×256 that a data
 # worker reads in a second, and the bytes that go to the CPU's memory in one, for a thread to write them.
 RESERVED, DECODED, COPIED = 10e9, 300, 20e9
-REHEARSED = 2, 4  # images of rehearsed steps
+REHEARSED = 2, 4  # images of rehearsed steps; other numbers are on a line through them
 COLUMNS = "GPUs", "--accumulate", "R1 of", "memory, GB", "compute, s", "wire, s", "data, s", "between, s", "days"
 
 
@@ -62,7 +62,7 @@ class Hardware(NamedTuple):
 
     def seconds(self, work):
         """The time of products and traffic, one after the other."""
-        products = sum(work[dtype] / getattr(self, dtype) for dtype in ("bfloat16", "float32"))
+        products = work["bfloat16"] / self.bfloat16 + work["float32"] / self.float32
         return (products + work["moved"] / self.bandwidth) / SHARE_OF_PEAK
 
 
@@ -84,19 +84,23 @@ def convolution_backward(upstream, x, weight, *_, out_val, **__):
     return wanted * conv_flop_count(x.shape, weight.shape, upstream.shape)
 
 
+def attention_on_cpu(q, k, v, *_, **__):
+    return sdpa_flop_count(q.shape, k.shape, v.shape)
+
+
+def attention_on_cpu_backward(upstream, q, k, v, *_, **__):
+    return sdpa_backward_flop_count(upstream.shape, q.shape, k.shape, v.shape)
+
+
 FORMULAS = flop_registry | {
     aten.convolution_backward: convolution_backward,
-    aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(
-        q.shape, k.shape, v.shape
-    ),
-    aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda upstream, q, k, v, *_, **__: (
-        sdpa_backward_flop_count(upstream.shape, q.shape, k.shape, v.shape)
-    ),
+    aten._scaled_dot_product_flash_attention_for_cpu: attention_on_cpu,
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_on_cpu_backward,
 }
 
 
 class FlopCounter(TorchDispatchMode):
-    """Adds up PyTorch's formulas, two of them corrected, by the dtype of what is multiplied.
+    """Adds up PyTorch's formulas, one corrected and two added, by the dtype of what is multiplied.
 
     PyTorch's FlopCounterMode also says which module, and cannot follow R1 for that.
     """
@@ -148,11 +152,11 @@ class Meter(TorchDispatchMode):
     def release(self, size):
         self.alive -= size
 
-    def measure(self, call):
+    def measure(self, call, *arguments):
         """→ all that is counted while it is called."""
         self.counts.clear()
         with FlopCounter() as counter:
-            call()
+            call(*arguments)
         return self.counts | Counter({str(t).removeprefix("torch."): flop for t, flop in counter.by_dtype.items()})
 
 
@@ -166,8 +170,8 @@ def evenly(points, experts):
 class Counted:
     """What is counted of any number of images, on a line through that of REHEARSED ones."""
 
-    def __init__(self, count):
-        self.few, self.more = map(count, REHEARSED)
+    def __init__(self, few, more):
+        self.few, self.more = few, more
 
     def of(self, images):
         share = (images - REHEARSED[0]) / (REHEARSED[1] - REHEARSED[0])
@@ -179,55 +183,34 @@ class Counted:
         return (available - RESERVED - first) / (second - first)
 
 
-class Rehearsal:
-    """What one rank takes. step: without R1, its captions read before it; r1: R1 alone, which comes first; drawing: the
-    generator's forward pass alone, which parts of a batch take once more; evaluation: its average, as CLIP sees it.
+# ----------------------------------------------------------------------------------------------------------------------
+# A rehearsal.
 
-    preset: a presets.Preset. resolution: the highest active one, by default of all.
+
+class Rehearsal:
+    """What one rank takes at the highest resolution. step: all but R1, captions included; r1: R1 alone, which comes
+    first; drawing: the generator's forward pass alone, which micro-batches take once more; evaluation: the moving
+    average, as CLIP sees it. parameters: numbers; state: the bytes kept from step to step.
+
+    preset: a presets.Preset. In bfloat16 attention is counted as a GPU computes it, else as this CPU.
     """
 
-    def __init__(self, preset, clip_model, dtype=torch.bfloat16, resolution=None):
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(distributed.alone())
-            if dtype == torch.bfloat16:
-                on_gpu = attention.fused_l2_attention or attention.blockwise_l2_attention
-                stack.enter_context(mock.patch.object(attention, "blockwise_l2_attention", on_gpu))
-            stack.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
-            torch.backends.mha.set_fastpath_enabled(False)  # else one operator is all of CLIP's block
-            stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
-            self.meter = stack.enter_context(Meter())
+    def __init__(self, preset, clip_model, dtype=torch.bfloat16):
+        with distributed.alone(), as_on_gpu(dtype), FakeTensorMode(allow_non_fake_inputs=True), Meter() as meter:
             clip = clip_without_weights(clip_model)
             preset = fitted_to(preset, clip.width, clip.map_shapes)
             perceptual = perceptual_network(preset.recipe, with_weights=False)
-            self.learner = Learner(preset, clip, torch.device("cpu"), dtype, 1, perceptual)
-            active = [r for r in self.learner.resolutions if r <= (resolution or self.learner.resolutions[-1])]
-            self.learner.learn_at(active)
-            self.parameters, self.state = parameters_and_state(self.learner)
-            make_averages(self.learner)
-            self.step, self.r1 = Counted(self.count_step), Counted(self.count_r1)
-            self.drawing, self.evaluation = Counted(self.count_drawing), Counted(self.count_evaluation)
-            del self.learner, self.meter
-
-    def count_step(self, images):
-        return self.meter.measure(lambda: self.learner.step(1, [empty_part(self.learner, images)]))
-
-    def count_r1(self, images):
-        self.learner.r1_images = images
-        part = empty_part(self.learner, images)
-        return self.meter.measure(lambda: self.learner.penalize([part], R1_INTERVAL))
-
-    @torch.no_grad()
-    def count_drawing(self, images):
-        part = empty_part(self.learner, images)
-        return self.meter.measure(lambda: self.learner.draw(part))
-
-    @torch.no_grad()
-    def count_evaluation(self, images):
-        learner, part = self.learner, empty_part(self.learner, images)
-        inputs = *part.given, part.z, part.text.tokens, part.text.eot, learner.active[-1]
-        return self.meter.measure(lambda: learner.clip.encode_image(learner.ema(*inputs).image))
-
-    # ------------------------------------------------------------------------------------------------------------------
+            learner = Learner(preset, clip, torch.device("cpu"), dtype, 1, perceptual)
+            self.parameters, self.state = parameters_and_state(learner)
+            for network, optimizer in (
+                (learner.generator, learner.optimizer_g),
+                (learner.discriminator, learner.optimizer_d),
+            ):
+                for parameter in network.parameters():
+                    parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
+                optimizer.step()  # makes Adam's averages
+            few, more = (count(learner, meter, images) for images in REHEARSED)
+        self.step, self.r1, self.drawing, self.evaluation = map(Counted, few, more)
 
     def memory(self, images, r1_images):
         """The bytes at the peak."""
@@ -235,7 +218,7 @@ class Rehearsal:
         return max(counts["memory"] for counts in kinds)
 
     def divide(self, share, available):
-        """A rank's share of the batch → the fewest parts in which it fits, and how many images R1 takes at a time.
+        """A rank's share of the batch → the fewest micro-batches that fit, and how many images R1 takes at a time.
 
         Raises UserError where one image, or an evaluation, does not fit.
         """
@@ -248,14 +231,53 @@ class Rehearsal:
             )
         return share // images, r1_images
 
-    def work(self, share, parts):
-        """What is counted of a step for a rank's share in so many parts, R1 as one step of R1_INTERVAL."""
-        images = share // parts
-        kinds = {self.step: 1, self.r1: 1 / R1_INTERVAL, self.drawing: int(parts > 1)}
+    def work(self, share, micro_batches):
+        """What is counted of a step for a rank's share in so many micro-batches, R1 as one step of R1_INTERVAL."""
         work = Counter()
-        for counted, factor in kinds.items():
-            work.update({name: parts * factor * count for name, count in counted.of(images).items()})
+        for counted, times in ((self.step, 1), (self.r1, 1 / R1_INTERVAL), (self.drawing, int(micro_batches > 1))):
+            one = counted.of(share // micro_batches)
+            work.update({name: micro_batches * times * number for name, number in one.items()})
         return work
+
+
+@contextlib.contextmanager
+def as_on_gpu(dtype):
+    """A context in which attention is fused, if in bfloat16, and CLIP's blocks are not one operator."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    fused_on = {"cuda", "cpu"} if dtype == torch.bfloat16 else {"cuda"}
+    former, attention.FUSED_ON = attention.FUSED_ON, fused_on
+    try:
+        yield
+    finally:
+        attention.FUSED_ON = former
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
+def count(learner, meter, images):
+    """→ what is counted of a step, R1, a drawing and an evaluation of so many images."""
+    learner.r1_images = images
+    step = meter.measure(lambda: learner.step(1, [empty_batch(learner, images)]))  # reads the captions first
+    batch = empty_batch(learner, images)
+    inputs = *batch.given, batch.z, batch.text.tokens, batch.text.eot, learner.active[-1]
+    r1 = meter.measure(learner.penalize, [batch], R1_INTERVAL)
+    with torch.no_grad():
+        drawing = meter.measure(learner.draw, batch)
+        evaluation = meter.measure(lambda: learner.clip.encode_image(learner.ema(*inputs).image))
+    return step, r1, drawing, evaluation
+
+
+def empty_batch(learner, size):
+    """What a step learns from, of so many images."""
+    side, clip, config = learner.active[-1], learner.clip, learner.generator.config
+    text = clip.encode_text(torch.zeros(size, clip.text.context_length, dtype=torch.long))
+    images, wrong = torch.empty(size, 3, side, side), torch.zeros(size, dtype=torch.long)
+    real, given = pyramid(images, learner.active), given_images(config, images, input_noise(config, size, None))
+    if learner.recipe.crop:
+        cut = config.input_resolution, learner.recipe.crop, torch.zeros(size, 2)
+        real = {r: crop(x, *cut) for r, x in real.items()}
+        given = tuple(crop(x, *cut) for x in given)
+    return MicroBatch(real, text, wrong, *torch.empty(2, size, config.z_dim), torch.empty(size, 2, NUM_CHANCES), given)
 
 
 def largest_divisor(number, limit):
@@ -263,49 +285,21 @@ def largest_divisor(number, limit):
     return max((d for d in range(1, number + 1) if number % d == 0 and d <= limit), default=0)
 
 
-def make_averages(learner):
-    """Those that Adam keeps, and the gradients."""
-    for name in ("generator", "discriminator"):
-        for parameter in getattr(learner, name).parameters():
-            parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
-        getattr(learner, f"optimizer_{name[0]}").step()
-
-
-def empty_part(learner, size):
-    """What a step learns from, of `size` images."""
-    side, clip, config = learner.active[-1], learner.clip, learner.generator.config
-    text = clip.encode_text(torch.zeros(size, clip.text.context_length, dtype=torch.long))
-    images, wrong = torch.empty(size, 3, side, side), torch.zeros(size, dtype=torch.long)
-    z, other_z = torch.empty(2, size, config.z_dim)
-    given = given_images(config, images, input_noise(config, size, None))
-    real = pyramid(images, learner.active)
-    if cut := learner.recipe.crop:
-        small = config.input_resolution
-        real = {r: x[..., : r // small * cut, : r // small * cut] for r, x in real.items()}
-        given = tuple(x[..., :cut, :cut] for x in given)
-    return MicroBatch(real, text, wrong, z, other_z, torch.empty(size, 2, NUM_CHANCES), given)
-
-
 def parameters_and_state(learner):
-    """→ numbers of parameters, and the bytes kept from step to step, by part."""
+    """→ numbers of parameters, and the bytes kept from step to step, by what they are of."""
     networks = {"generator": learner.generator, "discriminator": learner.discriminator, "frozen CLIP": learner.clip}
-    parameters = {name: count(network) for name, network in networks.items()}
-    experts = (p for name, p in learner.generator.named_parameters() if ".experts." in name)
-    parameters["experts"] = sum(p.numel() for p in experts)
-    both = [*learner.generator.parameters(), *learner.discriminator.parameters()]
-    parameters["learning"] = sum(p.numel() for p in both if p.requires_grad)
+    parameters = {name: sum(p.numel() for p in network.parameters()) for name, network in networks.items()}
+    both = [*learner.generator.named_parameters(), *learner.discriminator.named_parameters()]
+    parameters["experts"] = sum(p.numel() for name, p in both if ".experts." in name)
+    parameters["learning"] = sum(p.numel() for _, p in both if p.requires_grad)
     state = {
-        "networks": 4 * sum(p.numel() for p in both),
+        "networks": 4 * (parameters["generator"] + parameters["discriminator"]),
         "gradients": 4 * parameters["learning"],
         "Adam": 8 * parameters["learning"],
         "moving average": 4 * parameters["generator"],
         "CLIP": sum(p.numel() * p.element_size() for p in learner.clip.parameters()),
     }
     return parameters, state
-
-
-def count(module):
-    return sum(p.numel() for p in module.parameters())
 
 
 def clip_without_weights(spec):
@@ -330,42 +324,37 @@ def print_plan(args, preset):
         raise UserError(f"--batch {batch} cannot be shared by --gpus {args.gpus}; choose a multiple")
     hardware, rehearsal = HARDWARE[args.hardware], Rehearsal(preset, clip)
     print(f"{args.preset} on {hardware.name}, global batch {batch}, CLIP {clip}. Counted, with shapes alone:")
-    for line in counted(rehearsal):
-        print(line)
+    print("  parameters, M:       " + figures(rehearsal.parameters, 1e6))
+    print("  memory kept, GB:     " + figures(rehearsal.state, 1e9))
+    for kind in ("step", "r1", "evaluation"):
+        none, one = (getattr(rehearsal, kind).of(images)["memory"] / 1e9 for images in (0, 1))
+        print(f"  peak of {kind + ',':12s} GB: {none:.3g}, and {one - none:.3g} an image")
+    work = rehearsal.work(32, 1)
+    counts = {name: work[name] for name in ("bfloat16", "float32", "moved")}
+    print("  of 32 images, R1 as one step of 16, T: " + figures(counts, 1e12))
+    print(f"  operators of a micro-batch: {rehearsal.step.few['operators']:,}")
     print("".join(f"{name:>13s}" for name in COLUMNS))
     for number in sorted(n for n in {1, 8, 64, args.gpus or 1} if batch % n == 0):
         cells = row(rehearsal, preset.recipe, batch, number, hardware, args)
         print("".join(f"{value:13.3g}" for value in cells))
-    work = rehearsal.work(32, 1)
     peak = (work["bfloat16"] + work["float32"]) / hardware.bfloat16 / hardware.seconds(work)
-    print("Compute, wire and data go on at the same time, evaluations and checkpoints between. Measured, on one H200:")
     print(
-        f"{SHARE_OF_PEAK:.0%} of the peak rates of products and memory; here {peak:.1%} of the rate in bfloat16 alone."
+        "Compute, wire and data go on at the same time, evaluations and checkpoints between. Measured, on one H200:\n"
+        f"{SHARE_OF_PEAK:.0%} of the peak rates of products and memory; here {peak:.1%} of that in bfloat16 alone.\n"
+        f"Assumed: that share for all GPUs and sizes; {RESERVED / 1e9:.0f} GB of a GPU left free; {DECODED} pictures\n"
+        f"a second by each data worker; {COPIED / 1e9:.0f} GB/s to the CPU."
     )
-    print(
-        f"Assumed: that share for all GPUs and sizes; {RESERVED / 1e9:.0f} GB of a GPU left free; {DECODED} pictures a"
-    )
-    print(f"second by each data worker; {COPIED / 1e9:.0f} GB/s to the CPU.")
 
 
-def counted(rehearsal):
-    yield "  parameters, M:       " + figures(rehearsal.parameters, 1e6)
-    yield "  memory kept, GB:     " + figures(rehearsal.state, 1e9)
-    for kind in ("step", "r1", "evaluation"):
-        none, one = (getattr(rehearsal, kind).of(images)["memory"] / 1e9 for images in (0, 1))
-        yield f"  peak of {kind + ',':12s} GB: {none:.3g}, and {one - none:.3g} an image"
-    work = rehearsal.work(32, 1)
-    yield "  of 32 images, R1 as one step of 16, T: " + figures(
-        {name: work[name] for name in ("bfloat16", "float32", "moved")}, 1e12
-    )
-    yield f"  operators of a part: {rehearsal.step.few['operators']:,}"
+def figures(numbers, unit):
+    return ", ".join(f"{name} {number / unit:,.4g}" for name, number in numbers.items())
 
 
 def row(rehearsal, recipe, batch, gpus, hardware, args):
     """One row of the table. Seconds are of a step."""
     share = batch // gpus
-    parts, r1_images = rehearsal.divide(share, hardware.memory)
-    compute = hardware.seconds(rehearsal.work(share, parts))
+    micro_batches, r1_images = rehearsal.divide(share, hardware.memory)
+    compute = hardware.seconds(rehearsal.work(share, micro_batches))
     wire = 2 * (gpus - 1) / gpus * 4 * rehearsal.parameters["learning"]  # bytes of an all-reduce of the gradients
     wire /= hardware.within_node if gpus <= 8 else hardware.between_nodes
     data = share / (DECODED * max(1, args.workers))
@@ -374,12 +363,8 @@ def row(rehearsal, recipe, batch, gpus, hardware, args):
     saved = (kept["networks"] + kept["Adam"] / 2 + kept["moving average"]) / args.save_every
     between = hardware.seconds(rehearsal.evaluation.of(drawn)) + saved / COPIED
     days = (args.steps or recipe.steps) * (max(compute, wire, data) + between) / 86400
-    memory = rehearsal.memory(share // parts, r1_images) / 1e9
-    return gpus, parts, r1_images, memory, compute, wire, data, between, days
-
-
-def figures(numbers, unit):
-    return ", ".join(f"{name} {number / unit:,.4g}" for name, number in numbers.items())
+    memory = rehearsal.memory(share // micro_batches, r1_images) / 1e9
+    return gpus, micro_batches, r1_images, memory, compute, wire, data, between, days
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -392,33 +377,34 @@ def auto_or_positive(text):
 
 
 def choose_micro_batches(accumulate, preset, batch, clip, device, dtype, path):
-    """→ in how many parts a global batch is made, and how many images R1 takes at a time, None for all; on all ranks.
+    """→ how many micro-batches a global batch is made of, and how many images R1 takes at a time, None for all; on all
+    ranks.
 
     accumulate: "auto", as few as the memory allows at the highest resolution; or a number. path: the file that keeps
     what was found, which takes minutes. Raises UserError where that does not fit, where the ranks cannot share the
-    batch, or where a part would hold no wrong caption.
+    batch, or where a micro-batch would hold no wrong caption.
     """
     ranks = distributed.world_size()
     if batch % ranks:
         raise UserError(f"--batch {batch} cannot be shared by {ranks} ranks; choose a multiple")
-    parts, fewest, r1_images = 1 if accumulate == "auto" else accumulate, 1, None
+    number, fewest, r1_images = 1 if accumulate == "auto" else accumulate, 1, None
     if device.type == "cuda":
         with distributed.together():
             found = kept_division(path, preset, clip, dtype, batch // ranks, device) if distributed.is_main() else None
         fewest, r1_images = distributed.broadcast(found)
         if accumulate == "auto":
-            parts = fewest
-            sizes = f"parts of {batch // ranks // parts} images a GPU, R1 in parts of {r1_images}"
-            say(f"--accumulate {parts}: {sizes}, by the plan at full resolution")
-    if parts < fewest:
-        raise UserError(f"--accumulate {parts} does not fit into this GPU; take {fewest}, or auto")
-    if batch // parts < 2:
+            number = fewest
+            sizes = f"micro-batches of {batch // ranks // number} images a GPU, R1 of {r1_images} at a time"
+            say(f"--accumulate {number}: {sizes}, by the plan at full resolution")
+    if number < fewest:
+        raise UserError(f"--accumulate {number} does not fit into this GPU; take {fewest}, or auto")
+    if batch // number < 2:
         raise UserError(
-            f"--batch {batch} in {parts} part(s) leaves no wrong caption to compare with; take 2 or more each"
+            f"--batch {batch} in {number} part(s) leaves no wrong caption to compare with; take 2 or more each"
         )
-    if batch % (ranks * parts):
-        raise UserError(f"--batch {batch} cannot be shared by {ranks} ranks in {parts} parts; choose a multiple")
-    return parts, r1_images
+    if batch % (ranks * number):
+        raise UserError(f"--batch {batch} cannot be shared by {ranks} ranks in {number} parts; choose a multiple")
+    return number, r1_images
 
 
 def kept_division(path, preset, clip, dtype, share, device):

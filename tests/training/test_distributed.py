@@ -68,7 +68,7 @@ def test_two_gpus_start_grow_stop_and_go_on(tmp_path, monkeypatch):
     done = torchrun(2, "tests/training/two_gpus.py", *options, restarts=1)
     assert done.returncode == 0, done.stderr
     said = done.stdout
-    assert "--accumulate 1: parts of 2 images a GPU, R1 in parts of 2" in said and "2 rank(s)" in said
+    assert "--accumulate 1: micro-batches of 2 images a GPU, R1 of 2 at a time" in said and "2 rank(s)" in said
     assert said.count("Stopped and saved") == said.count("Resuming from step 3.") == said.count("Done. 5 steps") == 1
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text("utf-8").splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5] and [row["resolution"] for row in rows] == [4, 4, 8, 8, 8]

@@ -14,7 +14,7 @@ from clip import BUILT_IN, load_small
 from common.cli import UserError
 from layers import recomputed
 from step import Learner
-from tests.figures import TINY
+from tests.figures import QUICK
 from tests.test_attention import peak_memory
 from training import plan
 from training.plan import Counted, FlopCounter, Rehearsal
@@ -71,28 +71,23 @@ def test_work_is_counted_by_its_dtype():
 # Against real steps.
 
 
-def lowest():
-    """The two lowest resolutions of TINY, recomputed."""
-    networks = TINY.generator, TINY.discriminator
-    generator, discriminator = (dataclasses.replace(config, levels=config.levels[:2]) for config in networks)
-    recipe = dataclasses.replace(TINY.recipe, recompute=True)
-    return dataclasses.replace(TINY, generator=generator, discriminator=discriminator, recipe=recipe)
+LOWEST = dataclasses.replace(QUICK, recipe=dataclasses.replace(QUICK.recipe, recompute=True))
 
 
 @pytest.fixture(scope="module")
 def both():
     """A rehearsal, and a learner that learns."""
     clip = load_small(BUILT_IN["emoji"])  # its batch norms not folded, as in the plan, where nothing can be
-    rehearsal = Rehearsal(lowest(), "emoji", torch.float32)
-    learner = Learner(lowest(), clip, torch.device("cpu"), torch.float32, 8)
-    learner.step(0, [part_of(learner, 2)])  # makes Adam's averages, and gradients
+    rehearsal = Rehearsal(LOWEST, "emoji", torch.float32)
+    learner = Learner(LOWEST, clip, torch.device("cpu"), torch.float32, 8)
+    learner.step(0, [batch_of(learner, 2)])  # makes Adam's averages, and gradients
     return rehearsal, learner
 
 
-def part_of(learner, size):
-    part = plan.empty_part(learner, size)
-    real = {r: torch.rand_like(x) for r, x in part.real.items()}
-    return part._replace(real=real, z=torch.randn_like(part.z), chances=torch.rand_like(part.chances))
+def batch_of(learner, size):
+    batch = plan.empty_batch(learner, size)
+    real = {r: torch.rand_like(x) for r, x in batch.real.items()}
+    return batch._replace(real=real, z=torch.randn_like(batch.z), chances=torch.rand_like(batch.chances))
 
 
 def test_parameters_and_state_are_those_of_a_run(both):
@@ -120,10 +115,10 @@ def test_what_is_counted_is_what_a_step_takes(both, images, monkeypatch):
     kept = sum(size for name, size in rehearsal.state.items() if name != "gradients")
     fast = torch.backends.mha.get_fastpath_enabled()
     monkeypatch.setattr(learner, "r1_images", images)
-    part = part_of(learner, images)
+    batch = batch_of(learner, images)
     for counted, call in (
-        (rehearsal.step, lambda: learner.step(1, [part_of(learner, images)])),
-        (rehearsal.r1, lambda: learner.penalize([part], 16)),
+        (rehearsal.step, lambda: learner.step(1, [batch_of(learner, images)])),
+        (rehearsal.r1, lambda: learner.penalize([batch], 16)),
     ):
         torch.backends.mha.set_fastpath_enabled(False)
         found = flop(call)
@@ -146,7 +141,7 @@ def test_in_bfloat16_attention_is_planned_as_on_a_gpu(monkeypatch):
 
     monkeypatch.setattr(attention, "fused_l2_attention", kernel)
     with pytest.raises(Reached):
-        Rehearsal(lowest(), "emoji", torch.bfloat16)
+        Rehearsal(LOWEST, "emoji", torch.bfloat16)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -155,7 +150,7 @@ def test_in_bfloat16_attention_is_planned_as_on_a_gpu(monkeypatch):
 
 def linear(**counts):
     """Counts of (none, each image)."""
-    return Counted(lambda images: {name: fixed + images * each for name, (fixed, each) in counts.items()})
+    return Counted(*({name: fixed + n * each for name, (fixed, each) in counts.items()} for n in plan.REHEARSED))
 
 
 @pytest.fixture
@@ -170,7 +165,7 @@ def rehearsed():
     return made
 
 
-def test_parts_are_the_fewest_that_fit_and_r1_has_smaller_ones(rehearsed):
+def test_micro_batches_are_the_fewest_that_fit_and_r1_has_smaller_ones(rehearsed):
     """Of 80 GB, 20 and 10 to spare leave room for 25 images, or for 8 of R1."""
     assert rehearsed.divide(24, 80e9) == (1, 8)
     assert rehearsed.divide(64, 80e9) == (4, 8) and rehearsed.divide(4, 80e9) == (1, 4)
@@ -182,7 +177,7 @@ def test_parts_are_the_fewest_that_fit_and_r1_has_smaller_ones(rehearsed):
         rehearsed.divide(32, 80e9)
 
 
-def test_work_of_parts_is_drawn_twice(rehearsed):
+def test_the_work_of_micro_batches_is_drawn_twice(rehearsed):
     one, several = rehearsed.work(32, 1), rehearsed.work(32, 4)
     assert one["bfloat16"] == 32e12 and several["bfloat16"] == pytest.approx(48e12)
     assert one["float32"] == several["float32"] == 32 * 3e12 / 16
@@ -194,9 +189,9 @@ def test_what_fits_is_chosen_kept_and_what_does_not_is_refused(rehearsed, monkey
     rehearsals = []
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=80e9))
     monkeypatch.setattr(plan, "Rehearsal", lambda *options: rehearsals.append(options) or rehearsed)
-    run = TINY, 64, "emoji", torch.device("cuda", 0), torch.bfloat16, tmp_path / "run" / "plan.json"
+    run = QUICK, 64, "emoji", torch.device("cuda", 0), torch.bfloat16, tmp_path / "run" / "plan.json"
     assert plan.choose_micro_batches(train.parse_args([]).accumulate, *run) == (4, 8)
-    assert "--accumulate 4: parts of 16 images a GPU, R1 in parts of 8" in capsys.readouterr().out
+    assert "--accumulate 4: micro-batches of 16 images a GPU, R1 of 8 at a time" in capsys.readouterr().out
     assert plan.choose_micro_batches(8, *run) == (8, 8) and len(rehearsals) == 1  # the folder of the run knows
     with pytest.raises(UserError, match="--accumulate 2 does not fit into this GPU; take 4, or auto"):
         plan.choose_micro_batches(2, *run)
@@ -209,7 +204,7 @@ def test_what_fits_is_chosen_kept_and_what_does_not_is_refused(rehearsed, monkey
 
 def test_a_row_for_people(rehearsed):
     """8 GPUs with 24 images each; a checkpoint of 12 GB every 100 steps; 1,920 images for a FID every 10 steps."""
-    recipe = dataclasses.replace(TINY.recipe, steps=86400, fid_samples=1920, fid_every=1920)
+    recipe = dataclasses.replace(QUICK.recipe, steps=86400, fid_samples=1920, fid_every=1920)
     hardware, args = plan.HARDWARE["a100"], SimpleNamespace(workers=1, save_every=100, steps=None)
     found = plan.row(rehearsed, recipe, 192, 8, hardware, args)
     compute = hardware.seconds(rehearsed.work(24, 1))
@@ -222,4 +217,4 @@ def test_a_row_for_people(rehearsed):
 def test_numbers_of_gpus_that_cannot_share_a_batch_are_refused():
     args = SimpleNamespace(clip=None, batch=256, gpus=48, hardware="a100")
     with pytest.raises(UserError, match="--batch 256 cannot be shared by --gpus 48"):
-        plan.print_plan(args, TINY)
+        plan.print_plan(args, QUICK)
