@@ -340,7 +340,7 @@ def print_plan(args, preset):
     peak = (work["bfloat16"] + work["float32"]) / hardware.bfloat16 / hardware.seconds(work)
     print(
         "Compute, wire and data go on at the same time, evaluations and checkpoints between. Measured, on one H200:\n"
-        f"{SHARE_OF_PEAK:.0%} of the peak rates of products and memory; here {peak:.1%} of that in bfloat16 alone.\n"
+        f"{SHARE_OF_PEAK:.0%} of the peak rates of products and memory; here {peak:.1%} of the bfloat16 rate alone.\n"
         f"Assumed: that share for all GPUs and sizes; {RESERVED / 1e9:.0f} GB of a GPU left free; {DECODED} pictures\n"
         f"a second by each data worker; {COPIED / 1e9:.0f} GB/s to the CPU."
     )
