@@ -13,7 +13,7 @@ from common.disk import atomically, load_tensors, write_tensors
 from evaluation.features import extract_clip_features, extract_fake_features
 from evaluation.metrics import fid, frechet_distance, statistics
 from layers import resize
-from upsampler import given_images, input_noise
+from upsampler import draw_input_noise, given_images
 
 PATIENCE = 10  # evaluations without a better FID after which a phase ends
 
@@ -82,7 +82,7 @@ class Growth:
             for batch in source.evaluation_pairs(rank=rank, world_size=ranks):
                 images = batch.images[: quota - len(captions)].to(self.clip.device)
                 captions += batch.captions[: len(images)]
-                its_noise = input_noise(self.config, len(images), noise)
+                its_noise = draw_input_noise(self.config, len(images), noise)
                 given += zip(*given_images(self.config, images, its_noise), strict=True)
                 for r in self.resolutions:
                     features[r].append(extract_clip_features(self.clip, resize(images, r)).cpu())

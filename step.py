@@ -29,7 +29,7 @@ from losses import (
     wrong_captions,
 )
 from training.cuda_graph import Graphed
-from upsampler import crop, given_images, input_noise, new_generator
+from upsampler import crop, draw_input_noise, given_images, new_generator
 
 NETWORKS = ("generator", "discriminator", "ema")
 OPTIMIZERS = ("optimizer_g", "optimizer_d")
@@ -41,11 +41,11 @@ class MicroBatch(NamedTuple):
 
     real: dict[int, torch.Tensor]  # the pyramid of the images
     text: Text  # of their captions
-    wrong: torch.Tensor  # [b], from wrong_captions
+    wrong: torch.Tensor  # [b], from wrong_captions: indices into the captions of all ranks' micro-batches
     z: torch.Tensor  # [b, z_dim]
     other_z: torch.Tensor  # [b, z_dim], of the pictures that are to differ from those of z
     chances: torch.Tensor  # [b, 2, NUM_CHANCES], of the augmentation of real images and of fake ones
-    given: tuple[torch.Tensor, ...]  # the small images that the second stage enlarges; () for the base
+    given: tuple[torch.Tensor, ...]  # of the second stage: the small images and noise of their shape; () for the base
 
 
 class Learner:
@@ -95,14 +95,14 @@ class Learner:
 
     @functools.cached_property
     def learn(self):
-        """learn_from, or a CUDA graph of it.
+        """update_networks, or a CUDA graph of it.
 
         A large network, which recomputes, keeps a GPU busy by itself, and has no memory to spare. Several ranks record
         nothing: it was never tried, for want of two GPUs, whether NCCL's messages can be played back.
         """
         alone = torch.cuda.is_available() and self.device.type == "cuda" and distributed.world_size() == 1
         recorded = alone and not self.recipe.recompute
-        return Graphed(self.learn_from, (0, R1_INTERVAL)) if recorded else self.learn_from
+        return Graphed(self.update_networks, (0, R1_INTERVAL)) if recorded else self.update_networks
 
     def parallel(self, module):
         if distributed.world_size() == 1:
@@ -120,16 +120,14 @@ class Learner:
         The noise depends on the seed and the step's number alone. It is drawn for the global batch, of which every
         rank takes its share: so the step is the same on any number of ranks.
         """
-        config, generator = self.generator.config, noise_of(seed, number)
-        drawn = [
-            torch.randn(self.batch, 2, config.z_dim, generator=generator),
-            torch.rand(self.batch, 2, NUM_CHANCES, generator=generator),
-            input_noise(config, self.batch, generator),
-            torch.rand(self.batch, 2, generator=generator),
-        ]
-        rank, ranks = distributed.rank(), distributed.world_size()
-        mine = [x.unflatten(0, (len(batches), ranks, -1))[:, rank] for x in drawn]
-        return [self.micro_batch(batch, *noise) for batch, *noise in zip(batches, *mine, strict=True)]
+        config, rng = self.generator.config, rng_of(seed, number)
+        z = torch.randn(self.batch, 2, config.z_dim, generator=rng)  # two for each caption
+        chances = torch.rand(self.batch, 2, NUM_CHANCES, generator=rng)  # of real images, and of fake ones
+        noise = draw_input_noise(config, self.batch, rng)
+        places = torch.rand(self.batch, 2, generator=rng)  # y, x of the crops
+        shape = len(batches), distributed.world_size(), -1
+        mine = [x.unflatten(0, shape)[:, distributed.rank()] for x in (z, chances, noise, places)]
+        return [self.micro_batch(*drawn) for drawn in zip(batches, *mine, strict=True)]
 
     def micro_batch(self, batch, z, chances, noise, places):
         """A data.sources.Batch and its noise → MicroBatch. places [b, 2]: of the crops, on the CPU."""
@@ -142,7 +140,7 @@ class Learner:
         ids = distributed.gather(self.clip.tokenize(batch.captions))
         wrong = wrong_captions(ids).unflatten(0, (distributed.world_size(), -1))[distributed.rank()]
         text = self.clip.read(batch.captions)
-        return MicroBatch(real, text, wrong, *z.unbind(1), chances, given)
+        return MicroBatch(real, text, wrong, z=z[:, 0], other_z=z[:, 1], chances=chances, given=given)
 
     def step(self, number, micro_batches):
         """One step of both networks → {name: scalar}. `rejected` counts updates left out for a gradient not finite."""
@@ -150,18 +148,20 @@ class Learner:
         self.update_ema(number, w)
         return report
 
-    def learn_from(self, micro_batches, r1_interval):
+    def update_networks(self, micro_batches, r1_weight):
         """What step does, but for the moving average → its report, and the mean of the latent codes, [w_dim].
+
+        r1_weight: 0 for no R1 in this step, or the number of steps that it stands for.
 
         Both networks learn from the same pictures, so these are drawn once. Where gradients are accumulated they are
         drawn twice: the graphs of all micro-batches together would take the memory that is to be saved.
         """
         report, adversarial = {}, self.recipe.adversarial_weight > 0
         self.optimizer_d.zero_grad(set_to_none=True)
-        if adversarial and r1_interval:
-            report["r1"] = self.penalize(micro_batches, r1_interval)
+        if adversarial and r1_weight:
+            report["r1"] = self.penalize(micro_batches, r1_weight)
         with torch.set_grad_enabled(len(micro_batches) == 1):
-            outputs = [self.draw(batch) for batch in micro_batches]
+            outputs = [self.draw(batch, batch.z, self.active[-1]) for batch in micro_batches]
         d_report = self.discriminator_step(micro_batches, outputs) if adversarial else {"rejected": 0}
         with frozen(self.discriminator):
             g_report = self.generator_step(micro_batches, outputs)
@@ -170,17 +170,13 @@ class Learner:
         w = torch.stack([full_precision(output.w.detach()).mean(0) for output in outputs]).mean(0)
         return report, w
 
-    def draw(self, batch):
+    def draw(self, batch, z, resolution):
+        """The captions of a MicroBatch under z, up to a resolution."""
         with self.autocast():
-            return self.parallel_generator(*batch.given, batch.z, batch.text.tokens, batch.text.eot, self.active[-1])
+            return self.parallel_generator(*batch.given, z, batch.text.tokens, batch.text.eot, resolution)
 
-    def draw_other(self, batch):
-        """The captions under another z, at a resolution where shapes and colors are decided already."""
-        low = min(MODE_SEEKING_RESOLUTION, self.active[-1])
-        return self.parallel_generator(*batch.given, batch.other_z, batch.text.tokens, batch.text.eot, low)
-
-    def penalize(self, micro_batches, r1_interval):
-        """Adds the gradients of R1, which stands for so many steps, to the discriminator's → R1.
+    def penalize(self, micro_batches, r1_weight):
+        """Adds the gradients of R1, times r1_weight, to the discriminator's → R1.
 
         An image takes some six times the memory that the other losses take, and no image affects another's penalty. So
         R1 has smaller batches of its own, and is done before any other graph is there. DDP averages its gradients with
@@ -195,7 +191,7 @@ class Learner:
                 tokens, eot = batch.text.tokens[some], batch.text.eot[some]
                 r1 = r1_penalty(self.discriminator, self.clip, some_real, tokens, eot, self.recipe.r1_gamma, scales)
                 r1 = r1 * len(eot) / (len(micro_batches) * len(batch.wrong))
-                (r1_interval * r1).backward()
+                (r1_weight * r1).backward()
                 total += r1.detach()
         return total
 
@@ -216,12 +212,15 @@ class Learner:
         for batch, output in zip(micro_batches, outputs, strict=True):
             with averaging(self.parallel_generator, batch is micro_batches[-1]):
                 if len(micro_batches) > 1:
-                    output = self.draw(batch)
+                    output = self.draw(batch, batch.z, self.active[-1])
+                other = None
+                if self.recipe.mode_seeking_weight:  # at a resolution where shapes and colors are decided already
+                    other = self.draw(batch, batch.other_z, min(MODE_SEEKING_RESOLUTION, self.active[-1]))
                 with self.autocast():
-                    other = self.draw_other(batch) if self.recipe.mode_seeking_weight else None
-                    inputs = output, other, batch.text, batch.wrong, batch.chances[:, 1]
-                    truth = batch.real, self.perceptual
-                    report = generator_loss(*inputs, self.discriminator, self.clip, self.recipe, *truth)
+                    report = generator_loss(
+                        output, other, batch.text, batch.wrong, batch.chances[:, 1],
+                        self.discriminator, self.clip, self.recipe, real=batch.real, perceptual=self.perceptual,
+                    )  # fmt: skip
                 (report["loss"] / len(micro_batches)).backward()
             reports.append(report)
         return {"g_loss": mean_of(reports, "loss"), **update(self.optimizer_g, reports, "g")}
@@ -255,11 +254,14 @@ class Learner:
     # ------------------------------------------------------------------------------------------------------------------
 
     def state_dict(self):
-        """Without Adam's mean of gradients: as β₁ is zero it is the last one, which no step reads."""
+        """Without Adam's mean of gradients where β₁ is zero: it is the last gradient then, which no step reads."""
         state = {"clip": self.clip.name} | {name: getattr(self, name).state_dict() for name in (*NETWORKS, *OPTIMIZERS)}
         for name in OPTIMIZERS:
-            averages = state[name]["state"].items()
-            state[name]["state"] = {n: {k: x for k, x in its.items() if k != "exp_avg"} for n, its in averages}
+            if has_momentum(getattr(self, name)):
+                continue
+            adam_state = state[name]["state"]
+            for number, of_parameter in adam_state.items():
+                adam_state[number] = {key: x for key, x in of_parameter.items() if key != "exp_avg"}
         return state
 
     def load_state_dict(self, state):
@@ -274,16 +276,16 @@ class Learner:
             getattr(self, name).load_state_dict(state[name])
         for name in OPTIMIZERS:
             optimizer = getattr(self, name)
-            own = [{key: group[key] for key in ("lr", "eps")} for group in optimizer.param_groups]
-            averages = state[name]["state"].items()
-            averages = {n: its | {"exp_avg": torch.zeros_like(its["exp_avg_sq"])} for n, its in averages}
-            optimizer.load_state_dict(state[name] | {"state": averages})
-            then, now = ([group["lr"] for group in groups] for groups in (optimizer.param_groups, own))
+            wanted = [{"lr": group["lr"], "eps": group["eps"]} for group in optimizer.param_groups]
+            adam_state = {}
+            for number, of_parameter in state[name]["state"].items():
+                adam_state[number] = {"exp_avg": torch.zeros_like(of_parameter["exp_avg_sq"])} | of_parameter
+            optimizer.load_state_dict(state[name] | {"state": adam_state})
+            then, now = max(g["lr"] for g in optimizer.param_groups), max(g["lr"] for g in wanted)
             if then != now:
-                changed[name] = max(then), max(now)
-            for group, its in zip(optimizer.param_groups, own, strict=True):
-                group |= its
-                group["capturable"] = self.device.type == "cuda"  # a checkpoint of a CPU says False
+                changed[name] = then, now
+            for group, rates in zip(optimizer.param_groups, wanted, strict=True):
+                group |= rates | {"capturable": self.device.type == "cuda"}  # a checkpoint of a CPU says False
         self.forget()
         return changed
 
@@ -311,15 +313,21 @@ def ema_weight(number, batch, half_life):
     return 1 - 0.5 ** (batch / max(1e-8, min(half_life, 0.05 * (number + 1) * batch)))
 
 
-def noise_of(*numbers):
-    """A torch.Generator on the CPU for a run's seed, a step's number and the like. It keeps 32 bits of a seed only."""
+def rng_of(*numbers):
+    """A torch.Generator on the CPU for a run's seed, a step's number and the like. It has 32 bits for a seed."""
     return torch.Generator().manual_seed(int(np.random.SeedSequence(numbers).generate_state(1)[0]))
 
 
 def adam(network, lr, momentum=0.0):
-    """Capturable: a CUDA graph may hold its step."""
+    """Capturable: a CUDA graph may hold its step. A recorded graph keeps the rates that it was recorded with; whoever
+    changes them calls Learner.forget().
+    """
     on_gpu = next(network.parameters()).is_cuda
     return torch.optim.Adam(parameter_groups(network, lr), betas=(momentum, 0.99), fused=True, capturable=on_gpu)
+
+
+def has_momentum(optimizer):
+    return any(group["betas"][0] for group in optimizer.param_groups)
 
 
 def update(optimizer, reports, prefix):

@@ -103,7 +103,7 @@ def given_images(config, images, noise):
     return resize(images, config.input_resolution), noise.to(images)
 
 
-def input_noise(config, count, generator):
+def draw_input_noise(config, count, generator):
     """N(0, 1) for `count` images that an upsampler is given, from a torch.Generator on the CPU; nothing for a base."""
     shape = (3, config.input_resolution, config.input_resolution) if isinstance(config, UpsamplerConfig) else (0,)
     return torch.randn(count, *shape, generator=generator)

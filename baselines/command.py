@@ -33,7 +33,7 @@ from data import sources
 from sampling import latent
 from sampling.files import check_picture, read_picture, save
 from sampling.pictures import grid, in_range, to_pil
-from step import noise_of
+from step import rng_of
 from training.loop import Loop
 from training.run_folder import RunFolder
 from weights.generator_file import generator_of, read_safetensors, without_prefix
@@ -117,7 +117,7 @@ def run(system_class, name, args, device):
 
     for number, batches in loop.steps(source):
         (batch,) = batches
-        noise = noise_of(args.seed, number * distributed.world_size() + distributed.rank())
+        noise = rng_of(args.seed, number * distributed.world_size() + distributed.rank())
         scalars = system.step(number, batch.images.to(device), system.clip.read(batch.captions), noise)
         loop.log(loop.count(scalars, batches) | {"resolution": system.resolution})
         if loop.draws:

@@ -23,7 +23,7 @@ from evaluation.metrics import fid
 from losses import perceptual_distance
 from sampling import latent
 from sampling.pictures import in_range
-from upsampler import given_images, input_noise
+from upsampler import draw_input_noise, given_images
 from weights.efficientnet import load_efficientnet
 from weights.generator_file import load_upsampler
 
@@ -39,7 +39,7 @@ def enlarger(upsampler, text, seed=0):
     config, rng = upsampler.config, torch.Generator().manual_seed(seed)
 
     def enlarge(images, captions, resolution):
-        given = given_images(config, images, input_noise(config, len(images), rng))
+        given = given_images(config, images, draw_input_noise(config, len(images), rng))
         z = torch.randn(len(images), config.z_dim, generator=rng)
         outputs = latent.generate(upsampler, text, captions, z, resolution, batch=BATCH, given=given)
         return torch.cat([output.image for output in outputs])

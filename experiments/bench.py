@@ -70,7 +70,7 @@ def training(stopwatch):
                 f"training step, {name}, batch {batch}{kind}, fp32",
                 lambda learner=learner, number=number, inputs=inputs: learner.step(number, inputs),
                 "fp32",
-                lambda learner=learner, inputs=inputs, interval=interval: learner.learn_from(inputs, interval),
+                lambda learner=learner, inputs=inputs, interval=interval: learner.update_networks(inputs, interval),
             )
 
 

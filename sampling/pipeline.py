@@ -20,7 +20,7 @@ from common.cli import UserError
 from router import Routing
 from sampling import inference, latent, views
 from sampling.pictures import at_own_size, in_range
-from upsampler import given_images, input_noise
+from upsampler import draw_input_noise, given_images
 from weights.generator_file import DEMO, load_generator, load_upsampler, upsampler_of
 
 LARGE = ", large"  # ends the names of the second stage's routers, whose resolutions the first has, too
@@ -154,7 +154,7 @@ def enlarge(upsampler, drawn, frames):
     All pictures get the same noise, so that they differ no more than the first stage's do, and walks do not flicker.
     """
     config = upsampler.config
-    noise = input_noise(config, 1, torch.Generator().manual_seed(0)).expand(len(frames), -1, -1, -1)
+    noise = draw_input_noise(config, 1, torch.Generator().manual_seed(0)).expand(len(frames), -1, -1, -1)
     given = given_images(config, drawn.images, noise)
     large = draw(upsampler, [frame.large for frame in frames], given)
     routings = {name + LARGE: routing for name, routing in large.routings.items()}

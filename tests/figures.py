@@ -95,7 +95,9 @@ LARGER = Preset(
         ),
         **DISCRIMINATOR | {"clip_maps": ()},
     ),
-    dataclasses.replace(TINY.recipe, images_per_phase={16: 0}, crop=4, l1_weight=10.0, perceptual_weight=5.0),
+    dataclasses.replace(
+        TINY.recipe, images_per_phase={16: 0}, crop=4, l1_weight=10.0, perceptual_weight=5.0, momentum_generator=0.9
+    ),
     clip_model="emoji",
 )
 # The two lowest resolutions of TINY, which grow after two steps of four images.

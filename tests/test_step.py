@@ -108,7 +108,7 @@ def test_r1_in_small_parts_has_the_gradients_of_the_whole(learner, size):
 def test_real_and_fake_images_are_augmented_by_chances_of_their_own(learner, monkeypatch):
     of_real, of_fake = [], []
     loss, augment = step_module.generator_loss, step_module.augment
-    monkeypatch.setattr(step_module, "generator_loss", lambda *x: of_fake.append(x[4]) or loss(*x))
+    monkeypatch.setattr(step_module, "generator_loss", lambda *x, **named: of_fake.append(x[4]) or loss(*x, **named))
     monkeypatch.setattr(step_module, "augment", lambda *x: of_real.append(x[2]) or augment(*x))  # for R1
     (part,) = learner.prepare(0, 0, batches(1, 4))
     learner.step(0, [part])
@@ -118,7 +118,7 @@ def test_real_and_fake_images_are_augmented_by_chances_of_their_own(learner, mon
 
 def test_the_mean_of_w_is_that_of_all_parts(learner):
     parts, before = learner.prepare(0, 1, batches(2, 2)), learner.generator.w_avg.clone()
-    w = torch.cat([learner.draw(part).w for part in parts]).detach()
+    w = torch.cat([learner.draw(part, part.z, 8).w for part in parts]).detach()
     learner.step(1, parts)
     torch.testing.assert_close(learner.generator.w_avg, before.lerp(w.mean(0), 0.005))
 
@@ -135,7 +135,7 @@ def test_one_rank_that_torchrun_started_records_its_steps(learner, monkeypatch):
         patch.setattr(distributed, "world_size", lambda: 2)
         patch.setattr(learner, "parallel", lambda module: module)
         learner.learn_at([4, 8])
-        assert learner.learn == learner.learn_from
+        assert learner.learn == learner.update_networks
     learner.learn_at([4, 8])
 
 

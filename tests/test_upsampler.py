@@ -14,7 +14,7 @@ from losses import moe_loss
 from presets import DiscriminatorLevel, Level, UpsamplerConfig
 from tests import figures
 from training import loop
-from upsampler import Upsampler, add_detail, crop, enlarge, given_images, input_noise, new_generator
+from upsampler import Upsampler, add_detail, crop, draw_input_noise, enlarge, given_images, new_generator
 from weights import checkpoint
 from weights.generator_file import load_upsampler
 
@@ -120,11 +120,11 @@ def test_the_configuration_of_either_stage_survives_json(config):
 
 
 def test_it_is_given_real_pictures_averaged_down_with_noise(config, generator_config):
-    images, noise = torch.rand(2, 3, 64, 64), input_noise(config, 2, torch.Generator().manual_seed(0))
+    images, noise = torch.rand(2, 3, 64, 64), draw_input_noise(config, 2, torch.Generator().manual_seed(0))
     given, its_noise = given_images(config, images, noise)
     torch.testing.assert_close(given, F.avg_pool2d(images, 4))
     assert its_noise.shape == given.shape and torch.equal(its_noise, noise)
-    assert given_images(generator_config, images, input_noise(generator_config, 2, None)) == ()
+    assert given_images(generator_config, images, draw_input_noise(generator_config, 2, None)) == ()
 
 
 def test_crops_of_all_resolutions_show_the_same(config):

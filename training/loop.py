@@ -21,7 +21,7 @@ from common.distributed import say
 from data import sources
 from data.pairs import CAUSES
 from layers import pyramid
-from upsampler import given_images, input_noise
+from upsampler import draw_input_noise, given_images
 
 MOST_REJECTED = 20  # A run is stopped after so many updates in a row without finite gradients; a step has two updates.
 LASTING = 500  # A symptom that lasts for so many steps is reported.
@@ -271,7 +271,7 @@ def overfitting(learner, pairs, seed):
     seen, held_out = pairs
     config, noise = learner.generator.config, torch.Generator().manual_seed(seed)
     z = torch.randn(len(held_out[0]), config.z_dim, generator=noise)
-    small = input_noise(config, len(held_out[0]), noise)
+    small = draw_input_noise(config, len(held_out[0]), noise)
 
     def mean_logit(images, text, generated):
         """Every rank takes a share of the images."""

@@ -33,7 +33,7 @@ from losses import R1_INTERVAL
 from presets import fitted_to
 from sampling.latent import BATCH as DRAWN
 from step import Learner, MicroBatch
-from upsampler import crop, given_images, input_noise
+from upsampler import crop, draw_input_noise, given_images
 from weights.perceptual import perceptual_network
 
 # Measured: steps of aurora-64 on an H200, in micro-batches of 16 and before attention was fused, took 1.38 s on
@@ -262,7 +262,7 @@ def count(learner, meter, images):
     inputs = *batch.given, batch.z, batch.text.tokens, batch.text.eot, learner.active[-1]
     r1 = meter.measure(learner.penalize, [batch], R1_INTERVAL)
     with torch.no_grad():
-        drawing = meter.measure(learner.draw, batch)
+        drawing = meter.measure(learner.draw, batch, batch.z, learner.active[-1])
         evaluation = meter.measure(lambda: learner.clip.encode_image(learner.ema(*inputs).image))
     return step, r1, drawing, evaluation
 
@@ -272,7 +272,7 @@ def empty_batch(learner, size):
     side, clip, config = learner.active[-1], learner.clip, learner.generator.config
     text = clip.encode_text(torch.zeros(size, clip.text.context_length, dtype=torch.long))
     images, wrong = torch.empty(size, 3, side, side), torch.zeros(size, dtype=torch.long)
-    real, given = pyramid(images, learner.active), given_images(config, images, input_noise(config, size, None))
+    real, given = pyramid(images, learner.active), given_images(config, images, draw_input_noise(config, size, None))
     if learner.recipe.crop:
         cut = config.input_resolution, learner.recipe.crop, torch.zeros(size, 2)
         real = {r: crop(x, *cut) for r, x in real.items()}

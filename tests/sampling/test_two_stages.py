@@ -14,7 +14,7 @@ from common.cli import UserError
 from presets import Level, UpsamplerConfig
 from sampling import latent, pipeline, settings, views
 from sampling.pipeline import Pipeline
-from upsampler import Upsampler, enlarge, given_images, input_noise
+from upsampler import Upsampler, draw_input_noise, enlarge, given_images
 from weights import generator_file
 
 
@@ -62,7 +62,7 @@ def test_the_second_stage_enlarges_what_the_first_has_drawn(networks, pipe, file
     text, z = load_minilm().read(["red heart"]), torch.randn(1, 16, generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
         image = generator(z, text.tokens, text.eot).image.clamp(-1, 1)
-        noise = input_noise(upsampler.config, 1, torch.Generator().manual_seed(0))
+        noise = draw_input_noise(upsampler.config, 1, torch.Generator().manual_seed(0))
         output = upsampler(*given_images(upsampler.config, image, noise), z, text.tokens, text.eot)
     expected = ((output.image[0].clamp(-1, 1) + 1) * 127.5).permute(1, 2, 0).numpy()
     assert np.abs(np.asarray(picture) - expected).max() <= 1

@@ -56,7 +56,7 @@ def learner_after(steps, lr, eager):
                 parameter.data.normal_(std=0.1)  # else to-RGB, which starts at zero, would hide most of the network
     learner.learn_at([4, 8])
     if eager:
-        learner.learn = learner.learn_from
+        learner.learn = learner.update_networks
     for name in OPTIMIZERS:
         for group in getattr(learner, name).param_groups:
             group["lr"] *= lr
