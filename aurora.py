@@ -248,7 +248,8 @@ class SynthesisLevel(nn.Module):
                 w = next(codes)
                 x, routed = self.attentions[i](x, w, local_text)
                 routings |= {f"{self.resolution}.{i}.{depth}": routing for depth, routing in enumerate(routed)}
-        return x, self.to_rgb(x, w) if self.to_rgb else None, routings
+        rgb = self.to_rgb(x, w) if self.to_rgb else None  # under the w of the last layer
+        return x, rgb, routings
 
 
 def add_to_upsampled(rgb, image):
@@ -273,9 +274,9 @@ class Synthesis(nn.Module):
 
     def forward(self, w, local_text, resolution=None):
         """w [B, w_dim] for all layers, or [B, num_layers, w_dim]; stops at `resolution`, by default the highest."""
-        return self.up(None, {}, None, add_to_upsampled, w, local_text, resolution)
+        return self.up(w, local_text, resolution)
 
-    def up(self, x, encoded, image, add, w, local_text, resolution):
+    def up(self, w, local_text, resolution, x=None, encoded={}, image=None, add=add_to_upsampled):  # noqa: B006
         """The way through all levels. add: how a level's RGB is added to the image below, (rgb, image) → image. Of the
         upsampler: x, the features to start from; encoded, {resolution: those of the way down}; image, what it enlarges.
         """

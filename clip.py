@@ -25,8 +25,8 @@ from torch.nn.utils.rnn import pad_sequence
 from common.cli import UserError, first_line
 from layers import float32_region, full_precision, rms_norm
 
-# PyTorch reads this at its first dense layer. A ViT projects tokens to q, k and v that lie transposed: it would be a
-# product for each of 257 tokens, with a copy of the weights for each, and is one.
+# PyTorch reads this at its first dense layer. A ViT projects transposed tokens to q, k and v: without the flag by one
+# product for each of 257 tokens, each with a copy of the weights; with it by a single product.
 os.environ.setdefault("TORCH_LINEAR_FLATTEN_3D", "1")
 
 MODELS = Path(__file__).parent / "models"
@@ -112,7 +112,7 @@ class MiniLM(nn.Module):
 
     @torch.no_grad()
     def read(self, captions):
-        """Captions → Text. A CPU remembers them; a GPU is as fast to read them anew, and does not wait for itself."""
+        """Captions → Text. A CPU remembers them. On a GPU a look into the memory would make the host wait for it."""
         if self.words.weight.device.type != "cpu":
             return self.encode(self.tokenize(captions))
         if len(self.known) > self.KEPT:
@@ -120,7 +120,7 @@ class MiniLM(nn.Module):
         with float32_region(self.norm.weight):
             for caption in captions:
                 if caption not in self.known:
-                    ids = self.tokenize([caption])  # alone: in company it would be rounded as the company has it
+                    ids = self.tokenize([caption])  # alone: in a batch, rounding depends on the other captions
                     tokens, eot, embedding = (x[0] for x in self.encode(ids[:, : ids.count_nonzero()]))
                     self.known[caption] = Text(tokens.half(), eot, embedding)  # half, as the weights' file
         tokens, eot, embedding = zip(*(self.known[caption] for caption in captions), strict=True)

@@ -20,8 +20,8 @@ class Experts(nn.Module):
 
     forward: points [P, C], expert_index [P], gate [P] → gate · expert(point), [P, C]. The points are sorted by expert,
     so each expert multiplies one contiguous slice, and the work is that of a single expert over all points. No point is
-    ever dropped. An expert without points multiplies an empty slice: its gradient is zero, not missing. On a GPU,
-    Triton kernels do the same for all experts at once; tests hold the two together.
+    ever dropped. An expert without points multiplies an empty slice: its gradient is zero and not missing, for which
+    DDP would wait. On a GPU, Triton kernels do the same for all experts at once; tests hold the two together.
     For top-k routing call it once for each choice, and add the results. An assertion refuses several experts a point.
     """
 
@@ -47,7 +47,7 @@ def sliced_experts(points, expert_index, gate, proj_in, bias_in, proj_out, bias_
     counts = expert_index.bincount(minlength=len(proj_in)).tolist()
     outputs = []
     for its_points, *weights in zip(points[order].split(counts), proj_in, bias_in, proj_out, bias_out, strict=True):
-        for some in its_points.split(POINTS_AT_A_TIME):
+        for some in its_points.split(POINTS_AT_A_TIME):  # one piece, if there are none
             outputs.append(expert(some, *weights))
     outputs = torch.cat(outputs)
     return torch.empty_like(outputs).index_copy(0, order, outputs) * gate[:, None]

@@ -106,7 +106,7 @@ class Growth:
         }
 
     def evaluate(self, generator):
-        """A generator's FID at the active resolution, beside its reference."""
+        """Measures the FID at the active resolution, and notes it in the phase → it, and its reference."""
         phase, resolution = self.phase, self.active[-1]
         features = extract_fake_features(generator, self.clip, self.captions, resolution, self.seed, self.given)
         value = frechet_distance(statistics(features.cpu()), self.statistics[resolution])
@@ -125,7 +125,7 @@ class Growth:
         if phase.evaluations_since_best >= PATIENCE:
             return "it stopped falling"
         if phase.images >= self.recipe.images_per_phase[resolution]:
-            return "that took its images"
+            return "it has seen its share of images"
         return None
 
     def describe(self):

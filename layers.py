@@ -29,7 +29,10 @@ def full_precision(x):
 
 
 def float32_region(x):
-    """A context in which autocast is off, for what bfloat16 would ruin: routing, demodulation, distances."""
+    """A context in which autocast is off, for what bfloat16 would ruin: routing, demodulation, distances.
+
+    x names the device only; what is narrow already is widened by full_precision.
+    """
     return torch.autocast(x.device.type, enabled=False)
 
 
@@ -58,9 +61,9 @@ def recomputed(function, *inputs):
 # ----------------------------------------------------------------------------------------------------------------------
 # Equalized learning rate (Progressive GAN, section 4.1): Adam's steps are equally large for all parameters, and should
 # change all layers by the same share. The paper draws weights from N(0, 1)/lr_mul and multiplies them by lr_mul/√fan_in
-# at every use. Here they are drawn at the scale of their use, and learn at lr_mul/√fan_in times the learning rate. Adam
-# sees the scale of a gradient only in its ε, which is divided by the same, so both are equal. `lr_scale` names what
-# does not learn at the full rate.
+# at every use. Here they are drawn at the scale of their use, s = lr_mul/√fan_in, and learn at s times the rate. The
+# scale of a gradient reaches Adam's step through ε alone: with ε/s both forms take the same steps. `lr_scale` names
+# what does not learn at the full rate.
 
 
 def parameter_groups(network, lr, eps=1e-8):

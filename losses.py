@@ -44,7 +44,8 @@ def last_prediction(logits):
 def logistic_loss(logits, sign, early, scales):
     """Σ weight · softplus(sign · D) over the predictions, per image: [B].
 
-    logits: {(input, stage): [B, N]}. sign −1 wants them to look real, +1 fake: the non-saturating logistic loss.
+    logits: {(input, stage): [B, N]}. sign −1 wants them to look real, +1 fake, for all or [B, 1]: the non-saturating
+    logistic loss.
     """
     weights = prediction_weights(logits, early, scales)
     return sum(weights[key] * F.softplus(sign * x).mean(1) for key, x in logits.items())
@@ -64,9 +65,8 @@ def wrong_captions(ids):
 
 
 def feature_maps(discriminator, clip, pyramid):
-    """Discriminator.maps of a pyramid, with what CLIP sees in its highest image (GigaGAN, section 3.4), if it reads it.
-
-    The upsampler's does not (section 3.5 there).
+    """Discriminator.maps of a pyramid. A vision-aided one also reads CLIP's maps of the highest image (GigaGAN, section
+    3.4); that of the upsampler is not vision-aided (section 3.5 there).
     """
     return discriminator.maps(pyramid, clip.see(pyramid[max(pyramid)])[1] if discriminator.map_readers else ())
 
@@ -81,6 +81,7 @@ def r1_penalty(discriminator, clip, pyramid, tokens, eot, gamma, scales):
         pyramid = {r: full_precision(x.detach()).requires_grad_() for r, x in pyramid.items()}
         code = discriminator.encode_text(full_precision(tokens), eot)
         logits = discriminator.score(feature_maps(discriminator, clip, pyramid), code)
+        # Early predictions weigh less within the gradient; `scales` weigh its square.
         weights = prediction_weights(logits, EARLY_ADVERSARIAL, dict.fromkeys(pyramid, 1))
         score = sum(weights[key] * x.mean(1).sum() for key, x in logits.items())
         gradients = torch.autograd.grad(score, list(pyramid.values()), create_graph=True)
@@ -156,7 +157,8 @@ def moe_loss(output, balance_weight):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The two objectives. The discriminator's runs it several times in a step, so DDP wraps all of that as one module.
+# The two objectives. The discriminator's calls parts of the network (encode_text, maps, score), and DDP follows one
+# forward: so it is a module, which DDP wraps. The generator's gets pictures that are drawn already.
 
 
 class DiscriminatorLoss(nn.Module):
@@ -184,6 +186,7 @@ class DiscriminatorLoss(nn.Module):
         one = code.new_ones(batch, 1)
         sign = torch.cat([-one, one])  # real images are to look real, fake ones fake
 
+        # Divided by half of the images: the mean over real ones plus the mean over fake ones.
         adversarial = logistic_loss(right_logits, sign, EARLY_ADVERSARIAL, scales).sum() / batch
         matching = (logistic_loss(wrong_logits, 1, EARLY_MATCHING, scales) * is_wrong.repeat(2)).sum() / batch
         loss = adversarial + self.recipe.matching_weight_discriminator * matching
@@ -204,9 +207,9 @@ def generator_loss(output, other, text, wrong, chances, discriminator, clip, rec
     for the upsampler, which is told what it should have made, the distance to that.
 
     output: aurora.Output for the captions of text; other: one of a low resolution, for the same captions and other z,
-    or None where the recipe does not ask for it; wrong as above; chances [B, …] of the augmentation; the
-    discriminator frozen as the clip is. real: the pyramid of the true images; perceptual: a frozen network, from images
-    [B, 3, R, R] to feature maps; both for a recipe that compares with the truth.
+    or None where the recipe does not ask for it; wrong [B]: of wrong_captions, for these; chances [B, …] of the
+    augmentation; the discriminator frozen as the clip is. For a recipe that compares with the truth, real: the pyramid
+    of the true images; perceptual: a frozen network, from images [B, 3, R, R] to feature maps.
     → {name: scalar}, `loss` to be minimized.
     """
     scales = scale_weights(output.pyramid, recipe.lower_scales)

@@ -12,7 +12,7 @@ from torch import nn
 
 from layers import Linear, float32_region, full_precision, in_float32
 
-# A sampled convolution unfolds its points where it has so many channels for each of them.
+# In sampling, a convolution with so many channels for each point becomes a product of matrices.
 CHANNELS_PER_POINT = 4
 
 
@@ -63,7 +63,7 @@ class ModulatedConv2d(nn.Module):
         self.kernel_mix = Affine(w_dim, num_kernels, bias_init=1.0) if num_kernels > 1 else None
 
     def forward(self, x, w, *where):
-        """where: what else `convolve` takes."""
+        """where: a deformable convolution's offsets and masks, else nothing."""
         style = self.style(w)
         with float32_region(w):
             mix = self.kernel_mix(w).softmax(-1) if self.kernel_mix else None  # [B, n]
@@ -80,8 +80,8 @@ class ModulatedConv2d(nn.Module):
 
     def demodulation(self, style, kernels, mix):
         """One over the norm of each output channel's scaled kernel, √Σ_c style_c²·energy_dc: [B, D, 1, 1]."""
-        norm = multiply(self.energy(kernels, mix), style.square()[..., None])
-        return torch.rsqrt(norm + 1e-8)[..., None]
+        squared_norm = multiply(self.energy(kernels, mix), style.square()[..., None])  # [B, D, 1]
+        return torch.rsqrt(squared_norm + 1e-8)[..., None]
 
     def energy(self, kernels, mix):
         """|Σ mₙKₙ|², summed over the taps: [G, D, C].
@@ -216,6 +216,7 @@ class DeformableConv2d(ModulatedConv2d):
             at_y = dy + (tap // 3 - 1) + torch.arange(height, device=x.device)[:, None]
             at_x = dx + (tap % 3 - 1) + torch.arange(width, device=x.device)
             grid = torch.stack([at_x * 2 / (width - 1) - 1, at_y * 2 / (height - 1) - 1], dim=-1)  # ±1: outer pixels
-            samples = F.grid_sample(full_precision(x), grid.flatten(1, 2), align_corners=True).unflatten(2, (9, height))
+            samples = F.grid_sample(full_precision(x), grid.flatten(1, 2), align_corners=True)  # [B, C, 9·H, W]
+            samples = samples.unflatten(2, (9, height))
         columns = (samples * mask[:, None]).flatten(1, 2).flatten(2)  # [B, 9C, H·W]
         return multiply(kernels.flatten(2), columns).unflatten(2, (height, width))

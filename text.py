@@ -39,7 +39,7 @@ class TextHead(nn.Module):
 
     t_g is the token at eot, the end of the text; the local text is every other token, padding included, in order.
     mix_tokens: whether a token attends to the whole text, up to eot, or to itself alone. The release attends over the
-    batch axis. At batch 1 each token then sees itself alone, and the released weights need that. Training does not.
+    batch axis, so at batch 1 each token sees itself alone: its weights need mix_tokens=False. Models trained here mix.
     """
 
     def __init__(self, clip_width, dim, num_layers, num_heads, lr_mul, mix_tokens=True):

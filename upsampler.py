@@ -50,8 +50,8 @@ def enlarge(image):
 def add_detail(rgb, image, side):
     """The RGB of a level [B, 3, 2R, 2R] and the image below [B, 3, R, R] → the image at 2R.
 
-    Of the RGB counts what an image of side × side, the input's resolution, cannot show. So the large picture keeps the
-    colors of the small one, and learning begins at the edges: else every step shifts all colors, which are right.
+    Only that part of the RGB is added which an image of side × side, the input's resolution, cannot show. So the large
+    picture keeps the colors of the small one; otherwise early steps would shift colors that are right already.
     """
     coarse = F.interpolate(resize(rgb, side), rgb.shape[-1], mode="bilinear", align_corners=False)
     return rgb - coarse + enlarge(image)
@@ -73,7 +73,7 @@ class UNet(Synthesis):
         encoded = self.encoder(image + self.input_noise * noise)
         x = encoded.pop(min(encoded))
         add = functools.partial(add_detail, side=image.shape[-1])
-        return self.up(x, encoded, image, add, w, local_text, resolution)
+        return self.up(w, local_text, resolution, x, encoded, image, add)
 
 
 class Upsampler(Generator):
@@ -96,7 +96,7 @@ class Upsampler(Generator):
 
 def given_images(config, images, noise):
     """What a generator of this config is given beside z and text: () for the base; for an upsampler images [B, 3, R, R]
-    averaged down to its input's resolution, and `input_noise`, in training as in sampling.
+    averaged down to its input's resolution, and draw_input_noise's, in training as in sampling.
     """
     if not isinstance(config, UpsamplerConfig):
         return ()
@@ -110,8 +110,8 @@ def draw_input_noise(config, count, generator):
 
 
 def crop(images, size, side, places):
-    """Each of images [B, 3, R, R] cut to what a square of `side` pixels covers in a picture of `size`; places [B, 2],
-    uniform in [0, 1), say where. So pictures of several resolutions are cut alike.
+    """Each of images [B, 3, R, R] cut to what a square of `side` pixels covers in a picture of `size` pixels, → [B, 3,
+    side·R/size, side·R/size]; places [B, 2], uniform in [0, 1), say where. So all resolutions are cut alike.
     """
     scale = images.shape[-1] // size
     corners = ((places * (size - side + 1)).long() * scale).tolist()

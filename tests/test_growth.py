@@ -177,7 +177,7 @@ def test_a_phase_ends_at_the_reference_fid_or_when_it_stops_falling_or_by_its_im
         (99, 1.51, growth.PATIENCE - 1, None),
         (99, 1.49, 0, "it is near the reference"),
         (99, 1.51, growth.PATIENCE, "it stopped falling"),
-        (100, 1.51, 0, "that took its images"),
+        (100, 1.51, 0, "it has seen its share of images"),
     ):
         phase.images, phase.best_fid, phase.evaluations_since_best = images, fid, since
         assert measured.reason_to_grow() == reason
