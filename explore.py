@@ -30,7 +30,7 @@ from sampling.settings import Forced, Settings
 from sampling.sheet import Sheet
 from weights.generator_file import DEMO, generator_of
 
-EXAMPLES = ("red heart", "a cute kitty", "happy doggy", "a slice of pizza with cheese", "spooky")
+EXAMPLES = ("red heart", "cat face", "crying face", "sunflower", "watermelon", "a cute kitty")
 PARTS = {"both": "global and local text", "global": "global text", "local": "local text"}
 SCOPES = {"point": "this point", "picture": "all of its expert's here", "all": "all of its expert's, in every picture"}
 NO_ROUTER = "none"
