@@ -130,13 +130,12 @@ class UpsamplingConv2d(ModulatedConv2d):
     the filter [1, 3, 3, 1]/4 along both axes.
     """
 
-    def __init__(self, in_channels, out_channels, kernel_size, w_dim, num_kernels=1):
-        super().__init__(in_channels, out_channels, kernel_size, w_dim, num_kernels)
-        self.register_buffer("filter", torch.tensor([1.0, 3.0, 3.0, 1.0]) / 4, persistent=False)
-
     def convolve(self, x, kernels):
         y = folded_transposed_convolution(x, kernels)  # [B, D, 2H + 1, 2W + 1]
-        filters = torch.outer(self.filter, self.filter).to(y.dtype).expand(y.shape[1], 1, 4, 4)
+        taps = (
+            1 - (torch.arange(4, dtype=y.dtype, device=y.device) - 1.5).abs() / 2
+        )  # [1, 3, 3, 1]/4, made on the device
+        filters = torch.outer(taps, taps).expand(y.shape[1], 1, 4, 4)
         return F.conv2d(y, filters, padding=1, groups=y.shape[1])
 
 
