@@ -179,7 +179,7 @@ class Page:
         with ui.row():
             self.like_button = ui.button("More like this", on_click=self.more_like_this).props("outline")
             self.all_button = ui.button("All again", on_click=self.all_again).props("flat")
-        ui.label("Keys: ← → seed, W walk").classes("text-caption")
+        ui.label("Keys: N next seed, P previous, W walk").classes("text-caption")
 
     def add_second_prompt(self):
         self.second = ui.input("Second prompt", on_change=self.refresh).props(TYPING).classes("w-full")
@@ -199,11 +199,11 @@ class Page:
         self.forcing.set_visibility(False)
 
     async def press(self, event):
-        """A key that is not meant for a field."""
+        """A key that is not meant for a field; arrows move the sliders."""
         if not event.action.keydown:
             return
-        if event.key.arrow_left or event.key.arrow_right:
-            step = 1 if event.key.arrow_right else -1
+        if event.key in ("n", "p"):
+            step = 1 if event.key == "n" else -1
             self.seed.value = int(within((self.seed.value or 0) + step, 0, 2**53))
         elif event.key == "w" and self.walk_button.enabled:
             self.start_or_stop()
