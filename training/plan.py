@@ -331,7 +331,7 @@ def print_plan(args, preset):
         print(f"  peak of {kind + ',':12s} GB: {none:.3g}, and {one - none:.3g} an image")
     work = rehearsal.work(32, 1)
     counts = {name: work[name] for name in ("bfloat16", "float32", "moved")}
-    print("  a step on 32 images, R1 in one of 16, TFLOP and TB: " + figures(counts, 1e12))
+    print("  mean step on 32 images, with R1 in every 16th, TFLOP and TB: " + figures(counts, 1e12))
     print(f"  operators of a micro-batch: {rehearsal.step.few['operators']:,}")
     print("".join(f"{name:>13s}" for name in COLUMNS))
     for number in sorted(n for n in {1, 8, 64, args.gpus or 1} if batch % n == 0):
@@ -340,9 +340,9 @@ def print_plan(args, preset):
     peak = (work["bfloat16"] + work["float32"]) / hardware.bfloat16 / hardware.seconds(work)
     print(
         "Compute, wire and data go on at the same time, evaluations and checkpoints between. Measured, on one H200:\n"
-        f"{SHARE_OF_PEAK:.0%} of the speed that the peak rates of products and memory allow; here {peak:.1%} of the\n"
-        f"bfloat16 peak. Assumed: that share for all GPUs and sizes; {RESERVED / 1e9:.0f} GB of a GPU left free;\n"
-        f"{DECODED} pictures a second by each data worker; {COPIED / 1e9:.0f} GB/s to the CPU."
+        f"{SHARE_OF_PEAK:.0%} of the speed that the peak rates of products and memory allow; for this preset that is\n"
+        f"{peak:.1%} of the bfloat16 peak. Assumed: {SHARE_OF_PEAK:.0%} for all; {RESERVED / 1e9:.0f} GB of a GPU\n"
+        f"left free; {DECODED} pictures a second by each data worker; {COPIED / 1e9:.0f} GB/s to the CPU."
     )
 
 
