@@ -276,14 +276,14 @@ class Synthesis(nn.Module):
         """w [B, w_dim] for all layers, or [B, num_layers, w_dim]; stops at `resolution`, by default the highest."""
         return self.up(w, local_text, resolution)
 
-    def up(self, w, local_text, resolution, x=None, encoded={}, image=None, add=add_to_upsampled):  # noqa: B006
+    def up(self, w, local_text, resolution, x=None, encoded=None, image=None, add=add_to_upsampled):
         """The way through all levels. add: how a level's RGB is added to the image below, (rgb, image) → image. Of the
         upsampler: x, the features to start from; encoded, {resolution: those of the way down}; image, what it enlarges.
         """
         ws = w if w.ndim == 3 else w[:, None].expand(-1, self.num_layers, -1)
         pyramid, routings = {}, {}
         for level, level_ws in zip(self.levels, ws.split([level.num_layers for level in self.levels], 1), strict=True):
-            inputs = (x, level_ws, local_text, encoded.get(level.resolution))
+            inputs = (x, level_ws, local_text, encoded.get(level.resolution) if encoded else None)
             x, rgb, routed = recomputed(level, *inputs) if self.recompute else level(*inputs)
             if rgb is not None:
                 image = rgb if image is None else add(rgb, image)

@@ -132,9 +132,8 @@ class UpsamplingConv2d(ModulatedConv2d):
 
     def convolve(self, x, kernels):
         y = folded_transposed_convolution(x, kernels)  # [B, D, 2H + 1, 2W + 1]
-        taps = (
-            1 - (torch.arange(4, dtype=y.dtype, device=y.device) - 1.5).abs() / 2
-        )  # [1, 3, 3, 1]/4, made on the device
+        # [1, 3, 3, 1]/4, made on the device: a copy from the host would make it wait.
+        taps = 1 - (torch.arange(4, dtype=y.dtype, device=y.device) - 1.5).abs() / 2
         filters = torch.outer(taps, taps).expand(y.shape[1], 1, 4, 4)
         return F.conv2d(y, filters, padding=1, groups=y.shape[1])
 

@@ -178,7 +178,7 @@ class Learner:
     def penalize(self, micro_batches, r1_weight):
         """Adds the gradients of R1, times r1_weight, to the discriminator's → R1.
 
-        An image takes some six times the memory that the other losses take, and no image affects another's penalty. So
+        An image takes several times the memory that the other losses take, and no image affects another's penalty. So
         R1 has smaller batches of its own, and is done before any other graph is there. DDP averages its gradients with
         theirs.
         """
