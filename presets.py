@@ -211,7 +211,7 @@ PRESETS = {
     # A laptop without GPU: emoji at 64×64, whole Aurora in small.
     "emoji": emoji(
         (192, 128, 96, 48, 24), (128, 160, 96, 48, 24), w_dim=192, head_dim=24, batch=32, ema_half_life=10_000,
-        images_per_phase={4: 0, 8: 0, 16: 96_000, 32: 1_000_000}, fid_every=16_000,
+        images_per_phase={4: 0, 8: 0, 16: 96_000, 32: 256_000}, fid_every=16_000,
     ),
     # One GPU for half an hour: the same with about twice the channels, and experts that share the points more evenly.
     "emoji-gpu": emoji(
