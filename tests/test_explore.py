@@ -1,244 +1,212 @@
-"""The page, by NiceGUI's own simulation of a visitor, and the mistakes of those who open it."""
+"""The page's server draws what the page sets as Pipeline and views draw it, and survives what else it is sent."""
 
-import asyncio
-import functools
-import shutil
+import base64
+import http.client
+import io
+import json
 import socket
-from types import SimpleNamespace
+import threading
 
+import numpy as np
 import pytest
 import torch
-from nicegui.testing import user_simulation
+from PIL import Image
 
 import explore
 from baselines.command import generator_file
 from baselines.stylegan_t import StyleGANT
 from clip import load_clip
-from common.cli import UserError
-from sampling import settings
+from sampling import latent, page, views
+from sampling.page import Settings, frames, noise
 from sampling.pipeline import Pipeline
-from sampling.sheet import Point, Sheet
-from tests import figures
 from weights.generator_file import DEMO, save_generator
 
-
-def visit(script, *checkpoints, prompt="red heart", models=None):
-    """Opens the page and runs script(user, page)."""
-    args = explore.parse_args(["--device", "cpu"])
-    pages, failures = [], []
-
-    def root():
-        load = models or functools.cache(functools.partial(explore.load_model, args))
-        pages.append(explore.Page(load, checkpoints, prompt))
-
-    async def session():
-        async with user_simulation(root) as user:
-            await user.open("/")
-            try:
-                await drawn(pages[0])
-                await script(user, pages[0])
-            except Exception as error:  # raised here it would leave the page's tasks behind, which never end
-                failures.append(error)
-
-    asyncio.run(session())
-    for failure in failures:
-        raise failure
+PLAIN = dict(
+    prompt="red heart", seed="3", num="2", psi="1", second="", amount="0", part="both", layers=[], walk=0, centre=[],
+    forced=None,
+)  # fmt: skip
 
 
-async def drawn(page):
-    """Waits until the page shows what is wanted."""
-    for _ in range(600):
-        await asyncio.sleep(0.05)
-        if not (page.busy or page.again) and (page.shown or page.note.text):
-            return
-    raise TimeoutError
+@pytest.fixture(scope="module")
+def pipe():
+    return Pipeline.load(device="cpu")
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """Of the demo, a StyleGAN-T and a file that is none."""
+    folder = tmp_path_factory.mktemp("models")
+    system = StyleGANT(load_clip("emoji"), 32, torch.device("cpu"))
+    save_generator(folder / "baseline.safetensors", *generator_file(system, {"clip": "emoji"}))
+    (folder / "broken.safetensors").write_bytes(b"text")
+    args = explore.parse_args(["--device", "cpu", "--checkpoint", str(DEMO), *map(str, sorted(folder.iterdir()))])
+    args.port = 0
+    with explore.Server(args) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+def request(server, method, path, body=None, host="localhost"):
+    connection = http.client.HTTPConnection(*server.server_address)
+    connection.request(method, path, body, {"Host": host})
+    reply = connection.getresponse()
+    return reply.status, reply.read().decode()
 
 
 @pytest.fixture
-def base(tmp_path):
-    """The demo's first stage alone."""
-    return shutil.copy(DEMO, tmp_path)
+def ask(server):
+    """Changes of PLAIN → the answer."""
+
+    def ask(path="/draw", model=0, router="", number=0, **changes):
+        sent = {"model": model, "router": router, "number": number, "settings": json.dumps(PLAIN | changes)}
+        status, told = request(server, "POST", path, json.dumps(sent))
+        assert status == 200
+        return json.loads(told)
+
+    return ask
 
 
-def test_the_page_shows_what_the_pipeline_draws(base):
-    async def script(user, page):
-        expected = Pipeline.load(base, device="cpu").sample("red heart", num=4, seed=0)
-        assert page.image.source == Sheet(4, 64).joined(expected)
-        page.prompt.value = "a mauve whale"
-        await asyncio.sleep(0)
-        await drawn(page)
-        assert page.image.source != Sheet(4, 64).joined(expected)
-        page.prompt.value = "word " * 500
-        await asyncio.sleep(0)
-        await drawn(page)
-        assert "too long" in page.note.text
-        page.prompt.value = " "
-        await asyncio.sleep(0)
-        await drawn(page)
-        assert "say what to draw" in page.note.text
-
-    visit(script, base)
+def opened(url):
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))), int)
 
 
-def test_a_point_tells_its_expert_and_can_be_given_to_another(base):
-    async def script(user, page):
-        page.router.value = "8.0.0"
-        await asyncio.sleep(0)
-        page.click(SimpleNamespace(image_x=36, image_y=34))
-        before, picture = int(page.routing.expert_index[0, 36]), page.image.source
-        assert f"Row 5, column 5 of picture 1: expert {before} took it" in page.told.text
-        await page.force((before + 1) % 4)
-        await drawn(page)
-        assert int(page.routing.expert_index[0, 36]) == (before + 1) % 4 and page.image.source != picture
-        await page.release()
-        await drawn(page)
-        assert page.image.source == picture
-
-    visit(script, base)
+def test_the_page_and_what_it_shows_first(server):
+    status, said = request(server, "GET", "/")
+    assert status == 200 and "<title>Aurora" in said
+    start = json.loads(request(server, "POST", "/start", "{}")[1])
+    assert start["prompt"] == "red heart" and len(start["models"]) == 3
 
 
-def test_more_like_a_picture_keeps_it(base):
-    async def script(user, page):
-        page.click(SimpleNamespace(image_x=64 + 2 + 5, image_y=5))
-        second = page.drawn.images[1]
-        page.more_like_this()
-        await asyncio.sleep(0)
-        await drawn(page)
-        torch.testing.assert_close(page.drawn.images[0], second)
-
-    visit(script, base)
+@pytest.mark.parametrize("psi", [1, 0.5])
+def test_plain_settings_draw_what_the_pipeline_draws(ask, psi):
+    small = Pipeline.load(device="cpu", resolution=64).sample("red heart", num=2, seed=3, psi=psi)
+    told = ask(psi=str(psi))
+    assert all(np.array_equal(opened(url), np.asarray(p)) for url, p in zip(told["pictures"], small, strict=True))
+    large = Pipeline.load(device="cpu").sample("red heart", num=2, seed=3, psi=psi)[1]
+    assert np.abs(opened(ask("/enlarge", number=1, psi=str(psi))) - np.asarray(large)).max() <= 1  # another batch
+    assert told["second_stage"] and told["routers"] == ["8.0.0", "16.0.0"] and not told["note"]
 
 
-def test_a_baseline_stands_where_aurora_stood(tmp_path):
-    clip = load_clip("emoji")
-    system = StyleGANT(clip, 32, torch.device("cpu"))
-    path = tmp_path / "generator_ema.safetensors"
-    save_generator(path, *generator_file(system, {"clip": "emoji"}))
-    broken = tmp_path / "broken.safetensors"
-    broken.write_bytes(b"text")
-
-    async def script(user, page):
-        page.checkpoint.value = path
-        await asyncio.sleep(0)
-        await drawn(page)
-        assert page.drawn.images.shape == (4, 3, 32, 32) and not page.psi.enabled and "Aurora's" in page.told.text
-        page.checkpoint.value = broken
-        await asyncio.sleep(0)
-        await drawn(page)
-        assert "is damaged" in page.note.text
-
-    visit(script, figures.generator_file(), path, broken)
+@pytest.mark.parametrize("part", ["both", "global", "local"])
+def test_the_way_between_two_prompts_is_that_of_views(pipe, part):
+    (half,) = frames(pipe, Settings("red heart", 3, 1, second="whale", amount=0.5, part=part))
+    with torch.no_grad():
+        way = pipe.view(views.interpolation, ("red heart", "whale"), 3, 1.0, 3, part, "spherical")
+    for ours, expected in ((half, way[1]), (half.large, way[1].large)):
+        torch.testing.assert_close(ours.w, expected.w)
+        torch.testing.assert_close(ours.local_text, expected.local_text)
 
 
-def test_a_walk_ends_with_its_model_and_a_click_on_what_goes_stops_nothing(base):
-    async def script(user, page):
-        page.start_or_stop()
-        page.offer(page.model)
-        assert not page.walking.active
-        page.num.value = 2
-        await asyncio.sleep(0)
-        page.router.value = page.router.options[1]
-        page.point = Point(3, 0)  # the fourth picture of those still shown
-        await asyncio.sleep(0)
-        page.point = Point(3, 0)
-        await drawn(page)
-        assert page.point is None and page.shown.num == 2 and not page.note.text
-
-    visit(script, base)
+def test_chosen_layers_of_both_stages_follow_the_second_prompt(pipe):
+    own = pipe.generator.synthesis.num_layers
+    (first,), (second,) = (pipe.frames(prompt, seed=3) for prompt in ("red heart", "whale"))
+    (mixed,) = frames(pipe, Settings("red heart", 3, 1, second="whale", layers=(0, 2, own + 1)))
+    for stage, chosen in ((lambda frame: frame, [0, 2]), (lambda frame: frame.large, [1])):
+        a, b, m = map(stage, (first, second, mixed))
+        expected = a.w.clone()
+        expected[chosen] = b.w[chosen]
+        torch.testing.assert_close(m.w, expected)
+        torch.testing.assert_close(m.local_text, a.local_text)
 
 
-def test_what_the_page_sends_is_held_within_bounds():
-    async def script(user, page):
-        for control in (page.num, page.psi, page.seed, page.amount):
-            for sent in (10**7, -5, None, 1e300):
-                control.value = sent
-                wanted = page.wanted()
-                assert 1 <= wanted.num <= settings.MOST and 0 <= wanted.psi <= 1.5
-                assert 0 <= wanted.seed <= 2**53 and 0 <= wanted.amount <= 1
-        page.prompt.value = page.second.value = "word " * 100_000
-        assert len(page.wanted().prompt) <= 1000 and len(page.wanted().second) <= 1000
-        assert [explore.within(sent, 1, 9) for sent in (float("nan"), "x", [1], "5", 5)] == [1, 1, 1, 5, 5]
+def test_a_walk_goes_from_seed_to_seed_and_likeness_is_near(pipe):
+    generator = pipe.generator
+    assert torch.equal(noise(generator, Settings("", 3, 2, walk=2.0)), latent.noise(generator, 2, 5))
+    between = noise(generator, Settings("", 3, 2, walk=1.5))
+    ends = latent.noise(generator, 2, 4), latent.noise(generator, 2, 5)
+    assert all(torch.cosine_similarity(between, end).min() > 0.5 for end in ends)
+    centre = latent.noise(generator, 3, 9)[2]
+    near = noise(generator, Settings("", 3, 4, centre=tuple(centre.tolist())))
+    assert torch.equal(near[0], centre) and torch.cosine_similarity(near, centre[None]).min() > 0.8
+    assert len(near.unique(dim=0)) == 4
 
-    class Held:
-        """In place of the models: nothing is drawn."""
 
-        def __call__(self, path):
-            raise UserError("no model")
+def test_more_like_a_picture_keeps_it(ask):
+    before = ask()
+    after = ask(centre=before["z"][1], seed="4")
+    assert np.abs(opened(after["pictures"][0]) - opened(before["pictures"][1])).max() <= 1
 
-    visit(script, "none", models=Held())
+
+def test_points_are_given_to_another_expert_and_released(ask):
+    free = ask(router="8.0.0")
+    taken = free["routing"]["experts"]
+    chances = torch.tensor(free["routing"]["chances"])
+    torch.testing.assert_close(chances.sum(-1), torch.ones(2, 64))
+    assert chances.argmax(-1).tolist() == taken
+    points = [(picture, index) for picture in (0, 1) for index in (3, 36)]
+    other = (taken[0][36] + 1) % 4
+    forced = ask(router="8.0.0", forced={"router": "8.0.0", "points": points, "expert": other})
+    assert all(forced["routing"]["experts"][picture][index] == other for picture, index in points)
+    assert forced["pictures"] != free["pictures"] and ask(router="8.0.0") == free
+
+
+def test_a_baseline_takes_a_prompt_a_seed_and_a_number(ask):
+    told = ask(model=1)
+    assert [opened(url).shape for url in told["pictures"]] == [(32, 32, 3)] * 2
+    assert told["baseline"] == "StyleGANT" and not told["layers"] and not told["routers"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"prompt": " "}, "say what to draw"),
+        ({"prompt": " ", "model": 1}, "say what to draw"),
+        ({"model": 2}, "is damaged"),
+        ({"forced": {"router": "999999.0.0", "points": [[0, 0]], "expert": 0}}, "no router 999999.0.0"),
+        ({"forced": {"router": "8.0.0", "points": [[0, 0]], "expert": 99}}, "no expert 99"),
+        ({"forced": {"router": "8.0.0", "points": [[0, 9999]], "expert": 0}}, "out of bounds"),
+        ({"centre": [1.0, 2.0]}, "must match"),
+        ({"layers": "x"}, "not supported"),
+    ],
+)
+def test_any_error_is_a_sentence_and_the_next_draws(ask, changes, says):
+    told = ask(**changes)
+    assert says in told["error"] and "\n" not in told["error"]
+    assert len(ask()["pictures"]) == 2
+    assert "too long" in ask(prompt="word " * 500)["note"]
+
+
+def test_what_the_page_sends_is_held_within_bounds(server):
+    for sent in (10**7, -5, None, 1e300, float("nan"), "x", [1]):
+        wanted = page.read_settings(
+            json.dumps(
+                PLAIN | dict.fromkeys(("seed", "num", "psi", "amount", "walk"), sent) | {"prompt": "word " * 9999}
+            )
+        )
+        assert 1 <= wanted.num <= page.MOST and 0 <= wanted.psi <= 1.5 and 0 <= wanted.walk <= page.MOST_SEED
+        assert 0 <= wanted.seed <= page.MOST_SEED and 0 <= wanted.amount <= 1 and len(wanted.prompt) <= 1000
+    assert [page.within(sent, 1, 9) for sent in ("5", 5)] == [5, 5]
+    for body in ("[", "[]", "{}", '{"model": -9}'):
+        assert "error" in json.loads(request(server, "POST", "/draw", body)[1])
 
 
 @pytest.mark.parametrize(
     ("host", "status"),
     [
-        (b"127.0.0.1:8080", 200),
-        (b"localhost", 200),
-        (b"[::1]:8080", 200),
-        (b"192.168.0.7:80", 200),
-        (b"Desk.local:8080", 200),
-        (b"evil.example:8080", 400),
-        (b"127.0.0.1.evil.example", 400),
-        (b"", 400),
+        ("127.0.0.1:8080", 200),
+        ("localhost", 200),
+        ("[::1]:8080", 200),
+        ("192.168.0.7:80", 200),
+        ("LocalHost:8080", 200),
+        ("evil.example:8080", 400),
+        ("127.0.0.1.evil.example", 400),
+        ("", 400),
     ],
 )
-def test_the_page_is_served_under_names_of_this_machine_alone(host, status):
-    sent = []
-
-    async def served(scope, receive, send):
-        await send({"status": 200})
-
-    async def send(message):
-        sent.append(message)
-
-    for kind in ("http", "websocket"):
-        sent.clear()
-        scope = {"type": kind, "headers": [(b"host", host)], "extensions": {"websocket.http.response": {}}}
-        asyncio.run(explore.KnownHosts(served, ["localhost", "desk.local"])(scope, None, send))
-        assert sent[0]["status"] == status
+def test_the_page_is_served_under_names_of_this_machine_alone(server, host, status):
+    assert request(server, "GET", "/", host=host)[0] == status
+    assert request(server, "POST", "/start", "{}", host)[0] == status
 
 
 def test_mistakes_are_told_in_one_line(run_main, tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-        status, _, stderr = run_main(explore.main, "--port", port)
-        assert status == 2 and f"port {port}" in stderr and "another --port" in stderr and stderr.count("\n") == 0
-        free = port
+        free = taken.getsockname()[1]
+        status, _, stderr = run_main(explore.main, "--port", free)
+        assert status == 2 and f"port {free}" in stderr and "another --port" in stderr and stderr.count("\n") == 0
     (tmp_path / "a.safetensors").write_bytes(b"text")
     for name, says in (("a.safetensors", "is damaged"), ("none.pth", "no generator")):
         status, _, stderr = run_main(explore.main, "--checkpoint", tmp_path / name, "--port", free, "--device", "cpu")
         assert status == 2 and says in stderr and stderr.count("\n") == 0
     status, _, stderr = run_main(explore.main, "--port", 70_000)
     assert status == 2 and "70000" in stderr and stderr.count("\n") == 0
-
-
-def test_the_second_stage_draws_when_the_page_rests(monkeypatch):
-    """A change while it draws ends that; an error of its own is told, and the next redraw works."""
-
-    async def script(user, page):
-        assert page.drawn.images.shape == (4, 3, 256, 256)
-        enlarge, calls = explore.pipeline.enlarge, []
-
-        def change_or_fail(*arguments):
-            calls.append(arguments)
-            if len(calls) == 1:
-                page.again = True  # as a control does that is moved meanwhile
-            if len(calls) == 3:
-                raise RuntimeError("no memory is left")
-            return enlarge(*arguments)
-
-        monkeypatch.setattr(explore.pipeline, "enlarge", change_or_fail)
-        await page.refresh()
-        assert len(calls) == 3 and "no memory is left" in page.note.text and page.drawn.images.shape[-1] == 64
-        await page.refresh()
-        assert len(calls) == 7 and not page.note.text and page.drawn.images.shape[-1] == 256
-
-    visit(script, DEMO)
-
-
-def test_keys_change_the_seed(base):
-    async def script(user, page):
-        for key, seed in (("n", 1), ("n", 2), ("p", 1), ("p", 0), ("p", 0)):
-            await page.press(SimpleNamespace(action=SimpleNamespace(keydown=True), key=key))
-            assert page.seed.value == seed
-
-    visit(script, base)

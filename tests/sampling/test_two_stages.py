@@ -12,7 +12,7 @@ from aurora import Generator
 from clip import load_minilm
 from common.cli import UserError
 from presets import Level, UpsamplerConfig
-from sampling import latent, pipeline, settings, views
+from sampling import latent, views
 from sampling.pipeline import Pipeline
 from upsampler import Upsampler, draw_input_noise, enlarge, given_images
 from weights import generator_file
@@ -105,17 +105,6 @@ def test_layers_are_mixed_through_both_stages(pipe):
     assert torch.equal(frames[-1].w, second.w) and torch.equal(frames[-1].large.w, second.large.w)
     middle = frames[layers[1]]  # all layers of the first stage by the first prompt, those of the second by the other
     assert torch.equal(middle.w, first.w) and torch.equal(middle.large.w, second.large.w)
-    chosen = settings.Settings("red heart", num=1, second="whale", layers=tuple(range(layers[0], sum(layers))))
-    (frame,) = settings.frames_of(pipe, chosen)
-    assert torch.equal(frame.w, first.w) and torch.equal(frame.large.w, second.large.w)
-
-
-def test_the_pages_settings_draw_what_the_pipeline_draws(pipe):
-    drawn = settings.draw(pipe, settings.Settings("red heart", seed=2, num=2))
-    assert torch.equal(drawn.images, pipe.draw(pipe.frames("red heart", num=2, seed=2)).images)
-    assert {name: len(r.logits[0]) for name, r in drawn.routings.items()} == {
-        "16.0.0": 256, "8.0.0" + pipeline.LARGE: 64,
-    }  # fmt: skip
 
 
 def test_pictures_and_their_experts_through_the_command(file, tmp_path, run_main):

@@ -1,0 +1,191 @@
+"""What the page of explore.py asks for, and its answer: the page sends all that decides a set of pictures, at every
+change of it. Nothing is kept here from one change to the next, but for what need not be computed twice.
+"""
+
+import base64
+import functools
+import io
+import json
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from sampling import latent, pipeline, views
+from sampling.pictures import at_own_size, in_range
+from sampling.pipeline import Drawn, Pipeline, routers
+
+MOST = latent.BATCH  # pictures at a time, so that forced points are those of one batch
+MOST_PSI, MOST_SEED, MOST_TEXT = 1.5, 2**53, 1000  # of a text: characters
+SPREAD = 0.25  # how far from a picture those lie that are "more like this": a quarter of the way to other noise
+
+
+class Forced(NamedTuple):
+    """Feature points that one expert is to take, whatever the router says."""
+
+    router: str  # "resolution.block.depth"
+    points: tuple[tuple[int, int], ...]  # picture, and index in N
+    expert: int
+
+
+@dataclass(frozen=True)
+class Settings:
+    """`num` pictures of a prompt, as Pipeline.sample draws them; all else changes them."""
+
+    prompt: str
+    seed: int = 0
+    num: int = 4  # at most MOST
+    psi: float = 1.0
+    second: str = ""  # another prompt
+    amount: float = 0.0  # the way to it: 0 is the prompt, 1 the second one
+    part: str = "both"  # of the text goes that way: both, global or local
+    layers: tuple[int, ...] = ()  # these take w from the second prompt; they are counted through both stages
+    walk: float = 0.0  # the noise's way from `seed` to the seeds after it
+    centre: tuple[float, ...] = ()  # z of the picture that all of them are to be like
+    forced: Forced | None = None
+
+
+def read_settings(text):
+    """JSON of the page, which may hold anything → Settings within their bounds. Raises what it stumbles on."""
+    sent = json.loads(text)
+    forced = sent["forced"]
+    if forced:
+        points = tuple((picture, index) for picture, index in forced["points"])
+        forced = Forced(forced["router"], points, forced["expert"])
+    return Settings(
+        prompt=str(sent["prompt"])[:MOST_TEXT].strip(),
+        seed=int(within(sent["seed"], 0, MOST_SEED)),
+        num=int(within(sent["num"], 1, MOST)),
+        psi=within(sent["psi"], 0, MOST_PSI),
+        second=str(sent["second"])[:MOST_TEXT].strip(),
+        amount=within(sent["amount"], 0, 1),
+        part=sent["part"],
+        layers=tuple(sent["layers"]),
+        walk=within(sent["walk"], 0, MOST_SEED),
+        centre=tuple(sent["centre"]),
+        forced=forced,
+    )
+
+
+def within(value, least, most):
+    """Anything → a number within these bounds; what is no number is the least."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    return min(max(number, least), most) if math.isfinite(number) else least
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# From settings to pictures.
+
+
+@functools.lru_cache(maxsize=8)
+def read(generator, clip, prompt):
+    """A text → latent.Prompt. The newest are kept, as most changes leave the prompts as they are."""
+    return latent.read(generator, clip, [prompt])
+
+
+def noise(generator, settings):
+    """Settings → z [num, z_dim]."""
+    steps, rest = divmod(settings.walk, 1)
+    z, ahead = (latent.noise(generator, settings.num, settings.seed + int(steps) + i) for i in (0, 1))
+    if rest:
+        z = views.between(z, ahead, rest, "spherical")
+    if settings.centre:
+        centre = torch.tensor([settings.centre]).to(z)
+        near = views.between(centre.expand_as(z), z, SPREAD, "spherical")
+        z = torch.cat([centre, near[1:]])
+    return z
+
+
+def frames_of_stage(generator, clip, settings, layers):
+    """As `frames`, by one stage. layers: those of this stage that take w from the second prompt."""
+    z, captions = noise(generator, settings), [settings.prompt] * settings.num
+    first = text = read(generator, clip, settings.prompt)
+    second = read(generator, clip, settings.second or settings.prompt)
+    if settings.amount:
+        text = views.on_the_way(first, second, [settings.amount], settings.part, "spherical")
+    drawn = views.frames(generator, z, text, settings.psi, captions)
+    if not layers:
+        return drawn
+    of_second = torch.zeros(generator.synthesis.num_layers, 1, dtype=torch.bool, device=z.device)
+    of_second[layers] = True
+    others = views.frames(generator, z, second, settings.psi, captions)
+    pairs = zip(drawn, others, strict=True)
+    return [frame._replace(w=torch.where(of_second, other.w, frame.w)) for frame, other in pairs]
+
+
+@torch.no_grad()
+def frames(pipe, settings):
+    """A Pipeline and Settings → a views.Frame for each picture, of both stages."""
+    own = pipe.generator.synthesis.num_layers
+    drawn = frames_of_stage(pipe.generator, pipe.clip, settings, [i for i in settings.layers if i < own])
+    if pipe.upsampler is None:
+        return drawn
+    above = [i - own for i in settings.layers if i >= own]
+    large = frames_of_stage(pipe.upsampler, pipe.clip, settings, above)
+    return [frame._replace(large=its) for frame, its in zip(drawn, large, strict=True)]
+
+
+@functools.lru_cache(maxsize=1)
+def draw(model, settings):
+    """A Pipeline, or a system of baselines/, and Settings → Drawn, by the first stage alone, and its frames.
+
+    A system takes the prompt, the seed and the number. Raises UserError.
+    """
+    latent.check([settings.prompt])
+    if not isinstance(model, Pipeline):
+        images = model.sample(model.clip.read([settings.prompt]), settings.seed, settings.num)
+        return Drawn(in_range(images), [settings.prompt] * settings.num, {}), []
+    todo, generator = frames(model, settings), model.generator
+    if settings.forced is None:
+        return pipeline.draw(generator, todo), todo
+    router, chosen, expert = settings.forced
+    side = int(router.split(".")[0]) if router in routers(generator) else 1
+    points = torch.zeros(settings.num, side**2, dtype=torch.bool)
+    for picture, index in chosen:
+        points[picture, index] = True
+    with pipeline.forced(generator, router, points.to(generator.w_avg.device), expert):
+        return pipeline.draw(generator, todo), todo
+
+
+@functools.lru_cache(maxsize=MOST)
+def draw_large(pipe, settings, number):
+    """One picture of `draw`, by the second stage → PIL image."""
+    drawn, todo = draw(pipe, settings)
+    small = Drawn(drawn.images[number : number + 1], [settings.prompt], {})
+    return pipeline.enlarge(pipe.upsampler, small, [todo[number]]).pictures[0]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What the page is told.
+
+
+def data_url(picture):
+    file = io.BytesIO()
+    picture.save(file, "PNG", compress_level=1)
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def answer(model, settings, router):
+    """→ what the page shows, as JSON has it. router: the one whose decisions it shows, or ""."""
+    drawn, _ = draw(model, settings)
+    is_aurora = isinstance(model, Pipeline)
+    clip = model.clip if is_aurora else model.clip.text
+    prompts = [settings.prompt, settings.second] if settings.second else [settings.prompt]
+    notes = [remark for prompt in prompts for remark in latent.remarks(clip, prompt)]
+    told = {"pictures": [data_url(at_own_size(image)) for image in drawn.images], "note": "; ".join(notes)}
+    if not is_aurora:
+        return told | {"baseline": type(model).__name__, "layers": [], "routers": []}
+    stages = [model.generator, model.upsampler] if model.upsampler else [model.generator]
+    told["layers"] = [name for stage in stages for name in views.layer_names(stage)]
+    told["routers"] = list(routers(model.generator))
+    told["second_stage"] = model.upsampler is not None
+    told["z"] = noise(model.generator, settings).tolist()
+    if router in drawn.routings:
+        routing = drawn.routings[router]
+        chances = routing.logits.float().softmax(-1).tolist()
+        told["routing"] = {"experts": routing.expert_index.tolist(), "chances": chances}
+    return told
