@@ -16,7 +16,7 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-from baselines import command
+from baselines import shared
 from common import distributed
 from common.cli import HelpFormatter, UserError, a_path, first_line, positive_int, told_in_one_line
 from sampling import inference, page
@@ -52,8 +52,8 @@ def parse_args(argv=None):
 def load_model(args, number):
     """One of args.checkpoint → a Pipeline, or a system of baselines/. Raises UserError."""
     path = generator_of(args.checkpoint[number])
-    if system_class := command.system_of(path):
-        system, _ = command.load(system_class, path, distributed.start(args.device))
+    if system_class := shared.system_of(path):
+        system, _ = shared.load(system_class, path, distributed.start(args.device))
         return system
     return Pipeline.load(path, args.device, args.dtype, args.clip)
 

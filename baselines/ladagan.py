@@ -27,8 +27,7 @@ sys.path.append(str(Path(__file__).parents[1]))  # for `python baselines/ladagan
 
 from attention import merge_heads, split_heads
 from augment import NUM_CHANCES, augment
-from baselines.command import main
-from baselines.system import System, minimize, update_average
+from baselines.shared import System, main, minimize, update_average
 from layers import rms_norm
 from losses import R1_INTERVAL
 

@@ -24,8 +24,7 @@ from torch import nn
 sys.path.append(str(Path(__file__).parents[1]))  # for `python baselines/muse.py`
 
 from attention import merge_heads, split_heads
-from baselines.command import main
-from baselines.system import minimize, update_average
+from baselines.shared import main, minimize, update_average
 from clip import Text
 from common import distributed
 from losses import perceptual_distance
@@ -299,7 +298,7 @@ class Muse:
     """The networks of Muse, how they learn, and how they draw: by the running average of the transformer.
 
     clip: a FrozenClip. resolution: of the images, a multiple of FACTOR. The VQGAN learns from the first
-    TOKENIZER_IMAGES images, the transformer from those after them. The rest is as in system.System.
+    TOKENIZER_IMAGES images, the transformer from those after them. The rest is as in shared.System.
     """
 
     for_sampling = ("vqgan", "ema")

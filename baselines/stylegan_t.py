@@ -31,8 +31,7 @@ sys.path.append(str(Path(__file__).parents[1]))  # for `python baselines/stylega
 
 from augment import NUM_CHANCES, augment
 from aurora import FourierFeatures
-from baselines.command import main
-from baselines.system import System, minimize, update_average
+from baselines.shared import System, main, minimize, update_average
 from common import distributed
 from layers import Linear, lrelu, rms_norm, upsample
 from modulation import Affine, ModulatedConv2d, ToRGB, UpsamplingConv2d

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 
 from aurora import Generator
-from baselines.command import load, system_of
+from baselines.shared import load, system_of
 from common.cli import HelpFormatter, UserError, a_path, positive_int, told_in_one_line
 from common.disk import atomically
 from data import sources
@@ -27,7 +27,7 @@ from evaluation import emoji
 from evaluation.extractors import load_extractor
 from evaluation.features import BATCH, drawing, extract_real, measure, measure_real, to_pixels
 from evaluation.metrics import NEIGHBOURS
-from experiments.stopwatch import peak_memory, processor_seconds
+from experiments.bench import peak_memory, processor_seconds
 from presets import PRESETS
 from sampling import inference
 from sampling.pictures import grid, to_pil

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import attention
-from experiments.stopwatch import peak_memory
+from experiments.bench import peak_memory
 from tests.conftest import assert_same_gradients
 
 torch.manual_seed(0)

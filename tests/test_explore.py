@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 import explore
-from baselines.command import generator_file
+from baselines.shared import generator_file
 from baselines.stylegan_t import StyleGANT
 from clip import load_clip
 from sampling import latent, page, views

@@ -1,6 +1,6 @@
 """What a run's steps need: batches, means over ranks, the guard, the log, and when to draw, save and end.
 
-train.py and baselines/command.py have the order of things. Nothing here knows a network, but for `overfitting`.
+train.py and baselines/shared.py have the order of things. Nothing here knows a network, but for `overfitting`.
 """
 
 import contextlib

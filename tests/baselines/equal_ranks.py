@@ -10,7 +10,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
 
-from baselines import command, muse
+from baselines import muse, shared
 from common import distributed
 from training.loop import Loop
 
@@ -40,6 +40,6 @@ class Kept(muse.Muse):
 
 
 muse.TOKENIZER_IMAGES = 16
-command.Loop, command.NUM_PICTURES = Short, 2
+shared.Loop, shared.NUM_PICTURES = Short, 2
 sys.argv[1:] = ["train", "--data", sys.argv[2], "--batch", "8", "--workers", "0", "--out", sys.argv[1]]
-command.main(Kept)
+shared.main(Kept)

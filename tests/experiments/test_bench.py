@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from experiments import bench
-from experiments.stopwatch import Stopwatch
+from experiments.bench import Stopwatch
 from tests.figures import TINY
 
 

@@ -7,8 +7,8 @@ import torch
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
-from baselines.command import generator_file
 from baselines.ladagan import LadaGAN
+from baselines.shared import generator_file
 from clip import BUILT_IN, load_clip
 from evaluation import emoji, extractors
 from experiments import compare

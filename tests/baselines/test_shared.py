@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from baselines import command, muse
+from baselines import muse, shared
 from baselines.ladagan import LadaGAN
 from baselines.muse import Muse
 from baselines.stylegan_t import StyleGANT
@@ -40,15 +40,15 @@ def data(tmp_path):
 @pytest.fixture
 def learn(monkeypatch, run_main):
     """system, steps, options → trains up to so many steps, which the command itself would not end at."""
-    monkeypatch.setattr(command, "NUM_PICTURES", 2)
+    monkeypatch.setattr(shared, "NUM_PICTURES", 2)
     monkeypatch.setattr(muse, "TOKENIZER_IMAGES", 2 * BATCH)
     monkeypatch.setattr(muse, "fill", functools.partial(muse.fill, steps=2))
     monkeypatch.setattr(muse, "resample", functools.partial(muse.resample, iterations=1))
 
     def learn(system, steps, *options):
-        monkeypatch.setattr(command, "Loop", lambda *args, **_: Loop(*args, last_step=steps))
+        monkeypatch.setattr(shared, "Loop", lambda *args, **_: Loop(*args, last_step=steps))
         always = ("--batch", BATCH, "--workers", 0)
-        return run_main(lambda: command.main(system), "train", *always, *options)
+        return run_main(lambda: shared.main(system), "train", *always, *options)
 
     return learn
 
@@ -74,10 +74,10 @@ def test_a_run_resumes_to_the_last_bit_and_draws(tmp_path, data, learn, run_main
     assert identical(load_file(whole / generator.name), load_file(generator))
     picture = tmp_path / "picture.png"
     draw = ("sample", "red heart", "--num", 2, "--checkpoint", generator, "--out", picture)
-    status, said, error = run_main(lambda: command.main(system), *draw)
+    status, said, error = run_main(lambda: shared.main(system), *draw)
     assert status == 0 and said.startswith("2 pictures") and picture.is_file(), error
     for option, value, having in (("--truncation", 0.5, system is not Muse), ("--edit", picture, system is Muse)):
-        status, _, error = run_main(lambda: command.main(system), *draw, option, value)
+        status, _, error = run_main(lambda: shared.main(system), *draw, option, value)
         assert (status, error) == ((0, "") if having else (2, f"error: {option}: {system.__name__} has none"))
 
 
@@ -90,7 +90,7 @@ def test_a_run_is_not_resumed_with_other_options(tmp_path, data, learn):
 @pytest.mark.parametrize(("path", "says"), [(DEMO, "nothing of this command, not Muse"), (__file__, "is damaged")])
 def test_a_foreign_file_is_one_line(run_main, tmp_path, path, says):
     draw = ("sample", "red heart", "--checkpoint", path, "--out", tmp_path / "picture.png")
-    status, _, error = run_main(lambda: command.main(Muse), *draw)
+    status, _, error = run_main(lambda: shared.main(Muse), *draw)
     assert status == 2 and says in error and error.count("\n") == 0
 
 
@@ -100,11 +100,11 @@ def test_prompts_and_generators_that_cannot_be_drawn_are_one_line(tmp_path, run_
     shutil.copyfile(BUILT_IN["emoji"], clip)
     system = LadaGAN(load_clip(str(clip)), 32, torch.device("cpu"))
     next(system.networks["ema"].parameters()).fill_(torch.nan)
-    generator_file.save_generator(path, *command.generator_file(system, {"clip": str(clip)}))
+    generator_file.save_generator(path, *shared.generator_file(system, {"clip": str(clip)}))
 
     def draw(prompt):
         options = ("--num", 1, "--checkpoint", path, "--out", tmp_path / "a.png")
-        return run_main(lambda: command.main(LadaGAN), "sample", prompt, *options)
+        return run_main(lambda: shared.main(LadaGAN), "sample", prompt, *options)
 
     told = [draw(" "), draw("red heart " * 50)]
     assert "too long" in told[-1][1]
@@ -119,7 +119,7 @@ def test_prompts_and_generators_that_cannot_be_drawn_are_one_line(tmp_path, run_
         assert status == 2 and says in error and error.count("\n") == 0, error
     system.clip.name = "another"
     with pytest.raises(ValueError, match="it learned with small CLIP"):
-        command.restore(system, {"clip": metadata["clip"]})
+        shared.restore(system, {"clip": metadata["clip"]})
 
 
 def test_ranks_stay_equal(tmp_path):

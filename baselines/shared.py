@@ -1,10 +1,12 @@
-"""The command of every system in this folder: train on captioned images, and sample.
+"""What the systems of this folder share: networks, optimizers, a moving average; and their command, which trains them
+on captioned images and samples.
 
 python baselines/stylegan_t.py train --data emoji --minutes 60
 python baselines/stylegan_t.py sample "red heart" --num 6
 """
 
 import argparse
+import copy
 import importlib
 import inspect
 import json
@@ -14,8 +16,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from baselines.system import RESOLUTIONS
-from clip import load_clip
+from clip import Text, load_clip
 from common import distributed, stopping
 from common.cli import (
     HelpFormatter,
@@ -30,18 +31,80 @@ from common.cli import (
 )
 from common.distributed import say
 from data import sources
+from layers import parameter_groups
 from sampling import latent
 from sampling.files import check_picture, read_picture, save
 from sampling.pictures import grid, in_range, to_pil
-from step import rng_of
+from step import ema_weight, rng_of
 from training.loop import Loop
 from training.run_folder import RunFolder
 from weights.generator_file import generator_of, read_safetensors, without_prefix
 
 SYSTEMS = {"StyleGANT": "stylegan_t", "LadaGAN": "ladagan", "Muse": "muse"}  # the classes, and where they are
-NUM_PICTURES = 24
-# The options that a run keeps to its end.
-IDENTITY = "data", "caption-key", "clip", "resolution", "batch", "seed"
+RESOLUTIONS = 32, 64
+NUM_PICTURES = 24  # of a sample grid
+IDENTITY = "data", "caption-key", "clip", "resolution", "batch", "seed"  # the options that a run keeps to its end
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What a system is.
+
+
+class System:
+    """A generator and a discriminator as a run trains them. A subclass says how, in `step`, and draws, in `draw`.
+
+    networks: generator, discriminator and ema, the moving average of the generator; optimizers: of the first two. The
+    run saves and restores both by name. clip, a FrozenClip, never changes and is not among them.
+
+    step(number, images, text, noise): one step of both networks and of the moving average, by the number-th batch:
+    images [B, 3, R, R] in [−1, 1], the clip.Text of their captions, and a torch.Generator on the CPU, from which all
+    that is random comes. → {name: scalar}
+    draw(z, text, truncation): z [B, z_dim] and the clip.Text of B captions → images [B, 3, R, R] in [−1, 1], by the
+    moving average.
+    """
+
+    for_sampling = ("ema",)  # the networks that drawing needs
+
+    def __init__(self, clip, resolution, device, generator, discriminator, lr, betas):
+        self.clip, self.resolution, self.device = clip, resolution, device
+        ema = copy.deepcopy(generator).eval().requires_grad_(False)
+        self.networks = {"generator": generator, "discriminator": discriminator, "ema": ema}
+        self.networks = {name: network.to(device) for name, network in self.networks.items()}
+        self.optimizers = {
+            name: torch.optim.Adam(parameter_groups(self.networks[name], lr), betas=betas)
+            for name in ("generator", "discriminator")
+        }
+
+    def sample_z(self, count, noise):
+        """z ~ N(0, 1), [count, z_dim]."""
+        return torch.randn(count, self.networks["generator"].z_dim, generator=noise).to(self.device)
+
+    def sample(self, text, seed, count, truncation=1.0):
+        """`count` images for each of P captions, one caption after the other: [P · count, 3, R, R] in [−1, 1]."""
+        text = Text(*(x.repeat_interleave(count, dim=0) for x in text))
+        z = self.sample_z(len(text.embedding), torch.Generator().manual_seed(seed))
+        return self.draw(z, text, truncation)
+
+
+@torch.no_grad()
+def update_average(average, network, number, batch, half_life):
+    """Moves a moving average toward a network, as step.py does Aurora's. Buffers are copied. batch: of this rank."""
+    weight = ema_weight(number, batch * distributed.world_size(), half_life)
+    torch._foreach_lerp_(list(average.parameters()), list(network.parameters()), weight)
+    for own, buffer in zip(average.buffers(), network.buffers(), strict=True):
+        own.copy_(buffer)
+
+
+def minimize(optimizer, loss):
+    """One step of an optimizer down a loss. Only its own parameters get gradients, the means over all ranks."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward(inputs=parameters)
+    distributed.average_gradients(parameters)
+    optimizer.step()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The command.
 
 
 def main(system_class):
