@@ -169,14 +169,6 @@ def enlarge(args, pipe, prompts):
     print(f"{args.enlarge} at {picture.width}×{picture.height}, drawn in {args.out.resolve()}")
 
 
-def check_files(args):
-    """Fails before the work rather than after it."""
-    if args.each and args.each.exists() and not args.each.is_dir():
-        raise UserError(f"--each {args.each} is a file; name a folder")
-    if not args.each:
-        files.check_picture(args.out)
-
-
 def main():
     args = parse_args()
     with told_in_one_line():
@@ -186,7 +178,10 @@ def main():
             return
         prompts = read_prompts(args)
         check_view(args, prompts)
-        check_files(args)
+        if not args.each:
+            files.check_picture(args.out)
+        elif args.each.exists() and not args.each.is_dir():
+            raise UserError(f"--each {args.each} is a file; name a folder")
         stages = args.upsampler, args.resolution
         pipe = Pipeline.load(args.checkpoint, args.device, args.dtype, args.clip, args.compile, *stages)
         if args.enlarge:

@@ -59,18 +59,13 @@ def save(pictures, path, about):
     kind = Image.registered_extensions()[path.suffix.lower()]
     options = {"save_all": True, "append_images": others, "duration": FRAME_MS, "loop": 0} if others else {}
     if kind == "PNG":
-        options["pnginfo"] = described(about)
+        options["pnginfo"] = PngImagePlugin.PngInfo()
+        options["pnginfo"].add_itxt(KEY, json.dumps(about, ensure_ascii=False))
     try:
         atomically(path, lambda temporary: first.save(temporary, kind, **options))
     except (OSError, ValueError, KeyError) as error:
         size = f"{first.width}×{first.height}"
         raise UserError(f"--out {path} cannot be written at {size} ({first_line(error)}); try .png or less") from error
-
-
-def described(about):
-    info = PngImagePlugin.PngInfo()
-    info.add_itxt(KEY, json.dumps(about, ensure_ascii=False))
-    return info
 
 
 def show(path):
@@ -109,8 +104,13 @@ def write_each(pipe: Pipeline, prompts, num, seed, psi, folder: Path, checkpoint
     for about in abouts:
         path = folder / about["file"]
         if not path.exists():
-            missing.add(about["file"])
-        elif how_made(path) != about:
+            missing.add(path.name)
+            continue
+        try:
+            same = show(path) == about
+        except UserError:  # it does not say
+            same = False
+        if not same:
             raise UserError(f"--each {folder} holds {path.name}, which is not of this command; name another folder")
     for path in left_over(folder, r"\d+\.png"):
         path.unlink()
@@ -126,11 +126,3 @@ def write_each(pipe: Pipeline, prompts, num, seed, psi, folder: Path, checkpoint
                 save([picture], folder / about["file"], about)
     atomically(index, lambda temporary: temporary.write_bytes(b"".join(lines)))
     return len(missing)
-
-
-def how_made(path):
-    """As show, but None for a file that does not say."""
-    try:
-        return show(path)
-    except UserError:
-        return None

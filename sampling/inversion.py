@@ -11,6 +11,7 @@ from tqdm import trange
 
 from losses import perceptual_distance
 from sampling import inference, latent, views
+from sampling.pictures import in_range
 from weights.efficientnet import load_efficientnet
 
 SIDE = 96  # pixels that EfficientNet sees
@@ -47,7 +48,7 @@ class Perceptual:
 
 
 def synthesize(generator, w, local_text):
-    """As latent.pictures, but not clamped, so that every pixel has its gradient."""
+    """w [B, w_dim] or [B, num_layers, w_dim] → images [B, 3, R, R], not clamped: every pixel has its gradient."""
     with inference.autocast(generator):
         return generator.synthesis(w, local_text).image.float()
 
@@ -63,8 +64,11 @@ def fit(pipe, picture, prompt, steps):
         codes = generator.mapping(latent.noise(generator, CANDIDATES, 0), text.global_text.expand(CANDIDATES, -1))
         spread, mean = torch.std_mean(codes, 0)
         starts = torch.cat([codes, generator.w_avg[None]])  # StyleGAN2's projector starts at the mean of all prompts
-        local = text.local_text.expand(len(starts), -1, -1)
-        of_starts = torch.cat([distance(x) for x in latent.pictures(generator, starts, local).split(latent.BATCH)])
+        of_starts = []
+        for part in starts.split(latent.BATCH):
+            images = synthesize(generator, part, text.local_text.expand(len(part), -1, -1))
+            of_starts.append(distance(in_range(images)))
+        of_starts = torch.cat(of_starts)
         of_candidates = of_starts[:CANDIDATES]
     start = starts[of_starts.argmin()]
     w = start.expand(generator.synthesis.num_layers, -1).clone().requires_grad_()
@@ -84,7 +88,7 @@ def fit(pipe, picture, prompt, steps):
         optimizer.step()
         schedule.step()
         bar.set_postfix(distance=f"{perceptual.item():.3f}")
-    reached = distance(latent.pictures(generator, best[1][None], text.local_text)).item()
+    reached = distance(in_range(synthesize(generator, best[1][None], text.local_text))).item()
     return Fit(best[1], text, reached, of_candidates.min().item(), of_candidates.mean().item())
 
 

@@ -1,4 +1,4 @@
-"""From a prompt and noise to latent codes, and from these to pictures: what sampling and evaluation share."""
+"""From a prompt and noise to latent codes: what sampling and evaluation share."""
 
 from typing import NamedTuple
 
@@ -6,8 +6,7 @@ import torch
 
 from common.cli import UserError
 from data.pairs import shows_something
-from sampling import inference
-from sampling.pictures import boxes, in_range
+from sampling.pictures import boxes
 
 NUM_MEAN = 256  # latents behind a prompt's mean code
 BATCH = 16  # pictures drawn at a time
@@ -79,20 +78,6 @@ def codes(generator, z, global_text, psi):
         return w
     mean = mean_code(generator, global_text)
     return mean + psi * (w - mean)
-
-
-def pictures(generator, w, local_text):
-    """w [B, w_dim] or [B, num_layers, w_dim], and a local text for each, → images [B, 3, R, R] in [−1, 1]."""
-    return in_range(torch.cat([output.image for output in outputs(generator, w, local_text)]))
-
-
-def outputs(generator, w, local_text, given=()):
-    """Yields the synthesis network's Output for every BATCH codes. given: of an upsampler, the images of
-    upsampler.given_images.
-    """
-    with inference.autocast(generator):
-        for part in zip(*(inputs.split(BATCH) for inputs in (*given, w, local_text)), strict=True):
-            yield generator.synthesis(*part)
 
 
 @torch.no_grad()

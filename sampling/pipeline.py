@@ -1,4 +1,4 @@
-"""Aurora from Python: load a model, sample, interpolate, and look at its experts. The commands draw through it, too.
+"""Aurora from Python: load a model, sample, and look at its experts. The commands draw through it, too.
 
 from sampling.pipeline import Pipeline
 pipe = Pipeline.load("models/emoji.safetensors")
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from tqdm import tqdm
+from tqdm import trange
 
 from common import distributed
 from common.cli import UserError
@@ -98,13 +98,6 @@ class Pipeline:
         return views.of_both_stages(view, self.generator, self.upsampler, self.clip, *arguments)
 
     @torch.no_grad()
-    def interpolate(self, start: str, end: str, steps=8, seed=0, psi=1.0, part="both", path="spherical"):
-        """PIL pictures on the way from one prompt to another. part, path: see views.interpolation."""
-        prompts = start, end
-        steps, seed = whole(steps=(steps, 2), seed=(seed, 0))
-        return self.draw(self.view(views.interpolation, prompts, seed, psi, steps, part, path)).pictures
-
-    @torch.no_grad()
     def experts(self, prompts: str | list[str], num=1, seed=0, psi=1.0) -> Drawn:
         """As `sample`, → Drawn, whose `routings` say which expert took each feature point, and how surely."""
         return self.draw(self.frames(prompts, num, seed, psi))
@@ -163,12 +156,13 @@ def enlarge(upsampler, drawn, frames):
 
 @torch.no_grad()
 def draw(generator, frames, given=()):
-    """Frames → Drawn, in batches of latent.BATCH. given: of an upsampler, the images of upsampler.given_images."""
+    """Frames → Drawn, in batches. given: of an upsampler, the images of upsampler.given_images."""
     w, local_text = (torch.stack(t) for t in list(zip(*frames, strict=True))[:2])
-    parts = len(range(0, len(frames), latent.BATCH))
-    with inference.compiling():
-        made = latent.outputs(generator, w, local_text, given)
-        outputs = list(tqdm(made, total=parts, disable=parts < 2, leave=False))
+    outputs = []
+    with inference.compiling(), inference.autocast(generator):
+        for first in trange(0, len(frames), latent.BATCH, disable=len(frames) <= latent.BATCH, leave=False):
+            part = slice(first, first + latent.BATCH)
+            outputs.append(generator.synthesis(*(images[part] for images in given), w[part], local_text[part]))
     images = in_range(torch.cat([output.image for output in outputs]))
     routings = {
         name: Routing(*map(torch.cat, zip(*(output.routings[name] for output in outputs), strict=True)))

@@ -37,7 +37,7 @@ def test_it_comes_nearer_to_a_picture_than_any_candidate(pipe, quick):
     target = pipe.experts("red heart", seed=7).images[0]
     few, more = (inversion.fit(pipe, target, "red heart", steps) for steps in (1, 12))
     assert more.distance < 0.9 * few.nearest and few.nearest <= few.random
-    image = latent.pictures(pipe.generator, more.w[None], more.text.local_text)
+    image = inversion.synthesize(pipe.generator, more.w[None], more.text.local_text).clamp(-1, 1)
     assert inversion.Perceptual(target)(image).item() == pytest.approx(more.distance, abs=1e-5)
 
 

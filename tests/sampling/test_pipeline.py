@@ -63,22 +63,12 @@ def test_numpys_numbers_are_numbers_and_what_is_not_finite_is_no_picture():
         (lambda pipe: pipe.experts("red heart", num=1.5), "num=1.5: give a whole number"),
         (lambda pipe: pipe.sample("red heart", seed="a"), "seed='a': give a whole number"),
         (lambda pipe: pipe.sample("red heart", seed=2**70), "give a whole number, 0 or more"),
-        (lambda pipe: pipe.interpolate("cat face", "dog face", steps=1), "steps=1: give a whole number, 2 or more"),
-        (lambda pipe: pipe.interpolate(["cat face"], "dog face"), "a prompt is empty"),
         (lambda _: Pipeline.load(MODELS), "no generator at"),
     ],
 )
 def test_mistakes_are_told_in_one_line(pipe, call, says):
     with pytest.raises(UserError, match=re.escape(says)):
         call(pipe)
-
-
-def test_interpolation_ends_at_its_prompts(pipe):
-    way = pipe.interpolate("red heart", "whale", steps=5, seed=2)
-    assert len(way) == 5
-    for end, prompt in ((way[0], "red heart"), (way[-1], "whale")):
-        (alone,) = pipe.sample(prompt, seed=2)
-        assert np.abs(np.asarray(end, int) - np.asarray(alone, int)).max() <= 1  # rounding: other batches
 
 
 def test_experts_say_who_took_each_point_and_how_surely(pipe):
