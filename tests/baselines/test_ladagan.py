@@ -1,6 +1,5 @@
 """LadaGAN against the authors' outputs, additive attention against a naive loop, and what a step changes."""
 
-import copy
 import math
 
 import pytest
@@ -9,7 +8,6 @@ import torch
 from baselines import ladagan
 from baselines.ladagan import AdditiveAttention, LadaGAN
 from clip import load_clip
-from tests.baselines.test_stylegan_t import changed
 from tests.weights.test_official import FIXTURES, read
 from weights.generator_file import without_prefix
 from weights.official import load_renamed
@@ -133,39 +131,9 @@ def test_the_text_adds_its_projection_to_each_patch():
 # The system.
 
 
-@pytest.fixture(scope="module")
-def clip():
-    return load_clip("emoji")
-
-
-@pytest.fixture(scope="module")
-def text(clip):
-    return clip.read(["red heart", "cat", "sun", "tree"])
-
-
-def states(system):
-    networks = {**system.networks, "clip": system.clip}
-    return {name: copy.deepcopy(network.state_dict()) for name, network in networks.items()}
-
-
-@pytest.mark.parametrize("number", [0, 1], ids=["with R1", "without R1"])
-def test_a_step_changes_what_learns_and_nothing_else(clip, text, number):
-    torch.manual_seed(0)
-    system = LadaGAN(clip, 32, "cpu")
-    images = torch.rand(4, 3, 32, 32) * 2 - 1
-    before, kept = states(system), images.clone()
-    report = system.step(number, images, text, torch.Generator().manual_seed(1))
-    assert changed(before, states(system)) == {"generator", "discriminator", "ema"}
-    assert torch.equal(images, kept) and not images.requires_grad
-    assert all(value.ndim == 0 and value.isfinite() for value in report.values())
-    assert ("r1" in report) == (number == 0)
-    for name in ("generator", "discriminator"):
-        for key, parameter in system.networks[name].named_parameters():
-            assert parameter.grad is not None and parameter.grad.isfinite().all(), key
-
-
-def test_what_is_drawn_follows_the_text(clip, text):
-    z, other, system = torch.randn(4, 64), type(text)(*(x.flip(0) for x in text)), LadaGAN(clip, 64, "cpu")
+def test_what_is_drawn_follows_the_text():
+    system, z = LadaGAN(load_clip("emoji"), 64, "cpu"), torch.randn(4, 64)
+    text, other = (system.clip.read(captions) for captions in (["heart", "cat", "sun", "tree"], ["dog"] * 4))
     images = system.draw(z, text)
     assert images.shape == (4, 3, 64, 64) and images.abs().max() <= 1
     assert not torch.equal(images, system.draw(z, other))

@@ -1,5 +1,6 @@
 """Every system learns by its command, resumes to the last bit, and draws; ranks stay equal."""
 
+import copy
 import functools
 import shutil
 import subprocess
@@ -79,6 +80,27 @@ def test_a_run_resumes_to_the_last_bit_and_draws(tmp_path, data, learn, run_main
     for option, value, having in (("--truncation", 0.5, system is not Muse), ("--edit", picture, system is Muse)):
         status, _, error = run_main(lambda: shared.main(system), *draw, option, value)
         assert (status, error) == ((0, "") if having else (2, f"error: {option}: {system.__name__} has none"))
+
+
+@pytest.mark.parametrize(("system_class", "number"), [(StyleGANT, 0), (LadaGAN, 0), (LadaGAN, 1)])
+def test_a_step_changes_what_learns_and_nothing_else(system_class, number):
+    torch.manual_seed(0)
+    system, images = system_class(load_clip("emoji"), 32, "cpu"), torch.rand(4, 3, 32, 32) * 2 - 1
+    text = system.clip.read(["red heart", "cat", "sun", "tree"])
+    watched = system.networks | {"clip": system.clip}
+    if system_class is StyleGANT:
+        watched["features"] = system.features
+    before, kept = copy.deepcopy({name: network.state_dict() for name, network in watched.items()}), images.clone()
+    report = system.step(number, images, text, torch.Generator().manual_seed(1))
+    changed = {name for name, network in watched.items() if not identical(network.state_dict(), before[name])}
+    assert changed == {"generator", "discriminator", "ema"} and torch.equal(images, kept)
+    assert all(value.ndim == 0 and value.isfinite() for value in report.values())
+    assert ("r1" in report) == (system_class is LadaGAN and number == 0)
+    for name in ("generator", "discriminator"):
+        for key, parameter in system.networks[name].named_parameters():
+            assert parameter.grad is not None and parameter.grad.isfinite().all(), key
+    if system_class is StyleGANT:
+        assert not torch.equal(system.networks["ema"].x_avg, before["ema"]["x_avg"])
 
 
 def test_a_run_is_not_resumed_with_other_options(tmp_path, data, learn):

@@ -1,6 +1,5 @@
 """StyleGAN-T against the authors' outputs, its formulas in float64, and what a step changes."""
 
-import copy
 import math
 
 import numpy as np
@@ -177,62 +176,23 @@ def test_the_taps_are_what_the_stages_make():
 # The system.
 
 
-@pytest.fixture(scope="module")
-def clip():
-    return load_clip("emoji")
-
-
-@pytest.fixture(scope="module")
-def ids(clip):
-    return clip.tokenize(["red heart", "blue heart", "cat", "dog", "sun", "moon", "tree", "red car"])
-
-
 @pytest.fixture
-def system(clip):
+def system():
     torch.manual_seed(0)
-    return StyleGANT(clip, 32, "cpu")
+    return StyleGANT(load_clip("emoji"), 32, "cpu")
 
 
-def states(system):
-    """Every tensor that a step might change, by the name of its network."""
-    networks = {**system.networks, "features": system.features, "clip": system.clip}
-    return {name: copy.deepcopy(network.state_dict()) for name, network in networks.items()}
-
-
-def changed(before, after):
-    """The names of the networks of which a tensor changed."""
-    return {
-        name for name in before if any(not torch.equal(before[name][key], after[name][key]) for key in before[name])
-    }
-
-
-def batch(clip, ids):
-    return torch.rand(len(ids), 3, 32, 32) * 2 - 1, clip.encode_text(ids)
-
-
-def test_a_step_changes_what_learns_and_nothing_else(system, clip, ids):
-    images, text = batch(clip, ids)
-    before, kept = states(system), images.clone()
-    report = system.step(0, images, text, torch.Generator().manual_seed(1))
-    assert changed(before, states(system)) == {"generator", "discriminator", "ema"}
-    assert torch.equal(images, kept)
-    assert all(value.ndim == 0 and value.isfinite() for value in report.values())
-    for name in ("generator", "discriminator"):
-        for key, parameter in system.networks[name].named_parameters():
-            assert parameter.grad is not None and parameter.grad.isfinite().all(), key
-    assert not torch.equal(system.networks["ema"].x_avg, before["ema"]["x_avg"])
-
-
-def test_the_blur_fades_by_the_images_of_all_ranks(system, clip, ids, monkeypatch):
+def test_the_blur_fades_by_the_images_of_all_ranks(system, monkeypatch):
     sigmas = set()
     monkeypatch.setattr(stylegan_t, "blur", lambda images, sigma: sigmas.add(sigma) or images)
     monkeypatch.setattr(stylegan_t.distributed, "world_size", lambda: 4)
-    system.step(100, *batch(clip, ids), torch.Generator().manual_seed(1))
-    assert sigmas == {stylegan_t.blur_sigma(100 * len(ids) * 4, 32)}
+    images, text = torch.rand(2, 3, 32, 32) * 2 - 1, system.clip.read(["red heart", "cat"])
+    system.step(100, images, text, torch.Generator().manual_seed(1))
+    assert sigmas == {stylegan_t.blur_sigma(100 * 2 * 4, 32)}
 
 
-def test_samples_are_by_the_moving_average_and_come_caption_by_caption(system, clip, ids):
-    text = clip.encode_text(ids[:2])
+def test_samples_are_by_the_moving_average_and_come_caption_by_caption(system):
+    text = system.clip.read(["red heart", "cat"])
     images = system.sample(text, seed=4, count=3)
     assert images.shape == (6, 3, 32, 32) and images.abs().max() <= 1
     assert torch.equal(images, system.sample(text, seed=4, count=3))
