@@ -29,7 +29,6 @@ from common.cli import (
 )
 from common.distributed import say
 from data import sources
-from evaluation.metrics import expert_counts
 from growth import Growth, Phase
 from presets import PRESETS, fitted_to
 from sampling.inference import DTYPES, dtype_of
@@ -96,8 +95,7 @@ def build(args, device):
         micro_batches, r1_images = choose_micro_batches(args.accumulate, *options)
     identity = {"preset": args.preset, "data": args.data, "batch": batch, "seed": args.seed, "clip": clip}
     identity["caption-key"] = args.caption_key
-    sharing = {"accumulate": micro_batches, "workers": args.workers}
-    folder = RunFolder(args.out, identity, args.tensorboard, sharing)
+    folder = RunFolder(args.out, identity, args.tensorboard)
     state = folder.state(args.resume)
     if clip == "train":
         clip = folder.path / "clip.safetensors"
@@ -154,9 +152,9 @@ def train(run):
         say(line)
     growth.measure_reference(source, folder.path / "reference.pt")
     pairs = watched_pairs(source, learner.clip)
-    folder.write_config({**vars(args), "steps": loop.last_step, "recipe": dataclasses.asdict(recipe)})
     save(run)
     loop.check_saved()
+    folder.write_config({**vars(args), "steps": loop.last_step, "recipe": dataclasses.asdict(recipe)})
     say(f"Training {args.preset} on {learner.device}, {distributed.world_size()} rank(s); all in {args.out}")
 
     for number, batches in loop.steps(source):
@@ -173,7 +171,7 @@ def train(run):
             learner.learn_at(growth.active)
         loop.log(report)
         if loop.draws:
-            folder.write_picture(*draw_samples(learner, growth), number + 1)
+            folder.write_picture(draw_samples(learner, growth), number + 1)
         if loop.saves:
             save(run)
 
@@ -184,13 +182,12 @@ def train(run):
 
 @torch.no_grad()
 def draw_samples(learner, growth):
-    """A grid of fixed prompts and fixed z, by the moving average; and {router: the experts' shares of the points}."""
+    """A grid of fixed prompts and fixed z, by the moving average."""
     captions, given = growth.captions[:NUM_PICTURES], [x[:NUM_PICTURES].to(learner.device) for x in growth.given]
     text = learner.clip.read(captions)
     z = torch.randn(len(captions), learner.ema.config.z_dim, generator=torch.Generator().manual_seed(1))
     output = learner.ema(*given, z.to(learner.device), text.tokens, text.eot, growth.active[-1])
-    shares = {name: count / count.sum() for name, count in expert_counts(output.routings).items()}
-    return grid([to_pil(image) for image in output.image], captions, columns=8), shares
+    return grid([to_pil(image) for image in output.image], captions, columns=8)
 
 
 def save(run):

@@ -160,7 +160,7 @@ def run(system_class, name, args, device):
         if args.batch % distributed.world_size():
             raise UserError(f"--batch {args.batch} cannot be shared by {distributed.world_size()} ranks")
     identity = {option: getattr(args, option.replace("-", "_")) for option in IDENTITY}
-    folder = RunFolder(args.out, {"system": name, **identity}, sharing={"workers": args.workers})
+    folder = RunFolder(args.out, {"system": name, **identity})
     state = folder.state("auto")
     torch.manual_seed(args.seed)
     with distributed.together():
@@ -173,9 +173,9 @@ def run(system_class, name, args, device):
                 restore(system, state)
     for line in source.describe():
         say(line)
-    folder.write_config(as_texts(args))
     save_run(loop, system)
     loop.check_saved()
+    folder.write_config(as_texts(args))
     say(f"Training {name} on {device}, {distributed.world_size()} rank(s); all in {args.out}")
 
     for number, batches in loop.steps(source):
@@ -185,7 +185,7 @@ def run(system_class, name, args, device):
         loop.log(loop.count(scalars, batches) | {"resolution": system.resolution})
         if loop.draws:
             images = system.sample(system.clip.read(captions), seed=1, count=1)
-            folder.write_picture(grid([to_pil(image) for image in images], captions, columns=8), {}, number + 1)
+            folder.write_picture(grid([to_pil(image) for image in images], captions, columns=8), number + 1)
         if loop.saves:
             save_run(loop, system)
 

@@ -3,12 +3,10 @@ tensors so that no code in their file runs.
 """
 
 import contextlib
+import errno
 import hashlib
 import os
-import re
-import secrets
 import shutil
-import tempfile
 import warnings
 from pathlib import Path
 
@@ -25,12 +23,13 @@ class Damaged(UserError):
 def atomically(path, write):
     """Calls write(temporary path), then renames: whoever reads `path` finds the old file or the new one, whole.
 
-    The file is on the disk before it takes its name, so that this holds where a machine loses power too. Raises OSError
-    where the disk does not take it.
+    The file is on the disk before it takes its name, so that this holds where a machine loses power too. What a killed
+    process left unfinished, the next one writes over. Raises OSError where the disk does not take it.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name[:50]}.{secrets.token_hex(4)}.tmp")  # a name that no file has yet
+    temporary = path.with_name(f".{path.name[:50]}.unfinished")
     try:
+        temporary.unlink(missing_ok=True)
         temporary.touch()
         mode = temporary.stat().st_mode
         write(temporary)
@@ -38,8 +37,7 @@ def atomically(path, write):
         flush(temporary)
         rename(temporary, path)
     except SafetensorError as error:  # its word for an error of the disk
-        number = re.search(r"os error (\d+)", str(error))
-        raise OSError(int(number[1]) if number else None, first_line(error), str(path)) from error
+        raise OSError(errno.ENOSPC, first_line(error), str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -73,46 +71,13 @@ def flush(path, mode=os.O_RDWR):  # Windows flushes only what is open for writin
         os.close(descriptor)
 
 
-def check_room(folder, size=2**25):
-    """Writes so many bytes for a moment: a full disk is better met before long work than after. Raises OSError."""
-    try:
-        with tempfile.TemporaryFile(dir=folder) as file:
-            file.write(bytes(size))
-            file.flush()
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(folder)) from error
-
-
-def left_over(folder, names):
-    """The temporary files that a killed `atomically` left in a folder. names: a pattern of the files it wrote."""
-    ours = re.compile(rf"\.({names})\.[0-9a-f]{{8}}\.tmp")
-    return [path for path in folder.glob(".*.tmp") if ours.fullmatch(path.name)]
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Tensors.
-
-
 def write_tensors(state, path):
-    """torch.save, of tensors and plain values in any nest. Raises OSError, which PyTorch would hide in its own."""
-    errors = []
-
-    class Writer:
-        def __init__(self, file):
-            self.file, self.flush = file, file.flush
-
-        def write(self, data):
-            try:
-                return self.file.write(data)
-            except OSError as error:
-                errors.append(error)
-                raise
-
+    """torch.save, of tensors and plain values in any nest. Raises OSError."""
     with open(path, "wb") as file:
         try:
-            torch.save(state, Writer(file))
-        except RuntimeError as error:
-            raise errors[0] if errors else OSError(first_line(error)) from error
+            torch.save(state, file)
+        except RuntimeError as error:  # in which PyTorch hides the disk's
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
 
 
 def load_tensors(path, mmap=False):

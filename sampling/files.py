@@ -8,7 +8,7 @@ from PIL import Image, PngImagePlugin
 from tqdm import tqdm
 
 from common.cli import UserError, check_file, first_line
-from common.disk import atomically, left_over
+from common.disk import atomically
 from data.pairs import FORMATS, Unusable, read_image
 from sampling import latent
 from sampling.pipeline import Pipeline
@@ -112,8 +112,6 @@ def write_each(pipe: Pipeline, prompts, num, seed, psi, folder: Path, checkpoint
             same = False
         if not same:
             raise UserError(f"--each {folder} holds {path.name}, which is not of this command; name another folder")
-    for path in left_over(folder, r"\d+\.png"):
-        path.unlink()
     for first in tqdm(range(0, len(abouts), latent.BATCH), unit="batch"):
         batch = abouts[first : first + latent.BATCH]
         if not any(about["file"] in missing for about in batch):

@@ -150,7 +150,7 @@ def test_a_run_stopped_and_resumed_is_the_run_uninterrupted(tmp_path, monkeypatc
     run("--out", tmp_path / "whole", "--steps", 2)
     for steps in (1, 2):
         run("--out", tmp_path / "parts", "--steps", steps)
-    whole, parts = (checkpoint.newest(tmp_path / name / "checkpoints", print)[1] for name in ("whole", "parts"))
+    whole, parts = (checkpoint.newest(tmp_path / name / "checkpoints")[1] for name in ("whole", "parts"))
     for name in ("generator", "discriminator", "generator_file"):
         assert all(torch.equal(parts[name][key], value) for key, value in whole[name].items()), name
     rows = [json.loads(line) for line in (tmp_path / "parts" / "metrics.jsonl").read_text("utf-8").splitlines()]

@@ -183,7 +183,6 @@ class Loop:
             yield
         except (AttributeError, KeyError, TypeError, RuntimeError, ValueError) as error:
             raise UserError(f"the checkpoint does not fit this run: {first_line(error)}") from error
-        self.folder.saved_step = self.progress.step
         say(f"Resuming from step {self.progress.step}.")
 
     def check_saved(self):

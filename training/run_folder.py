@@ -5,7 +5,6 @@ import json
 import math
 import os
 import shlex
-import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -20,17 +19,12 @@ from torch.utils._pytree import tree_map_only
 
 from clip import BUILT_IN
 from common import disk, distributed
-from common.cli import DISK_IS_FULL, UserError, reason
+from common.cli import UserError, reason
 from common.distributed import say
-from data.sources import NAMES, SHARD_SUFFIXES
+from data.sources import NAMES
 from weights import checkpoint, generator_file
 
-MAY_MOVE = {"data", "clip"}  # options that name files
-GROUPS = {  # of TensorBoard's curves, by how their names begin; others are the run's
-    "discriminator": ("d_", "logits_", "r1", "overfitting"),
-    "generator": ("g_", "expert_"),
-    "FID": ("fid", "reference_fid"),
-}
+MAY_MOVE = {"data": NAMES, "clip": BUILT_IN}  # options that name files, and what of them names none
 
 
 def written(what):
@@ -41,14 +35,19 @@ def written(what):
     def decorate(method):
         @functools.wraps(method)
         def by_main(self, *args):
-            if distributed.is_main():
-                try:
-                    method(self, *args)
-                    self.unwritten.discard(what)
-                except OSError as error:
-                    if what not in self.unwritten:
-                        say(self.not_written(what, error))
-                    self.unwritten.add(what)
+            if not distributed.is_main():
+                return
+            try:
+                method(self, *args)
+                self.unwritten.discard(what)
+            except OSError as error:
+                if what not in self.unwritten:
+                    where = error.filename or self.path
+                    say(
+                        f"note: {what} could not be written ({reason(error)}) and is tried again later; the last good "
+                        f"checkpoint: {self.last_good or 'none'}; make room, or see what is in the way, at {where}"
+                    )
+                self.unwritten.add(what)
 
         return by_main
 
@@ -58,50 +57,22 @@ def written(what):
 class RunFolder:
     """config.json, metrics.jsonl, samples/, checkpoints/ and generator_ema.safetensors; and tensorboard/, if wanted.
 
-    identity: {option: value} that a run keeps to its end; with other values it is not resumed. sharing: {option: value}
-    of how the work is divided, as workers; with other values it is resumed, and says so. Only files with the names
-    above are ever touched.
+    identity: {option: value} that a run keeps to its end; with other values it is not resumed. Only files with the
+    names above are ever touched.
     """
 
-    def __init__(self, path, identity, with_board=False, sharing=None):
-        self.path, self.identity, self.with_board = path, identity, with_board
-        self.sharing = {**(sharing or {}), "ranks": distributed.world_size()}
+    def __init__(self, path, identity, with_board=False):
+        self.path, self.identity, self.with_board = path, resolved(identity), with_board
         self.checkpoints = path / "checkpoints"
+        self.generator = path / generator_file.FILE
         self.last_good = None  # the newest checkpoint that is known to be whole
         self.saved_step = None
         self.log_file = self.board = self.lock_file = None
         self.unwritten = set()  # what could not be written, and has been told
         self.writer, self.writing = ThreadPoolExecutor(1), None
 
-    def prepare(self):
-        """Makes the folders, and locks them against another run. Raises UserError."""
-        try:
-            for folder in (self.checkpoints, self.path / "samples"):
-                folder.mkdir(parents=True, exist_ok=True)
-            self.lock()
-        except OSError as error:
-            raise UserError(f"--out {self.path} cannot be written: {reason(error)}") from error
-
-    def lock(self):
-        """Keeps other runs out of this folder for as long as this process lives. Raises UserError, OSError."""
-        self.lock_file = (self.checkpoints / ".lock").open("a")
-        if fcntl is None:
-            return
-        try:
-            # Of the process alone: data workers that outlive it by some seconds hold no such lock.
-            fcntl.lockf(self.lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError) as error:
-            raise UserError(f"another run is writing to {self.path}; wait for it, or give another --out") from error
-        except OSError:
-            say(f"note: the disk of {self.path} has no locks, so a second run there would not be noticed")
-
-    def tidy(self):
-        """Removes what a killed run left unfinished."""
-        unfinished = [path for path in self.checkpoints.glob("*.tmp") if checkpoint.UNFINISHED.fullmatch(path.name)]
-        unfinished += disk.left_over(self.path, r"config\.json|metrics\.jsonl|generator_ema\.safetensors")
-        unfinished += disk.left_over(self.path / "samples", r"step_\d{7,}\.png")
-        for path in unfinished:
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    # ------------------------------------------------------------------------------------------------------------------
+    # As a run starts.
 
     def state(self, resume):
         """The state that a run goes on from, on every rank, or None for a new run. resume: as --resume.
@@ -117,12 +88,18 @@ class RunFolder:
 
     def find(self, resume):
         """→ the path of the checkpoint to go on from, and its state; or None and None."""
-        self.prepare()
+        try:
+            for folder in (self.checkpoints, self.path / "samples"):
+                folder.mkdir(parents=True, exist_ok=True)
+            self.lock()
+        except OSError as error:
+            raise UserError(f"--out {self.path} cannot be written: {reason(error)}") from error
         held = checkpoint.checkpoints(self.checkpoints)
-        if not held:
-            self.refuse_foreign()
+        for name in ("config.json", "metrics.jsonl", generator_file.FILE):
+            if not held and (self.path / name).exists():  # a run's first checkpoint is there before these
+                raise UserError(f"{self.path} holds a {name}, and no checkpoint to go on from; give another --out")
         if resume in ("auto", "moved"):
-            path, state = checkpoint.newest(self.checkpoints, say)
+            path, state = checkpoint.newest(self.checkpoints)
         elif held:
             raise UserError(f"--resume {resume}, but {self.path} holds a run of its own; give another --out")
         elif resume == "no":
@@ -132,49 +109,37 @@ class RunFolder:
         else:
             path, state = Path(resume), checkpoint.load(resume)
         if state:
-            self.compare(path, state, MAY_MOVE if resume == "moved" else ())
-        self.tidy()
-        if path and path.parent == self.checkpoints:
+            self.compare(path, state["identity"], MAY_MOVE if resume == "moved" else ())
+        if path in held:
+            self.saved_step = state["progress"]["step"]
             self.write_generator(path)  # a run may have been killed before it did
         return path, state
 
-    def refuse_foreign(self):
-        """A new run would write over files of these names. Raises UserError where no run of ours made them."""
-        if self.generator.exists():
-            raise UserError(f"{self.path} holds a generator but no checkpoint to go on from; give another --out")
-        names = [name for name in ("config.json", "metrics.jsonl") if (self.path / name).exists()]
-        if names and not self.identity.keys() <= read_json(self.path / "config.json").keys():
-            raise UserError(f"{self.path} holds a {names[0]} that no run here made; give another --out")
+    def lock(self):
+        """Keeps other runs out of this folder for as long as this process lives. Raises UserError, OSError."""
+        self.lock_file = (self.checkpoints / ".lock").open("a")
+        if fcntl is None:
+            return
+        try:
+            # Of the process alone: data workers that outlive it by some seconds hold no such lock.
+            fcntl.lockf(self.lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            raise UserError(f"another run is writing to {self.path}; wait for it, or give another --out") from error
+        except OSError:
+            say(f"note: the disk of {self.path} has no locks, so a second run there would not be noticed")
 
-    def compare(self, path, state, but=()):
-        """A checkpoint's identity must be this run's, but for some options. Raises UserError; says where the work is
-        shared otherwise.
-        """
-        then, now = resolved(state["identity"]), resolved(self.identity)
-        if then.get("system") != now.get("system"):
+    def compare(self, path, then, but=()):
+        """A checkpoint's identity must be this run's, but for some options. Raises UserError."""
+        if then.get("system") != self.identity.get("system"):
             raise UserError(f"the run in {path} is not of this command; give another --out")
-        if changed := [name for name in now if then.get(name) != now[name] and name not in but]:
+        changed = [name for name, now in self.identity.items() if then.get(name) != now and name not in but]
+        if changed:
             options = ", ".join(f"--{name} {shlex.quote(str(then.get(name)))}" for name in changed)
-            moved = "; if these files only moved, give --resume moved" if MAY_MOVE.issuperset(changed) else ""
+            moved = "; if these files only moved, give --resume moved" if set(changed) <= MAY_MOVE.keys() else ""
             raise UserError(f"the run in {path} was started with {options}; repeat that, or give another --out{moved}")
-        then = state.get("sharing", {})
-        if changed := [name for name in then if name in self.sharing and then[name] != self.sharing[name]]:
-            changes = ", ".join(f"{name} {self.sharing[name]} instead of {then[name]}" for name in changed)
-            say(
-                f"note: the run goes on with {changes}; on these depend rounding, the order of shards and which wrong "
-                "captions are compared, so it is no longer equal, bit by bit, to one that was not stopped"
-            )
 
-    def not_written(self, what, error):
-        kept = f"the checkpoint {self.last_good.name} is whole" if self.last_good else "there is no checkpoint yet"
-        remedy = f"make room on the disk of {self.path}; --keep 1 takes less"
-        if error.errno not in DISK_IS_FULL:
-            remedy = f"see what is in the way at {error.filename or self.path}"
-        return f"note: {what} could not be written ({reason(error)}) and is tried again later; {kept}; {remedy}"
-
-    @property
-    def generator(self):
-        return self.path / generator_file.FILE
+    # ------------------------------------------------------------------------------------------------------------------
+    # While it runs.
 
     @written("config.json")
     def write_config(self, config):
@@ -203,19 +168,15 @@ class RunFolder:
         self.log_file.flush()
         if self.board:
             for name, value in row.items():
-                group = next((group for group, beginnings in GROUPS.items() if name.startswith(beginnings)), "run")
-                self.board.add_scalar(f"{group}/{name}", value, row["step"])
+                self.board.add_scalar(name, value, row["step"])
 
     @written("a picture of samples")
-    def write_picture(self, picture, loads, step):
-        """A grid of samples, and what share of their points each expert took, {router: [E]}."""
+    def write_picture(self, picture, step):
+        """A grid of samples."""
         path = self.path / "samples" / f"step_{step:07d}.png"
         disk.atomically(path, lambda temporary: picture.save(temporary, "PNG"))
         if self.board:
             self.board.add_image("samples", np.asarray(picture), step, dataformats="HWC")
-            for router, shares in loads.items():
-                for expert, share in enumerate(shares.tolist()):
-                    self.board.add_scalar(f"experts/{router}, share of expert {expert}", share, step)
             self.board.flush()
 
     def save(self, step, state, generator, keep):
@@ -226,8 +187,9 @@ class RunFolder:
         """
         self.wait()
         if distributed.is_main() and step != self.saved_step:
-            state = {"identity": resolved(self.identity), "sharing": self.sharing, **state}
-            self.writing = self.writer.submit(self.write, step, *on_host((state, generator)), keep)
+            state = {"identity": self.identity, **state}
+            copy = tree_map_only(torch.Tensor, lambda x: x.detach().to("cpu", copy=True), (state, generator))
+            self.writing = self.writer.submit(self.write, step, *copy, keep)
 
     def wait(self):
         """Until the last checkpoint is on the disk, or it was told that it could not be written."""
@@ -246,50 +208,19 @@ class RunFolder:
         disk.link(path / generator_file.FILE, self.generator)
 
 
-def on_host(state):
-    """A copy of nested dicts and lists, its tensors in the memory of the CPU: pinned, where they come from a GPU."""
-    copy = tree_map_only(torch.Tensor, host_copy, state)
-    if torch.cuda.is_initialized():
-        torch.cuda.synchronize()
-    return copy
-
-
-def host_copy(x):
-    if not x.is_cuda:
-        return x.detach().clone()
-    return torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x.detach(), non_blocking=True)
-
-
 def step_of(line):
-    """The step of a line of metrics.jsonl; 0 for one that a run did not write, infinity for one that was cut off."""
+    """The step of a line of metrics.jsonl; infinity for one that was cut off."""
     try:
-        step = json.loads(line)["step"]
-        return step if isinstance(step, int) else 0
-    except (ValueError, KeyError, TypeError):
-        return math.inf if line.startswith('{"step": ') else 0
+        return json.loads(line)["step"]
+    except ValueError:
+        return math.inf
 
 
 def resolved(identity):
-    """An identity in which --data and --clip name the same files by the same path, whatever folder it is read from."""
-    names = {"data": NAMES, "clip": BUILT_IN}
-    return {
-        option: absolute(value) if option in names and value not in names[option] else value
-        for option, value in identity.items()
-    }
-
-
-def absolute(spec):
-    """A path → itself from the root, without links; anything else, as MODEL:WEIGHTS or a URL → itself."""
-    if "://" in spec or spec.startswith("pipe:"):
-        return spec
-    is_path = os.path.exists(spec) or spec.endswith(SHARD_SUFFIXES)  # a pattern of shards is no file
-    return os.path.realpath(spec) if is_path else spec
-
-
-def read_json(path):
-    """What a file of JSON holds, if that is a dict, else {}."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
+    """An identity that names the same files by the same path, whatever folder it is read from."""
+    found = dict(identity)
+    for option, names in MAY_MOVE.items():
+        value = identity.get(option)
+        if value and value not in names and os.path.exists(value):
+            found[option] = os.path.realpath(value)
+    return found

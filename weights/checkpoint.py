@@ -10,7 +10,8 @@ import shutil
 from pathlib import Path
 
 from common.cli import UserError
-from common.disk import Damaged, digest, flush, load_tensors, rename, write_tensors
+from common.disk import Damaged, atomically, digest, load_tensors, rename, write_tensors
+from common.distributed import say
 from weights.generator_file import (
     FILE,
     is_safetensors,
@@ -23,7 +24,7 @@ from weights.generator_file import (
 
 STATE = "state.pt"
 NAME = re.compile(r"(\d{8,})-([0-9a-f]{16})")  # its step, and the digest of its state
-UNFINISHED = re.compile(r"\d{8,}\.tmp")
+UNFINISHED = ".unfinished"  # the folder of a checkpoint that is being written or deleted; the next one takes its place
 
 
 def save(folder, step, state, generator, keep):
@@ -33,19 +34,19 @@ def save(folder, step, state, generator, keep):
     Of the checkpoints in the folder the newest `keep` are kept. Raises OSError where the disk does not take it; the
     older ones are kept then.
     """
-    unfinished = folder / f"{step:08d}.tmp"
+    unfinished = folder / UNFINISHED
     try:
         unfinished.mkdir(exist_ok=True)
         save_generator(unfinished / FILE, *generator)
-        write_tensors({**state, "generator_file": digest(unfinished / FILE)}, unfinished / STATE)
-        flush(unfinished / STATE)
+        state = {**state, "generator_file": digest(unfinished / FILE)}
+        atomically(unfinished / STATE, lambda temporary: write_tensors(state, temporary))
         path = folder / f"{step:08d}-{digest(unfinished / STATE)}"
         rename(unfinished, path)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     for old in checkpoints(folder)[keep:]:
         with contextlib.suppress(OSError):  # Windows deletes no file that is open
-            shutil.rmtree(old.rename(folder / f"{old.name.partition('-')[0]}.tmp"))
+            shutil.rmtree(old.rename(unfinished))
     return path
 
 
@@ -55,7 +56,7 @@ def checkpoints(folder):
     return sorted(found, key=lambda path: (int(path.name.partition("-")[0]), path.name), reverse=True)
 
 
-def newest(folder, say):
+def newest(folder):
     """The newest checkpoint in a folder that is whole, → its path and state; (None, None) where there is none at all.
 
     Damaged ones are renamed, so that they are not counted as checkpoints. Raises UserError where all of them are, and

@@ -48,7 +48,7 @@ def test_a_killed_folder_is_completed_with_the_same_pictures(each, tmp_path, mon
     for name in ("000003.png", "000009.png"):
         (folder / name).unlink()
     (folder / files.INDEX).unlink()
-    (folder / ".000003.png.0123abcd.tmp").touch()  # killed within a picture
+    (folder / ".000003.png.unfinished").touch()  # killed within a picture
     assert each(*arguments)[0] == 0
     assert {path.name: path.read_bytes() for path in folder.glob("*.png")} == whole
     assert not list(folder.glob(".*"))

@@ -26,7 +26,7 @@ def run(*arguments):
 
 def state_of(out):
     """The state in the newest checkpoint of a run, without what differs from run to run."""
-    state = checkpoint.newest(out / "checkpoints", print)[1]
+    state = checkpoint.newest(out / "checkpoints")[1]
     state["progress"].pop("seconds")
     del state["identity"]
     return state

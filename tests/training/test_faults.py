@@ -39,7 +39,7 @@ def test_a_disk_that_is_full_for_a_while(undisturbed, stopped_after, at_step, ca
     with room_afterwards():
         run(*SHORT, "--out", out, "--steps", 5)
     assert "a checkpoint could not be written" in capsys.readouterr().out
-    assert identical(state_of(out), state_of(undisturbed)) and not list(out.glob("**/*.tmp"))
+    assert identical(state_of(out), state_of(undisturbed)) and not list(out.glob("**/*.unfinished"))
 
 
 def test_a_disk_that_stays_full(undisturbed, stopped_after, at_step):
@@ -59,7 +59,7 @@ def test_a_disk_that_is_full_from_the_start(tmp_path, run_main, room):
         full_disk(room)
         status, _, stderr = run_main(train.main, *SHORT, "--steps", 2, "--out", tmp_path / "run")
     assert status == 2 and stderr.splitlines()[-1].startswith("error: ") and "Traceback" not in stderr
-    assert "same command again" in stderr and not list((tmp_path / "run").glob("**/*.tmp"))
+    assert "same command again" in stderr and not list((tmp_path / "run").glob("**/*.unfinished"))
 
 
 def test_a_run_goes_on_from_the_checkpoint_before(undisturbed, stopped_after):

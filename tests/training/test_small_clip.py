@@ -10,8 +10,7 @@ from clip import load_clip
 from common.cli import UserError
 from data import sources
 from tests.data.test_sources import jpeg
-from tests.training.runs import full_disk, room_afterwards
-from training.small_clip import accuracy, clip_of_new_run, contrast, draw_batches, mislead, train_small_clip
+from training.small_clip import accuracy, contrast, draw_batches, mislead, train_small_clip
 
 COLORS = {"red": (220, 30, 30), "green": (30, 160, 60), "blue": (40, 60, 220), "yellow": (230, 210, 40)}
 
@@ -102,28 +101,6 @@ def test_captions_that_are_all_the_same_teach_nothing(tmp_path):
     source = write_pictures(tmp_path / "data", ["red"] * 4)
     with pytest.raises(UserError, match="all captions are the same"):
         train_small_clip(source, steps=2)
-
-
-def test_the_clip_of_other_data_is_not_taken(tmp_path, monkeypatch):
-    """It says from what it was made: from another folder, key or seed, or of a folder that grew, it is made anew."""
-    monkeypatch.setattr("training.small_clip.STEPS", (1, 1))
-    path, made = tmp_path / "clip.safetensors", []
-    write_pictures(tmp_path / "a", ["red", "blue", "green"] * 2)
-    write_pictures(tmp_path / "b", ["red", "blue", "yellow"] * 2)
-    for folder, seed in (("a", 0), ("a", 0), ("b", 0), ("b", 1)):
-        clip_of_new_run(path, tmp_path / folder, None, seed, "cpu")
-        made.append(path.read_bytes())
-    write_pictures(tmp_path / "b", ["red", "blue", "yellow"] * 3)
-    clip_of_new_run(path, tmp_path / "b", None, 1, "cpu")
-    assert made[0] == made[1] and len({*made, path.read_bytes()}) == 4
-
-
-def test_a_full_disk_is_told_before_a_clip_is_trained(tmp_path, monkeypatch):
-    monkeypatch.setattr("training.small_clip.train_small_clip", lambda *_, **__: pytest.fail("there is no room for it"))
-    write_pictures(tmp_path / "data", ["red", "blue"] * 2)
-    with room_afterwards(), pytest.raises(OSError, match=f"File too large: '{tmp_path}'"):
-        full_disk(2**20)
-        clip_of_new_run(tmp_path / "clip.safetensors", tmp_path / "data", None, 0, "cpu")
 
 
 def test_accuracy_counts_captions_that_come_first(source):

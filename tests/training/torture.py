@@ -84,7 +84,7 @@ def torture(ranks, kills, steps, folder, seed=0):
                     sys.exit(f"a life {what}, at step {last_step(out)}:\n{Path(output.name).read_text()[-2000:]}")
                 time.sleep(0.01)
             time.sleep(moments.uniform(0, STEPS * last_row(out)["seconds"]))
-            while_saving += bool(list(out.glob("**/*.tmp")))
+            while_saving += bool(list(out.glob("**/*.unfinished")))
             kill(out)
             life.wait()
     if last_step(out) >= steps:
