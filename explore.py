@@ -115,11 +115,11 @@ class Handler(BaseHTTPRequestHandler):
         self.reply("application/json", json.dumps(told).encode())
 
     def reply(self, kind, content):
-        self.send_response(200)
-        self.send_header("Content-Type", kind)
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
         with contextlib.suppress(ConnectionError):  # the page was closed
+            self.send_response(200)
+            self.send_header("Content-Type", kind)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
             self.wfile.write(content)
 
     def log_message(self, *_):

@@ -16,6 +16,7 @@ import statistics
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -90,14 +91,10 @@ class Variant:
     @contextlib.contextmanager
     def in_place(self):
         """A context in which the substitutes are where Aurora's own were."""
-        own = [(module, name, getattr(module, name)) for module, name, _ in self.replaced]
-        try:
+        with contextlib.ExitStack() as stack:
             for module, name, substitute in self.replaced:
-                setattr(module, name, substitute)
+                stack.enter_context(mock.patch.object(module, name, substitute))
             yield
-        finally:
-            for module, name, original in own:
-                setattr(module, name, original)
 
 
 BASE = {

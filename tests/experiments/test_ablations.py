@@ -21,13 +21,6 @@ def preset(name):
     return ablations.BASE[name].preset(FULL)
 
 
-def test_the_base_is_emoji_up_to_16_and_grows():
-    assert [level.resolution for level in FULL.generator.levels] == [4, 8, 16]
-    assert FULL.generator.levels[-1].num_kernels == 2 and preset("full") == FULL
-    assert FULL.recipe.images_per_phase == {4: 0, 8: 4000}
-    assert FULL.recipe.lr_generator == PRESETS["emoji"].recipe.lr_generator
-
-
 def test_what_is_left_out_by_recipe_and_by_sizes():
     assert preset("no CLIP loss").recipe.clip_weight == 0 < FULL.recipe.clip_weight
     without = preset("no matching loss").recipe

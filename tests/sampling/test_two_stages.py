@@ -118,27 +118,15 @@ def test_pictures_and_their_experts_through_the_command(file, tmp_path, run_main
 
 
 def picture(mode, size=(16, 16)):
-    """A red square on nothing, in a mode of Pillow."""
-    if mode == "I;16":
-        return Image.fromarray(np.full(size[::-1], 40000, np.uint16))
+    """A red square on nothing."""
     image = Image.new("RGBA", size, (0, 0, 0, 0))
     image.paste((255, 0, 0, 255), (size[0] // 4, size[1] // 4, size[0] // 2, size[1] // 2))
-    return image if mode == "RGBA" else image.convert("RGB").convert(mode)
+    return image.convert(mode)
 
 
-@pytest.mark.parametrize(
-    ("mode", "suffix", "size"),
-    [
-        ("RGB", "png", 16),
-        ("RGBA", "png", 16),
-        ("CMYK", "jpg", 16),
-        ("I;16", "png", 16),
-        ("L", "png", 16),
-        ("RGB", "png", 50),
-    ],
-)
-def test_a_picture_of_ones_own_is_enlarged(file, pipe, tmp_path, run_main, mode, suffix, size):
-    path, out = tmp_path / f"own.{suffix}", tmp_path / "large.png"
+@pytest.mark.parametrize(("mode", "size"), [("RGB", 16), ("RGBA", 16), ("RGB", 50)])
+def test_a_picture_of_ones_own_is_enlarged(file, tmp_path, run_main, mode, size):
+    path, out = tmp_path / "own.png", tmp_path / "large.png"
     picture(mode, (size, size)).save(path)
     arguments = ("a red square", "--enlarge", path, "--checkpoint", file, "--out", out, "--device", "cpu")
     status, said, error = run_main(sample.main, *arguments)
@@ -147,8 +135,6 @@ def test_a_picture_of_ones_own_is_enlarged(file, pipe, tmp_path, run_main, mode,
     assert large.size == (64, 64) and large.mode == "RGB"
     if mode == "RGBA":
         assert np.asarray(large)[:8, :8].mean() > 200, "what is transparent is white"
-    if mode == "I;16":
-        assert abs(np.asarray(large).mean() - 40000 / 257) < 10
 
 
 @pytest.mark.parametrize(
