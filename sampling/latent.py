@@ -37,19 +37,18 @@ def read(generator, clip, prompts):
     return Prompt(*generator.text_head(text.tokens, text.eot))
 
 
-def remarks(clip, prompt):
-    """What the text encoder cannot take in of a prompt, as sentences."""
+def remark(clip, prompt):
+    """What the text encoder cannot take in of a prompt, as a sentence, or "" where it takes all."""
     shown = prompt if len(prompt) <= 60 else prompt[:60] + "…"
-    if cut := clip.num_tokens_cut(prompt):
-        return [f'"{shown}" is {cut} tokens too long for this text encoder; its end is left out']
-    return []
+    cut = clip.num_tokens_cut(prompt)
+    return f'"{shown}" is {cut} tokens too long for this text encoder; its end is left out.' if cut else ""
 
 
 def tell(clip, prompts):
     """Says which parts of the prompts the text encoder cannot take in, and which signs the captions' font lacks."""
     for prompt in prompts:
-        for remark in remarks(clip, prompt):
-            print(f"note: {remark}")
+        if note := remark(clip, prompt):
+            print(f"note: {note}")
         if unknown := boxes(prompt):
             print(f"note: captions show boxes for {' '.join(unknown[:10])}")
 

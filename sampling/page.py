@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 
 from sampling import latent, pipeline, views
-from sampling.pictures import at_own_size, in_range
+from sampling.pictures import in_range
 from sampling.pipeline import Drawn, Pipeline, routers
 
 MOST = latent.BATCH  # pictures at a time, so that forced points are those of one batch
@@ -155,8 +155,7 @@ def draw(model, settings):
 def draw_large(pipe, settings, number):
     """One picture of `draw`, by the second stage → PIL image."""
     drawn, todo = draw(pipe, settings)
-    small = Drawn(drawn.images[number : number + 1], [settings.prompt], {})
-    return pipeline.enlarge(pipe.upsampler, small, [todo[number]]).pictures[0]
+    return pipeline.enlarge(pipe.upsampler, drawn.images[number : number + 1], [todo[number].large]).pictures[0]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -175,8 +174,8 @@ def answer(model, settings, router):
     is_aurora = isinstance(model, Pipeline)
     clip = model.clip if is_aurora else model.clip.text
     prompts = [settings.prompt, settings.second] if settings.second else [settings.prompt]
-    notes = [remark for prompt in prompts for remark in latent.remarks(clip, prompt)]
-    told = {"pictures": [data_url(at_own_size(image)) for image in drawn.images], "note": "; ".join(notes)}
+    notes = [latent.remark(clip, prompt) for prompt in prompts]
+    told = {"pictures": [data_url(picture) for picture in drawn.pictures], "note": " ".join(notes)}
     if not is_aurora:
         return told | {"baseline": type(model).__name__, "layers": [], "routers": []}
     stages = [model.generator, model.upsampler] if model.upsampler else [model.generator]

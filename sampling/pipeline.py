@@ -105,16 +105,19 @@ class Pipeline:
     def draw(self, frames: list[views.Frame]) -> Drawn:
         """Frames of views.py → Drawn, by both stages if there are two."""
         drawn = draw(self.generator, frames)
-        return enlarge(self.upsampler, drawn, frames) if self.upsampler else drawn
+        if self.upsampler is None:
+            return drawn
+        large = enlarge(self.upsampler, drawn.images, [frame.large for frame in frames])
+        routings = {name + LARGE: routing for name, routing in large.routings.items()}
+        return Drawn(large.images, drawn.captions, drawn.routings | routings)
 
     @torch.no_grad()
     def enlarge(self, image: torch.Tensor, caption: str, seed=0) -> Image.Image:
         """A small image [3, R, R] in [−1, 1], as the second stage takes it, and what it shows → a PIL picture."""
         if self.upsampler is None:
             raise UserError("there is no upsampler beside this generator; name one by --upsampler")
-        (large,) = views.samples(self.upsampler, self.clip, [caption], 1, seed, 1.0)
-        small = Drawn(image[None].to(large.w.device), [caption], {})
-        return enlarge(self.upsampler, small, [large._replace(large=large)]).pictures[0]
+        frames = views.samples(self.upsampler, self.clip, [caption], 1, seed, 1.0)
+        return enlarge(self.upsampler, image[None].to(frames[0].w.device), frames).pictures[0]
 
 
 def whole(**arguments):
@@ -141,17 +144,14 @@ def up_to(resolution, generator, upsampler):
 
 
 @torch.no_grad()
-def enlarge(upsampler, drawn, frames):
-    """What the first stage has drawn → Drawn, by the second stage from the frames' `large`.
+def enlarge(upsampler, images, frames):
+    """Images as the first stage draws them, and as many frames of the second stage → Drawn.
 
     All pictures get the same noise, so that they differ no more than the first stage's do, and walks do not flicker.
     """
     config = upsampler.config
     noise = draw_input_noise(config, 1, torch.Generator().manual_seed(0)).expand(len(frames), -1, -1, -1)
-    given = given_images(config, drawn.images, noise)
-    large = draw(upsampler, [frame.large for frame in frames], given)
-    routings = {name + LARGE: routing for name, routing in large.routings.items()}
-    return Drawn(large.images, drawn.captions, drawn.routings | routings)
+    return draw(upsampler, frames, given_images(config, images, noise))
 
 
 @torch.no_grad()
