@@ -91,8 +91,7 @@ def build(args, device):
         preset = preset_of(args)
         recipe, clip = preset.recipe, args.clip or clip_for(args.data, preset)
         batch, dtype = args.batch or recipe.batch, dtype_of(args.dtype, device)
-        options = preset, batch, clip, device, dtype, args.out / "plan.json"
-        micro_batches, r1_images = choose_micro_batches(args.accumulate, *options)
+        micro_batches, r1_images = choose_micro_batches(args.accumulate, preset, batch, clip, device, dtype)
     identity = {"preset": args.preset, "data": args.data, "batch": batch, "seed": args.seed, "clip": clip}
     identity["caption-key"] = args.caption_key
     folder = RunFolder(args.out, identity, args.tensorboard)

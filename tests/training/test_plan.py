@@ -17,7 +17,7 @@ from step import Learner
 from tests.figures import QUICK
 from tests.test_attention import peak_memory
 from training import plan
-from training.plan import Counted, FlopCounter, Rehearsal
+from training.plan import FlopCounter, Rehearsal
 
 
 def flop(call):
@@ -89,8 +89,7 @@ def test_parameters_and_state_are_those_of_a_run(both):
         "CLIP": [*learner.clip.parameters()],
     }
     for name, tensors in held.items():
-        assert rehearsal.state[name] == sum(t.numel() * t.element_size() for t in tensors), name
-    assert rehearsal.parameters["learning"] == sum(p.numel() for p in held["gradients"])
+        assert rehearsal.kept[name] == sum(t.numel() * t.element_size() for t in tensors), name
 
 
 @pytest.mark.parametrize("images", [2, 3])
@@ -99,22 +98,22 @@ def test_what_is_counted_is_what_a_step_takes(both, images, monkeypatch):
     before it the state is there but for the gradients. R1 comes first, before the generator has any.
     """
     rehearsal, learner = both
-    kept = sum(size for name, size in rehearsal.state.items() if name != "gradients")
+    kept = sum(size for name, size in rehearsal.kept.items() if name != "gradients")
     fast = torch.backends.mha.get_fastpath_enabled()
     monkeypatch.setattr(learner, "r1_images", images)
     batch = batch_of(learner, images)
-    for counted, call in (
-        (rehearsal.step, lambda: learner.step(1, [batch_of(learner, images)])),
-        (rehearsal.r1, lambda: learner.penalize([batch], 16)),
+    for kind, call in (
+        ("step", lambda: learner.step(1, [batch_of(learner, images)])),
+        ("r1", lambda: learner.penalize([batch], 16)),
     ):
         torch.backends.mha.set_fastpath_enabled(False)
         found = flop(call)
         torch.backends.mha.set_fastpath_enabled(fast)
-        assert counted.of(images)["float32"] == pytest.approx(found, rel=1e-5)  # CLIP's loss compares all pairs
+        assert rehearsal.of(kind, images)["float32"] == pytest.approx(found, rel=1e-5)  # CLIP's loss compares all pairs
         for optimizer in (learner.optimizer_g, learner.optimizer_d):
             optimizer.zero_grad(set_to_none=True)
         gc.collect()
-        assert counted.of(images)["memory"] == pytest.approx(kept + peak_memory(call), rel=0.1)
+        assert rehearsal.of(kind, images)["memory"] == pytest.approx(kept + peak_memory(call), rel=0.1)
 
 
 def test_in_bfloat16_attention_is_planned_as_on_a_gpu(monkeypatch):
@@ -135,20 +134,20 @@ def test_in_bfloat16_attention_is_planned_as_on_a_gpu(monkeypatch):
 # From counts to a run.
 
 
-def linear(**counts):
-    """Counts of (none, each image)."""
-    return Counted(*({name: fixed + n * each for name, (fixed, each) in counts.items()} for n in plan.REHEARSED))
-
-
 @pytest.fixture
 def rehearsed():
     """20 GB and 2 an image, R1 6 an image; 1 TFLOP an image, R1 3 in float32, a drawing 0.5."""
     made = Rehearsal.__new__(Rehearsal)
-    made.step = linear(memory=(20e9, 2e9), bfloat16=(0, 1e12), float32=(0, 0), moved=(0, 0), operators=(100, 0))
-    made.r1 = linear(memory=(20e9, 6e9), bfloat16=(0, 0), float32=(0, 3e12), moved=(0, 16e9))
-    made.drawing = linear(memory=(20e9, 1e9), bfloat16=(0, 0.5e12), float32=(0, 0), moved=(0, 0))
-    made.evaluation = linear(memory=(20e9, 0.1e9), bfloat16=(0, 0), float32=(0, 0.1e12), moved=(0, 0))
-    made.parameters, made.state = {"learning": 1e9}, {"networks": 4e9, "Adam": 8e9, "moving average": 4e9}
+    nothing = {"memory": 0, "moved": 0, "bfloat16": 0, "float32": 0}
+    made.counts = [
+        {
+            "step": nothing | {"memory": 20e9 + 2e9 * n, "bfloat16": 1e12 * n},
+            "r1": nothing | {"memory": 20e9 + 6e9 * n, "float32": 3e12 * n, "moved": 16e9 * n},
+            "drawing": nothing | {"bfloat16": 0.5e12 * n},
+        }
+        for n in plan.REHEARSED
+    ]
+    made.parameters, made.kept = {"generator": 1e9}, {"networks": 4e9}
     return made
 
 
@@ -159,9 +158,6 @@ def test_micro_batches_are_the_fewest_that_fit_and_r1_has_smaller_ones(rehearsed
     assert rehearsed.memory(24, 8) == 68e9 and rehearsed.memory(8, 8) == 68e9
     with pytest.raises(UserError, match="does not fit"):
         rehearsed.divide(32, 33e9)
-    rehearsed.evaluation = linear(memory=(20e9, 4e9))
-    with pytest.raises(UserError, match="does not fit"):
-        rehearsed.divide(32, 80e9)
 
 
 def test_the_work_of_micro_batches_is_drawn_twice(rehearsed):
@@ -172,36 +168,32 @@ def test_the_work_of_micro_batches_is_drawn_twice(rehearsed):
     assert plan.HARDWARE["a100"].seconds(one) == pytest.approx(seconds)
 
 
-def test_what_fits_is_chosen_kept_and_what_does_not_is_refused(rehearsed, monkeypatch, capsys, tmp_path):
-    rehearsals = []
+def test_what_fits_is_chosen_and_what_does_not_is_refused(rehearsed, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=80e9))
-    monkeypatch.setattr(plan, "Rehearsal", lambda *options: rehearsals.append(options) or rehearsed)
-    run = QUICK, 64, "emoji", torch.device("cuda", 0), torch.bfloat16, tmp_path / "run" / "plan.json"
+    monkeypatch.setattr(plan, "Rehearsal", lambda *options: rehearsed)
+    run = QUICK, 64, "emoji", torch.device("cuda", 0), torch.bfloat16
     assert plan.choose_micro_batches(train.parse_args([]).accumulate, *run) == (4, 8)
     assert "--accumulate 4: micro-batches of 16 images a GPU, R1 of 8 at a time" in capsys.readouterr().out
-    assert plan.choose_micro_batches(8, *run) == (8, 8) and len(rehearsals) == 1  # the folder of the run knows
+    assert plan.choose_micro_batches(8, *run) == (8, 8)
     with pytest.raises(UserError, match="--accumulate 2 does not fit into this GPU; take 4, or auto"):
         plan.choose_micro_batches(2, *run)
-    plan.choose_micro_batches("auto", *run[:1], 32, *run[2:])
-    assert len(rehearsals) == 2
     monkeypatch.setattr(plan.distributed, "world_size", lambda: 128)
     with pytest.raises(UserError, match="--batch 64 cannot be shared by 128 ranks"):
         plan.choose_micro_batches("auto", *run)
 
 
-def test_a_row_for_people(rehearsed):
-    """8 GPUs with 24 images each; a checkpoint of 12 GB every 100 steps; 1,920 images for a FID every 10 steps."""
-    recipe = dataclasses.replace(QUICK.recipe, steps=86400, fid_samples=1920, fid_every=1920)
-    hardware, args = plan.HARDWARE["a100"], SimpleNamespace(workers=1, save_every=100, steps=None)
-    found = plan.row(rehearsed, recipe, 192, 8, hardware, args)
-    compute = hardware.seconds(rehearsed.work(24, 1))
-    between = 24 * 0.1e12 / 19.5e12 / plan.SHARE_OF_PEAK + 0.12e9 / plan.COPIED
-    assert found[:4] == (8, 1, 8, 68) and found[4] == pytest.approx(compute)
-    assert found[5:7] == pytest.approx((2 * 7 / 8 * 4e9 / 300e9, 24 / 300))
-    assert found[7] == pytest.approx(between) and found[8] == pytest.approx(compute + between)
+def test_the_table_has_a_row_for_each_number_of_gpus(rehearsed, monkeypatch, capsys):
+    """A step of 24 images on each of 8 GPUs, and 8 as many on one: 192 images fit in 8 parts."""
+    monkeypatch.setattr(plan, "Rehearsal", lambda *options: rehearsed)
+    args = train.parse_args(["--plan", "--batch", "192", "--steps", "86400"])
+    plan.print_plan(args, QUICK)
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("   ")]
+    one, eight, all64 = (plan.HARDWARE["a100"].seconds(rehearsed.work(*x)) for x in ((192, 8), (24, 1), (3, 1)))
+    expected = [(1, 8, 8, 68, one), (8, 1, 8, 68, eight), (64, 1, 3, 38, all64)]
+    for row, (*numbers, seconds) in zip(rows[-3:], expected, strict=True):
+        assert [float(x) for x in row] == pytest.approx([*numbers, seconds, seconds], rel=0.01)
 
 
 def test_numbers_of_gpus_that_cannot_share_a_batch_are_refused():
-    args = SimpleNamespace(clip=None, batch=256, gpus=48, hardware="a100")
     with pytest.raises(UserError, match="--batch 256 cannot be shared by --gpus 48"):
-        plan.print_plan(args, QUICK)
+        plan.print_plan(train.parse_args(["--plan", "--batch", "256", "--gpus", "48"]), QUICK)
