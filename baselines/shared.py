@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import nn
 
 from clip import Text, load_clip
 from common import distributed, stopping
@@ -38,7 +39,7 @@ from sampling.pictures import grid, in_range, to_pil
 from step import ema_weight, rng_of
 from training.loop import Loop
 from training.run_folder import RunFolder
-from weights.generator_file import generator_of, read_safetensors, without_prefix
+from weights.generator_file import generator_of, read_safetensors
 
 SYSTEMS = {"StyleGANT": "stylegan_t", "LadaGAN": "ladagan", "Muse": "muse"}  # the classes, and where they are
 RESOLUTIONS = 32, 64
@@ -203,31 +204,32 @@ def save_run(loop, system):
         loop.save(state_of(system), generator_file(system, loop.notes(system.device)))
 
 
+def drawing(system):
+    """The networks that drawing needs, as one module."""
+    return nn.ModuleDict({name: system.networks[name] for name in system.for_sampling})
+
+
 def state_of(system):
     """What a run needs to go on, beside the networks in its generator's file."""
+    optimizers = {name: optimizer.state_dict() for name, optimizer in system.optimizers.items()}
     others = {name: network for name, network in system.networks.items() if name not in system.for_sampling}
-    kinds = {"networks": others, "optimizers": system.optimizers}
-    states = {kind: {name: x.state_dict() for name, x in members.items()} for kind, members in kinds.items()}
-    return states | {"clip": system.clip.name}
+    return {"networks": nn.ModuleDict(others).state_dict(), "optimizers": optimizers, "clip": system.clip.name}
 
 
 def restore(system, state):
     """Loads a checkpoint. Raises ValueError where the run learned with another CLIP."""
     if state["clip"] != system.clip.name:
         raise ValueError(f"it learned with {state['clip']}, and this is {system.clip.name}")
-    drawing = {name: without_prefix(state["generator_file"], f"{name}.") for name in system.for_sampling}
-    for name, network in system.networks.items():
-        network.load_state_dict((state["networks"] | drawing)[name])
+    nn.ModuleDict(system.networks).load_state_dict(state["networks"] | state["generator_file"])
     for name, optimizer in system.optimizers.items():
         optimizer.load_state_dict(state["optimizers"][name])
 
 
 def generator_file(system, notes):
     """What drawing needs → tensors and metadata of a file."""
-    networks = {name: system.networks[name].state_dict() for name in system.for_sampling}
-    tensors = {f"{name}.{key}": x for name, network in networks.items() for key, x in network.items()}
     about = {"resolution": system.resolution, "notes": notes}
-    return tensors, {"system": type(system).__name__, "about": json.dumps(about), "clip": system.clip.name}
+    metadata = {"system": type(system).__name__, "about": json.dumps(about), "clip": system.clip.name}
+    return drawing(system).state_dict(), metadata
 
 
 @torch.no_grad()
@@ -273,8 +275,7 @@ def load(system_class, path, device="cpu"):
         if clip.name != learned_with:
             raise UserError(f"{path} learned with {learned_with}, and {about['notes']['clip']} is {clip.name}")
         system = system_class(clip, about["resolution"], torch.device(device))
-        for name in system.for_sampling:
-            system.networks[name].load_state_dict(without_prefix(tensors, f"{name}."))
+        drawing(system).load_state_dict(tensors)
     except UserError:
         raise
     except (KeyError, TypeError, ValueError, RuntimeError) as error:

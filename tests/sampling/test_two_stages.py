@@ -11,7 +11,7 @@ import sample
 from aurora import Generator
 from clip import load_minilm
 from common.cli import UserError
-from presets import Level, UpsamplerConfig
+from presets import GeneratorConfig, Level, UpsamplerConfig
 from sampling import latent, views
 from sampling.pipeline import Pipeline
 from upsampler import Upsampler, draw_input_noise, enlarge, given_images
@@ -30,8 +30,6 @@ def networks():
         Level(8, 32, num_blocks=1, attn_depth=1, num_experts=3),
         *(Level(r, 32, num_blocks=1) for r in (16, 32, 64)),
     )
-    from presets import GeneratorConfig
-
     torch.manual_seed(0)
     made = (Generator(GeneratorConfig(base, **common)), Upsampler(UpsamplerConfig(up, **common, input_resolution=16)))
     for parameter in (p for network in made for p in network.parameters()):
