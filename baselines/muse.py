@@ -357,28 +357,19 @@ class Muse:
         right = ((logits.argmax(-1) == tokens) & masked).sum() / masked.sum()
         return {"transformer_loss": loss.detach(), "accuracy": right, "masked": masked.float().mean()}
 
+    @torch.no_grad()
     def sample(self, text, seed, count, edit=None):
         """`count` images for each of P captions, one caption after the other: [P · count, 3, R, R] in [−1, 1].
 
-        edit: an image [3, R, R] that is changed toward the captions, in the place of drawing new ones.
+        edit: an image [3, R, R] that is changed toward the captions, without a mask, in the place of drawing new ones.
         """
         text = Text(*(x.repeat_interleave(count, dim=0) for x in text))
+        noise, side = torch.Generator().manual_seed(seed), self.resolution // FACTOR
         if edit is None:
-            return self.draw(seed, text)
-        return self.edit(seed, edit.expand(len(text.eot), -1, -1, -1), text)
-
-    @torch.no_grad()
-    def draw(self, seed, text, **options):
-        """clip.Text of B captions → images [B, 3, R, R] in [−1, 1]. options: steps, guidance, as of `fill`."""
-        side = self.resolution // FACTOR
-        tokens = torch.full((len(text.eot), side, side), MASK, device=self.device)
-        return self.vqgan.decode(fill(self.ema, tokens, text, torch.Generator().manual_seed(seed), **options))
-
-    @torch.no_grad()
-    def edit(self, seed, images, text, **options):
-        """Changes images [B, 3, R, R] toward a text, without being told where. options: as `resample` takes them."""
-        tokens = self.vqgan.encode(images)
-        return self.vqgan.decode(resample(self.ema, tokens, text, torch.Generator().manual_seed(seed), **options))
+            tokens = torch.full((len(text.eot), side, side), MASK, device=self.device)
+            return self.vqgan.decode(fill(self.ema, tokens, text, noise))
+        tokens = self.vqgan.encode(edit[None]).expand(len(text.eot), -1, -1)
+        return self.vqgan.decode(resample(self.ema, tokens, text, noise))
 
 
 if __name__ == "__main__":

@@ -80,10 +80,9 @@ class Pipeline:
     def resolution(self) -> int:
         return (self.upsampler or self.generator).config.resolutions[-1]
 
-    @torch.no_grad()
     def sample(self, prompts: str | list[str], num=1, seed=0, psi=1.0) -> list[Image.Image]:
         """`num` PIL pictures of each prompt, one prompt after the other. The noise depends on the seed alone."""
-        return self.draw(self.frames(prompts, num, seed, psi)).pictures
+        return self.experts(prompts, num, seed, psi).pictures
 
     @torch.no_grad()
     def frames(self, prompts: str | list[str], num=1, seed=0, psi=1.0, numbers=None) -> list[views.Frame]:
@@ -97,7 +96,6 @@ class Pipeline:
         """The frames of a function of views.py that takes a generator, its text encoder, and what else it shows."""
         return views.of_both_stages(view, self.generator, self.upsampler, self.clip, *arguments)
 
-    @torch.no_grad()
     def experts(self, prompts: str | list[str], num=1, seed=0, psi=1.0) -> Drawn:
         """As `sample`, → Drawn, whose `routings` say which expert took each feature point, and how surely."""
         return self.draw(self.frames(prompts, num, seed, psi))
