@@ -46,9 +46,12 @@ def panels(generator, clip, prompts, source, seed, extractor):
     pixels = torch.cat([real_pixels(image[None], resolution) for image, _ in examples])
     cosines, indices = nearest(extract(extractor, to_pixels(made, resolution)), extract(extractor, pixels))
     pictures, captions = [], []
-    for image, prompt, *found in zip(made, prompts, cosines.tolist(), indices.tolist(), strict=True):
-        pictures += [to_pil(image), *(to_pil(pixels[i] / 127.5 - 1) for i in found[1])]
-        captions += [f"generated: {prompt}", *(f"{c:.2f}: {examples[i][1][0]}" for c, i in zip(*found, strict=True))]
+    for row, prompt in enumerate(prompts):
+        pictures.append(to_pil(made[row]))
+        captions.append(f"generated: {prompt}")
+        for cosine, i in zip(cosines[row], indices[row].tolist(), strict=True):
+            pictures.append(to_pil(pixels[i] / 127.5 - 1))
+            captions.append(f"{cosine:.2f}: {examples[i][1][0]}")
     return pictures, captions
 
 

@@ -1,7 +1,5 @@
 """The nearest training pictures are those of the largest cosine, and the command draws them."""
 
-import sys
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -23,21 +21,11 @@ def test_the_nearest_are_those_of_the_largest_cosine():
         )
 
 
-def test_the_picture_has_a_row_for_each_prompt(tmp_path, monkeypatch):
+def test_the_picture_has_a_row_for_each_prompt(tmp_path, monkeypatch, run_main):
     """Of so few training pictures that each is near; the file is what its name says."""
     monkeypatch.setattr(nearest, "MOST", 2)
-    prompts = ["red circle", "large blue square"]
-    command = [
-        "nearest",
-        "--data",
-        figures.folder(),
-        "--checkpoint",
-        figures.generator_file(),
-        "--out",
-        tmp_path / "nearest.jpg",
-        *prompts,
-    ]
-    monkeypatch.setattr(sys, "argv", [str(word) for word in command])
-    nearest.main()
+    options = ["--data", figures.folder(), "--checkpoint", figures.generator_file(), "--out", tmp_path / "nearest.jpg"]
+    status, _, error = run_main(nearest.main, *options, "red circle", "large blue square")
+    assert status == 0, error
     picture = Image.open(tmp_path / "nearest.jpg")
     assert picture.format == "JPEG" and 4 * 128 > picture.width > 3 * 128 and picture.height > 2 * 128

@@ -1,7 +1,6 @@
 """What the experts know: the formulas, on cases whose answer is known."""
 
 import math
-import sys
 
 import pytest
 import torch
@@ -26,9 +25,7 @@ def test_the_mask_is_where_a_picture_is_not_white():
     assert probe.object_mask(images, 4).tolist() == [[int(i in (6, 7)) for i in range(16)], [0] * 16]
 
 
-def test_the_demos_answer_is_printed(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["probe.py", "--count", "2"])
-    probe.main()
-    said = capsys.readouterr().out
+def test_the_demos_answer_is_printed(run_main):
+    _, said, _ = run_main(probe.main, "--count", 2)
     for words in ("at 8.0.0", "shuffled", "what there is to know"):
         assert words in said
