@@ -124,8 +124,10 @@ def test_the_mean_of_w_is_that_of_all_parts(learner):
 
 
 def test_one_rank_that_torchrun_started_records_its_steps(learner, monkeypatch):
-    for name, value in zip(distributed.RANK_VARIABLES, ("0", "1", "0", "127.0.0.1", "1"), strict=True):
-        monkeypatch.setenv(name, value)
+    for name in ("RANK", "LOCAL_RANK", "MASTER_PORT"):
+        monkeypatch.setenv(name, "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     with monkeypatch.context() as patch:
         patch.setattr(torch.cuda, "is_available", lambda: True)
         patch.setattr(learner, "device", torch.device("cuda", 0))

@@ -25,7 +25,7 @@ from upsampler import draw_input_noise, given_images
 
 MOST_REJECTED = 20  # A run is stopped after so many updates in a row without finite gradients; a step has two updates.
 LASTING = 500  # A symptom that lasts for so many steps is reported.
-WATCHED = 128  # images of each kind that overfitting is measured with, shared by the ranks
+WATCHED = 128  # images of each kind that overfitting is measured with
 AT_ONCE = 16  # of these
 
 
@@ -106,10 +106,9 @@ class Loop:
         if self.rejected_in_a_row >= MOST_REJECTED:
             with distributed.together():
                 raise UserError(
-                    f"{self.rejected_in_a_row} updates in a row had gradients that are not finite, so the run is "
-                    f"stopped. The last good checkpoint: {self.folder.last_good or 'none'}; the same command goes on "
-                    "from there. If this comes again, lower the learning rates: --set lr_generator=… "
-                    "lr_discriminator=…"
+                    f"{self.rejected_in_a_row} updates in a row had gradients that are not finite. The same command "
+                    f"goes on from the last good checkpoint: {self.folder.last_good or 'none'}. If this comes again, "
+                    "lower the learning rates: --set lr_generator=… lr_discriminator=…"
                 )
         return report
 
@@ -133,7 +132,7 @@ class Loop:
         for symptom, steps in self.lasting.items():
             enough = 1 if "overfitting" in symptom else LASTING
             if steps == enough and symptom not in self.told:
-                say(f"warning: {symptom}")
+                say(f"warning, for {steps} step(s) now: {symptom}")
                 self.told.add(symptom)
 
     @property
@@ -204,10 +203,13 @@ class Loop:
             say(f"Of the data was skipped, counted at every reading: {causes or 'nothing'}.")
             say(f"{p.rejected} updates were left out as not finite.")
         self.check_saved()
-        ended = "Done." if p.step == self.last_step else "Stopped and saved; the same command resumes the run."
         if self.out_of_time:
             ended = f"Its {self.minutes} minutes are over; give more by --minutes to go on."
-        elif p.step > self.last_step:
+        elif p.step < self.last_step:
+            ended = "Stopped and saved; the same command resumes the run."
+        elif p.step == self.last_step:
+            ended = "Done."
+        else:
             ended = f"Nothing was left to do for --steps {self.last_step}; give more to go on. The run has"
         say(f"{ended} {p.step} steps. The generator: {self.folder.generator}")
         if p.step < self.last_step and not self.out_of_time:
@@ -220,23 +222,16 @@ class Loop:
 
 def symptoms(report):
     """What a step's report shows to be wrong, in words."""
-    if report.get("expert_min_share", 1) < 0.01:
-        yield (
-            f"for {LASTING} steps now an expert gets next to no points (expert_min_share is below 1 %); the network "
-            "does without its parameters"
-        )
     difference = report.get("logits_real", 1) - report.get("logits_fake", 0)
+    if report.get("expert_min_share", 1) < 0.01:
+        yield "an expert gets next to no points (expert_min_share is below 1 %)"
     if difference > 10:
         yield (
-            f"for {LASTING} steps now the discriminator is certain of every image (logits_real and logits_fake are "
-            "more than 10 apart), so the generator has little to learn from; a higher r1_gamma or a lower "
-            "lr_discriminator may help"
+            "the discriminator is certain of every image (logits_real and logits_fake are more than 10 apart), so the "
+            "generator has little to learn from; a higher r1_gamma or a lower lr_discriminator may help"
         )
     if abs(difference) < 1e-4:
-        yield (
-            f"for {LASTING} steps now the discriminator tells nothing apart any more (logits_real and logits_fake are "
-            "the same)"
-        )
+        yield "the discriminator tells nothing apart any more (logits_real and logits_fake are the same)"
     if report.get("overfitting", 0) > 0.5:
         yield (
             "the discriminator knows its training images by heart (overfitting is above 0.5): it takes held-out ones "
@@ -260,7 +255,7 @@ def watched_pairs(source, clip):
 @torch.no_grad()
 def overfitting(learner, pairs, seed):
     """Whether the discriminator learns images by heart → {"logits_seen", "logits_held_out", "logits_generated",
-    "overfitting"}; nothing without pairs to ask about, see watched_pairs.
+    "overfitting"}; nothing without pairs to ask about, see watched_pairs. The same on every rank.
 
     overfitting is r_v of StyleGAN2-ADA (section 3) = (D(seen) − D(held out)) / (D(seen) − D(generated)), by the last
     prediction for the highest image: 0 if held-out images look like those it learns from, 1 if like generated ones.
@@ -273,10 +268,8 @@ def overfitting(learner, pairs, seed):
     small = draw_input_noise(config, len(held_out[0]), noise)
 
     def mean_logit(images, text, generated):
-        """Every rank takes a share of the images."""
-        mine = torch.arange(distributed.rank(), len(images), distributed.world_size())
-        total = images.new_zeros(2)
-        for some in mine.split(AT_ONCE) if len(mine) else ():
+        logits = []
+        for some in torch.arange(len(images)).split(AT_ONCE):
             which = some.to(images.device)
             shown, captions = images[which], Text(*(x[which] for x in text))
             if generated:
@@ -285,10 +278,8 @@ def overfitting(learner, pairs, seed):
                     shown = learner.ema(*given, z[some].to(shown.device), *captions[:2], learner.active[-1]).pyramid
             else:
                 shown = pyramid(shown, learner.active)
-            logits = learner.score(shown, captions)
-            total += torch.stack([logits.sum(), logits.new_full((), len(some))])
-        total, count = distributed.mean(total)
-        return total / count
+            logits.append(learner.score(shown, captions))
+        return torch.cat(logits).mean()
 
     real, new, fake = mean_logit(*seen, False), mean_logit(*held_out, False), mean_logit(*held_out, True)
     ratio = (real - new) / (real - fake).clamp(min=1e-6)

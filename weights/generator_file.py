@@ -108,12 +108,10 @@ def is_safetensors(path):
 def load_ours(path):
     """→ generator, the name of its text encoder, notes."""
     metadata, state = read_safetensors(path)
-    if not metadata.keys() & STAGES.keys():
+    stage = next((stage for stage in STAGES if stage in metadata), None)
+    if not stage:
         raise UserError(f"{path} holds no generator of Aurora; that of a run is its generator_ema.safetensors")
-    if "text" not in metadata:
-        raise UserError(f"{path} is of an earlier version, whose text encoder is gone; train it anew")
     try:
-        stage = next(stage for stage in STAGES if stage in metadata)
         generator = new_generator(STAGES[stage].from_dict(json.loads(metadata[stage])))
         generator.load_state_dict(without_prefix(state, "generator."))
         return generator, metadata["text"], json.loads(metadata["notes"])
@@ -133,8 +131,6 @@ def read_safetensors(path):
 def load_official_file(path):
     """The authors' generator. Raises UserError."""
     state = load_tensors(path)
-    if isinstance(state, dict) and "progress" in state:
-        raise UserError(f"{path} is the state of a run; sample with {FILE} of its folder")
     try:
         return load_official(state)
     except ValueError as error:

@@ -6,7 +6,6 @@ Every size is read off the names and shapes of the state dict; only the number o
 import contextlib
 import re
 from collections.abc import Mapping
-from os import PathLike
 
 import torch
 
@@ -40,23 +39,14 @@ RENAMES = [
 ]
 
 
-def is_official(state):
-    """Whether a loaded object looks like the authors' checkpoint or one of its generators."""
-    return isinstance(state, Mapping) and not {"generator_smooth", "generator", "synthesis.net.0.0.freqs"}.isdisjoint(
-        state
-    )
-
-
 def load_official(source):
     """The generator with the authors' weights, in float32 and eval mode.
 
-    source: the path of `aurora_v1.pth`; or the dict in it, of which `generator_smooth`, the moving average, is taken
-    first; or a bare generator state dict of tensors or arrays. A file is read with `weights_only`: no code in it runs.
-    Raises ValueError where names or shapes are not an Aurora generator's, and what torch.load raises on a damaged one.
+    source: the dict in `aurora_v1.pth`, of which `generator_smooth`, the moving average, is taken first; or a bare
+    generator state dict of tensors or arrays. Raises ValueError where names or shapes are not an Aurora generator's.
     """
-    if isinstance(source, str | PathLike):
-        source = torch.load(source, map_location="cpu", weights_only=True)
-    if not is_official(source):
+    names = {"generator_smooth", "generator", "synthesis.net.0.0.freqs"}
+    if not isinstance(source, Mapping) or names.isdisjoint(source):
         raise ValueError("this is not a checkpoint of the authors' generator: the names in it are others")
     state = source.get("generator_smooth", source.get("generator", source))
     with reading("Aurora's generator"):
@@ -186,9 +176,3 @@ def reshaped(translated, network):
             if (name := f"{prefix}.{name}") in state:  # a layer without bias still has the bias's scale
                 state[name] = state[name] * scale
     return state
-
-
-def load_renamed(network, state, renames):
-    """Puts the authors' tensors into a network, see above → it, in eval mode."""
-    network.load_state_dict(reshaped(renamed(state, renames), network))
-    return network.eval()

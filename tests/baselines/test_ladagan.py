@@ -8,9 +8,8 @@ import torch
 from baselines import ladagan
 from baselines.ladagan import AdditiveAttention, LadaGAN
 from clip import load_clip
-from tests.weights.test_official import FIXTURES, read
+from tests.weights.test_official import FIXTURES, load_renamed, read
 from weights.generator_file import without_prefix
-from weights.official import load_renamed
 
 AUTHORS = FIXTURES[0].parent / "ladagan_small.npz"
 # The authors' names and ours. Levels are called by the number of points there.

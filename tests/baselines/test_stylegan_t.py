@@ -11,9 +11,8 @@ from scipy.ndimage import gaussian_filter
 from baselines import stylegan_t
 from baselines.stylegan_t import StyleGANT
 from clip import load_clip
-from tests.weights.test_official import FIXTURES, read
+from tests.weights.test_official import FIXTURES, load_renamed, read
 from weights.efficientnet import load_efficientnet
-from weights.official import load_renamed
 
 AUTHORS = {name: FIXTURES[0].parent / f"stylegan_t_{name}.npz" for name in ("small", "head")}
 # The authors' names and ours. What becomes "" is constant: the filters, and a transform that a user may set.
