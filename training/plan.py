@@ -213,14 +213,14 @@ class Rehearsal:
 @contextlib.contextmanager
 def as_on_gpu(dtype):
     """A context in which attention is fused, if in bfloat16, and CLIP's blocks are not one operator."""
-    fast = torch.backends.mha.get_fastpath_enabled()
+    fast, fused_on = torch.backends.mha.get_fastpath_enabled(), attention.FUSED_ON
     torch.backends.mha.set_fastpath_enabled(False)
-    fused_on = {"cuda", "cpu"} if dtype == torch.bfloat16 else {"cuda"}
-    former, attention.FUSED_ON = attention.FUSED_ON, fused_on
+    if dtype == torch.bfloat16:
+        attention.FUSED_ON = {"cuda", "cpu"}
     try:
         yield
     finally:
-        attention.FUSED_ON = former
+        attention.FUSED_ON = fused_on
         torch.backends.mha.set_fastpath_enabled(fast)
 
 
@@ -342,10 +342,9 @@ def choose_micro_batches(accumulate, preset, batch, clip, device, dtype):
     accumulate: "auto", as few as the memory allows at the highest resolution; or a number. Raises UserError where that
     does not fit, where the ranks cannot share the batch, or where a micro-batch would hold no wrong caption.
     """
-    ranks = distributed.world_size()
-    if batch % ranks:
-        raise UserError(f"--batch {batch} cannot be shared by {ranks} ranks; choose a multiple")
-    number, fewest, r1_images = 1 if accumulate == "auto" else accumulate, 1, None
+    ranks, number, r1_images = distributed.world_size(), 1 if accumulate == "auto" else accumulate, None
+    if batch % (ranks * number):
+        raise UserError(f"--batch {batch} cannot be shared by {ranks} ranks in {number} part(s); choose a multiple")
     if device.type == "cuda":
         found, memory = None, torch.cuda.get_device_properties(device).total_memory
         with distributed.together():
@@ -356,12 +355,10 @@ def choose_micro_batches(accumulate, preset, batch, clip, device, dtype):
             number = fewest
             sizes = f"micro-batches of {batch // ranks // number} images a GPU, R1 of {r1_images} at a time"
             say(f"--accumulate {number}: {sizes}, by the plan at full resolution")
-    if number < fewest:
-        raise UserError(f"--accumulate {number} does not fit into this GPU; take {fewest}, or auto")
+        elif number < fewest:
+            raise UserError(f"--accumulate {number} does not fit into this GPU; take {fewest}, or auto")
     if batch // number < 2:
         raise UserError(
             f"--batch {batch} in {number} part(s) leaves no wrong caption to compare with; take 2 or more each"
         )
-    if batch % (ranks * number):
-        raise UserError(f"--batch {batch} cannot be shared by {ranks} ranks in {number} parts; choose a multiple")
     return number, r1_images

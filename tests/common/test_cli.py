@@ -3,14 +3,13 @@
 import argparse
 import errno
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from common.cli import UserError, a_path, add_data, signals, told_in_one_line
+from common.cli import UserError, a_path, add_data, told_in_one_line
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -37,29 +36,27 @@ def test_a_console_without_the_signs_shows_question_marks(encoding, arguments, s
         assert done.stderr.decode(encoding).startswith("error: ")
 
 
-def test_a_full_disk_is_one_line_and_another_error_keeps_its_traceback(capsys):
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (
+            OSError(errno.ENOSPC, "No space left", "a.png"),
+            "error: a.png could not be written: No space left; make room",
+        ),
+        (OSError(errno.EROFS, "Read-only file system", "out/a.png"), "error: out/a.png: Read-only file system\n"),
+        (OSError(errno.ENOTDIR, "Not a directory", "out/a.png"), "error: out/a.png: a file stands where a folder"),
+        (UserError("--data a\nb: no such folder"), "error: --data a b: no such folder\n"),  # as a path may be called
+    ],
+)
+def test_mistakes_and_what_the_system_says_of_a_file_are_one_line(error, says, capsys):
     with pytest.raises(SystemExit) as ended, told_in_one_line():
-        raise OSError(errno.ENOSPC, "No space left on device", "a.png")
-    assert ended.value.code == 2
-    assert capsys.readouterr().err.startswith("error: a.png could not be written: No space left on device; make room")
+        raise error
+    assert ended.value.code == 2 and capsys.readouterr().err.startswith(says)
+
+
+def test_another_error_keeps_its_traceback():
     with pytest.raises(OSError, match="Input/output"), told_in_one_line():
         raise OSError(errno.EIO, "Input/output error")
-
-
-def test_signals_that_a_system_lacks_are_left_out(monkeypatch):
-    monkeypatch.delattr(signal, "SIGUSR1")  # as on Windows
-    assert signals("SIGTERM", "SIGUSR1") == [signal.SIGTERM]
-
-
-@pytest.mark.parametrize("number", [errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.ENOTDIR])
-def test_what_the_system_says_of_a_file_is_one_line(number, capsys):
-    with pytest.raises(SystemExit) as ended, told_in_one_line():
-        raise OSError(number, os.strerror(number), "out/a.png")
-    assert ended.value.code == 2
-    assert capsys.readouterr().err.startswith("error: out/a.png: ")
-    with pytest.raises(SystemExit), told_in_one_line():
-        raise UserError("--data a\nb: no such folder")  # as a path may be called
-    assert capsys.readouterr().err == "error: --data a b: no such folder\n"
 
 
 def test_a_path_knows_the_home_folder_and_refuses_what_no_file_can_be(tmp_path, monkeypatch):
@@ -72,11 +69,3 @@ def test_a_path_knows_the_home_folder_and_refuses_what_no_file_can_be(tmp_path, 
     for text in ("", "  ", str(tmp_path / "pipe")):
         with pytest.raises(argparse.ArgumentTypeError):
             a_path(text)
-
-
-def test_every_command_takes_paths_and_data_in_one_way():
-    """So that "~", "" and a FIFO are met everywhere, and data whose captions are in a field can be read everywhere."""
-    for path in [*ROOT.glob("*.py"), *ROOT.glob("[!.]*/*.py")]:
-        if path.name not in ("cli.py", "make_emoji.py"):
-            text = path.read_text(encoding="utf-8")
-            assert "type=Path" not in text and 'add("--data"' not in text, path

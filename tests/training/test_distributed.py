@@ -94,3 +94,9 @@ def test_ranks_wait_an_hour_for_each_other(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     distributed.start("cpu")
     assert waits[0].total_seconds() == 3600
+
+
+def test_float32_is_not_tf32():
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    distributed.start("cpu")
+    assert not torch.backends.cuda.matmul.allow_tf32 and not torch.backends.cudnn.allow_tf32

@@ -129,21 +129,8 @@ def test_a_tiny_model_learns_colors(tmp_path, monkeypatch):
     )
     monkeypatch.setitem(PRESETS, "low", low)
     data = figures.write(tmp_path / "figures", count=400)
-    run(
-        *COMMON,
-        "--preset",
-        "low",
-        "--data",
-        data,
-        "--out",
-        tmp_path,
-        "--steps",
-        300,
-        "--batch",
-        32,
-        "--sample-every",
-        1000,
-    )
+    options = f"--preset low --data {data} --out {tmp_path} --steps 300 --batch 32 --sample-every 1000"
+    run(*COMMON, *options.split())
     generator, clip, _ = load_generator(tmp_path / "generator_ema.safetensors")
     colors = torch.tensor(list(figures.BACKGROUNDS.values())) / 255
     right = []
