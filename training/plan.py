@@ -29,6 +29,7 @@ from common.distributed import say
 from layers import pyramid
 from losses import R1_INTERVAL
 from presets import fitted_to
+from sampling.latent import BATCH as DRAWN
 from step import Learner, MicroBatch
 from upsampler import crop, draw_input_noise, given_images
 from weights.perceptual import perceptual_network
@@ -37,7 +38,7 @@ from weights.perceptual import perceptual_network
 # average. They multiplied 76 TFLOP in bfloat16 and 8.5 in float32, and moved 1.7 TB; at the peak rates that is this
 # share of it.
 SHARE_OF_PEAK = 0.40
-RESERVED = 10e9  # assumed: bytes to leave for CUDA's context, NCCL's buffers, evaluations and fragmentation
+RESERVED = 10e9  # assumed: bytes to leave for CUDA's context, NCCL's buffers and fragmentation
 REHEARSED = 2, 4  # images of rehearsed steps; other numbers are on a line through them
 
 
@@ -157,7 +158,8 @@ class Rehearsal:
     """What one rank takes at the highest resolution. parameters: numbers; kept: the bytes kept from step to step.
 
     counts: of few and of more images, {kind: what Meter.measure counts}. step: all but R1, captions included; r1: R1
-    alone, which comes first; drawing: the generator's forward pass alone, which micro-batches take once more.
+    alone, which comes first; drawing: the generator's forward pass alone, which micro-batches take once more;
+    evaluation: the moving average, as CLIP sees it.
 
     preset: a presets.Preset. In bfloat16 attention is counted as a GPU computes it, else as this CPU.
     """
@@ -185,16 +187,17 @@ class Rehearsal:
 
     def memory(self, images, r1_images):
         """The bytes at the peak."""
-        return max(self.of("step", images)["memory"], self.of("r1", r1_images)["memory"])
+        sizes = {"step": images, "r1": r1_images, "evaluation": DRAWN}
+        return max(self.of(kind, size)["memory"] for kind, size in sizes.items())
 
     def divide(self, share, available):
         """A rank's share of the batch → the fewest micro-batches that fit, and how many images R1 takes at a time.
 
-        Raises UserError where one image does not fit.
+        Raises UserError where one image, or an evaluation, does not fit.
         """
         images = largest_divisor(share, self.fitting("step", available))
         r1_images = largest_divisor(images, self.fitting("r1", available))
-        if not r1_images:
+        if not r1_images or self.fitting("evaluation", available) < DRAWN:
             raise UserError(
                 f"it does not fit: one image takes {self.memory(1, 1) / 1e9:.0f} GB, and of {available / 1e9:.0f} GB "
                 f"{RESERVED / 1e9:.0f} are left free; take a smaller preset or larger GPUs"
@@ -225,14 +228,16 @@ def as_on_gpu(dtype):
 
 
 def count(learner, meter, images):
-    """→ what is counted of a step, R1 and a drawing of so many images, by these names."""
+    """→ what is counted of a step, R1, a drawing and an evaluation of so many images, by these names."""
     learner.r1_images = images
     step = meter.measure(lambda: learner.step(1, [empty_batch(learner, images)]))  # reads the captions first
     batch = empty_batch(learner, images)
     r1 = meter.measure(lambda: learner.penalize([batch], R1_INTERVAL))
     with torch.no_grad():
         drawing = meter.measure(lambda: learner.draw(batch, batch.z, learner.active[-1]))
-    return {"step": step, "r1": r1, "drawing": drawing}
+        inputs = *batch.given, batch.z, batch.text.tokens, batch.text.eot
+        evaluation = meter.measure(lambda: learner.clip.encode_image(learner.ema(*inputs).image))
+    return {"step": step, "r1": r1, "drawing": drawing, "evaluation": evaluation}
 
 
 def empty_batch(learner, size):
@@ -299,7 +304,7 @@ def print_plan(args, preset):
     print(f"{args.preset} on {hardware.name}, global batch {batch}, CLIP {clip}. Counted, with shapes alone:")
     print("  parameters, M:       " + figures(rehearsal.parameters, 1e6))
     print("  memory kept, GB:     " + figures(rehearsal.kept, 1e9))
-    for kind in ("step", "r1"):
+    for kind in ("step", "r1", "evaluation"):
         none, one = (rehearsal.of(kind, images)["memory"] / 1e9 for images in (0, 1))
         print(f"  peak of {kind + ',':12s} GB: {none:.3g}, and {one - none:.3g} an image")
     work = rehearsal.work(32, 1)
@@ -311,6 +316,9 @@ def print_plan(args, preset):
         micro_batches, r1_images = rehearsal.divide(batch // gpus, hardware.memory)
         memory = rehearsal.memory(batch // gpus // micro_batches, r1_images) / 1e9
         seconds = hardware.seconds(rehearsal.work(batch // gpus, micro_batches))
+        # An evaluation's images, of which each step pays its part.
+        evaluated = preset.recipe.fid_samples * batch / preset.recipe.fid_every / gpus
+        seconds += evaluated / DRAWN * hardware.seconds(rehearsal.of("evaluation", DRAWN))
         row = gpus, micro_batches, r1_images, memory, seconds, steps * seconds / 86400
         print("".join(f"{value:13.3g}" for value in row))
     peak = (work["bfloat16"] + work["float32"]) / hardware.bfloat16 / hardware.seconds(work)
@@ -318,7 +326,7 @@ def print_plan(args, preset):
         f"Measured, on one H200: {SHARE_OF_PEAK:.0%} of the speed that the peak rates of products and memory allow;\n"
         f"for this preset that is {peak:.1%} of the bfloat16 peak.\n"
         f"Assumed: {SHARE_OF_PEAK:.0%} for all; {RESERVED / 1e9:.0f} GB of a GPU left free.\n"
-        "Not counted: waiting for data and for other GPUs, evaluations, checkpoints."
+        "Not counted: waiting for data and for other GPUs. Checkpoints are written by a thread meanwhile."
     )
 
 

@@ -136,7 +136,7 @@ def test_in_bfloat16_attention_is_planned_as_on_a_gpu(monkeypatch):
 
 @pytest.fixture
 def rehearsed():
-    """20 GB and 2 an image, R1 6 an image; 1 TFLOP an image, R1 3 in float32, a drawing 0.5."""
+    """20 GB and 2 an image, R1 6, an evaluation 1; 1 TFLOP an image, R1 3 in float32, a drawing 0.5, an evaluation 2."""
     made = Rehearsal.__new__(Rehearsal)
     nothing = {"memory": 0, "moved": 0, "bfloat16": 0, "float32": 0}
     made.counts = [
@@ -144,6 +144,7 @@ def rehearsed():
             "step": nothing | {"memory": 20e9 + 2e9 * n, "bfloat16": 1e12 * n},
             "r1": nothing | {"memory": 20e9 + 6e9 * n, "float32": 3e12 * n, "moved": 16e9 * n},
             "drawing": nothing | {"bfloat16": 0.5e12 * n},
+            "evaluation": nothing | {"memory": 20e9 + 1e9 * n, "bfloat16": 2e12 * n},
         }
         for n in plan.REHEARSED
     ]
@@ -156,8 +157,9 @@ def test_micro_batches_are_the_fewest_that_fit_and_r1_has_smaller_ones(rehearsed
     assert rehearsed.divide(24, 80e9) == (1, 8)
     assert rehearsed.divide(64, 80e9) == (4, 8) and rehearsed.divide(4, 80e9) == (1, 4)
     assert rehearsed.memory(24, 8) == 68e9 and rehearsed.memory(8, 8) == 68e9
+    assert rehearsed.memory(1, 1) == 20e9 + plan.DRAWN * 1e9  # of an evaluation
     with pytest.raises(UserError, match="does not fit"):
-        rehearsed.divide(32, 33e9)
+        rehearsed.divide(32, 45e9)  # an evaluation does not, and one image would
 
 
 def test_the_work_of_micro_batches_is_drawn_twice(rehearsed):
@@ -190,7 +192,9 @@ def test_the_table_has_a_row_for_each_number_of_gpus(rehearsed, monkeypatch, cap
     rows = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("   ")]
     one, eight, all64 = (plan.HARDWARE["a100"].seconds(rehearsed.work(*x)) for x in ((192, 8), (24, 1), (3, 1)))
     expected = [(1, 8, 8, 68, one), (8, 1, 8, 68, eight), (64, 1, 3, 38, all64)]
-    for row, (*numbers, seconds) in zip(rows[-3:], expected, strict=True):
+    evaluation = QUICK.recipe.fid_samples * 192 / QUICK.recipe.fid_every * 2e12 / 312e12 / plan.SHARE_OF_PEAK
+    for row, (gpus, *numbers, seconds) in zip(rows[-3:], expected, strict=True):
+        numbers, seconds = [gpus, *numbers], seconds + evaluation / gpus
         assert [float(x) for x in row] == pytest.approx([*numbers, seconds, seconds], rel=0.01)
 
 
