@@ -7,6 +7,7 @@ import errno
 import hashlib
 import os
 import shutil
+import tempfile
 import warnings
 from pathlib import Path
 
@@ -40,6 +41,16 @@ def atomically(path, write):
         raise OSError(errno.ENOSPC, first_line(error), str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_room(folder, size=2**25):
+    """Writes so many bytes for a moment: a full disk is better met before long work than after. Raises OSError."""
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(size))
+            file.flush()
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(folder)) from error
 
 
 def link(source, path):

@@ -188,8 +188,7 @@ class RunFolder:
         self.wait()
         if distributed.is_main() and step != self.saved_step:
             state = {"identity": self.identity, **state}
-            copy = tree_map_only(torch.Tensor, lambda x: x.detach().to("cpu", copy=True), (state, generator))
-            self.writing = self.writer.submit(self.write, step, *copy, keep)
+            self.writing = self.writer.submit(self.write, step, *on_host((state, generator)), keep)
 
     def wait(self):
         """Until the last checkpoint is on the disk, or it was told that it could not be written."""
@@ -206,6 +205,20 @@ class RunFolder:
     def write_generator(self, path):
         """Gives the generator's file of a checkpoint its name in this folder."""
         disk.link(path / generator_file.FILE, self.generator)
+
+
+def on_host(state):
+    """A copy of nested dicts and lists, its tensors in the memory of the CPU: pinned, where they come from a GPU."""
+    copy = tree_map_only(torch.Tensor, host_copy, state)
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return copy
+
+
+def host_copy(x):
+    if not x.is_cuda:
+        return x.detach().clone()
+    return torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x.detach(), non_blocking=True)
 
 
 def step_of(line):

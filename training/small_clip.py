@@ -29,7 +29,7 @@ from common.cli import (
     positive_int,
     told_in_one_line,
 )
-from common.disk import atomically
+from common.disk import atomically, check_room
 from common.distributed import say
 from data import sources
 from layers import resize
@@ -85,14 +85,16 @@ def clip_for(data, preset):
 
 def clip_of_new_run(path, data, caption_key, seed, device):
     """The main rank trains a small CLIP on a run's data and writes it to `path`. Raises Stopped where the run is asked
-    to stop.
+    to stop, OSError where the disk is full, before the work.
     """
     with distributed.together(), contextlib.suppress(stopping.Stopped):
         source = sources.open_data(data, 32, seed, caption_key)
         if distributed.is_main():
+            check_room(path.parent)
             say("First a small CLIP learns to see these pictures as their captions say: a few minutes on one CPU core.")
             clip = train_small_clip(source, seed=seed, device=device)
-            atomically(path, lambda temporary: save_small(clip, temporary, {"data": data, "seed": str(seed)}))
+            made = {"data": data, "caption-key": str(caption_key), "seed": str(seed), "text": clip.text.name}
+            atomically(path, lambda temporary: save_small(clip, temporary, made))
     if distributed.broadcast(stopping.asked()):
         raise stopping.Stopped
 

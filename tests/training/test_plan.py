@@ -136,7 +136,7 @@ def test_in_bfloat16_attention_is_planned_as_on_a_gpu(monkeypatch):
 
 @pytest.fixture
 def rehearsed():
-    """20 GB and 2 an image, R1 6, an evaluation 1; 1 TFLOP an image, R1 3 in float32, a drawing 0.5, an evaluation 2."""
+    """20 GB and 2 an image, R1 6, an evaluation 1; 1 TFLOP an image, R1 3 in float32, drawing 0.5, evaluation 2."""
     made = Rehearsal.__new__(Rehearsal)
     nothing = {"memory": 0, "moved": 0, "bfloat16": 0, "float32": 0}
     made.counts = [

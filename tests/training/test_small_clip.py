@@ -10,7 +10,8 @@ from clip import load_clip
 from common.cli import UserError
 from data import sources
 from tests.data.test_sources import jpeg
-from training.small_clip import contrast, draw_batches, mislead, train_small_clip
+from tests.training.runs import full_disk, room_afterwards
+from training.small_clip import clip_of_new_run, contrast, draw_batches, mislead, train_small_clip
 
 COLORS = {"red": (220, 30, 30), "green": (30, 160, 60), "blue": (40, 60, 220), "yellow": (230, 210, 40)}
 
@@ -93,3 +94,11 @@ def test_captions_that_are_all_the_same_teach_nothing(tmp_path):
     source = write_pictures(tmp_path / "data", ["red"] * 4)
     with pytest.raises(UserError, match="all captions are the same"):
         train_small_clip(source, steps=2)
+
+
+def test_a_full_disk_is_told_before_a_clip_is_trained(tmp_path, monkeypatch):
+    monkeypatch.setattr("training.small_clip.train_small_clip", lambda *_, **__: pytest.fail("there is no room for it"))
+    write_pictures(tmp_path / "data", ["red", "blue"] * 2)
+    with room_afterwards(), pytest.raises(OSError, match=f"File too large: '{tmp_path}'"):
+        full_disk(2**20)
+        clip_of_new_run(tmp_path / "clip.safetensors", tmp_path / "data", None, 0, "cpu")
