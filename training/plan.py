@@ -323,9 +323,8 @@ def print_plan(args, preset):
         print("".join(f"{value:13.3g}" for value in row))
     peak = (work["bfloat16"] + work["float32"]) / hardware.bfloat16 / hardware.seconds(work)
     print(
-        f"Measured, on one H200: {SHARE_OF_PEAK:.0%} of the speed that the peak rates of products and memory allow;\n"
-        f"for this preset that is {peak:.1%} of the bfloat16 peak.\n"
-        f"Assumed: {SHARE_OF_PEAK:.0%} for all; {RESERVED / 1e9:.0f} GB of a GPU left free.\n"
+        f"Measured on one H200: a step takes as long as its products and traffic at {SHARE_OF_PEAK:.0%} of the peak\n"
+        f"rates. Assumed: the same here, which is {peak:.1%} of the bfloat16 peak; {RESERVED / 1e9:.0f} GB left free.\n"
         "Not counted: waiting for data and for other GPUs. Checkpoints are written by a thread meanwhile."
     )
 
