@@ -1,6 +1,7 @@
 """Kills a run with −9 at random moments, starts it again each time, and compares with a run that nothing happened to.
 
     python -m tests.training.torture --kills 30 --ranks 2
+    python -m tests.training.torture --kills 30 --preset tiny-larger    # the second stage
 
 Each life makes steps before it dies, and checkpoints are so frequent that many die while saving. The weights at the end
 must be the same to the last bit, and all of the state with them.
@@ -28,10 +29,10 @@ START = 600  # seconds that a life may take to make its first step, on a machine
 STEPS = 5  # that a life may make after its first before it is killed, roughly; every other one ends with a checkpoint
 
 
-def command(ranks, out, steps):
+def command(ranks, out, steps, preset="tiny"):
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
     options = f"--data {out.parent / 'figures'} --clip emoji --device cpu --batch 8 --save-every 2 --sample-every 1000"
-    options += f" --steps {steps} --out {out}"
+    options += f" --preset {preset} --steps {steps} --out {out}"
     return [sys.executable, *launcher, "-m", "tests.figures", *options.split()]
 
 
@@ -58,23 +59,23 @@ def kill(out):
             continue
 
 
-def finish(ranks, out, steps):
-    done = subprocess.run(command(ranks, out, steps), cwd=ROOT, capture_output=True, text=True)
+def finish(*run):
+    done = subprocess.run(command(*run), cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
-        sys.exit(f"the run in {out} failed:\n{done.stdout}\n{done.stderr}")
+        sys.exit(f"the run in {run[1]} failed:\n{done.stdout}\n{done.stderr}")
 
 
-def torture(ranks, kills, steps, folder, seed=0):
+def torture(ranks, kills, steps, folder, preset="tiny", seed=0):
     """→ how many of the kills came while a checkpoint was being written."""
     moments, while_saving = random.Random(seed), 0
     whole, out = folder / "whole", folder / "tortured"
     figures.write(folder / "figures")
-    finish(ranks, whole, steps)
+    finish(ranks, whole, steps, preset)
     with (folder / "output.txt").open("w") as output:
         for _ in tqdm(range(kills), desc=f"{ranks} rank(s)", unit="kill"):
             newest, log = checkpoint.checkpoints(out / "checkpoints"), out / "metrics.jsonl"
             begun, former = int(newest[0].name[:8]) if newest else 0, log.stat().st_ino if log.exists() else None
-            life = subprocess.Popen(command(ranks, out, steps), cwd=ROOT, stdout=output, stderr=output)
+            life = subprocess.Popen(command(ranks, out, steps, preset), cwd=ROOT, stdout=output, stderr=output)
             deadline = time.monotonic() + START
             # A life writes the log anew, without what the one before did after its last checkpoint.
             while not log.exists() or log.stat().st_ino == former or last_step(out) <= begun:
@@ -89,7 +90,7 @@ def torture(ranks, kills, steps, folder, seed=0):
             life.wait()
     if last_step(out) >= steps:
         sys.exit("it was done before all kills were made; take more --steps")
-    finish(ranks, out, steps)
+    finish(ranks, out, steps, preset)
     if not identical(state_of(whole), state_of(out)):
         sys.exit(f"the states differ: {whole} and {out}")
     if last_step(out) != steps or (out / "metrics.jsonl").read_text().count("\n") != steps:
@@ -102,11 +103,13 @@ def main():
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--preset", choices=("tiny", "tiny-larger"), default="tiny")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        saving = torture(args.ranks, args.kills, args.steps, Path(folder))
+        saving = torture(args.ranks, args.kills, args.steps, Path(folder), args.preset)
     print(
-        f"{args.kills} kills, {saving} of them while saving, {args.ranks} rank(s): {args.steps} steps, all bits equal"
+        f"{args.preset}, {args.ranks} rank(s), {args.kills} kills, {saving} of them while saving: {args.steps} steps, "
+        "all bits equal"
     )
 
 
