@@ -29,6 +29,7 @@ from common.cli import (
 )
 from common.distributed import say
 from data import sources
+from evaluation.metrics import expert_counts
 from growth import Growth, Phase
 from presets import PRESETS, fitted_to
 from sampling.inference import DTYPES, dtype_of
@@ -91,10 +92,12 @@ def build(args, device):
         preset = preset_of(args)
         recipe, clip = preset.recipe, args.clip or clip_for(args.data, preset)
         batch, dtype = args.batch or recipe.batch, dtype_of(args.dtype, device)
-        micro_batches, r1_images = choose_micro_batches(args.accumulate, preset, batch, clip, device, dtype)
+        options = preset, batch, clip, device, dtype, args.out / "plan.json"
+        micro_batches, r1_images = choose_micro_batches(args.accumulate, *options)
     identity = {"preset": args.preset, "data": args.data, "batch": batch, "seed": args.seed, "clip": clip}
     identity["caption-key"] = args.caption_key
-    folder = RunFolder(args.out, identity, args.tensorboard)
+    sharing = {"accumulate": micro_batches, "workers": args.workers}
+    folder = RunFolder(args.out, identity, args.tensorboard, sharing)
     state = folder.state(args.resume)
     if clip == "train":
         clip = folder.path / "clip.safetensors"
@@ -170,7 +173,7 @@ def train(run):
             learner.learn_at(growth.active)
         loop.log(report)
         if loop.draws:
-            folder.write_picture(draw_samples(learner, growth), number + 1)
+            folder.write_picture(*draw_samples(learner, growth), number + 1)
         if loop.saves:
             save(run)
 
@@ -181,12 +184,13 @@ def train(run):
 
 @torch.no_grad()
 def draw_samples(learner, growth):
-    """A grid of fixed prompts and fixed z, by the moving average."""
+    """A grid of fixed prompts and fixed z, by the moving average; and {router: the experts' shares of the points}."""
     captions, given = growth.captions[:NUM_PICTURES], [x[:NUM_PICTURES].to(learner.device) for x in growth.given]
     text = learner.clip.read(captions)
     z = torch.randn(len(captions), learner.ema.config.z_dim, generator=torch.Generator().manual_seed(1))
     output = learner.ema(*given, z.to(learner.device), text.tokens, text.eot, growth.active[-1])
-    return grid([to_pil(image) for image in output.image], captions, columns=8)
+    shares = {name: count / count.sum() for name, count in expert_counts(output.routings).items()}
+    return grid([to_pil(image) for image in output.image], captions, columns=8), shares
 
 
 def save(run):

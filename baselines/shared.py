@@ -161,7 +161,7 @@ def run(system_class, name, args, device):
         if args.batch % distributed.world_size():
             raise UserError(f"--batch {args.batch} cannot be shared by {distributed.world_size()} ranks")
     identity = {option: getattr(args, option.replace("-", "_")) for option in IDENTITY}
-    folder = RunFolder(args.out, {"system": name, **identity})
+    folder = RunFolder(args.out, {"system": name, **identity}, sharing={"workers": args.workers})
     state = folder.state("auto")
     torch.manual_seed(args.seed)
     with distributed.together():
@@ -186,7 +186,7 @@ def run(system_class, name, args, device):
         loop.log(loop.count(scalars, batches) | {"resolution": system.resolution})
         if loop.draws:
             images = system.sample(system.clip.read(captions), seed=1, count=1)
-            folder.write_picture(grid([to_pil(image) for image in images], captions, columns=8), number + 1)
+            folder.write_picture(grid([to_pil(image) for image in images], captions, columns=8), {}, number + 1)
         if loop.saves:
             save_run(loop, system)
 

@@ -3,9 +3,9 @@ tensors so that no code in their file runs.
 """
 
 import contextlib
-import errno
 import hashlib
 import os
+import re
 import shutil
 import tempfile
 import warnings
@@ -38,7 +38,8 @@ def atomically(path, write):
         flush(temporary)
         rename(temporary, path)
     except SafetensorError as error:  # its word for an error of the disk
-        raise OSError(errno.ENOSPC, first_line(error), str(path)) from error
+        number = re.search(r"os error (\d+)", str(error))
+        raise OSError(int(number[1]) if number else None, first_line(error), str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -83,12 +84,25 @@ def flush(path, mode=os.O_RDWR):  # Windows flushes only what is open for writin
 
 
 def write_tensors(state, path):
-    """torch.save, of tensors and plain values in any nest. Raises OSError."""
+    """torch.save, of tensors and plain values in any nest. Raises OSError, which PyTorch would hide in its own."""
+    errors = []
+
+    class Writer:
+        def __init__(self, file):
+            self.file, self.flush = file, file.flush
+
+        def write(self, data):
+            try:
+                return self.file.write(data)
+            except OSError as error:
+                errors.append(error)
+                raise
+
     with open(path, "wb") as file:
         try:
-            torch.save(state, file)
-        except RuntimeError as error:  # in which PyTorch hides the disk's
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
+            torch.save(state, Writer(file))
+        except RuntimeError as error:
+            raise errors[0] if errors else OSError(first_line(error)) from error
 
 
 def load_tensors(path, mmap=False):

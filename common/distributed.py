@@ -20,6 +20,8 @@ for name in ("all_gather", "`broadcast_buffers`"):
 
 # How long a rank waits for others: the main one makes the plan or trains a small CLIP alone, and data may stall.
 PATIENCE = datetime.timedelta(hours=1)
+# What torchrun sets in the environment of each rank.
+RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 def start(device_name):
@@ -39,9 +41,9 @@ def start(device_name):
         raise UserError(f"--device {device_name}: use auto, cpu, cuda or cuda:N") from None
     if device.type not in ("cpu", "cuda"):
         raise UserError(f"--device {device_name}: use auto, cpu, cuda or cuda:N")
-    launched = bool(os.environ.get("RANK") or os.environ.get("WORLD_SIZE"))
+    launched = is_launched()
     if device.type == "cuda":
-        index = int(os.environ.get("LOCAL_RANK", 0)) if launched else device.index or 0
+        index = int(os.environ["LOCAL_RANK"]) if launched else device.index or 0
         if index >= torch.cuda.device_count():
             found = torch.cuda.device_count()
             asked = f"--device {device_name}: number {index} was asked for"
@@ -52,11 +54,28 @@ def start(device_name):
         try:
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
         except (RuntimeError, ValueError) as error:
-            raise UserError(
-                f"the other ranks cannot be joined ({first_line(error)}): start all of them by torchrun, or unset RANK "
-                "and WORLD_SIZE to run alone"
-            ) from error
+            address = os.environ["MASTER_ADDR"]
+            raise UserError(f"the other ranks cannot be joined at {address}: {first_line(error)}") from error
     return device
+
+
+def is_launched():
+    """Whether a launcher made this process one of several ranks. Raises UserError where what it told is not enough."""
+    told = {name: os.environ.get(name, "") for name in RANK_VARIABLES}
+    if not told["RANK"] and not told["WORLD_SIZE"]:
+        return False
+    try:
+        numbers = [int(told[name]) for name in RANK_VARIABLES if name != "MASTER_ADDR"]
+        complete = 0 <= numbers[0] < numbers[1] and told["MASTER_ADDR"]
+    except ValueError:
+        complete = False
+    if not complete:
+        shown = ", ".join(f"{name}={value}" if value else f"no {name}" for name, value in told.items())
+        raise UserError(
+            f"the environment has {shown}, which does not say where the other ranks are: start all of them by "
+            "torchrun, or unset RANK and WORLD_SIZE to run alone"
+        )
+    return True
 
 
 def describe(device):

@@ -25,7 +25,7 @@ from upsampler import draw_input_noise, given_images
 
 MOST_REJECTED = 20  # A run is stopped after so many updates in a row without finite gradients; a step has two updates.
 LASTING = 500  # A symptom that lasts for so many steps is reported.
-WATCHED = 128  # images of each kind that overfitting is measured with
+WATCHED = 128  # images of each kind that overfitting is measured with, shared by the ranks
 AT_ONCE = 16  # of these
 
 
@@ -255,7 +255,7 @@ def watched_pairs(source, clip):
 @torch.no_grad()
 def overfitting(learner, pairs, seed):
     """Whether the discriminator learns images by heart → {"logits_seen", "logits_held_out", "logits_generated",
-    "overfitting"}; nothing without pairs to ask about, see watched_pairs. The same on every rank.
+    "overfitting"}; nothing without pairs to ask about, see watched_pairs.
 
     overfitting is r_v of StyleGAN2-ADA (section 3) = (D(seen) − D(held out)) / (D(seen) − D(generated)), by the last
     prediction for the highest image: 0 if held-out images look like those it learns from, 1 if like generated ones.
@@ -268,8 +268,10 @@ def overfitting(learner, pairs, seed):
     small = draw_input_noise(config, len(held_out[0]), noise)
 
     def mean_logit(images, text, generated):
-        logits = []
-        for some in torch.arange(len(images)).split(AT_ONCE):
+        """Every rank takes a share of the images."""
+        mine = torch.arange(distributed.rank(), len(images), distributed.world_size())
+        total = images.new_zeros(2)
+        for some in mine.split(AT_ONCE) if len(mine) else ():
             which = some.to(images.device)
             shown, captions = images[which], Text(*(x[which] for x in text))
             if generated:
@@ -278,8 +280,10 @@ def overfitting(learner, pairs, seed):
                     shown = learner.ema(*given, z[some].to(shown.device), *captions[:2], learner.active[-1]).pyramid
             else:
                 shown = pyramid(shown, learner.active)
-            logits.append(learner.score(shown, captions))
-        return torch.cat(logits).mean()
+            logits = learner.score(shown, captions)
+            total += torch.stack([logits.sum(), logits.new_full((), len(some))])
+        total, count = distributed.mean(total)
+        return total / count
 
     real, new, fake = mean_logit(*seen, False), mean_logit(*held_out, False), mean_logit(*held_out, True)
     ratio = (real - new) / (real - fake).clamp(min=1e-6)

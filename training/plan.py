@@ -8,6 +8,7 @@ share of them that is reached.
 """
 
 import contextlib
+import json
 import weakref
 from collections import Counter
 from pathlib import Path
@@ -25,6 +26,7 @@ from augment import NUM_CHANCES
 from clip import BUILT_IN, MiniLM, from_open_clip, new_small
 from common import distributed
 from common.cli import UserError, positive_int
+from common.disk import atomically
 from common.distributed import say
 from layers import pyramid
 from losses import R1_INTERVAL
@@ -342,30 +344,48 @@ def auto_or_positive(text):
     return text if text == "auto" else positive_int(text)
 
 
-def choose_micro_batches(accumulate, preset, batch, clip, device, dtype):
+def choose_micro_batches(accumulate, preset, batch, clip, device, dtype, path):
     """→ how many micro-batches a global batch is made of, and how many images R1 takes at a time, None for all; on all
     ranks.
 
-    accumulate: "auto", as few as the memory allows at the highest resolution; or a number. Raises UserError where that
-    does not fit, where the ranks cannot share the batch, or where a micro-batch would hold no wrong caption.
+    accumulate: "auto", as few as the memory allows at the highest resolution; or a number. path: the file that keeps
+    what was found, which takes minutes. Raises UserError where that does not fit, where the ranks cannot share the
+    batch, or where a micro-batch would hold no wrong caption.
     """
-    ranks, number, r1_images = distributed.world_size(), 1 if accumulate == "auto" else accumulate, None
-    if batch % (ranks * number):
-        raise UserError(f"--batch {batch} cannot be shared by {ranks} ranks in {number} part(s); choose a multiple")
+    ranks = distributed.world_size()
+    if batch % ranks:
+        raise UserError(f"--batch {batch} cannot be shared by {ranks} ranks; choose a multiple")
+    number, fewest, r1_images = 1 if accumulate == "auto" else accumulate, 1, None
     if device.type == "cuda":
-        found, memory = None, torch.cuda.get_device_properties(device).total_memory
         with distributed.together():
-            if distributed.is_main():
-                found = Rehearsal(preset, clip, dtype).divide(batch // ranks, memory)
+            found = kept_division(path, preset, clip, dtype, batch // ranks, device) if distributed.is_main() else None
         fewest, r1_images = distributed.broadcast(found)
         if accumulate == "auto":
             number = fewest
             sizes = f"micro-batches of {batch // ranks // number} images a GPU, R1 of {r1_images} at a time"
             say(f"--accumulate {number}: {sizes}, by the plan at full resolution")
-        elif number < fewest:
-            raise UserError(f"--accumulate {number} does not fit into this GPU; take {fewest}, or auto")
+    if number < fewest:
+        raise UserError(f"--accumulate {number} does not fit into this GPU; take {fewest}, or auto")
     if batch // number < 2:
         raise UserError(
             f"--batch {batch} in {number} part(s) leaves no wrong caption to compare with; take 2 or more each"
         )
+    if batch % (ranks * number):
+        raise UserError(f"--batch {batch} cannot be shared by {ranks} ranks in {number} parts; choose a multiple")
     return number, r1_images
+
+
+def kept_division(path, preset, clip, dtype, share, device):
+    """Rehearsal.divide for a device, from the file `path`, or else written there."""
+    memory = torch.cuda.get_device_properties(device).total_memory
+    asked = repr((preset, clip, dtype, share, memory, torch.__version__))
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        kept = json.loads(path.read_text("utf-8"))
+        if kept["asked"] == asked:
+            return kept["division"]
+    division = Rehearsal(preset, clip, dtype).divide(share, memory)
+    with contextlib.suppress(OSError):  # which the run tells in a moment
+        path.parent.mkdir(parents=True, exist_ok=True)
+        content = json.dumps({"asked": asked, "division": division})
+        atomically(path, lambda temporary: temporary.write_text(content, "utf-8"))
+    return division

@@ -21,7 +21,7 @@ from clip import BUILT_IN
 from common import disk, distributed
 from common.cli import UserError, reason
 from common.distributed import say
-from data.sources import NAMES
+from data.sources import NAMES, SHARD_SUFFIXES
 from weights import checkpoint, generator_file
 
 MAY_MOVE = {"data": NAMES, "clip": BUILT_IN}  # options that name files, and what of them names none
@@ -57,12 +57,14 @@ def written(what):
 class RunFolder:
     """config.json, metrics.jsonl, samples/, checkpoints/ and generator_ema.safetensors; and tensorboard/, if wanted.
 
-    identity: {option: value} that a run keeps to its end; with other values it is not resumed. Only files with the
-    names above are ever touched.
+    identity: {option: value} that a run keeps to its end; with other values it is not resumed. sharing: {option: value}
+    of how the work is divided, as workers; with other values it is resumed, and says so. Only files with the names
+    above are ever touched.
     """
 
-    def __init__(self, path, identity, with_board=False):
+    def __init__(self, path, identity, with_board=False, sharing=None):
         self.path, self.identity, self.with_board = path, resolved(identity), with_board
+        self.sharing = {**(sharing or {}), "ranks": distributed.world_size()}
         self.checkpoints = path / "checkpoints"
         self.generator = path / generator_file.FILE
         self.last_good = None  # the newest checkpoint that is known to be whole
@@ -109,7 +111,7 @@ class RunFolder:
         else:
             path, state = Path(resume), checkpoint.load(resume)
         if state:
-            self.compare(path, state["identity"], MAY_MOVE if resume == "moved" else ())
+            self.compare(path, state, MAY_MOVE if resume == "moved" else ())
         if path in held:
             self.saved_step = state["progress"]["step"]
             self.write_generator(path)  # a run may have been killed before it did
@@ -128,8 +130,11 @@ class RunFolder:
         except OSError:
             say(f"note: the disk of {self.path} has no locks, so a second run there would not be noticed")
 
-    def compare(self, path, then, but=()):
-        """A checkpoint's identity must be this run's, but for some options. Raises UserError."""
+    def compare(self, path, state, but=()):
+        """A checkpoint's identity must be this run's, but for some options. Raises UserError; says where the work is
+        shared otherwise.
+        """
+        then = state["identity"]
         if then.get("system") != self.identity.get("system"):
             raise UserError(f"the run in {path} is not of this command; give another --out")
         changed = [name for name, now in self.identity.items() if then.get(name) != now and name not in but]
@@ -137,6 +142,13 @@ class RunFolder:
             options = ", ".join(f"--{name} {shlex.quote(str(then.get(name)))}" for name in changed)
             moved = "; if these files only moved, give --resume moved" if set(changed) <= MAY_MOVE.keys() else ""
             raise UserError(f"the run in {path} was started with {options}; repeat that, or give another --out{moved}")
+        then = state.get("sharing", {})
+        if changed := [name for name in then if name in self.sharing and then[name] != self.sharing[name]]:
+            changes = ", ".join(f"{name} {self.sharing[name]} instead of {then[name]}" for name in changed)
+            say(
+                f"note: the run goes on with {changes}; on these depend rounding, the order of shards and which wrong "
+                "captions are compared, so it is no longer equal, bit by bit, to one that was not stopped"
+            )
 
     # ------------------------------------------------------------------------------------------------------------------
     # While it runs.
@@ -171,12 +183,15 @@ class RunFolder:
                 self.board.add_scalar(name, value, row["step"])
 
     @written("a picture of samples")
-    def write_picture(self, picture, step):
-        """A grid of samples."""
+    def write_picture(self, picture, loads, step):
+        """A grid of samples, and what share of their points each expert took, {router: [E]}."""
         path = self.path / "samples" / f"step_{step:07d}.png"
         disk.atomically(path, lambda temporary: picture.save(temporary, "PNG"))
         if self.board:
             self.board.add_image("samples", np.asarray(picture), step, dataformats="HWC")
+            for router, shares in loads.items():
+                for expert, share in enumerate(shares.tolist()):
+                    self.board.add_scalar(f"experts/{router}, share of expert {expert}", share, step)
             self.board.flush()
 
     def save(self, step, state, generator, keep):
@@ -187,7 +202,7 @@ class RunFolder:
         """
         self.wait()
         if distributed.is_main() and step != self.saved_step:
-            state = {"identity": self.identity, **state}
+            state = {"identity": self.identity, "sharing": self.sharing, **state}
             self.writing = self.writer.submit(self.write, step, *on_host((state, generator)), keep)
 
     def wait(self):
@@ -222,18 +237,26 @@ def host_copy(x):
 
 
 def step_of(line):
-    """The step of a line of metrics.jsonl; infinity for one that was cut off."""
+    """The step of a line of metrics.jsonl; 0 for one that a run did not write, infinity for one that was cut off."""
     try:
-        return json.loads(line)["step"]
-    except ValueError:
-        return math.inf
+        step = json.loads(line)["step"]
+        return step if isinstance(step, int) else 0
+    except (ValueError, KeyError, TypeError):
+        return math.inf if line.startswith("{") and not line.endswith("}") else 0
 
 
 def resolved(identity):
-    """An identity that names the same files by the same path, whatever folder it is read from."""
+    """An identity in which --data and --clip name the same files by the same path, whatever folder it is read from."""
     found = dict(identity)
     for option, names in MAY_MOVE.items():
-        value = identity.get(option)
-        if value and value not in names and os.path.exists(value):
-            found[option] = os.path.realpath(value)
+        if option in identity and identity[option] not in names:
+            found[option] = absolute(identity[option])
     return found
+
+
+def absolute(spec):
+    """A path → itself from the root, without links; anything else, as MODEL:WEIGHTS or a URL → itself."""
+    if "://" in spec or spec.startswith("pipe:"):
+        return spec
+    is_path = os.path.exists(spec) or spec.endswith(SHARD_SUFFIXES)  # a pattern of shards is no file
+    return os.path.realpath(spec) if is_path else spec

@@ -93,7 +93,7 @@ def clip_of_new_run(path, data, caption_key, seed, device):
             check_room(path.parent)
             say("First a small CLIP learns to see these pictures as their captions say: a few minutes on one CPU core.")
             clip = train_small_clip(source, seed=seed, device=device)
-            made = {"data": data, "caption-key": str(caption_key), "seed": str(seed), "text": clip.text.name}
+            made = {"data": str(data), "caption-key": str(caption_key), "seed": str(seed), "text": clip.text.name}
             atomically(path, lambda temporary: save_small(clip, temporary, made))
     if distributed.broadcast(stopping.asked()):
         raise stopping.Stopped

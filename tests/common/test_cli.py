@@ -3,13 +3,14 @@
 import argparse
 import errno
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from common.cli import UserError, a_path, add_data, told_in_one_line
+from common.cli import UserError, a_path, add_data, signals, told_in_one_line
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -69,3 +70,16 @@ def test_a_path_knows_the_home_folder_and_refuses_what_no_file_can_be(tmp_path, 
     for text in ("", "  ", str(tmp_path / "pipe")):
         with pytest.raises(argparse.ArgumentTypeError):
             a_path(text)
+
+
+def test_signals_that_a_system_lacks_are_left_out(monkeypatch):
+    monkeypatch.delattr(signal, "SIGUSR1")  # as on Windows
+    assert signals("SIGTERM", "SIGUSR1") == [signal.SIGTERM]
+
+
+def test_every_command_takes_paths_and_data_in_one_way():
+    """So that "~", "" and a FIFO are met everywhere, and data whose captions are in a field can be read everywhere."""
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("[!.]*/*.py")]:
+        if path.name not in ("cli.py", "make_emoji.py"):
+            text = path.read_text(encoding="utf-8")
+            assert "type=Path" not in text and 'add("--data"' not in text, path

@@ -71,29 +71,36 @@ def test_a_mistake_is_told_once_by_all_ranks_together(tmp_path):
     assert done.returncode != 0 and done.stderr.count("error: --data") == 1, done.stderr
 
 
-VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # that torchrun sets
-
-
-@pytest.mark.parametrize("values", ["0", " 2", "x 2 0 127.0.0.1 1", "0 2 0  1", "0 2 0 127.0.0.1 taken"])
-def test_ranks_that_cannot_be_joined_are_told(monkeypatch, values):
-    """RANK or WORLD_SIZE alone, what no launcher sets, and a port that another program has."""
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        values = values.replace("taken", str(taken.getsockname()[1]))
-        for name, value in zip(VARIABLES, values.split(" "), strict=False):
-            monkeypatch.setenv(name, value)
-        with pytest.raises(UserError, match="start all of them by torchrun, or unset RANK and WORLD_SIZE"):
-            distributed.start("cpu")
+@pytest.mark.parametrize(
+    "values", ["0", " 2", "2 2 0 127.0.0.1 1", "x 2 0 127.0.0.1 1", "0 2 0  1", "0 2  127.0.0.1 1"]
+)
+def test_an_environment_that_names_half_a_launch_is_refused(monkeypatch, values):
+    """RANK or WORLD_SIZE alone, and what no launcher sets; torchrun sets all, above."""
+    for name, value in zip(distributed.RANK_VARIABLES, values.split(" "), strict=False):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="start all of them by torchrun, or unset RANK and WORLD_SIZE"):
+        distributed.start("cpu")
 
 
 def test_ranks_wait_an_hour_for_each_other(monkeypatch):
     """NCCL's ten minutes are less than what the main rank may take alone, as for a small CLIP."""
     waits = []
     monkeypatch.setattr(distributed.dist, "init_process_group", lambda _, timeout: waits.append(timeout))
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name, value in zip(distributed.RANK_VARIABLES, ("0", "2", "0", "127.0.0.1", "1"), strict=True):
+        monkeypatch.setenv(name, value)
     distributed.start("cpu")
     assert waits[0].total_seconds() == 3600
+
+
+def test_ranks_that_cannot_be_joined_are_told(monkeypatch):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        for name, value in zip(distributed.RANK_VARIABLES, ("0", "2", "0", "127.0.0.1", port), strict=True):
+            monkeypatch.setenv(name, value)
+        with pytest.raises(UserError, match=r"cannot be joined at 127.0.0.1: .*in use"):
+            distributed.start("cpu")
 
 
 def test_float32_is_not_tf32():

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from clip import load_clip
+from common import distributed
 from common.stopping import Stopped
 from data.sources import Batch
 from training import loop
@@ -118,12 +119,17 @@ class Learner:
         return -images[32].mean((1, 2, 3))
 
 
-def test_overfitting_is_adas_ratio_over_small_batches():
-    """(D(seen) − D(held out)) / (D(seen) − D(generated)) = (1 − −1) / (1 − 0)."""
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_overfitting_is_adas_ratio_and_ranks_share_the_images_in_small_batches(monkeypatch, ranks):
+    """(D(seen) − D(held out)) / (D(seen) − D(generated)) = (1 − −1) / (1 − 0). The other rank's sums are added, here as
+    this one's once more.
+    """
+    monkeypatch.setattr(distributed, "world_size", lambda: ranks)
+    monkeypatch.setattr(distributed, "rank", lambda: ranks - 1)
     learner = Learner()
     report = overfitting(learner, watched_pairs(Source(), load_clip("emoji")), seed=0)
     assert report == {"logits_seen": 1, "logits_held_out": -1, "logits_generated": 0, "overfitting": 2}
-    assert learner.sizes == 3 * 128 // 16 * [16]
+    assert learner.sizes == 3 * 128 // ranks // 16 * [16]
 
 
 def test_without_held_out_pairs_there_is_nothing_to_tell():

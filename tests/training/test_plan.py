@@ -170,15 +170,18 @@ def test_the_work_of_micro_batches_is_drawn_twice(rehearsed):
     assert plan.HARDWARE["a100"].seconds(one) == pytest.approx(seconds)
 
 
-def test_what_fits_is_chosen_and_what_does_not_is_refused(rehearsed, monkeypatch, capsys):
+def test_what_fits_is_chosen_kept_and_what_does_not_is_refused(rehearsed, monkeypatch, capsys, tmp_path):
+    rehearsals = []
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=80e9))
-    monkeypatch.setattr(plan, "Rehearsal", lambda *options: rehearsed)
-    run = QUICK, 64, "emoji", torch.device("cuda", 0), torch.bfloat16
+    monkeypatch.setattr(plan, "Rehearsal", lambda *options: rehearsals.append(options) or rehearsed)
+    run = QUICK, 64, "emoji", torch.device("cuda", 0), torch.bfloat16, tmp_path / "run" / "plan.json"
     assert plan.choose_micro_batches(train.parse_args([]).accumulate, *run) == (4, 8)
     assert "--accumulate 4: micro-batches of 16 images a GPU, R1 of 8 at a time" in capsys.readouterr().out
-    assert plan.choose_micro_batches(8, *run) == (8, 8)
+    assert plan.choose_micro_batches(8, *run) == (8, 8) and len(rehearsals) == 1  # the folder of the run knows
     with pytest.raises(UserError, match="--accumulate 2 does not fit into this GPU; take 4, or auto"):
         plan.choose_micro_batches(2, *run)
+    plan.choose_micro_batches("auto", *run[:1], 32, *run[2:])
+    assert len(rehearsals) == 2
     monkeypatch.setattr(plan.distributed, "world_size", lambda: 128)
     with pytest.raises(UserError, match="--batch 64 cannot be shared by 128 ranks"):
         plan.choose_micro_batches("auto", *run)

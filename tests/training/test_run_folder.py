@@ -25,15 +25,15 @@ def state(step=0):
     return {"progress": {"step": step}, "discriminator": {"weight": torch.randn(3)}, "generator": {}}
 
 
-def opened(path, resume="auto", identity=None):
+def opened(path, resume="auto", identity=None, **options):
     """A folder made ready, and the state of the run in it."""
-    folder = RunFolder(path, IDENTITY | (identity or {}))
+    folder = RunFolder(path, IDENTITY | (identity or {}), **options)
     return folder, folder.state(resume)
 
 
-def made(path, steps=(1, 2)):
+def made(path, steps=(1, 2), **options):
     """A run's folder with checkpoints."""
-    folder, _ = opened(path)
+    folder, _ = opened(path, **options)
     for step in steps:
         folder.save(step, state(step), ({"generator.weight": torch.ones(2)}, {}), 3)
     folder.wait()
@@ -68,7 +68,7 @@ def test_what_a_killed_run_left_is_written_over_and_files_of_the_user_stay(tmp_p
         (tmp_path / name).write_text("mine")
     made(tmp_path, steps=range(1, 6)).open_log(0)
     folder, resumed = opened(tmp_path)
-    folder.write_picture(PICTURE, 50)
+    folder.write_picture(PICTURE, {}, 50)
     assert resumed["progress"]["step"] == 5
     assert [path.name[:8] for path in checkpoint.checkpoints(folder.checkpoints)] == [f"0000000{n}" for n in (5, 4, 3)]
     assert {name: (tmp_path / name).read_text() for name in USERS_FILES} == dict.fromkeys(USERS_FILES, "mine")
@@ -165,6 +165,15 @@ def test_data_are_compared_by_the_path_they_have_from_anywhere(tmp_path, monkeyp
     assert run_folder.resolved({"data": spec})["data"] == expected.replace("{here}", os.path.realpath(tmp_path))
 
 
+def test_a_run_that_is_shared_out_otherwise_says_so(tmp_path, capsys):
+    made(tmp_path, sharing={"accumulate": 1, "workers": 1})
+    opened(tmp_path, sharing={"accumulate": 1, "workers": 1})
+    assert "note" not in capsys.readouterr().out
+    opened(tmp_path, sharing={"accumulate": 2, "workers": 4})
+    said = capsys.readouterr().out
+    assert "note: the run goes on with accumulate 2 instead of 1, workers 4 instead of 1;" in said
+
+
 def test_the_main_rank_alone_holds_a_checkpoint_against_its_digest(tmp_path, monkeypatch):
     newest = made(tmp_path).last_good
     monkeypatch.setattr(distributed, "rank", lambda: 1)
@@ -190,7 +199,7 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on(tmp_path, monkeypatch, caps
         for _ in range(2):
             folder.write_config({"steps": 9})
             folder.open_log(2)
-            folder.write_picture(PICTURE, 3)
+            folder.write_picture(PICTURE, {}, 3)
             folder.save(3, state(3), ({}, {}), 3)
             folder.wait()
     said = capsys.readouterr().out.splitlines()
@@ -209,13 +218,20 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on(tmp_path, monkeypatch, caps
 
 
 def test_the_log_of_a_run_that_goes_on_has_every_step_once(tmp_path):
-    """Also where a full disk or a kill cut a line off."""
+    """Also where a full disk or a kill cut a line off; lines that no run wrote stay."""
     folder = made(tmp_path)
-    lines = ['{"step": 1}', '{"step": 2, "ima', '{"step": 3}', '{"step": 4}', '{"st']
+    lines = ['{"step": 1}', '{"step": 2, "ima', '{"step": 3}', "a note", "[1]", '{"step": 4}', '{"st']
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
     folder.open_log(3)
     folder.log({"step": 4})
-    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n{"step": 3}\n{"step": 4}\n'
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n{"step": 3}\na note\n[1]\n{"step": 4}\n'
+
+
+def test_what_is_in_the_way_of_the_log_is_named(tmp_path, capsys):
+    folder = made(tmp_path)
+    (tmp_path / "metrics.jsonl").mkdir()
+    folder.open_log(2)
+    assert f"see what is in the way, at {tmp_path}/metrics.jsonl" in capsys.readouterr().out
 
 
 def test_a_thread_writes_what_was_saved_while_the_run_goes_on(tmp_path, monkeypatch):

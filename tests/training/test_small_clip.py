@@ -52,6 +52,14 @@ def test_the_same_seed_gives_the_same_weights(source):
     assert not all(torch.equal(value, other.visual.state_dict()[name]) for name, value in state.items())
 
 
+def test_captions_like_classes_are_learned(tmp_path):
+    """Two captions in a batch of 16: pictures of equal captions are not told apart."""
+    source = write_pictures(tmp_path / "data", ["red", "blue"] * 3 + ["red"] * 6)
+    clip = train_small_clip(source, steps=60, batch=16)
+    difference = clip.read(["red"]).embedding - clip.read(["blue"]).embedding
+    assert (clip.encode_image(flat("red")) - clip.encode_image(flat("blue"))) @ difference.T > 0
+
+
 def test_contrast_is_clips_loss_where_captions_differ_and_shares_its_targets_where_they_are_equal():
     clip, images = load_clip("emoji"), torch.rand(4, 3, 32, 32) * 2 - 1
     text = clip.read(["cat", "dog", "sun", "tree"]).embedding
@@ -94,6 +102,20 @@ def test_captions_that_are_all_the_same_teach_nothing(tmp_path):
     source = write_pictures(tmp_path / "data", ["red"] * 4)
     with pytest.raises(UserError, match="all captions are the same"):
         train_small_clip(source, steps=2)
+
+
+def test_the_clip_of_other_data_is_not_taken(tmp_path, monkeypatch):
+    """From another folder, key or seed, or of a folder that grew, it is made anew."""
+    monkeypatch.setattr("training.small_clip.STEPS", (1, 1))
+    path, made = tmp_path / "clip.safetensors", []
+    write_pictures(tmp_path / "a", ["red", "blue", "green"] * 2)
+    write_pictures(tmp_path / "b", ["red", "blue", "yellow"] * 2)
+    for folder, seed in (("a", 0), ("a", 0), ("b", 0), ("b", 1)):
+        clip_of_new_run(path, tmp_path / folder, None, seed, "cpu")
+        made.append(path.read_bytes())
+    write_pictures(tmp_path / "b", ["red", "blue", "yellow"] * 3)
+    clip_of_new_run(path, tmp_path / "b", None, 1, "cpu")
+    assert made[0] == made[1] and len({*made, path.read_bytes()}) == 4
 
 
 def test_a_full_disk_is_told_before_a_clip_is_trained(tmp_path, monkeypatch):

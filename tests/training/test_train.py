@@ -64,22 +64,24 @@ def test_a_run_leaves_what_it_promises(undisturbed):
     assert (newest / "generator_ema.safetensors").samefile(undisturbed / "generator_ema.safetensors")
 
 
-def test_tensorboard_has_the_scalars_and_the_pictures(undisturbed):
+def test_tensorboard_has_the_scalars_the_experts_and_the_pictures(undisturbed):
     board = EventAccumulator(str(undisturbed / "tensorboard"))
     board.Reload()
     tags = board.Tags()
     assert tags["images"] == ["samples"]
     assert {"d_loss", "g_loss", "resolution", "fid"} <= set(tags["scalars"])
+    shares = [board.Scalars(f"experts/8.0.0, share of expert {expert}")[0].value for expert in range(4)]
+    assert sum(shares) == pytest.approx(1)
     assert [event.step for event in board.Scalars("g_loss")] == [1, 2, 3, 4, 5]
 
 
 def test_samples_are_of_the_moving_average(stopped_after):
     made = build(*SHORT, "--out", stopped_after(3))
     made.growth.measure_reference(made.source, made.loop.folder.path / "reference.pt")
-    picture = train.draw_samples(made.learner, made.growth)
+    picture, _ = train.draw_samples(made.learner, made.growth)
     for parameter in made.learner.generator.parameters():
         parameter.data.fill_(float("nan"))
-    assert train.draw_samples(made.learner, made.growth).tobytes() == picture.tobytes()
+    assert train.draw_samples(made.learner, made.growth)[0].tobytes() == picture.tobytes()
 
 
 def test_an_update_that_is_not_finite_changes_nothing():
@@ -148,7 +150,7 @@ def test_two_ranks_go_on_where_one_was(stopped_after):
     done = torchrun(2, "-m", "tests.figures", *SHORT, "--out", out, "--steps", 4)
     assert done.returncode == 0, done.stderr
     assert "2 rank(s)" in done.stdout and done.stdout.count("Done. 4 steps") == 1
-    assert done.stdout.count("Resuming from step 2.") == 1
+    assert done.stdout.count("Resuming from step 2.") == 1 and "goes on with ranks 2 instead of 1" in done.stdout
     assert load_generator(out)[2]["step"] == 4 and [row["step"] for row in log_of(out)] == [1, 2, 3, 4]
 
 

@@ -77,6 +77,12 @@ def test_code_in_a_checkpoint_does_not_run(tmp_path):
     assert not (tmp_path / "executed").exists()
 
 
+def test_only_one_rank_reads_the_whole_file(tmp_path, monkeypatch):
+    path = save(tmp_path)
+    monkeypatch.setattr(checkpoint, "digest", lambda path: pytest.fail("the main rank has read it"))
+    assert torch.equal(checkpoint.load(path, verify=False)["discriminator"]["w"], WEIGHT)
+
+
 def test_a_disk_that_does_not_give_it_is_not_called_damaged(tmp_path, monkeypatch):
     path = save(tmp_path)
 
