@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
@@ -387,3 +387,12 @@ def load_small(path):
         raise UserError(f"{path} is not a small CLIP, as training/small_clip.py writes it, or it is damaged") from error
     clip.name = f"small CLIP {digest_of(state)}"
     return clip
+
+
+def made_from(path):
+    """From what a small CLIP's file was made, {name: text}; {} for a file that does not say."""
+    try:
+        with safe_open(path, "pt") as file:
+            return file.metadata() or {}
+    except SafetensorError:
+        return {}

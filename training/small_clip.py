@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from clip import BUILT_IN, load_minilm, new_small, save_small
+from clip import BUILT_IN, load_minilm, made_from, new_small, save_small
 from common import distributed, stopping
 from common.cli import (
     HelpFormatter,
@@ -84,16 +84,18 @@ def clip_for(data, preset):
 
 
 def clip_of_new_run(path, data, caption_key, seed, device):
-    """The main rank trains a small CLIP on a run's data and writes it to `path`. Raises Stopped where the run is asked
-    to stop, OSError where the disk is full, before the work.
+    """The main rank trains a small CLIP on a run's data and writes it to `path`, unless one of these data is there.
+
+    Raises Stopped where the run is asked to stop, OSError where the disk is full, before the work.
     """
     with distributed.together(), contextlib.suppress(stopping.Stopped):
         source = sources.open_data(data, 32, seed, caption_key)
-        if distributed.is_main():
+        made = {"data": str(data), "caption-key": str(caption_key), "seed": str(seed), "text": load_minilm().name}
+        made["found"] = " ".join(source.describe())
+        if distributed.is_main() and not (path.is_file() and made_from(path) == made):
             check_room(path.parent)
             say("First a small CLIP learns to see these pictures as their captions say: a few minutes on one CPU core.")
             clip = train_small_clip(source, seed=seed, device=device)
-            made = {"data": str(data), "caption-key": str(caption_key), "seed": str(seed), "text": clip.text.name}
             atomically(path, lambda temporary: save_small(clip, temporary, made))
     if distributed.broadcast(stopping.asked()):
         raise stopping.Stopped

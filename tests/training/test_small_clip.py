@@ -105,7 +105,7 @@ def test_captions_that_are_all_the_same_teach_nothing(tmp_path):
 
 
 def test_the_clip_of_other_data_is_not_taken(tmp_path, monkeypatch):
-    """From another folder, key or seed, or of a folder that grew, it is made anew."""
+    """It says from what it was made: from another folder, key or seed, or of a folder that grew, it is made anew."""
     monkeypatch.setattr("training.small_clip.STEPS", (1, 1))
     path, made = tmp_path / "clip.safetensors", []
     write_pictures(tmp_path / "a", ["red", "blue", "green"] * 2)
