@@ -15,8 +15,8 @@ try:
 except ImportError:  # Triton comes with PyTorch on Linux only
     fused_l2_attention = None
 
-FUSED_ON = {"cuda"}  # devices on which a kernel computes it; training/plan.py counts as if a CPU were one
-MAP_ENTRIES = {"cpu": 2**19, "cuda": 2**26}  # of the attention map in memory at a time; 2**19 fit a CPU's cache
+FUSED_ON = {"cuda"}  # devices that use the Triton kernel; training/plan.py adds the CPU, to count as on a GPU
+MAP_ENTRIES = {"cpu": 2**19, "cuda": 2**26}  # entries of the attention map in memory at a time; 2**19 fit a CPU's cache
 
 
 def split_heads(x, num_heads):
@@ -36,9 +36,9 @@ def l2_attention_plain(q, k, v):
 
 
 def l2_attention(q, k, v):
-    """What l2_attention_plain computes, in memory that grows with the number of feature points N, not with N².
+    """Computes l2_attention_plain in memory that grows with the number of feature points N, not with N².
 
-    On a GPU a Triton kernel does it, and keeps no map; elsewhere the map is made block by block. The result has the
+    A GPU uses a Triton kernel, which stores no map; elsewhere the map is computed block by block. The result has the
     dtype of v.
     """
     fused = q.device.type in FUSED_ON and fused_l2_attention and q.dtype != torch.float64
@@ -46,7 +46,7 @@ def l2_attention(q, k, v):
 
 
 def blockwise_l2_attention(q, k, v):
-    """Blocks of the map, one after the other, in float32, and each again in the backward pass."""
+    """Computes the map one block after another, in float32, and each block again in the backward pass."""
     batch, n, t = q.shape[:2], q.shape[2], k.shape[2]
     entries = MAP_ENTRIES[q.device.type]
     maps, rows = max(1, entries // (n * t)), max(1, entries // t)  # in a block: whole maps, or rows of one
@@ -69,6 +69,6 @@ def attend(q, k, v):
 
 @register_flop_formula(torch.ops.aten._euclidean_dist)
 def count_flop_of_distances(q_shape, k_shape, **_):
-    """PyTorch's own counter leaves out the product that is in cdist: q and k, each with its norm and a one."""
+    """PyTorch's own counter leaves out cdist's matrix product, of q and k, each extended by its norm and a one."""
     *maps, n, d = q_shape
     return 2 * math.prod(maps) * n * k_shape[-2] * (d + 2)

@@ -1,8 +1,8 @@
-"""Differentiable augmentation (DiffAugment, Zhao et al. 2020): where pictures are few, the discriminator sees real and
-generated ones through the same random changes, so that it cannot learn the real ones by heart.
+"""Differentiable augmentation (DiffAugment, Zhao et al. 2020), for small data sets: the discriminator sees real and
+generated images after the same random changes, so that it cannot learn the real ones by heart.
 
-Every change is one of an image as a whole, and so the same at each resolution of a pyramid. What it leaves empty is
-filled with grey. The generator's pictures are changed too, so it gains nothing by drawing grey.
+A change is the same at each resolution of a pyramid. Empty areas become grey. Because generated images are changed too,
+the generator gains nothing by drawing grey.
 """
 
 import torch
@@ -17,15 +17,15 @@ CUTOUT = 1 / 2  # the side of the grey square, as a share of the image's
 
 
 def check(policy):
-    """Raises UserError for names that POLICIES has not."""
+    """Raises UserError for names that are not in POLICIES."""
     if unknown := [name for name in policy if name not in POLICIES]:
-        raise UserError(f"--set augment: there is no {', '.join(map(str, unknown))}; choose of {', '.join(POLICIES)}")
+        raise UserError(f"--set augment: there is no {', '.join(map(str, unknown))}; choose from {', '.join(POLICIES)}")
 
 
 def augment(pyramid, policy, chances):
     """Changes a pyramid {r: [B, 3, r, r]} of images in [−1, 1] → a pyramid.
 
-    policy: names out of POLICIES, in order. chances: [B, NUM_CHANCES], uniform in [0, 1), which decide how.
+    policy: names from POLICIES, in order. chances: [B, NUM_CHANCES], uniform in [0, 1), which decide how.
     """
     return {r: _augment(images, policy, chances.to(images), max(pyramid)) for r, images in pyramid.items()}
 
@@ -37,16 +37,16 @@ def _augment(images, policy, chances, side):
 
 
 def translation(images, chances, side):
-    """Shifts by up to MAX_SHIFT of the side, and by whole pixels of the pyramid's highest image, whose side is given.
+    """Shifts by up to MAX_SHIFT of the side, in whole pixels of the pyramid's highest image, whose side is given.
 
-    The others move by the same share of their sides, and are interpolated.
+    Lower images move by the same share of their sides, with interpolation.
     """
     shift = ((2 * chances[:, 0:2] - 1) * MAX_SHIFT * side).round() / side
     return warp(images, shift, torch.ones_like(shift[:, 0]))
 
 
 def scale(images, chances, _):
-    """Enlarges or shrinks by up to MAX_SCALE, each as likely."""
+    """Enlarges or shrinks by up to MAX_SCALE, with equal probability."""
     return warp(images, torch.zeros_like(chances[:, 0:2]), MAX_SCALE ** (2 * chances[:, 2] - 1))
 
 
@@ -70,7 +70,7 @@ def color(images, chances, _):
 
 
 def cutout(images, chances, _):
-    """A grey square of CUTOUT of the side, its centre anywhere."""
+    """Draws a grey square of CUTOUT of the side. Its centre can be anywhere."""
     centres = (torch.arange(images.shape[-1], device=images.device) + 0.5) / images.shape[-1]
     inside_x, inside_y = ((centres - chances[:, n, None]).abs() < CUTOUT / 2 for n in (6, 7))  # [B, side]
     return images * ~(inside_y[:, :, None] & inside_x[:, None])[:, None]

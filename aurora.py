@@ -1,4 +1,4 @@
-"""Aurora's generator: text and noise become a latent code w, and w, with the text at hand, becomes an image pyramid.
+"""Aurora's generator: text and noise become a latent code w; w and the text become a pyramid of images.
 
 Read from the bottom up: Generator, Synthesis, SynthesisLevel, then the blocks. Sizes come from presets.py.
 """
@@ -36,7 +36,7 @@ class Mapping(nn.Module):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Attention blocks: where the experts are.
+# Attention blocks, which contain the experts.
 
 
 class ModulatedSelfAttention(nn.Module):
@@ -95,7 +95,7 @@ class TransformerBlock(nn.Module):
 
 
 class AttentionBlock(nn.Module):
-    """GroupNorm, a projection to the attention width, transformer blocks, and back: [B, C, H, W] → the same shape."""
+    """GroupNorm, a projection to the attention width, transformer blocks, and one back: [B, C, H, W] → the same."""
 
     def __init__(self, config: GeneratorConfig, level):
         super().__init__()
@@ -151,14 +151,14 @@ class FourierFeatures(nn.Module):
 
 
 def level_conv(config, level, in_channels):
-    """The convolution that is deformable where the level says so."""
+    """A level's last convolution, which may be deformable."""
     if level.deformable:
         return DeformableConv2d(in_channels, level.channels, config.w_dim, level.num_kernels)
     return ModulatedConv2d(in_channels, level.channels, 3, config.w_dim, level.num_kernels)
 
 
 class StartBlock(nn.Module):
-    """The first block of the lowest resolution: Fourier features and one convolution, → [B, C, size, size]."""
+    """The first block of the base's lowest level: Fourier features and one convolution, w → [B, C, size, size]."""
 
     def __init__(self, config: GeneratorConfig, level):
         super().__init__()
@@ -189,10 +189,13 @@ class ConvBlock(nn.Module):
 
 
 class UpsamplingBlock(ConvBlock):
-    """The first block of a resolution: conv1 and the skip double it, [B, in_channels, H, W] → [B, C, 2H, 2W]."""
+    """The first block of every other level: conv1 and the skip double the resolution, [B, in_channels, H, W] →
+    [B, C, 2H, 2W].
+    """
 
     def __init__(self, config: GeneratorConfig, level, in_channels):
         super().__init__(config, level)
+        # This conv1 replaces that of ConvBlock.
         self.conv1 = UpsamplingConv2d(in_channels, level.channels, 3, config.w_dim, level.num_kernels)
         self.skip_conv = Conv2d(in_channels, level.channels, 1, bias=False)
 
@@ -206,7 +209,7 @@ class UpsamplingBlock(ConvBlock):
 
 @dataclass
 class Output:
-    """What the generator gives back."""
+    """What a generator returns."""
 
     image: torch.Tensor  # [B, 3, R, R], about [−1, 1]
     pyramid: dict[int, torch.Tensor]  # resolution → image, low to high; the last is `image`
@@ -233,10 +236,10 @@ class SynthesisLevel(nn.Module):
         return len(self.blocks) + len(self.attentions)
 
     def forward(self, x, ws, local_text, encoded=None):
-        """x: features of the level below, ws [B, L, w_dim] → features, the RGB of this level, {name: routing}.
+        """x: features of the level below, None at the base's lowest level; ws [B, L, w_dim], one w for each layer
+        → features, the RGB of this level or None, {name: routing}.
 
-        encoded: of the upsampler, what its way down has made at this resolution; it is added after the first block. A
-        level that has no to-RGB gives None for its RGB.
+        encoded: the features of the upsampler's encoder at this resolution, which are added after the first block.
         """
         codes, routings = iter(ws.unbind(1)), {}
         for i, block in enumerate(self.blocks):
@@ -248,7 +251,7 @@ class SynthesisLevel(nn.Module):
                 w = next(codes)
                 x, routed = self.attentions[i](x, w, local_text)
                 routings |= {f"{self.resolution}.{i}.{depth}": routing for depth, routing in enumerate(routed)}
-        rgb = self.to_rgb(x, w) if self.to_rgb else None  # under the w of the last layer
+        rgb = self.to_rgb(x, w) if self.to_rgb else None  # modulated by the last layer's w
         return x, rgb, routings
 
 
@@ -277,8 +280,11 @@ class Synthesis(nn.Module):
         return self.up(w, local_text, resolution)
 
     def up(self, w, local_text, resolution, x=None, encoded=None, image=None, add=add_to_upsampled):
-        """The way through all levels. add: how a level's RGB is added to the image below, (rgb, image) → image. Of the
-        upsampler: x, the features to start from; encoded, {resolution: those of the way down}; image, what it enlarges.
+        """Goes through the levels from low to high → Output. add: how a level's RGB is added to the image below, a
+        function (rgb, image) → image.
+
+        Only the upsampler gives x, the encoder's features at the lowest level; encoded, {resolution: its features}, of
+        the other levels; and image, the picture to enlarge.
         """
         ws = w if w.ndim == 3 else w[:, None].expand(-1, self.num_layers, -1)
         pyramid, routings = {}, {}
@@ -297,8 +303,8 @@ class Synthesis(nn.Module):
 class Generator(nn.Module):
     """Aurora's generator (section 3.2): a text head, a mapping network and a synthesis network.
 
-    forward: z [B, z_dim] ~ N(0, 1); tokens [B, T, clip_width], the frozen CLIP's features after its last norm; eot [B],
-    the index of the end-of-text token; resolution, the one to stop at while training grows it → Output.
+    forward: z [B, z_dim] ~ N(0, 1); tokens [B, T, clip_width], the frozen text encoder's features after its last norm;
+    eot [B], the index of the end-of-text token; resolution, the level to stop at, since training grows → Output.
     """
 
     def __init__(self, config: GeneratorConfig, synthesis=Synthesis):
@@ -309,7 +315,8 @@ class Generator(nn.Module):
         )
         self.mapping = Mapping(config)
         self.synthesis = synthesis(config)
-        self.register_buffer("w_avg", torch.zeros(config.w_dim))  # over training: a start for sampling/inversion.py
+        # Inversion starts from this mean. Truncation takes the mean of a prompt, see sampling/latent.py.
+        self.register_buffer("w_avg", torch.zeros(config.w_dim))
 
     def forward(self, z, tokens, eot, resolution=None):
         global_text, local_text = self.text_head(tokens, eot)
@@ -318,5 +325,5 @@ class Generator(nn.Module):
 
     @torch.no_grad()
     def update_w_avg(self, batch_mean, decay=0.995):
-        """Moves the running mean of w toward batch_mean [w_dim]."""
+        """Moves the running mean of w toward a batch's mean, [w_dim]."""
         self.w_avg.lerp_(batch_mean, 1 - decay)

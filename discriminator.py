@@ -1,8 +1,8 @@
 """The discriminator: GigaGAN's, multi-scale and text-conditional (sections 3.3 and 3.4 there).
 
-Every image of the pyramid enters at its own stage and is scored after every stage from there on, so that early stages
-learn from early scores and the generator answers for each of its resolutions. At 64×64 that makes 15 predictions
-on 5 inputs. It is vision-aided, too: a 16th scores the highest image by what the frozen CLIP sees in it.
+Every image of the pyramid enters at its own stage and is scored after every stage from there on. So early stages learn
+from early scores, and the generator is judged at each of its resolutions. At 64×64 there are 15 predictions for 5
+inputs. It is also vision-aided: a 16th prediction scores the frozen CLIP's feature maps of the highest image.
 """
 
 import math
@@ -16,16 +16,16 @@ from modulation import ModulatedLinear
 from presets import DiscriminatorConfig
 from text import TextHead
 
-ATTN_GAIN = 0.3  # Of the branch only: a scaled x would shrink at every block.
-LOGIT_GAIN = 0.25  # At 1, one step of Adam changes a prediction by more than another caption does.
-CLIP = "clip"  # stands for a stage, where maps and logits come from CLIP's feature maps
+ATTN_GAIN = 0.3  # for the branch only: a scaled x would shrink at every block
+LOGIT_GAIN = 0.25  # at 1, one step of Adam changes a prediction by more than another caption does
+CLIP = "clip"  # the name of a further stage, whose maps come from CLIP's feature maps
 
 
 def squared_l2_attention(qk, v):
-    """softmax(−‖q − k‖₂²/√d)·v with q = k, over [B, heads, N, d]: twice differentiable, as R1 asks for.
+    """softmax(−‖q − k‖₂²/√d)·v with q = k, over [B, heads, N, d]: twice differentiable, as R1 needs it.
 
-    The true distance has an infinite slope at zero, and here every point meets itself. |q|² is the same for all keys,
-    so the softmax drops it. Autograd keeps the whole map in memory.
+    The distance itself has an infinite slope at zero, and here every point meets itself. |q|² is the same for all keys
+    and cancels in the softmax. Autograd keeps the whole map in memory.
     """
     with float32_region(qk):
         qk = full_precision(qk)
@@ -35,7 +35,7 @@ def squared_l2_attention(qk, v):
 
 
 class TiedSelfAttention(nn.Module):
-    """L2 self-attention [B, C, H, W] → the same, q and k tied, written out so that R1 can differentiate it twice."""
+    """L2 self-attention with q = k, [B, C, H, W] → the same shape. R1 can differentiate it twice."""
 
     def __init__(self, channels, num_heads, head_dim):
         super().__init__()

@@ -1,4 +1,4 @@
-"""The experts: a stack of GEGLU feed-forward networks, of which every feature point visits exactly one."""
+"""The experts: a stack of GEGLU feed-forward networks. Each feature point visits exactly one of them."""
 
 import math
 
@@ -11,18 +11,17 @@ try:
 except ImportError:  # Triton comes with PyTorch on Linux only
     routed_experts = None
 
-# On a CPU an expert takes at most so many points at a time: their 8C numbers before gating then fit the cache.
-POINTS_AT_A_TIME = 512
+POINTS_AT_A_TIME = 512  # of one expert on a CPU, so that their 8C activations before gating fit the cache
 
 
 class Experts(nn.Module):
     """E feed-forward networks C → 8C, split into a and g, a·gelu(g) → C, stored as stacks: no expert is a module.
 
     forward: points [P, C], expert_index [P], gate [P] → gate · expert(point), [P, C]. The points are sorted by expert,
-    so each expert multiplies one contiguous slice, and the work is that of a single expert over all points. No point is
-    ever dropped. An expert without points multiplies an empty slice: its gradient is zero and not missing, for which
-    DDP would wait. On a GPU, Triton kernels do the same for all experts at once; tests hold the two together.
-    For top-k routing call it once for each choice, and add the results. An assertion refuses several experts a point.
+    so that each expert multiplies one contiguous slice; together this costs as much as one expert over all points. No
+    point is ever dropped. An expert without points multiplies an empty slice: then its gradient is zero. A missing
+    gradient would make DDP wait. On a GPU, Triton kernels run all experts at once; tests compare both.
+    For top-k routing call this once for each choice, and add the results. An assertion refuses several experts a point.
     """
 
     def __init__(self, dim, num_experts):
@@ -42,18 +41,18 @@ class Experts(nn.Module):
 
 
 def sliced_experts(points, expert_index, gate, proj_in, bias_in, proj_out, bias_out):
-    """The reference: every expert multiplies the slice of points that is its own."""
+    """The plain form: sort the points by expert, apply each expert to its slice, and restore the order."""
     order = expert_index.argsort()
     counts = expert_index.bincount(minlength=len(proj_in)).tolist()
     outputs = []
     for its_points, *weights in zip(points[order].split(counts), proj_in, bias_in, proj_out, bias_out, strict=True):
-        for some in its_points.split(POINTS_AT_A_TIME):  # one piece, if there are none
+        for some in its_points.split(POINTS_AT_A_TIME):  # an expert without points has one empty piece
             outputs.append(expert(some, *weights))
     outputs = torch.cat(outputs)
     return torch.empty_like(outputs).index_copy(0, order, outputs) * gate[:, None]
 
 
 def expert(points, proj_in, bias_in, proj_out, bias_out):
-    """One expert over the points it was given, [P, C] → [P, C]."""
+    """One expert, applied to its points: [P, C] → [P, C]."""
     a, g = F.linear(points, proj_in, bias_in).chunk(2, dim=-1)
     return F.linear(a * F.gelu(g), proj_out, bias_out)

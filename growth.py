@@ -1,6 +1,7 @@
-"""Progressive training (section 3.3): a resolution is learned when its FID comes near a reference, or stops falling.
+"""Progressive training (section 3.3): training grows to the next resolution when the FID at this one comes near a
+reference, stops falling, or enough images were seen.
 
-The reference is the FID between two disjoint sets of real images, as many on each side as samples are compared with.
+The reference is the FID between two disjoint sets of real images, each as large as the set of samples.
 """
 
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ PATIENCE = 10  # evaluations without a better FID after which a phase ends
 
 @dataclass
 class Phase:
-    """Where the growth stands; part of a run's checkpoint."""
+    """The state of the growth; part of a run's checkpoint."""
 
     number: int = 0  # index of the active resolution
     images: int = 0  # real ones seen at this resolution
@@ -29,10 +30,10 @@ class Phase:
 
 
 class Growth:
-    """Measures the generator at its active resolution, and decides when to go on to the next."""
+    """Measures the generator at its active resolution, and decides when to grow."""
 
     def __init__(self, recipe, resolutions, clip, seed, config=None):
-        """config: of the generator, if that is an upsampler, which is to be given images."""
+        """config: the generator's; an upsampler also needs input images."""
         if missing := [r for r in resolutions[:-1] if r not in recipe.images_per_phase]:
             raise UserError(f"the preset's images_per_phase does not say when to grow from {missing[0]}×{missing[0]}")
         self.recipe, self.resolutions, self.clip, self.seed, self.config = recipe, resolutions, clip, seed, config
@@ -44,10 +45,11 @@ class Growth:
         return self.resolutions[: self.phase.number + 1]
 
     def measure_reference(self, source, path):
-        """Takes two disjoint sets of real images: one lends its captions, the other the statistics of its features.
+        """Draws two disjoint sets of real images. Samples use the captions of the first, and are compared with the
+        statistics of the second.
 
-        They are pairs that training never sees, as far as the source has some. The ranks share the work, and the run
-        keeps the result in the file `path`. Raises UserError, and Stopped where a rank was asked to stop.
+        Held-out pairs come first. The ranks share the work. The run keeps the result in the file `path`. Raises
+        UserError, and Stopped if a rank was asked to stop.
         """
         made_from = {"data": list(source.describe()), "samples": self.recipe.fid_samples}
         made_from |= {"clip": self.clip.name, "seed": self.seed}
@@ -63,7 +65,7 @@ class Growth:
         self.statistics, self.reference_fid = kept["statistics"], kept["reference_fid"]
 
     def read_reference(self, path, made_from):
-        """What an earlier start of this run has kept, or None if it was made from other data or with another CLIP."""
+        """The result of an earlier start of this run; None if it was made from other data or with another CLIP."""
         if not path.is_file():
             return None
         kept = load_tensors(path)
@@ -73,7 +75,9 @@ class Growth:
 
     @torch.no_grad()
     def compute_reference(self, source):
-        """→ captions, inputs of an upsampler, {resolution: (mean, covariance)}, {resolution: FID}, by name."""
+        """→ {"captions", "given": an upsampler's inputs, "statistics": {resolution: (mean, covariance)},
+        "reference_fid": {resolution: FID}}.
+        """
         rank, ranks = distributed.rank(), distributed.world_size()
         quota = len(range(rank, 2 * self.recipe.fid_samples, ranks))
         features, captions, given = {r: [] for r in self.resolutions}, [], []
@@ -88,35 +92,34 @@ class Growth:
                     features[r].append(extract_clip_features(self.clip, resize(images, r)).cpu())
                 if len(captions) == quota or stopping.asked():
                     break
-        shares = distributed.collect((stopping.asked(), captions, given, features))
-        if any(stopped for stopped, *_ in shares):
+        if any(distributed.collect(stopping.asked())):
             raise stopping.Stopped
-        captions = [caption for _, share, _, _ in shares for caption in share]
-        given = [images for _, _, share, _ in shares for images in share]
+        captions = [caption for share in distributed.collect(captions) for caption in share]
+        given = [images for share in distributed.collect(given) for images in share]
         with distributed.together():
             if len(captions) < 4:
-                raise UserError(f"--data holds {len(captions)} usable pairs; training needs at least 4")
+                raise UserError(f"--data has {len(captions)} usable pairs; training needs at least 4")
         half = len(captions) // 2
-        every = {r: torch.cat([part for *_, share in shares for part in share[r]]) for r in self.resolutions}
-        return {
-            "captions": captions[:half],
-            "given": tuple(torch.stack(images).cpu() for images in zip(*given[:half], strict=True)),
-            "statistics": {r: statistics(x[half : 2 * half]) for r, x in every.items()},
-            "reference_fid": {r: fid(x[:half], x[half : 2 * half]) for r, x in every.items()},
-        }
+        kept = {"captions": captions[:half], "statistics": {}, "reference_fid": {}}
+        kept["given"] = tuple(torch.stack(images).cpu() for images in zip(*given[:half], strict=True))
+        for r in self.resolutions:
+            every = torch.cat([part for share in distributed.collect(features[r]) for part in share])
+            one, other = every[: 2 * half].split(half)
+            kept["statistics"][r], kept["reference_fid"][r] = statistics(other), fid(one, other)
+        return kept
 
     def evaluate(self, generator):
-        """Measures the FID at the active resolution, and notes it in the phase → it, and its reference."""
+        """Measures the FID at the active resolution, and records it in the phase → the FID and its reference."""
         phase, resolution = self.phase, self.active[-1]
         features = extract_fake_features(generator, self.clip, self.captions, resolution, self.seed, self.given)
         value = frechet_distance(statistics(features.cpu()), self.statistics[resolution])
-        value = distributed.broadcast(value)  # the same, to the last bit
+        value = distributed.broadcast(value)  # bit-identical on all ranks
         phase.evaluations_since_best = 0 if value < phase.best_fid else phase.evaluations_since_best + 1
         phase.best_fid = min(phase.best_fid, value)
         return {"fid": value, "reference_fid": self.reference_fid[resolution]}
 
     def reason_to_grow(self):
-        """Why this resolution is done with, in words, or None."""
+        """Why training should grow now, in words, or None."""
         phase, resolution = self.phase, self.active[-1]
         if resolution == self.resolutions[-1]:
             return None
@@ -129,7 +132,7 @@ class Growth:
         return None
 
     def describe(self):
-        """The best FID of the active resolution beside its reference, in words."""
+        """The best FID of the active resolution and its reference, in words."""
         phase = self.phase
         measured = "not measured" if phase.best_fid == float("inf") else f"{phase.best_fid:.3g}"
         return f"FID {measured}, reference {self.reference_fid[self.active[-1]]:.3g}"

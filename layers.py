@@ -1,7 +1,7 @@
-"""The building blocks of both networks: equalized layers, resampling, and what stays in float32.
+"""The building blocks of both networks: equalized layers, resampling, and float32 regions under autocast.
 
 Shapes everywhere: B batch, N = H·W feature points, T text tokens, C channels, E experts, R resolution.
-Activations may be bfloat16 under autocast; whatever is squared, normalized or compared stays in float32.
+Activations may be bfloat16 under autocast; whatever is squared, normalized or compared is computed in float32.
 """
 
 import functools
@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint as gradient_checkpoint
 
 
 def lrelu(x):
-    """LeakyReLU(0.2)·√2: the gain keeps the second moment of a unit Gaussian near one (StyleGAN2)."""
+    """LeakyReLU(0.2)·√2. The gain keeps the second moment of a unit Gaussian near one (StyleGAN2)."""
     return F.leaky_relu(x, 0.2).mul_(math.sqrt(2))
 
 
@@ -24,22 +24,22 @@ def rms_norm(x):
 
 
 def full_precision(x):
-    """x in float32 at least: half precision is widened, float64 stays."""
+    """x in float32, or in float64 if it is float64."""
     return x if x.dtype == torch.float64 else x.float()
 
 
 def float32_region(x):
-    """A context in which autocast is off, for what bfloat16 would ruin: routing, demodulation, distances.
+    """A context without autocast, for computations that bfloat16 would ruin: routing, demodulation, distances.
 
-    x names the device only; what is narrow already is widened by full_precision.
+    x only names the device. Tensors that are bfloat16 already are widened by full_precision.
     """
     return torch.autocast(x.device.type, enabled=False)
 
 
 def in_float32(forward):
-    """Marks the `forward` of a module that computes in float32 under autocast too, from inputs that are widened.
+    """Decorates the `forward` of a module that computes in float32 even under autocast. Its inputs are widened.
 
-    Such a module's weights, and those of all modules in it, are never stored in less (sampling/inference.py).
+    Sampling never stores the weights of such a module, or of modules in it, in bfloat16 (sampling/inference.py).
     """
 
     @functools.wraps(forward)
@@ -52,7 +52,7 @@ def in_float32(forward):
 
 
 def recomputed(function, *inputs):
-    """function(*inputs) by gradient checkpointing: it runs again in the backward pass, and keeps only its inputs."""
+    """function(*inputs) with gradient checkpointing: it keeps only its inputs, and runs again in the backward pass."""
     if not torch.is_grad_enabled():
         return function(*inputs)
     return gradient_checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)  # no randomness here
@@ -61,13 +61,13 @@ def recomputed(function, *inputs):
 # ----------------------------------------------------------------------------------------------------------------------
 # Equalized learning rate (Progressive GAN, section 4.1): Adam's steps are equally large for all parameters, and should
 # change all layers by the same share. The paper draws weights from N(0, 1)/lr_mul and multiplies them by lr_mul/√fan_in
-# at every use. Here they are drawn at the scale of their use, s = lr_mul/√fan_in, and learn at s times the rate. The
-# scale of a gradient reaches Adam's step through ε alone: with ε/s both forms take the same steps. `lr_scale` names
-# what does not learn at the full rate.
+# at every use. We draw them at the scale of their use, s = lr_mul/√fan_in, and multiply their learning rate by s. The
+# scale of a gradient affects Adam's step only through ε: with ε/s both forms take the same steps. A module's `lr_scale`
+# gives the factors that are not one.
 
 
 def parameter_groups(network, lr, eps=1e-8):
-    """The parameters of a network for Adam, each group at lr times its `lr_scale`, and with eps divided by it."""
+    """A network's parameters for Adam, grouped by `lr_scale`: lr is multiplied by it, eps divided by it."""
     groups = {}
     for module in network.modules():
         for name, parameter in module.named_parameters(recurse=False):
@@ -89,7 +89,7 @@ class Linear(nn.Module):
 
 
 class Conv2d(nn.Module):
-    """A convolution [B, C, H, W] with equalized learning rate; `padding` defaults to the size-keeping one."""
+    """A convolution [B, C, H, W] with equalized learning rate. By default `padding` keeps the size."""
 
     def __init__(self, in_channels, out_channels, kernel_size, bias=True, padding=None, stride=1):
         super().__init__()
@@ -105,9 +105,9 @@ class Conv2d(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """Two plain convolutions beside the identity, [B, C, H, W] → the same shape."""
+    """Two plain convolutions and the identity, added: [B, C, H, W] → the same shape."""
 
-    BRANCH_GAIN = 0.4  # of the branch only: a scaled x would shrink at every block
+    BRANCH_GAIN = 0.4  # for the branch only: a scaled x would shrink at every block
 
     def __init__(self, channels):
         super().__init__()
@@ -119,9 +119,9 @@ class ResidualBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-    """The stride-2 step: a 4×4 convolution of stride 2, [B, C, H, W] → [B, D, H/2, W/2].
+    """A 4×4 convolution of stride 2, [B, C, H, W] → [B, D, H/2, W/2].
 
-    No low-pass filter before it: in small pictures the highest frequencies tell a drawn edge from a smear.
+    There is no low-pass filter before it: in small pictures the highest frequencies distinguish an edge from a smear.
     """
 
     def __init__(self, in_channels, out_channels):
@@ -137,7 +137,7 @@ class Downsample(nn.Module):
 
 
 def upsample(x):
-    """×2. Zeros inserted, then the filter with gain 4: the same as bilinear interpolation between borders of zeros."""
+    """×2: inserts zeros, then filters with gain 4. This equals bilinear interpolation with zeros outside the image."""
     x = F.interpolate(F.pad(x, (1, 1, 1, 1)), scale_factor=2, mode="bilinear", align_corners=False)
     return x[..., 2:-2, 2:-2]
 

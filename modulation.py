@@ -1,7 +1,7 @@
 """Modulated convolutions (StyleGAN2), with adaptive kernels (GigaGAN) and deformable ones (modulated transformations).
 
 A style, computed from w, scales a convolution's input channels. Demodulation divides its output channels by the norm of
-the scaled kernel. To scale activations is the same as to scale the kernel, and the whole batch can then share one.
+the scaled kernel. Scaling the activations equals scaling the kernel, and lets the whole batch share one kernel.
 """
 
 import math
@@ -12,8 +12,13 @@ from torch import nn
 
 from layers import Linear, float32_region, full_precision, in_float32
 
-# In sampling, a convolution with so many channels for each point becomes a product of matrices.
-CHANNELS_PER_POINT = 4
+CHANNELS_PER_POINT = 4  # from which, in sampling, a convolution is computed as a product of matrices
+
+
+def multiply(matrices, columns):
+    """Matrices [G, D, K] times columns [B, K, N] → [B, D, N]. G = B: one matrix for each sample; G = 1: one for all."""
+    columns = columns.unflatten(0, (len(matrices), -1))  # [G, B/G, K, N]
+    return torch.einsum("gdk,gbkn->gbdn", matrices, columns).flatten(0, 1)
 
 
 class Affine(Linear):
@@ -37,7 +42,7 @@ class ModulatedLinear(nn.Module):
         style = self.style(w)
         with float32_region(x):
             gain = torch.rsqrt(F.linear(style.square(), full_precision(self.weight).square()) + 1e-8)
-        if len(self.weight) < x.shape[1]:  # D < N: scale a sample's kernel, which is smaller than its activations
+        if len(self.weight) < x.shape[1]:  # D < N: scale each sample's kernel, which is smaller than its activations
             kernels = self.weight * style[:, None] * gain[..., None]  # [B, D, C]
             return torch.baddbmm(self.bias, x, kernels.mT)
         return torch.addcmul(self.bias, F.linear(x * style[:, None], self.weight), gain[:, None])
@@ -46,14 +51,14 @@ class ModulatedLinear(nn.Module):
 class ModulatedConv2d(nn.Module):
     """A modulated convolution with adaptive kernels (GigaGAN, section 3.1): [B, C, H, W], w [B, w_dim] → [B, D, H, W].
 
-    n = `num_kernels` kernels are mixed by softmax(dense(w)) into one for each sample. A single kernel is shared by the
-    batch. Mixed kernels take memory: in all layers of the release 19.6 GB for a batch of 64 in float32. Training keeps
-    them until the backward pass; with gradient checkpointing it keeps those of one level at a time.
+    softmax(dense(w)) mixes n = `num_kernels` kernels into one for each sample. A single kernel is shared by the batch.
+    Mixed kernels take memory: in all layers of the release 19.6 GB for a batch of 64 in float32. Training keeps them
+    until the backward pass; with gradient checkpointing it keeps those of one level at a time.
 
-    The weights are drawn from N(0, 1) and not scaled by fan-in, since demodulation divides any scale out.
+    The weights are drawn from N(0, 1) without a scale for fan-in, because demodulation divides any scale out.
     """
 
-    products = None  # kernel_products, which sampling computes once, as its weights do not change
+    products = None  # kernel_products(), computed once for sampling, where the weights do not change
 
     def __init__(self, in_channels, out_channels, kernel_size, w_dim, num_kernels=1):
         super().__init__()
@@ -63,7 +68,7 @@ class ModulatedConv2d(nn.Module):
         self.kernel_mix = Affine(w_dim, num_kernels, bias_init=1.0) if num_kernels > 1 else None
 
     def forward(self, x, w, *where):
-        """where: a deformable convolution's offsets and masks, else nothing."""
+        """where: the offsets and masks of a deformable convolution; otherwise empty."""
         style = self.style(w)
         with float32_region(w):
             mix = self.kernel_mix(w).softmax(-1) if self.kernel_mix else None  # [B, n]
@@ -73,21 +78,21 @@ class ModulatedConv2d(nn.Module):
         return torch.addcmul(self.bias[:, None, None], h, gain)
 
     def mixed_kernels(self, mix):
-        """Σ mₙKₙ for mix [B, n] → [G, D, C, k, k]: G = B, or 1 for a single kernel, which all samples share."""
+        """Σ mₙKₙ for mix [B, n] → [G, D, C, k, k]. G is B, or 1 for a single kernel, which all samples share."""
         if mix is None:
             return self.weight
         return (mix.to(self.weight.dtype) @ self.weight.flatten(1)).unflatten(1, self.weight.shape[1:])
 
     def demodulation(self, style, kernels, mix):
-        """One over the norm of each output channel's scaled kernel, √Σ_c style_c²·energy_dc: [B, D, 1, 1]."""
+        """1 / the norm of each output channel's scaled kernel, √Σ_c style_c²·energy_dc: [B, D, 1, 1]."""
         squared_norm = multiply(self.energy(kernels, mix), style.square()[..., None])  # [B, D, 1]
         return torch.rsqrt(squared_norm + 1e-8)[..., None]
 
     def energy(self, kernels, mix):
         """|Σ mₙKₙ|², summed over the taps: [G, D, C].
 
-        It is also Σ mₙmₗ⟨Kₙ, Kₗ⟩. That is faster if there are more samples than pairs of kernels, and in sampling,
-        which knows the products already.
+        This equals Σ mₙmₗ⟨Kₙ, Kₗ⟩, which is faster if there are more samples than pairs of kernels, or in sampling,
+        which computes the products once.
         """
         if self.products is None and len(kernels) <= len(self.weight) ** 2:
             return torch.linalg.vector_norm(kernels, dim=(-2, -1)).square()
@@ -98,13 +103,14 @@ class ModulatedConv2d(nn.Module):
         return (pairs @ products.flatten(0, 1).flatten(1)).unflatten(1, products.shape[2:])
 
     def kernel_products(self):
-        """⟨Kₙ, Kₗ⟩ of every two kernels, summed over their taps: [n, n, D, C]. They do not depend on w."""
+        """⟨Kₙ, Kₗ⟩ of every two kernels, summed over the taps: [n, n, D, C]. It does not depend on w."""
         return (self.weight[:, None] * self.weight).sum((-2, -1))
 
     def convolve(self, x, kernels):
         """x [B, C, H, W] and kernels [G, D, C, k, k] → [B, D, H, W]: one convolution, with a group for each kernel."""
         batch, groups, (height, width) = len(x), len(kernels), x.shape[2:]
-        if self.products is not None and x.shape[1] * groups >= CHANNELS_PER_POINT * batch * height * width:
+        is_sampling = self.products is not None
+        if is_sampling and x.shape[1] * groups >= CHANNELS_PER_POINT * batch * height * width:
             return unfolded_convolution(x, kernels)
         x = x.reshape(batch // groups, -1, height, width)
         h = F.conv2d(x, kernels.flatten(0, 1), padding=kernels.shape[-1] // 2, groups=groups)
@@ -112,34 +118,28 @@ class ModulatedConv2d(nn.Module):
 
 
 def unfolded_convolution(x, kernels):
-    """What ModulatedConv2d.convolve computes, as a product of matrices. A convolution first copies its kernels into an
-    order of its own; for 1600 channels at 4×4 this is 3.6 times as fast on a CPU.
+    """Computes ModulatedConv2d.convolve as a matrix product, without the copy of the kernels that a convolution makes
+    first. For 1600 channels at 4×4 this is 3.6 times as fast on a CPU.
     """
     columns = F.unfold(x, kernels.shape[-2:], padding=kernels.shape[-1] // 2)  # [B, C·k·k, H·W]
     return multiply(kernels.flatten(2), columns).unflatten(2, x.shape[2:])
 
 
-def multiply(matrices, columns):
-    """Matrices [G, D, K] times columns [B, K, N] → [B, D, N]. G = B: each sample has its own; G = 1: all share one."""
-    columns = columns.unflatten(0, (len(matrices), -1))  # [G, B/G, K, N]
-    return torch.einsum("gdk,gbkn->gbdn", matrices, columns).flatten(0, 1)
-
-
 class UpsamplingConv2d(ModulatedConv2d):
-    """A modulated convolution that doubles the resolution (StyleGAN2): a transposed convolution of stride 2, and then
-    the filter [1, 3, 3, 1]/4 along both axes.
+    """A modulated convolution that doubles the resolution (StyleGAN2): a transposed convolution of stride 2, then the
+    filter [1, 3, 3, 1]/4 along both axes.
     """
 
     def convolve(self, x, kernels):
         y = folded_transposed_convolution(x, kernels)  # [B, D, 2H + 1, 2W + 1]
-        # [1, 3, 3, 1]/4, made on the device: a copy from the host would make it wait.
+        # [1, 3, 3, 1]/4, computed on the device: a copy from the host would make it wait.
         taps = 1 - (torch.arange(4, dtype=y.dtype, device=y.device) - 1.5).abs() / 2
         filters = torch.outer(taps, taps).expand(y.shape[1], 1, 4, 4)
         return F.conv2d(y, filters, padding=1, groups=y.shape[1])
 
 
 def transposed_convolution(x, kernels):
-    """x [B, C, H, W] and kernels [G, D, C, k, k] → [B, D, 2H + 1, 2W + 1], by stride 2."""
+    """The plain form: x [B, C, H, W] and kernels [G, D, C, k, k] → [B, D, 2H + 1, 2W + 1], with stride 2."""
     batch, groups, (height, width) = len(x), len(kernels), x.shape[2:]
     x = x.reshape(batch // groups, -1, height, width)
     y = F.conv_transpose2d(x, kernels.transpose(1, 2).flatten(0, 1), stride=2, groups=groups)
@@ -147,9 +147,8 @@ def transposed_convolution(x, kernels):
 
 
 def folded_transposed_convolution(x, kernels):
-    """What transposed_convolution computes, as a product of matrices and the sum of its overlapping results: in 0.7 of
-    the time for 24 channels at 64×64 on a CPU, and in as much for 256 channels at 8×8.
-    """
+    """Computes transposed_convolution as a matrix product and the sum of its overlapping results: on a CPU in 0.7 of
+    the time for 24 channels at 64×64, and in the same time for 256 channels at 8×8."""
     height, width = x.shape[2:]
     kernels = kernels.movedim(2, -1)  # [G, D, k, k, C]
     taps = multiply(kernels.flatten(1, 3), x.flatten(2))  # [B, D·k·k, H·W]
@@ -157,8 +156,8 @@ def folded_transposed_convolution(x, kernels):
 
 
 class ToRGB(ModulatedConv2d):
-    """A modulated 1×1 convolution to three channels, scaled by 1/√C in the place of demodulation. It starts at zero: a
-    new resolution begins with the upsampled image of the one below, and needs no fade-in.
+    """A modulated 1×1 convolution to three channels, scaled by 1/√C instead of demodulated. It starts at zero: so a new
+    resolution begins with the upsampled image of the one below, and needs no fade-in.
     """
 
     def __init__(self, in_channels, w_dim, num_kernels):
@@ -192,10 +191,10 @@ class TransformationField(ModulatedConv2d):
 
 
 class DeformableConv2d(ModulatedConv2d):
-    """A modulated 3×3 convolution that reads its input where a transformation field of x and w tells it to.
+    """A modulated 3×3 convolution that reads its input at positions that a transformation field predicts from x and w.
 
-    Modulated deformable convolution (Zhu et al. 2019) with padding 1: what torchvision.ops.deform_conv2d computes, here
-    as bilinear samples by grid_sample and one matrix product, since torchvision's runs on one CPU thread only.
+    Modulated deformable convolution (Zhu et al. 2019) with padding 1. torchvision.ops.deform_conv2d computes the same,
+    but on one CPU thread only; here it is grid_sample, for bilinear samples, and one matrix product.
     """
 
     def __init__(self, in_channels, out_channels, w_dim, num_kernels=1):

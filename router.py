@@ -17,7 +17,7 @@ class Routing(NamedTuple):
     gate: torch.Tensor  # [B, N]: that expert's probability; it scales the output, and so gradients reach the router
 
     def sent_to(self, expert_index):
-        """The same, but for the experts that take the points, [B, N]; their probabilities are the gate."""
+        """The routing with other experts, expert_index [B, N]; the gates are these experts' probabilities."""
         gate = self.logits.softmax(-1).gather(-1, expert_index[..., None])[..., 0]
         return Routing(self.logits, expert_index, gate)
 
@@ -25,9 +25,9 @@ class Routing(NamedTuple):
 class Router(nn.Module):
     """Top-1 routing of feature points u [B, N, C] under the latent code w [B, w_dim] (section 3.2, figure 2).
 
-    u comes from cross-attention and has seen the text already. w brings text and noise once more: it scales the
-    channels of u, and so sends the same feature to other experts under another prompt. All of it is in float32, as
-    rounded logits would send points to other experts. That logits pass lrelu is as in the release.
+    u comes from cross-attention, so it already contains the text. w brings in text and noise once more: it scales the
+    channels of u, so that the same feature can go to another expert under another prompt. Everything is computed in
+    float32, because rounded logits would send points to other experts. The lrelu on the logits is the release's.
     """
 
     def __init__(self, dim, num_experts, w_dim):

@@ -1,6 +1,6 @@
 """One step of Aurora's training: the discriminator learns, then the generator, then the moving average follows.
 
-Nothing here knows of files, progress or signals; loop.py goes through the steps, and plan.py rehearses one.
+This file knows nothing of files, progress or signals: training/loop.py repeats the step, training/plan.py counts it.
 """
 
 import contextlib
@@ -37,23 +37,23 @@ MODE_SEEKING_RESOLUTION = 8
 
 
 class MicroBatch(NamedTuple):
-    """This rank's share of the global batch, or of a part of that, where gradients are accumulated."""
+    """This rank's share of the global batch, or a part of its share if gradients are accumulated."""
 
     real: dict[int, torch.Tensor]  # the pyramid of the images
     text: Text  # of their captions
-    wrong: torch.Tensor  # [b], from wrong_captions: indices into the captions of all ranks' micro-batches
+    wrong: torch.Tensor  # [b], from wrong_captions: indices into the captions of this micro-batch on all ranks
     z: torch.Tensor  # [b, z_dim]
-    other_z: torch.Tensor  # [b, z_dim], of the pictures that are to differ from those of z
-    chances: torch.Tensor  # [b, 2, NUM_CHANCES], of the augmentation of real images and of fake ones
-    given: tuple[torch.Tensor, ...]  # of the second stage: the small images and noise of their shape; () for the base
+    other_z: torch.Tensor  # [b, z_dim], for the mode-seeking loss: their images are to differ from those of z
+    chances: torch.Tensor  # [b, 2, NUM_CHANCES], for the augmentation of real images and of fake ones
+    given: tuple[torch.Tensor, ...]  # for the second stage: the small images, and noise of their shape; () for the base
 
 
 class Learner:
-    """All that a step changes: both networks, their optimizers, and the moving average of the generator.
+    """Everything that a step changes: both networks, their optimizers, and the moving average of the generator.
 
-    preset: a presets.Preset. clip: the frozen CLIP. dtype: of products, under autocast. batch: images of a step, over
-    all ranks. perceptual: the frozen network of the recipe's perceptual loss, where it has one. r1_images: how many
-    R1 takes at a time, by default a whole micro-batch.
+    preset: a presets.Preset. clip: the frozen CLIP. dtype: of matrix products, under autocast. batch: images of a step,
+    over all ranks. perceptual: the frozen network of the recipe's perceptual loss, if it has one. r1_images: how many
+    images R1 processes at a time; by default a whole micro-batch.
     """
 
     def __init__(self, preset, clip, device, dtype, batch, perceptual=None, r1_images=None):
@@ -70,7 +70,7 @@ class Learner:
         self.learn_at(self.resolutions)
 
     def learn_at(self, active):
-        """Lets the parameters of the active resolutions learn, and no others: DDP must not wait for the rest."""
+        """Makes only the parameters of the active resolutions learn: DDP would wait for gradients of the others."""
         self.active = active
         for level in self.generator.synthesis.levels:
             level.requires_grad_(level.resolution <= active[-1])
@@ -80,10 +80,12 @@ class Learner:
         self.forget()
 
     def forget(self):
-        """Drops what was made for the former resolutions, rates and averages; the next step makes it anew."""
+        """Drops the DDP wrappers and the recorded graph; the next step builds them again. Needed whenever resolutions,
+        learning rates or optimizer states change.
+        """
         for name in ("parallel_generator", "discriminator_loss", "learn"):
             vars(self).pop(name, None)
-        gc.collect()  # DDP's buckets and recorded graphs go before new ones come
+        gc.collect()  # frees DDP's buckets and recorded graphs before new ones are built
 
     @functools.cached_property
     def parallel_generator(self):
@@ -97,12 +99,13 @@ class Learner:
     def learn(self):
         """update_networks, or a CUDA graph of it.
 
-        A large network, which recomputes, keeps a GPU busy by itself, and has no memory to spare. Several ranks record
-        nothing: it was never tried, for want of two GPUs, whether NCCL's messages can be played back.
+        Large networks, those that recompute, need no graph: they keep a GPU busy, and have no memory to spare. With
+        several ranks we record none, because we had no two GPUs to test whether a graph can replay NCCL's messages.
         """
         alone = torch.cuda.is_available() and self.device.type == "cuda" and distributed.world_size() == 1
         recorded = alone and not self.recipe.recompute
-        return Graphed(self.update_networks, (0, R1_INTERVAL)) if recorded else self.update_networks
+        r1_weights = 0, R1_INTERVAL  # one graph for each
+        return Graphed(self.update_networks, r1_weights) if recorded else self.update_networks
 
     def parallel(self, module):
         if distributed.world_size() == 1:
@@ -117,20 +120,20 @@ class Learner:
     def prepare(self, seed, number, batches):
         """This rank's batches of step `number` → a list of MicroBatch.
 
-        The noise depends on the seed and the step's number alone. It is drawn for the global batch, of which every
-        rank takes its share: so the step is the same on any number of ranks.
+        The random numbers depend only on the seed and the step's number. They are drawn for the global batch, and each
+        rank uses its share: so a step is the same on any number of ranks.
         """
         config, rng = self.generator.config, rng_of(seed, number)
         z = torch.randn(self.batch, 2, config.z_dim, generator=rng)  # two for each caption
-        chances = torch.rand(self.batch, 2, NUM_CHANCES, generator=rng)  # of real images, and of fake ones
+        chances = torch.rand(self.batch, 2, NUM_CHANCES, generator=rng)  # for real images, and for fake ones
         noise = draw_input_noise(config, self.batch, rng)
         places = torch.rand(self.batch, 2, generator=rng)  # y, x of the crops
-        shape = len(batches), distributed.world_size(), -1
+        shape = len(batches), distributed.world_size(), -1  # micro-batches, ranks, images of one
         mine = [x.unflatten(0, shape)[:, distributed.rank()] for x in (z, chances, noise, places)]
         return [self.micro_batch(*drawn) for drawn in zip(batches, *mine, strict=True)]
 
     def micro_batch(self, batch, z, chances, noise, places):
-        """A data.sources.Batch and its noise → MicroBatch. places [b, 2]: of the crops, on the CPU."""
+        """A data.sources.Batch and its random numbers, on the CPU → MicroBatch. places [b, 2]: of the crops."""
         images, z, chances, noise = (x.to(self.device) for x in (batch.images, z, chances, noise))
         real, given = pyramid(images, self.active), given_images(self.generator.config, images, noise)
         if given and self.recipe.crop:
@@ -143,18 +146,18 @@ class Learner:
         return MicroBatch(real, text, wrong, z=z[:, 0], other_z=z[:, 1], chances=chances, given=given)
 
     def step(self, number, micro_batches):
-        """One step of both networks → {name: scalar}. `rejected` counts updates left out for a gradient not finite."""
+        """One step of both networks → {name: scalar}. `rejected` counts updates skipped for non-finite gradients."""
         report, w = self.learn(micro_batches, R1_INTERVAL if number % R1_INTERVAL == 0 else 0)
         self.update_ema(number, w)
         return report
 
     def update_networks(self, micro_batches, r1_weight):
-        """What step does, but for the moving average → its report, and the mean of the latent codes, [w_dim].
+        """A step without the moving average → its report, and the mean of w, [w_dim].
 
-        r1_weight: 0 for no R1 in this step, or the number of steps that it stands for.
+        r1_weight: 0 without R1 in this step, else the number of steps that it counts for.
 
-        Both networks learn from the same pictures, so these are drawn once. Where gradients are accumulated they are
-        drawn twice: the graphs of all micro-batches together would take the memory that is to be saved.
+        Both networks learn from the same images, so these are drawn once. With several micro-batches they are drawn
+        twice: keeping the graphs of all would take the memory that micro-batches are to save.
         """
         report, adversarial = {}, self.recipe.adversarial_weight > 0
         self.optimizer_d.zero_grad(set_to_none=True)
@@ -171,16 +174,16 @@ class Learner:
         return report, w
 
     def draw(self, batch, z, resolution):
-        """The captions of a MicroBatch under z, up to a resolution."""
+        """The generator's Output for the captions of a MicroBatch and z, up to a resolution."""
         with self.autocast():
             return self.parallel_generator(*batch.given, z, batch.text.tokens, batch.text.eot, resolution)
 
     def penalize(self, micro_batches, r1_weight):
         """Adds the gradients of R1, times r1_weight, to the discriminator's → R1.
 
-        An image takes several times the memory that the other losses take, and no image affects another's penalty. So
-        R1 has smaller batches of its own, and is done before any other graph is there. DDP averages its gradients with
-        theirs.
+        R1 takes several times the memory of the other losses, and no image affects another's penalty. So it uses
+        smaller batches, and comes first, while no other graph is in memory. It bypasses the DDP wrapper, which averages
+        these gradients together with those of discriminator_step.
         """
         scales, total = scale_weights(micro_batches[0].real, self.recipe.lower_scales), 0
         for batch in micro_batches:
@@ -214,7 +217,7 @@ class Learner:
                 if len(micro_batches) > 1:
                     output = self.draw(batch, batch.z, self.active[-1])
                 other = None
-                if self.recipe.mode_seeking_weight:  # at a resolution where shapes and colors are decided already
+                if self.recipe.mode_seeking_weight:  # a low resolution, where shapes and colors are decided already
                     other = self.draw(batch, batch.other_z, min(MODE_SEEKING_RESOLUTION, self.active[-1]))
                 with self.autocast():
                     report = generator_loss(
@@ -226,15 +229,15 @@ class Learner:
         return {"g_loss": mean_of(reports, "loss"), **update(self.optimizer_g, reports, "g")}
 
     def score(self, images, text):
-        """The mean of the last prediction for the highest image of a pyramid, with its captions: [B]."""
+        """The mean over points of the last prediction for the highest images of a pyramid with their captions, [B]."""
         with self.autocast():
             code = self.discriminator.encode_text(text.tokens, text.eot)
             logits = self.discriminator.score(feature_maps(self.discriminator, self.clip, images), code)
         return last_prediction(logits).mean(1)
 
     def autocast(self):
-        """The modules keep routing, demodulation, distances and R1 in float32. CLIP, too, sees images in bfloat16 here,
-        but for R1. It reads captions in float32, as that is outside.
+        """bfloat16 for matrix products, CLIP's image tower included. Routing, demodulation, distances and R1 stay in
+        float32, and so does the text encoder, which runs outside of this context.
         """
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
 
@@ -247,14 +250,16 @@ class Learner:
         self.ema.w_avg.copy_(self.generator.w_avg)
 
     def least_used_expert(self, output):
-        """The smallest share of points that any expert got at any layer in this batch; 1 if all got the same."""
+        """The smallest number of points that any expert of any router got in this batch, as a share of the mean; 1 if
+        all got the same.
+        """
         counts = expert_counts(output.routings).values()
         return torch.stack([output.w.new_ones(()), *(count.min() / count.float().mean() for count in counts)]).min()
 
     # ------------------------------------------------------------------------------------------------------------------
 
     def state_dict(self):
-        """Without Adam's mean of gradients where β₁ is zero: it is the last gradient then, which no step reads."""
+        """Omits Adam's mean of gradients if β₁ is zero: then it is the last gradient, and no step reads it."""
         state = {"clip": self.clip.name} | {name: getattr(self, name).state_dict() for name in (*NETWORKS, *OPTIMIZERS)}
         for name in OPTIMIZERS:
             if has_momentum(getattr(self, name)):
@@ -265,9 +270,9 @@ class Learner:
         return state
 
     def load_state_dict(self, state):
-        """Loads what state_dict gave → the learning rates that differ from the recipe's, {optimizer: (then, now)}.
+        """Loads a state_dict → the learning rates that differ from the recipe's, {optimizer: (then, now)}.
 
-        The recipe wins: a run whose losses are not finite is resumed with lower rates.
+        The recipe's rates are used, so that a run whose losses were not finite can be resumed with lower ones.
         """
         if state["clip"] != self.clip.name:
             raise ValueError(f"it learned with {state['clip']}, and this is {self.clip.name}")
@@ -279,20 +284,22 @@ class Learner:
             wanted = [{"lr": group["lr"], "eps": group["eps"]} for group in optimizer.param_groups]
             adam_state = {}
             for number, of_parameter in state[name]["state"].items():
-                adam_state[number] = {"exp_avg": torch.zeros_like(of_parameter["exp_avg_sq"])} | of_parameter
+                omitted = {"exp_avg": torch.zeros_like(of_parameter["exp_avg_sq"])}  # see state_dict
+                adam_state[number] = omitted | of_parameter
             optimizer.load_state_dict(state[name] | {"state": adam_state})
             then, now = max(g["lr"] for g in optimizer.param_groups), max(g["lr"] for g in wanted)
             if then != now:
                 changed[name] = then, now
             for group, rates in zip(optimizer.param_groups, wanted, strict=True):
-                group |= rates | {"capturable": self.device.type == "cuda"}  # a checkpoint of a CPU says False
+                # A checkpoint from a CPU has capturable=False, which a CUDA graph does not allow.
+                group |= rates | {"capturable": self.device.type == "cuda"}
         self.forget()
         return changed
 
     def load_weights(self, weights):
-        """Loads some networks' weights, {name: state dict} → what of them was missing and stays as initialized.
+        """Loads weights of some networks, {name: state dict} → what was missing, in words; it stays as initialized.
 
-        A generator may hold fewer levels than this one. Raises RuntimeError where a shape differs.
+        A generator may have fewer levels than this one. Raises RuntimeError if a shape differs.
         """
         missing = [name for name in NETWORKS if name not in weights]
         for name in NETWORKS:
@@ -306,21 +313,21 @@ class Learner:
 
 
 def ema_weight(number, batch, half_life):
-    """The weight of step `number`'s parameters in their moving average, whose half-life is so many images.
+    """The weight of step `number`'s parameters in their moving average. half_life: in images.
 
-    It is shorter at first, a twentieth of the images seen, or the average would remember the initial weights.
+    The half-life is at most a twentieth of the images seen. Otherwise the average would remember the initial weights.
     """
     return 1 - 0.5 ** (batch / max(1e-8, min(half_life, 0.05 * (number + 1) * batch)))
 
 
 def rng_of(*numbers):
-    """A torch.Generator on the CPU for a run's seed, a step's number and the like. It has 32 bits for a seed."""
+    """A torch.Generator on the CPU, seeded by a run's seed and a step's number, which are hashed to its 32 bits."""
     return torch.Generator().manual_seed(int(np.random.SeedSequence(numbers).generate_state(1)[0]))
 
 
 def adam(network, lr, momentum=0.0):
-    """Capturable: a CUDA graph may hold its step. A recorded graph keeps the rates that it was recorded with; whoever
-    changes them calls Learner.forget().
+    """capturable: a CUDA graph can record its step. It also records the learning rates: after changing them, call
+    Learner.forget().
     """
     on_gpu = next(network.parameters()).is_cuda
     return torch.optim.Adam(parameter_groups(network, lr), betas=(momentum, 0.99), fused=True, capturable=on_gpu)
@@ -331,10 +338,10 @@ def has_momentum(optimizer):
 
 
 def update(optimizer, reports, prefix):
-    """One step of an optimizer whose gradients are there → the means of the reports, the gradients' norm, `rejected`.
+    """One step of an optimizer, after backward → the means of the reports, the gradients' norm, `rejected`.
 
-    Where a gradient is not finite, which it is on all ranks alike, the weights stay as they are. That is decided on the
-    device, by the mechanism that torch.amp's GradScaler uses, so that nobody waits for it.
+    If a gradient is not finite, which is then so on all ranks, the weights do not change. The device decides that, so
+    the host need not wait: fused Adam reads found_inf, which torch.amp's GradScaler sets otherwise.
     """
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)
@@ -349,7 +356,7 @@ def mean_of(reports, name):
 
 
 def averaging(module, is_last):
-    """A context in which DDP averages gradients over the ranks only in the backward pass of the last part."""
+    """A context in which DDP averages gradients over ranks only for the last micro-batch."""
     if is_last or not isinstance(module, DistributedDataParallel):
         return contextlib.nullcontext()
     return module.no_sync()
@@ -357,7 +364,7 @@ def averaging(module, is_last):
 
 @contextlib.contextmanager
 def frozen(module):
-    """A context in which a module's parameters get no gradients, while gradients pass through it."""
+    """A context in which gradients pass through a module, but its parameters get none."""
     learning = [parameter for parameter in module.parameters() if parameter.requires_grad]
     for parameter in learning:
         parameter.requires_grad_(False)

@@ -38,8 +38,8 @@ class TextHead(nn.Module):
     """CLIP token features [B, T, clip_width] and eot [B] → global text t_g [B, D] and local text [B, T−1, D].
 
     t_g is the token at eot, the end of the text; the local text is every other token, padding included, in order.
-    mix_tokens: whether a token attends to the whole text, up to eot, or to itself alone. The release attends over the
-    batch axis, so at batch 1 each token sees itself alone: its weights need mix_tokens=False. Models trained here mix.
+    mix_tokens: whether a token attends to the whole text up to eot, or only to itself. The release attends over the
+    batch axis, so at batch 1 each token attends only to itself: its weights need mix_tokens=False. Ours mix.
     """
 
     def __init__(self, clip_width, dim, num_layers, num_heads, lr_mul, mix_tokens=True):
@@ -51,7 +51,7 @@ class TextHead(nn.Module):
     def forward(self, tokens, eot):
         position = torch.arange(tokens.shape[1], device=tokens.device)
         if self.mix_tokens:
-            mask = (position <= eot[:, None])[:, None, None]  # [B, 1, 1, T]: all that was said
+            mask = (position <= eot[:, None])[:, None, None]  # [B, 1, 1, T]: the whole text
         else:
             mask = position == position[:, None]  # [T, T]: itself
         x = self.align(tokens)

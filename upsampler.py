@@ -1,8 +1,8 @@
 """Aurora's second stage: a picture of 64×64 and its text become one of 256×256 or 512×512.
 
-The paper trains such a stage, and says no more. This one follows GigaGAN's upsampler (section 3.5 there): the synthesis
-network becomes an asymmetric U-Net. What the base has, this has too: w from noise and text modulates the way up, with
-adaptive kernels, L2 attention, the local text, and sparse experts. It learns from real pictures averaged down.
+The paper trains such a stage without further details. This one follows GigaGAN's upsampler (section 3.5 there): the
+synthesis network becomes an asymmetric U-Net. Its decoder has the base's parts: modulation by w, adaptive kernels, L2
+attention, cross-attention to the local text, and sparse experts. It learns from real pictures averaged down.
 """
 
 import functools
@@ -17,10 +17,10 @@ from presets import GeneratorConfig, UpsamplerConfig
 
 
 class Encoder(nn.Module):
-    """The way down: images [B, 3, R, R] → {resolution: maps [B, C, r, r]}, from R to the lowest level's.
+    """Images [B, 3, R, R] → feature maps {resolution: [B, C, r, r]}, from R down to the lowest level's resolution.
 
-    Plain residual convolutions, which see neither w nor the text. The maps have the channels of the levels that they
-    are added to; to concatenate them would need one more convolution at each resolution.
+    Plain residual convolutions, without w and text. The maps have the channels of the levels that they are added to;
+    concatenation would need one more convolution at each resolution.
     """
 
     def __init__(self, config: UpsamplerConfig):
@@ -43,22 +43,22 @@ class Encoder(nn.Module):
 
 
 def enlarge(image):
-    """×2, bilinear, with borders that repeat: the filter [1, 3, 3, 1]."""
+    """×2, bilinear, which is the filter [1, 3, 3, 1]; the border repeats."""
     return F.interpolate(image, scale_factor=2, mode="bilinear", align_corners=False)
 
 
 def add_detail(rgb, image, side):
     """The RGB of a level [B, 3, 2R, 2R] and the image below [B, 3, R, R] → the image at 2R.
 
-    Only that part of the RGB is added which an image of side × side, the input's resolution, cannot show. So the large
-    picture keeps the colors of the small one; otherwise early steps would shift colors that are right already.
+    Of the RGB only the detail is added that an image of side × side, the input's resolution, cannot show. So the large
+    picture keeps the colors of the small one. Otherwise early steps of training would shift colors that are right.
     """
     coarse = F.interpolate(resize(rgb, side), rgb.shape[-1], mode="bilinear", align_corners=False)
     return rgb - coarse + enlarge(image)
 
 
 class UNet(Synthesis):
-    """The image, w and the local text → images at every resolution above it, which begin as its interpolation."""
+    """The image, w and the local text → images at every resolution above. Untrained, they are its interpolation."""
 
     def __init__(self, config: UpsamplerConfig):
         super().__init__(config, first_block=ConvBlock)
@@ -67,8 +67,8 @@ class UNet(Synthesis):
     def forward(self, image, noise, w, local_text, resolution=None):
         """image, noise: [B, 3, input_resolution, input_resolution]; the rest as in Synthesis.
 
-        The way down sees the image with noise on it, so pictures that a base generated do not look foreign (GigaGAN,
-        section 3.5). What is interpolated is the image as it is.
+        The encoder sees the image with noise added, so that generated pictures do not look different from real ones
+        (GigaGAN, section 3.5). The interpolated image has no noise.
         """
         encoded = self.encoder(image + self.input_noise * noise)
         x = encoded.pop(min(encoded))
@@ -77,8 +77,8 @@ class UNet(Synthesis):
 
 
 class Upsampler(Generator):
-    """The second stage. forward: image [B, 3, 64, 64] in [−1, 1]; noise ~ N(0, 1) of its shape; and what the base is
-    given → Output, whose pyramid holds the resolutions above the image's.
+    """The second stage. forward: image [B, 3, 64, 64] in [−1, 1]; noise ~ N(0, 1) of its shape; then as Generator
+    → Output, whose pyramid contains the resolutions above the image's.
     """
 
     def __init__(self, config: UpsamplerConfig):
@@ -91,12 +91,12 @@ class Upsampler(Generator):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What tells the stages apart for those who train and draw with either.
+# What differs between the stages for code that trains or samples either of them.
 
 
 def given_images(config, images, noise):
-    """What a generator of this config is given beside z and text: () for the base; for an upsampler images [B, 3, R, R]
-    averaged down to its input's resolution, and draw_input_noise's, in training as in sampling.
+    """The inputs of a generator before z and text: () for the base; for an upsampler the images [B, 3, R, R], averaged
+    down to its input's resolution, and their noise from draw_input_noise.
     """
     if not isinstance(config, UpsamplerConfig):
         return ()
@@ -104,14 +104,16 @@ def given_images(config, images, noise):
 
 
 def draw_input_noise(config, count, generator):
-    """N(0, 1) for `count` images that an upsampler is given, from a torch.Generator on the CPU; nothing for a base."""
+    """N(0, 1) for `count` input images of an upsampler, from a torch.Generator on the CPU; empty for the base. Sampling
+    uses the same noise for all pictures, see sampling/pipeline.py.
+    """
     shape = (3, config.input_resolution, config.input_resolution) if isinstance(config, UpsamplerConfig) else (0,)
     return torch.randn(count, *shape, generator=generator)
 
 
 def crop(images, size, side, places):
-    """Each of images [B, 3, R, R] cut to what a square of `side` pixels covers in a picture of `size` pixels, → [B, 3,
-    side·R/size, side·R/size]; places [B, 2], uniform in [0, 1), say where. So all resolutions are cut alike.
+    """Cuts a square from each of images [B, 3, R, R], at the same place of the picture for any R: `side` pixels if R is
+    `size`, side·R/size pixels in general. places [B, 2], uniform in [0, 1), choose the place.
     """
     scale = images.shape[-1] // size
     corners = ((places * (size - side + 1)).long() * scale).tolist()
@@ -120,5 +122,5 @@ def crop(images, size, side, places):
 
 
 def new_generator(config: GeneratorConfig):
-    """The network that a config describes, of either stage."""
+    """The network that a config of either stage describes, with random weights."""
     return Upsampler(config) if isinstance(config, UpsamplerConfig) else Generator(config)

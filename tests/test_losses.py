@@ -198,7 +198,7 @@ def test_wrong_captions_are_found_on_other_ranks_and_own_ones_count_nothing(monk
     codes = torch.randn(4, 3)
     monkeypatch.setattr(distributed, "rank", lambda: 1)
     monkeypatch.setattr(distributed, "gather", lambda _: codes)
-    code, is_wrong = losses.choose_wrong(codes[2:], torch.tensor([0, 3]))
+    code, is_wrong = losses.wrong_codes(codes[2:], torch.tensor([0, 3]))
     assert torch.equal(code, codes[[0, 3]]) and is_wrong.tolist() == [1, 0]
 
 

@@ -268,7 +268,7 @@ def test_a_run_stopped_while_its_small_clip_learns_leaves_nothing_half(tmp_path,
         (("--resume", "/nowhere"), "no such checkpoint"),
         (("--clip", "nonsense"), "neither a file nor"),
         (("--out", "/proc/run"), "cannot be written"),
-        (("--set", "augment=('blur', 'color')"), "there is no blur; choose of color, translation"),
+        (("--set", "augment=('blur', 'color')"), "there is no blur; choose from color, translation"),
     ],
 )
 def test_mistakes_are_told_in_one_line(tmp_path, run_main, arguments, says):
