@@ -84,7 +84,7 @@ def test_r1_in_small_parts_has_the_gradients_of_the_whole(learner, size):
     learner = copy.deepcopy(learner)
     for network in (learner.discriminator, learner.clip):
         network.double()
-    learner.clip.text.known.clear()  # what was read in float32
+    learner.clip.text.cache.clear()  # what was read in float32
     parts = []
     for part in learner.prepare(0, 0, batches(2, 4)):
         real, tokens = {r: x.double() for r, x in part.real.items()}, part.text.tokens.double()
