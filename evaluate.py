@@ -24,12 +24,12 @@ from common.cli import (
     UserError,
     a_path,
     add_data,
+    errors_in_one_line,
     finite_number,
     natural_number,
     positive_int,
-    told_in_one_line,
 )
-from common.disk import atomically
+from common.disk import write_text
 from data import sources
 from data.coco import RESIZER, Coco
 from evaluation import emoji
@@ -177,13 +177,13 @@ def evaluate(args, device):
         result |= measure_emoji(draws["generated images"], args, resolution, extractors)
     if distributed.is_main():
         path, content = args.out / "evaluation.json", json.dumps(result, indent=2, ensure_ascii=False)
-        atomically(path, lambda temporary: temporary.write_text(content, "utf-8"))
+        write_text(path, content)
         print(f"All of it, with its protocol: {path.resolve()}")
 
 
 def main():
     args = parse_args()
-    with told_in_one_line():
+    with errors_in_one_line():
         device = distributed.start(args.device)
         try:
             with distributed.lost_ranks_reported():

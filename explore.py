@@ -18,7 +18,7 @@ from pathlib import Path
 
 from baselines import shared
 from common import distributed
-from common.cli import HelpFormatter, UserError, a_path, first_line, positive_int, told_in_one_line
+from common.cli import HelpFormatter, UserError, a_path, errors_in_one_line, first_line, positive_int
 from sampling import inference, page
 from sampling.pictures import COLORS
 from sampling.pipeline import Pipeline
@@ -135,7 +135,7 @@ def is_address(name):
 
 def main():
     args = parse_args()
-    with told_in_one_line(), Server(args) as server:
+    with errors_in_one_line(), Server(args) as server:
         server.model(0)
         print(f"The page is at http://{args.host}:{args.port}; Ctrl-C ends it", flush=True)
         with contextlib.suppress(KeyboardInterrupt):

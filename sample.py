@@ -16,10 +16,10 @@ from common.cli import (
     HelpFormatter,
     UserError,
     a_path,
+    errors_in_one_line,
     finite_number,
     natural_number,
     positive_int,
-    told_in_one_line,
 )
 from sampling import files, inference, latent, views
 from sampling.pictures import animation, beside, expert_map, grid, to_pil
@@ -171,7 +171,7 @@ def enlarge(args, pipe, prompts):
 
 def main():
     args = parse_args()
-    with told_in_one_line():
+    with errors_in_one_line():
         if args.show:
             for name, value in files.show(args.show).items():
                 print(f"{name}: {value}")

@@ -21,10 +21,10 @@ from common.cli import (
     UserError,
     a_path,
     add_data,
+    errors_in_one_line,
     first_line,
     natural_number,
     positive_int,
-    told_in_one_line,
     with_fields,
 )
 from common.distributed import say
@@ -207,7 +207,7 @@ def save(run):
 
 def main():
     args = parse_args()
-    with told_in_one_line():
+    with errors_in_one_line():
         if args.plan:
             return print_plan(args, preset_of(args))
         device = distributed.start(args.device)

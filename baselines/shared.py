@@ -24,11 +24,11 @@ from common.cli import (
     UserError,
     a_path,
     add_data,
+    errors_in_one_line,
     finite_number,
     first_line,
     natural_number,
     positive_int,
-    told_in_one_line,
 )
 from common.distributed import say
 from data import sources
@@ -138,7 +138,7 @@ def main(system_class):
     add("--out", type=a_path, default=Path("sample.png"))
     sampling.set_defaults(run=sample)
     args = parser.parse_args()
-    with told_in_one_line():
+    with errors_in_one_line():
         args.run(system_class, name, args)
 
 

@@ -1,4 +1,4 @@
-"""The manners of the commands: mistakes are told in one line, without a traceback; help shows the defaults."""
+"""What the commands share: errors in one line, without a traceback; help that shows defaults; types of arguments."""
 
 import argparse
 import ast
@@ -11,17 +11,16 @@ import signal
 import sys
 from pathlib import Path
 
-DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # by itself, by a quota, or by a limit on files
+DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no space, a quota, a limit on the size of files
 
 
 class UserError(ValueError):
-    """Something the user gave is wrong; the message says what, and what to do about it."""
+    """The user's input is wrong. The message says what is wrong and what to do."""
 
 
 def print_on_any_console():
-    """Lets a console without some sign, as cp1252 and ASCII have no ψ, show a question mark rather than an error.
-
-    Where a stream was closed, as by `>&-`, what is said goes nowhere.
+    """Prints "?" for characters that the console cannot show: cp1252 and ASCII have no ψ. If the user closed a stream
+    (`>&-`), its output is dropped.
     """
     for name in ("stdout", "stderr"):
         if (stream := getattr(sys, name)) is None:
@@ -31,19 +30,19 @@ def print_on_any_console():
 
 
 @contextlib.contextmanager
-def told_in_one_line():
-    """Turns a UserError, and an OSError that names a file, into a line on stderr and exit status 2. Anything else is a
-    bug and keeps its traceback.
+def errors_in_one_line():
+    """Prints a UserError, or an OSError that names a file, as one line on stderr and exits with status 2. Any other
+    exception is a bug and keeps its traceback.
     """
     print_on_any_console()
     try:
         yield
         sys.stdout.flush()
     except UserError as error:
-        if str(error):  # else another rank tells it
-            print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr)  # a path may hold line breaks
+        if str(error):  # else another rank prints it
+            print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr)  # a path may contain line breaks
         sys.exit(2)
-    except BrokenPipeError:  # who read the output has gone, as `head` does
+    except BrokenPipeError:  # the reader of the output has ended, for example `head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as error:
@@ -61,7 +60,7 @@ def told_in_one_line():
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows every default, except where the help says itself what happens without the argument."""
+    """Shows every default, except None: there the help itself says what happens without the argument."""
 
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
@@ -72,24 +71,24 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 
 def signals(*names):
-    """Those of the signals of these names that this system has; Windows has no SIGUSR1 and no SIGCHLD."""
+    """The signals of these names that this system has; Windows has no SIGUSR1 and no SIGCHLD."""
     return [getattr(signal, name) for name in names if hasattr(signal, name)]
 
 
 def reason(error):
-    """What an OSError says of a file, in words that fit behind its name."""
+    """The message of an OSError, to print after a file's name."""
     if isinstance(error, (FileExistsError, NotADirectoryError)):
-        return "a file stands where a folder is needed"
+        return "a file is where a folder is needed"
     return error.strerror or first_line(error)
 
 
 def first_line(error):
-    """What an exception says first, in at most 200 characters."""
+    """The first line of an exception's message, at most 200 characters."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 def check_file(path):
-    """Makes the folder of a file and tries to write it: rather before the work than after. Raises OSError."""
+    """Makes the folder of a file, and fails before the work if the file cannot be written. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
     existed = path.exists()
     path.open("ab").close()
@@ -98,7 +97,7 @@ def check_file(path):
 
 
 def a_path(text):
-    """The type of a command line argument that names a file or a folder: "~" is the home folder, "" is a mistake."""
+    """An argument's type: the path of a file or a folder. "~" is the home folder; an empty path is an error."""
     if not text.strip():
         raise argparse.ArgumentTypeError("an empty path; name a file or a folder")
     path = Path(text).expanduser()
@@ -109,10 +108,10 @@ def a_path(text):
 
 
 def add_data(add, also=""):
-    """The options that name captioned pictures, by the add_argument of a command; also: another kind that it reads."""
+    """Adds --data and --caption-key. add: a parser's add_argument. also: another kind of data that it accepts."""
     names = f"emoji, a folder of images with captions, .tar shards{also}"
     add("--data", type=os.path.expanduser, default="emoji", help=names)
-    add("--caption-key", help="the field of each .json that holds the caption, where there is no .txt")
+    add("--caption-key", help="the field of each .json that contains the caption, if there is no .txt")
 
 
 def whole_number(text):
@@ -123,21 +122,21 @@ def whole_number(text):
 
 
 def positive_int(text):
-    """The type of a command line argument that counts something."""
+    """An argument's type: a whole number from 1."""
     if (number := whole_number(text)) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a positive number")
     return number
 
 
 def natural_number(text):
-    """The type of a command line argument that may also be zero."""
+    """An argument's type: a whole number from 0."""
     if not 0 <= (number := whole_number(text)) < 2**63:
         raise argparse.ArgumentTypeError(f"{text} is negative or too large")
     return number
 
 
 def finite_number(text):
-    """The type of a command line argument that multiplies something."""
+    """An argument's type: a float, neither infinite nor NaN."""
     with contextlib.suppress(ValueError):
         if math.isfinite(number := float(text)):
             return number
@@ -145,7 +144,7 @@ def finite_number(text):
 
 
 def with_fields(settings, option, assignments):
-    """A dataclass with fields set by texts as "lr_generator=1e-3", which an option brought. Raises UserError."""
+    """Sets fields of a dataclass from an option's texts, for example "lr_generator=1e-3" → a copy. Raises UserError."""
     changes = {}
     for assignment in assignments:
         name, _, text = assignment.partition("=")
@@ -164,7 +163,7 @@ def with_fields(settings, option, assignments):
 
 
 def is_like(value, former):
-    """Whether a value can stand where another stood: of its type, not negative, and of the same keys if it has any."""
+    """Whether a value can replace another: the same type, the same keys if it has any, and not negative."""
     if type(value) is not type(former):
         return False
     if isinstance(former, dict):

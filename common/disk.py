@@ -1,4 +1,4 @@
-"""Writing files so that a crash, a full disk or a loss of power leaves the old one whole, or the new one; and reading
+"""Writes files so that after a crash, a full disk or a loss of power the old file or the new one is whole; and reads
 tensors so that no code in their file runs.
 """
 
@@ -18,14 +18,14 @@ from common.cli import UserError, first_line
 
 
 class Damaged(UserError):
-    """A file does not hold what was written to it."""
+    """A file does not contain what was written to it."""
 
 
 def atomically(path, write):
-    """Calls write(temporary path), then renames: whoever reads `path` finds the old file or the new one, whole.
+    """Calls write(temporary path), then renames: a reader of `path` finds the whole old file or the whole new one.
 
-    The file is on the disk before it takes its name, so that this holds where a machine loses power too. What a killed
-    process left unfinished, the next one writes over. Raises OSError where the disk does not take it.
+    The file is on the disk before it gets its name, so this is true after a loss of power too. The next call overwrites
+    what a killed process left unfinished. Raises OSError if the file cannot be written.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name[:50]}.unfinished")
@@ -34,18 +34,23 @@ def atomically(path, write):
         temporary.touch()
         mode = temporary.stat().st_mode
         write(temporary)
-        temporary.chmod(mode)  # safetensors lets the owner alone read its files
+        temporary.chmod(mode)  # safetensors lets only the owner read its files
         flush(temporary)
         rename(temporary, path)
-    except SafetensorError as error:  # its word for an error of the disk
+    except SafetensorError as error:  # what safetensors raises for an error of the disk
         number = re.search(r"os error (\d+)", str(error))
         raise OSError(int(number[1]) if number else None, first_line(error), str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
 
 
+def write_text(path, content):
+    """Writes a UTF-8 file atomically. Raises OSError."""
+    atomically(path, lambda temporary: temporary.write_text(content, "utf-8"))
+
+
 def check_room(folder, size=2**25):
-    """Writes so many bytes for a moment: a full disk is better met before long work than after. Raises OSError."""
+    """Writes and deletes `size` bytes, to find a full disk before long work and not after it. Raises OSError."""
     try:
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(bytes(size))
@@ -55,7 +60,7 @@ def check_room(folder, size=2**25):
 
 
 def link(source, path):
-    """Gives a file another name, atomically; where the disk has no links, a copy."""
+    """Gives a file a second name, atomically; a disk without links gets a copy."""
 
     def write(temporary):
         temporary.unlink()
@@ -68,14 +73,14 @@ def link(source, path):
 
 
 def rename(temporary, path):
-    """Gives a file or folder its name, in place of what had it."""
+    """Renames a file or folder, and replaces what had that name."""
     os.replace(temporary, path)
-    with contextlib.suppress(OSError):  # Windows opens no folder, and some network disks flush none
+    with contextlib.suppress(OSError):  # Windows cannot open a folder, and some network disks cannot flush one
         flush(path.parent, os.O_RDONLY)
 
 
-def flush(path, mode=os.O_RDWR):  # Windows flushes only what is open for writing
-    """Waits until a file, or the list of what a folder holds, is on the disk."""
+def flush(path, mode=os.O_RDWR):  # Windows flushes only files that are open for writing
+    """Waits until a file, or the list of a folder's files, is on the disk."""
     descriptor = os.open(path, mode)
     try:
         os.fsync(descriptor)
@@ -84,7 +89,7 @@ def flush(path, mode=os.O_RDWR):  # Windows flushes only what is open for writin
 
 
 def write_tensors(state, path):
-    """torch.save, of tensors and plain values in any nest. Raises OSError, which PyTorch would hide in its own."""
+    """torch.save for nested tensors and plain values. Raises the OSError that PyTorch would hide in its own error."""
     errors = []
 
     class Writer:
@@ -106,22 +111,22 @@ def write_tensors(state, path):
 
 
 def load_tensors(path, mmap=False):
-    """What write_tensors wrote: no code in it can run.
+    """Reads what write_tensors wrote; no code in the file can run.
 
-    mmap: leaves the tensors on the disk until they are used. Raises UserError: Damaged, unless the disk or the memory
-    is at fault.
+    mmap: leave the tensors on the disk until they are used. Raises Damaged; or another UserError if the disk or the
+    memory fails.
     """
     try:
         with warnings.catch_warnings(action="ignore"):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except (OSError, MemoryError) as error:
         raise UserError(f"{path} cannot be read: {first_line(error)}") from error
-    except Exception as error:  # on foreign bytes the unpickler stumbles in every way there is
-        reason = "it is damaged, or no checkpoint, or holds code, which is not run"
+    except Exception as error:  # the unpickler raises all kinds of errors on foreign bytes
+        reason = "it is damaged, or no checkpoint, or contains code, which is not run"
         raise Damaged(f"{path} cannot be read: {reason}") from error
 
 
 def digest(path):
-    """Sixteen digits that tell a file's content."""
+    """Sixteen hexadecimal digits that identify a file's content."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""The few calls to torch.distributed, each of which does the obvious thing in a single process too."""
+"""The few calls to torch.distributed. Each also works in a single process."""
 
 import contextlib
 import datetime
@@ -14,23 +14,23 @@ from tqdm import tqdm
 
 from common.cli import UserError, first_line
 
-# Their successors are not in every PyTorch since 2.8; open_clip's loss calls the first as well.
+# What replaces them is not in every PyTorch since 2.8; open_clip's loss calls the first as well.
 for name in ("all_gather", "`broadcast_buffers`"):
     warnings.filterwarnings("ignore", message=f".*{name} is deprecated", category=FutureWarning)
 
-# How long a rank waits for others: the main one makes the plan or trains a small CLIP alone, and data may stall.
+# How long a rank waits for others: the main rank alone makes the plan or trains a small CLIP, and data may stall.
 PATIENCE = datetime.timedelta(hours=1)
 # What torchrun sets in the environment of each rank.
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 def start(device_name):
-    """Joins the process group where torchrun, or another launcher, started us, and returns this rank's device.
+    """Joins the process group if torchrun or another launcher started this process → the rank's device.
 
-    device_name: "auto", "cpu", "cuda" or "cuda:N". Raises UserError for a device that is not there, and where the other
-    ranks cannot be joined.
+    device_name: "auto", "cpu", "cuda" or "cuda:N". Raises UserError for a device that does not exist, and if the other
+    ranks cannot be reached.
     """
-    # Float32 is float32 from here on. PyTorch's default lets cuDNN's convolutions round to TF32, to 10 bits.
+    # Float32 stays float32: by default, PyTorch lets cuDNN's convolutions round to TF32, which has 10 bits.
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages for large tensors: on a CPU far fewer page faults
     if device_name == "auto":
@@ -45,9 +45,8 @@ def start(device_name):
     if device.type == "cuda":
         index = int(os.environ["LOCAL_RANK"]) if launched else device.index or 0
         if index >= torch.cuda.device_count():
-            found = torch.cuda.device_count()
-            asked = f"--device {device_name}: number {index} was asked for"
-            raise UserError(f"{asked}, and PyTorch finds {found} CUDA devices; use auto, or cpu")
+            found = f"there is no number {index}, as PyTorch finds {torch.cuda.device_count()} CUDA devices"
+            raise UserError(f"--device {device_name}: {found}; use auto, or cpu")
         device = torch.device("cuda", index)
         torch.cuda.set_device(device)
     if launched:
@@ -60,26 +59,26 @@ def start(device_name):
 
 
 def is_launched():
-    """Whether a launcher made this process one of several ranks. Raises UserError where what it told is not enough."""
-    told = {name: os.environ.get(name, "") for name in RANK_VARIABLES}
-    if not told["RANK"] and not told["WORLD_SIZE"]:
+    """Whether a launcher started this process as one of several ranks. Raises UserError if variables are missing."""
+    given = {name: os.environ.get(name, "") for name in RANK_VARIABLES}
+    if not given["RANK"] and not given["WORLD_SIZE"]:
         return False
     try:
-        numbers = [int(told[name]) for name in RANK_VARIABLES if name != "MASTER_ADDR"]
-        complete = 0 <= numbers[0] < numbers[1] and told["MASTER_ADDR"]
+        numbers = [int(given[name]) for name in RANK_VARIABLES if name != "MASTER_ADDR"]
+        complete = 0 <= numbers[0] < numbers[1] and given["MASTER_ADDR"]
     except ValueError:
         complete = False
     if not complete:
-        shown = ", ".join(f"{name}={value}" if value else f"no {name}" for name, value in told.items())
+        shown = ", ".join(f"{name}={value}" if value else f"no {name}" for name, value in given.items())
         raise UserError(
-            f"the environment has {shown}, which does not say where the other ranks are: start all of them by "
+            f"the environment has {shown}, which is not enough to reach the other ranks: start all of them with "
             "torchrun, or unset RANK and WORLD_SIZE to run alone"
         )
     return True
 
 
 def describe(device):
-    """What a device is, as people name it."""
+    """The name of a device, for people."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"CPU, {torch.get_num_threads()} threads, {platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
@@ -87,13 +86,13 @@ def describe(device):
 
 def stop():
     if dist.is_initialized():
-        gc.collect()  # DistributedDataParallel holds the group, in cycles, and must be gone before it
+        gc.collect()  # reference cycles in DistributedDataParallel keep the group alive
         dist.destroy_process_group()
 
 
 @contextlib.contextmanager
 def lost_ranks_reported():
-    """Where another rank died, what its silence raises here becomes a UserError."""
+    """Turns the error that a lost rank causes here into a UserError."""
     try:
         yield
     except (dist.DistError, RuntimeError) as error:
@@ -107,7 +106,7 @@ def lost_ranks_reported():
 
 @contextlib.contextmanager
 def alone():
-    """A context in which this process takes no notice of other ranks: the main one rehearses a step for all."""
+    """A context in which this process ignores the other ranks: the main one makes the plan for all."""
     global _alone
     _alone = True
     try:
@@ -120,7 +119,7 @@ _alone = False
 
 
 def has_ranks():
-    """Whether there are ranks to speak with."""
+    """Whether this process exchanges messages with other ranks."""
     return dist.is_initialized() and not _alone
 
 
@@ -137,13 +136,13 @@ def is_main():
 
 
 def say(message):
-    """Prints a line, on the main rank alone, above a progress bar."""
+    """Prints a line above a progress bar, on the main rank alone."""
     if is_main():
         tqdm.write(message)
 
 
 def gather(x):
-    """Concatenates x [B, …] over ranks, in their order. Gradients flow back to every rank and sum there."""
+    """Concatenates x [B, …] over ranks, in their order. Each rank gets the sum of all ranks' gradients."""
     return torch.cat(all_gather(x.contiguous())) if has_ranks() else x
 
 
@@ -157,7 +156,7 @@ def mean(x):
 
 
 def average_gradients(parameters):
-    """Replaces the gradients of parameters by their means over ranks, by one message: DDP in the simplest form."""
+    """Replaces gradients by their means over ranks, with one message: DDP in its simplest form."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if has_ranks():
         means = mean(torch.cat([gradient.flatten() for gradient in gradients]))
@@ -166,7 +165,7 @@ def average_gradients(parameters):
 
 
 def broadcast(value):
-    """The main rank's value, any that can be pickled, on every rank."""
+    """→ the main rank's value, on every rank. It must be picklable."""
     values = [value]
     if has_ranks():
         dist.broadcast_object_list(values)
@@ -174,7 +173,7 @@ def broadcast(value):
 
 
 def collect(value):
-    """Every rank's value, any that can be pickled, in their order, on every rank."""
+    """→ a list of all ranks' values, on every rank. They must be picklable."""
     values = [value] * world_size()
     if has_ranks():
         dist.all_gather_object(values, value)
@@ -183,18 +182,18 @@ def collect(value):
 
 @contextlib.contextmanager
 def together():
-    """A UserError that one rank meets ends all of them. The main one tells it; the others raise it without words."""
-    met = None
+    """If a rank raises a UserError, all ranks raise it: the main one with the message, the others without."""
+    own = None
     try:
         yield
     except UserError as error:
         if not has_ranks():
             raise
-        met = error
+        own = error
     if not has_ranks():
         return
-    failed = torch.tensor(float(met is not None), device="cuda" if dist.get_backend() == "nccl" else "cpu")
+    failed = torch.tensor(float(own is not None), device="cuda" if dist.get_backend() == "nccl" else "cpu")
     dist.all_reduce(failed, dist.ReduceOp.MAX)
     if failed:
-        messages = collect(str(met or ""))
+        messages = collect(str(own or ""))
         raise UserError(next(filter(None, messages)) if is_main() else "")

@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM, SIGHUP and SIGUSR1 ask a process to stop where all is whole, see `listening`."""
+"""Ctrl-C, SIGTERM, SIGHUP and SIGUSR1 ask a run to stop after its step and to save, see `listening`."""
 
 import contextlib
 import os
@@ -14,17 +14,17 @@ _asked = False
 
 
 class Stopped(Exception):
-    """The run was asked to stop, and could not go on to its end."""
+    """The run was asked to stop, and stops before its end."""
 
 
 def asked():
-    """Whether this process was asked to stop since it listens."""
+    """Whether a signal asked this process to stop."""
     return _asked
 
 
 @contextlib.contextmanager
 def listening():
-    """A context in which signals are only noted, see `asked`; a second Ctrl-C ends at once. Stopped ends the process
+    """A context in which a signal only sets `asked`; a second Ctrl-C ends the process at once. Stopped ends the process
     with the exit status COME_AGAIN.
     """
     global _asked
@@ -32,11 +32,11 @@ def listening():
 
     def ask(number, _):
         global _asked
-        if number in signals("SIGHUP"):  # the terminal is gone, and what is written to it would raise
+        if number in signals("SIGHUP"):  # the terminal is gone, and writing to it would raise
             for descriptor in terminals:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
         if not _asked:
-            say("Stopping as soon as all is whole …")
+            say("Stopping as soon as possible …")
         _asked = True
         if number == signal.SIGINT:
             signal.signal(number, signal.default_int_handler)
@@ -44,7 +44,7 @@ def listening():
     _asked = False
     former = {number: signal.signal(number, ask) for number in signals("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")}
     for number, handler in former.items():
-        if handler == signal.SIG_IGN and number != signal.SIGINT:  # as nohup wants it; a shell's & ignores SIGINT
+        if handler == signal.SIG_IGN and number != signal.SIGINT:  # nohup ignores SIGHUP; a shell's & ignores SIGINT
             signal.signal(number, handler)
     try:
         yield

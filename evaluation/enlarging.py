@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from clip import load_minilm
 from common import distributed
-from common.cli import HelpFormatter, a_path, add_data, positive_int, told_in_one_line
+from common.cli import HelpFormatter, a_path, add_data, errors_in_one_line, positive_int
 from data import sources
 from evaluation.extractors import efficientnet
 from evaluation.features import share, to_pixels
@@ -89,7 +89,7 @@ def main():
     parser.add_argument("--count", type=positive_int, default=256)
     parser.add_argument("--device", default="auto")
     args = parser.parse_args()
-    with told_in_one_line():
+    with errors_in_one_line():
         device, text = distributed.start(args.device), load_minilm()
         networks = {str(path): load_upsampler(path, text, device) for path in args.upsampler}
         config = next(iter(networks.values())).config

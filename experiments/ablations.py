@@ -25,8 +25,8 @@ from tqdm import tqdm
 import aurora
 import discriminator
 from clip import load_clip
-from common.cli import HelpFormatter, UserError, a_path, finite_number, positive_int, told_in_one_line
-from common.disk import atomically
+from common.cli import HelpFormatter, UserError, a_path, errors_in_one_line, finite_number, positive_int
+from common.disk import write_text
 from data import sources
 from evaluation import enlarging
 from evaluation.features import drawing, measure
@@ -199,7 +199,7 @@ def run_all(preset, names, seeds, minutes, out):
         if not path.is_file():
             path.parent.mkdir(parents=True, exist_ok=True)
             written = json.dumps(run(VARIANTS[preset][name], full_preset(preset), seed, minutes))
-            atomically(path, lambda temporary, written=written: temporary.write_text(written, "utf-8"))
+            write_text(path, written)
         results[name].append(json.loads(path.read_text("utf-8")))
     return results
 
@@ -226,7 +226,7 @@ def main():
     parser.add_argument("--minutes", type=finite_number, default=20, help="of one core, for each run's training")
     parser.add_argument("--out", type=a_path, default=Path("runs/ablations"), help="folder of the results")
     args = parser.parse_args()
-    with told_in_one_line():
+    with errors_in_one_line():
         known = VARIANTS[args.preset]
         names = args.only or list(known)
         if unknown := set(names) - known.keys():

@@ -22,7 +22,7 @@ from attention import attend, l2_attention
 from aurora import Generator
 from clip import load_clip
 from common import distributed
-from common.cli import HelpFormatter, positive_int, told_in_one_line
+from common.cli import HelpFormatter, errors_in_one_line, positive_int
 from data import sources
 from experts import Experts, expert
 from losses import R1_INTERVAL
@@ -209,7 +209,7 @@ def main():
     parser.add_argument("--seconds", type=positive_int, default=2, help="to spend on each figure, at least")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     args = parser.parse_args()
-    with told_in_one_line():
+    with errors_in_one_line():
         torch.manual_seed(0)
         device = distributed.start(args.device)
         print(f"{distributed.describe(device)}, PyTorch {torch.__version__}", HEAD, sep="\n\n")

@@ -19,8 +19,8 @@ import torch
 
 from aurora import Generator
 from baselines.shared import load, system_of
-from common.cli import HelpFormatter, UserError, a_path, positive_int, told_in_one_line
-from common.disk import atomically
+from common.cli import HelpFormatter, UserError, a_path, errors_in_one_line, positive_int
+from common.disk import atomically, write_text
 from data import sources
 from discriminator import Discriminator
 from evaluation import emoji
@@ -180,15 +180,15 @@ def main():
     add("--resolution", type=positive_int, default=32, help="to which all pictures are brought")
     add("--out", type=a_path, default=Path("runs/compare"), help="folder for compare.md, compare.json and compare.png")
     args = parser.parse_args()
-    with told_in_one_line():
+    with errors_in_one_line():
         if args.count <= NEIGHBOURS:
             raise UserError(f"--count {args.count}: precision and recall need {NEIGHBOURS + 1} pictures or more")
         args.out.mkdir(parents=True, exist_ok=True)
         columns, picture = compare(args)
         print(table(columns))
         numbers = json.dumps(columns, indent=1, ensure_ascii=False)
-        atomically(args.out / "compare.md", lambda temporary: temporary.write_text(table(columns) + "\n", "utf-8"))
-        atomically(args.out / "compare.json", lambda temporary: temporary.write_text(numbers, "utf-8"))
+        write_text(args.out / "compare.md", table(columns) + "\n")
+        write_text(args.out / "compare.json", numbers)
         atomically(args.out / "compare.png", lambda temporary: picture.save(temporary, "PNG"))
         print(f"All of it is in {args.out.resolve()}")
 

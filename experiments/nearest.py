@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from common.cli import HelpFormatter, UserError, a_path, add_data, natural_number, told_in_one_line
+from common.cli import HelpFormatter, UserError, a_path, add_data, errors_in_one_line, natural_number
 from data import sources
 from evaluation.extractors import load_extractor
 from evaluation.features import BATCH, real_pixels, to_pixels
@@ -63,7 +63,7 @@ def main():
     parser.add_argument("--seed", type=natural_number, default=0)
     parser.add_argument("--out", type=a_path, default=Path("nearest.png"))
     args = parser.parse_args()
-    with told_in_one_line():
+    with errors_in_one_line():
         files.check_picture(args.out)
         generator, clip, _ = load_generator(args.checkpoint)
         source = sources.open_data(args.data, generator.config.levels[-1].resolution, args.seed, args.caption_key)

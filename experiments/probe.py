@@ -13,7 +13,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from common.cli import HelpFormatter, a_path, positive_int, told_in_one_line
+from common.cli import HelpFormatter, a_path, errors_in_one_line, positive_int
 from data import sources
 from sampling import latent, views
 from sampling.pipeline import draw
@@ -67,7 +67,7 @@ def main():
     parser.add_argument("--checkpoint", type=a_path, default=DEMO, help="generator_ema.safetensors of a run")
     parser.add_argument("--count", type=positive_int, default=200, help="pictures")
     args = parser.parse_args()
-    with told_in_one_line():
+    with errors_in_one_line():
         generator, clip, _ = load_generator(args.checkpoint)
         captions = names_of_emoji(args.count)
         for router, bits in experts_know(generator, clip, captions).items():

@@ -26,7 +26,7 @@ from augment import NUM_CHANCES
 from clip import BUILT_IN, MiniLM, from_open_clip, new_small
 from common import distributed
 from common.cli import UserError, positive_int
-from common.disk import atomically
+from common.disk import write_text
 from common.distributed import say
 from layers import pyramid
 from losses import R1_INTERVAL
@@ -387,5 +387,5 @@ def kept_division(path, preset, clip, dtype, share, device):
     with contextlib.suppress(OSError):  # which the run tells in a moment
         path.parent.mkdir(parents=True, exist_ok=True)
         content = json.dumps({"asked": asked, "division": division})
-        atomically(path, lambda temporary: temporary.write_text(content, "utf-8"))
+        write_text(path, content)
     return division

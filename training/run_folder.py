@@ -157,7 +157,7 @@ class RunFolder:
     def write_config(self, config):
         config |= self.identity | {"world_size": distributed.world_size(), "torch": torch.__version__}
         content = json.dumps(config, indent=2, default=str) + "\n"
-        disk.atomically(self.path / "config.json", lambda temporary: temporary.write_text(content, "utf-8"))
+        disk.write_text(self.path / "config.json", content)
 
     @written("metrics.jsonl")
     def open_log(self, step):
@@ -165,7 +165,7 @@ class RunFolder:
         path = self.path / "metrics.jsonl"
         lines = path.read_text("utf-8", "replace").splitlines() if path.exists() else []
         kept = "".join(line + "\n" for line in lines if step_of(line) <= step)
-        disk.atomically(path, lambda temporary: temporary.write_text(kept, "utf-8"))
+        disk.write_text(path, kept)
         self.log_file = path.open("a", encoding="utf-8")
         if self.with_board:
             from torch.utils.tensorboard import SummaryWriter  # here, as it takes a second to import

@@ -25,9 +25,9 @@ from common.cli import (
     a_path,
     add_data,
     check_file,
+    errors_in_one_line,
     natural_number,
     positive_int,
-    told_in_one_line,
 )
 from common.disk import atomically, check_room
 from common.distributed import say
@@ -195,7 +195,7 @@ def main():
     parser.add_argument("--steps", type=positive_int, default=4000)
     parser.add_argument("--seed", type=natural_number, default=0)
     args = parser.parse_args()
-    with told_in_one_line():
+    with errors_in_one_line():
         check_file(args.out)
         source = sources.open_data(args.data, 32, args.seed, args.caption_key)
         clip = train_small_clip(source, args.steps, seed=args.seed)

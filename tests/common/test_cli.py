@@ -1,4 +1,4 @@
-"""The manners of the commands."""
+"""What the commands share."""
 
 import argparse
 import errno
@@ -10,17 +10,17 @@ from pathlib import Path
 
 import pytest
 
-from common.cli import UserError, a_path, add_data, signals, told_in_one_line
+from common.cli import UserError, a_path, add_data, errors_in_one_line, signals
 
 ROOT = Path(__file__).parent.parent.parent
 
 SCRIPT = """
 import argparse
-from common.cli import HelpFormatter, UserError, told_in_one_line
+from common.cli import HelpFormatter, UserError, errors_in_one_line
 parser = argparse.ArgumentParser(description="ψ and × …", formatter_class=HelpFormatter)
 parser.add_argument("--size", help="in 4×4 …")
 parser.parse_args()
-with told_in_one_line():
+with errors_in_one_line():
     print("64×64 …")
     raise UserError("ψ is not a number, nor is 日本")
 """
@@ -45,18 +45,18 @@ def test_a_console_without_the_signs_shows_question_marks(encoding, arguments, s
             "error: a.png could not be written: No space left; make room",
         ),
         (OSError(errno.EROFS, "Read-only file system", "out/a.png"), "error: out/a.png: Read-only file system\n"),
-        (OSError(errno.ENOTDIR, "Not a directory", "out/a.png"), "error: out/a.png: a file stands where a folder"),
+        (OSError(errno.ENOTDIR, "Not a directory", "out/a.png"), "error: out/a.png: a file is where a folder"),
         (UserError("--data a\nb: no such folder"), "error: --data a b: no such folder\n"),  # as a path may be called
     ],
 )
 def test_mistakes_and_what_the_system_says_of_a_file_are_one_line(error, says, capsys):
-    with pytest.raises(SystemExit) as ended, told_in_one_line():
+    with pytest.raises(SystemExit) as ended, errors_in_one_line():
         raise error
     assert ended.value.code == 2 and capsys.readouterr().err.startswith(says)
 
 
 def test_another_error_keeps_its_traceback():
-    with pytest.raises(OSError, match="Input/output"), told_in_one_line():
+    with pytest.raises(OSError, match="Input/output"), errors_in_one_line():
         raise OSError(errno.EIO, "Input/output error")
 
 

@@ -78,7 +78,7 @@ def test_an_environment_that_names_half_a_launch_is_refused(monkeypatch, values)
     """RANK or WORLD_SIZE alone, and what no launcher sets; torchrun sets all, above."""
     for name, value in zip(distributed.RANK_VARIABLES, values.split(" "), strict=False):
         monkeypatch.setenv(name, value)
-    with pytest.raises(UserError, match="start all of them by torchrun, or unset RANK and WORLD_SIZE"):
+    with pytest.raises(UserError, match="start all of them with torchrun, or unset RANK and WORLD_SIZE"):
         distributed.start("cpu")
 
 

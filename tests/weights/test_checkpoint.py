@@ -72,7 +72,7 @@ def test_code_in_a_checkpoint_does_not_run(tmp_path):
     path = save(tmp_path)
     torch.save({name: Hostile() for name in STATE}, path / checkpoint.STATE)
     path = path.rename(tmp_path / f"00000004-{disk.digest(path / checkpoint.STATE)}")
-    with pytest.raises(UserError, match="holds code, which is not run"):
+    with pytest.raises(UserError, match="contains code, which is not run"):
         checkpoint.load(path)
     assert not (tmp_path / "executed").exists()
 
