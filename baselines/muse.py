@@ -1,18 +1,17 @@
-"""Muse (Chang et al. 2023, arXiv 2301.00704): a picture is a grid of tokens, and a transformer fills it in a few steps.
+"""Muse (Chang et al. 2023, arXiv 2301.00704): an image is a grid of tokens, which a transformer fills in a few steps.
 
-A VQGAN turns pictures into tokens and back. A transformer sees the text and a picture some of whose tokens are masked,
-and learns what stood there. Parallel decoding begins with all of them masked, predicts all at once, and keeps those it
-is most certain of, step after step.
+A VQGAN turns images into tokens and back. The transformer reads a caption and an image with some tokens masked, and
+learns to predict those. Parallel decoding starts with all tokens masked. In each step it predicts all of them and keeps
+the most certain ones.
 
-What differs from the paper:
-- The text is read by Aurora's frozen CLIP, not by T5-XXL. The transformer sees all of its tokens all the same.
-- Sizes are for one CPU core: the VQGAN shrinks by 4, not 16, its base width is 32, not 128, its codes are 1024, not
-  8192, and the transformer is small.
-- The second transformer, which draws more tokens from those of the first, is left out.
-- Codes that no picture uses are moved to where pictures are (Codebook.restart).
+Differences from the paper:
+- Aurora's frozen CLIP reads the text, not T5-XXL. The transformer still sees all of its tokens.
+- Sizes are for one CPU core: the VQGAN shrinks images by 4 instead of 16 and has 32 channels at first instead of 128
+  and 1024 codes instead of 8192; the transformer is small.
+- The second transformer, which draws more tokens given those of the first, is left out.
+- Codes that no image uses are moved to vectors of images (Codebook.restart).
 """
 
-import copy
 import math
 import sys
 from pathlib import Path
@@ -24,40 +23,39 @@ from torch import nn
 sys.path.append(str(Path(__file__).parents[1]))  # for `python baselines/muse.py`
 
 from attention import merge_heads, split_heads
-from baselines.shared import main, minimize, update_average
-from clip import Text
+from baselines.shared import System, main
 from common import distributed
 from losses import perceptual_distance
 
 # The VQGAN.
-FACTOR = 4  # pixels along the side of a token
+FACTOR = 4  # pixels on a side of a token
 CHANNELS = (32, 64, 64)  # at R, R/2 and R/4
 NUM_CODES, CODE_DIM = 1024, 32
 LOSS_WEIGHTS = {"reconstruction": 1, "perceptual": 0.2, "adversarial": 0.1, "codebook": 1}
-COMMITMENT = 0.25  # within the codebook's loss
-USAGE_DECAY, DEAD = 0.95, 0.05  # a code is dead if it is used less often than this share of the mean
-TOKENIZER_IMAGES = 40_000  # images that the VQGAN learns from; after them it is frozen, and the transformer learns
+COMMITMENT = 0.25  # its weight within the codebook's loss
+USAGE_DECAY, DEAD = 0.95, 0.05  # a code is dead if its usage is below this share of the mean
+TOKENIZER_IMAGES = 40_000  # images for the VQGAN; after them it is frozen, and the transformer learns
 
 # The transformer.
 DIM, NUM_LAYERS, NUM_HEADS = 256, 6, 8
-TEXT_DROP = 0.1  # share of pictures that are learned without their text, for guidance
+TEXT_DROP = 0.1  # share of images whose text is left out, for guidance
 EMA_HALF_LIFE = 10_000  # images
 ADAM = dict(lr=5e-4, betas=(0.9, 0.99), fused=True)  # of all networks
 
 # Decoding.
-MASK = -1  # in place of a token that is not known
+MASK = -1  # in place of an unknown token
 STEPS = 24
-TEMPERATURE = 4.5  # scales the noise on the confidence at the first step
+TEMPERATURE = 4.5  # scale of the confidence's noise at the first step
 GUIDANCE = 3.0
 EDIT_SHARE, EDIT_ITERATIONS, EDIT_GUIDANCE, EDIT_TOP_K = 0.08, 100, 4.0, 3
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The VQGAN (Esser et al. 2021): fully convolutional, so that it takes pictures of any size.
+# The VQGAN (Esser et al. 2021): fully convolutional, so it accepts images of any size.
 
 
 class ResidualBlock(nn.Module):
-    """Two convolutions beside the identity, [B, C, H, W] → [B, D, H, W]."""
+    """Two convolutions and a skip connection, [B, C, H, W] → [B, D, H, W]."""
 
     def __init__(self, in_channels, out_channels):
         super().__init__()
@@ -72,7 +70,7 @@ class ResidualBlock(nn.Module):
 
 
 def encoder(channels, code_dim):
-    """Images [B, 3, R, R] → vectors [B, code_dim, R/4, R/4]: two residual blocks a level, stride-2 steps between."""
+    """Images [B, 3, R, R] → vectors [B, code_dim, R/4, R/4]: two residual blocks a level, strided steps between."""
     layers, width = [nn.Conv2d(3, channels[0], 3, padding=1)], channels[0]
     for level, wider in enumerate(channels):
         if level > 0:
@@ -94,12 +92,12 @@ def decoder(channels, code_dim):
 
 
 class Codebook(nn.Module):
-    """K vectors; a token is the number of the nearest one."""
+    """K vectors, the codes. A token is the index of the nearest code."""
 
     def __init__(self, num_codes, code_dim):
         super().__init__()
         self.codes = nn.Parameter(torch.randn(num_codes, code_dim))
-        self.register_buffer("usage", torch.zeros(num_codes))  # running share of the vectors, times K: the mean is 1
+        self.register_buffer("usage", torch.zeros(num_codes))  # running mean of each code's share of vectors, times K
 
     def nearest(self, z):
         """Vectors [..., D] → tokens [...]. |z − e|² without |z|², which is the same for all codes."""
@@ -108,8 +106,8 @@ class Codebook(nn.Module):
     def forward(self, z):
         """Vectors [B, D, H, W] → quantized [B, D, H, W], tokens [B, H, W], loss.
 
-        The straight-through gradient: what the decoder asks of the quantized vectors reaches z unchanged. The loss
-        draws codes to the vectors and, COMMITMENT times, vectors to their codes.
+        Straight-through: the gradient of the quantized vectors reaches z unchanged. The loss moves codes toward their
+        vectors and, with weight COMMITMENT, vectors toward their codes.
         """
         points = z.movedim(1, -1)
         tokens = self.nearest(points.detach())
@@ -120,10 +118,9 @@ class Codebook(nn.Module):
 
     @torch.no_grad()
     def restart(self, z, tokens, noise):
-        """Moves dead codes to vectors of a batch drawn at random, over all ranks → how many codes the batch uses.
+        """Moves dead codes to random vectors of all ranks' batches → the number of codes that the batches use.
 
-        At the start all are dead but for those that the first batch uses, so that batch places them. A code without
-        vectors has no gradient, and would never come back by itself.
+        A code without vectors gets no gradient, so it would stay dead. At the start only codes of the first batch live.
         """
         z, tokens = distributed.gather(z), distributed.gather(tokens)
         share = F.one_hot(tokens.flatten(), len(self.codes)).float().mean(0)
@@ -131,7 +128,7 @@ class Codebook(nn.Module):
         dead = self.usage < DEAD
         points = z.movedim(1, -1).flatten(0, -2)
         drawn = torch.randint(len(points), (len(self.codes),), generator=noise, device=noise.device)
-        drawn = distributed.broadcast(drawn).to(z.device)  # the noise of each rank is its own
+        drawn = distributed.broadcast(drawn).to(z.device)  # each rank has its own noise
         self.codes.copy_(torch.where(dead[:, None], points[drawn], self.codes))
         self.usage.masked_fill_(dead, 1.0)
         return (share > 0).sum()
@@ -154,7 +151,7 @@ class VQGAN(nn.Module):
 
 
 def patch_discriminator(width=32):
-    """Images [B, 3, R, R] → logits [B, 1, R/4, R/4], each about the patch it sees; larger means more like real."""
+    """Images [B, 3, R, R] → logits [B, 1, R/4, R/4], one a patch; larger means more real."""
     first = nn.Conv2d(3, width, 4, padding=1, stride=2), nn.LeakyReLU(0.2)
     second = nn.Conv2d(width, 2 * width, 4, padding=1, stride=2), nn.GroupNorm(8, 2 * width), nn.LeakyReLU(0.2)
     return nn.Sequential(*first, *second, nn.Conv2d(2 * width, 1, 3, padding=1))
@@ -165,7 +162,7 @@ def patch_discriminator(width=32):
 
 
 class Attention(nn.Module):
-    """Attention of x [B, N, D] to a context [B, T, context_dim]; visible, if given, is a mask [B, 1, 1, T]."""
+    """Attention of x [B, N, D] to a context [B, T, context_dim]. visible: an optional mask [B, 1, 1, T]."""
 
     def __init__(self, dim, context_dim, num_heads):
         super().__init__()
@@ -200,12 +197,12 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """Tokens [B, side, side], some of them MASK, and clip.Text → logits [B, side, side, num_codes].
 
-    Cross-attention has no biases, so to a text of zeros it adds nothing: that is how text is left out.
+    Zeros in place of the text's tokens leave the text out: cross-attention has no biases, so it adds zero.
     """
 
     def __init__(self, side, text_width, num_codes=NUM_CODES, dim=DIM, num_layers=NUM_LAYERS, num_heads=NUM_HEADS):
         super().__init__()
-        self.embedding = nn.Embedding(num_codes + 1, dim)  # row 0 is MASK's
+        self.embedding = nn.Embedding(num_codes + 1, dim)  # row 0 is for MASK
         self.rows = nn.Parameter(torch.randn(side, 1, dim))
         self.columns = nn.Parameter(torch.randn(side, dim))
         self.blocks = nn.ModuleList(Block(dim, text_width, num_heads) for _ in range(num_layers))
@@ -214,7 +211,7 @@ class Transformer(nn.Module):
 
     def forward(self, tokens, text):
         position = torch.arange(text.tokens.shape[1], device=tokens.device)
-        visible = (position <= text.eot[:, None])[:, None, None]  # [B, 1, 1, T]: no padding
+        visible = (position <= text.eot[:, None])[:, None, None]  # [B, 1, 1, T]; hides padding
         x = (self.embedding(tokens - MASK) + self.rows + self.columns).flatten(1, 2)  # [B, N, D]
         for block in self.blocks:
             x = block(x, text.tokens, visible)
@@ -222,19 +219,19 @@ class Transformer(nn.Module):
 
 
 def mask_randomly(tokens, noise):
-    """Masks a share r = cos(π/2·u) of each picture's tokens [B, H, W], at least one; u is uniform in [0, 1)."""
+    """Masks a share r = cos(π/2·u) of each image's tokens [B, H, W], at least one; u is uniform in [0, 1)."""
     share = torch.cos(math.pi / 2 * uniform(tokens.shape[:1], noise, tokens.device))
     count = (share * tokens[0].numel()).clamp(min=1)
     return tokens.masked_fill(lowest(uniform(tokens.shape, noise, tokens.device), count), MASK)
 
 
 def lowest(scores, count):
-    """Which of each picture's scores [B, H, W] are its count lowest; count [B], rounded up."""
+    """A mask of the `count` [B], rounded up, lowest of each image's scores [B, H, W]."""
     return scores.flatten(1).argsort(1).argsort(1).view_as(scores) < count[:, None, None]
 
 
 def uniform(shape, noise, device):
-    """Uniform numbers in [0, 1) by a generator, which may live on another device."""
+    """Uniform numbers in [0, 1). noise: a torch.Generator, which may be on another device."""
     return torch.rand(shape, generator=noise, device=noise.device).to(device)
 
 
@@ -243,29 +240,29 @@ def uniform(shape, noise, device):
 
 
 def gumbel(shape, noise, device):
-    """Standard Gumbel noise: logits plus it have their maximum at k with probability softmax(logits)ₖ."""
+    """Standard Gumbel noise: argmax(logits + noise) is k with probability softmax(logits)ₖ."""
     return -torch.log(-torch.log(uniform(shape, noise, device).clamp(1e-20, 1 - 1e-7)))
 
 
 def guided_logits(network, tokens, text, t):
-    """ℓ = (1 + t)·ℓ_c − t·ℓ_u, logits [B, H, W, K]. ℓ_u is without text."""
+    """ℓ = (1 + t)·ℓ_c − t·ℓ_u, logits [B, H, W, K] with and without the text."""
     conditional = network(tokens, text)
     unconditional = network(tokens, text._replace(tokens=torch.zeros_like(text.tokens)))
     return (1 + t) * conditional - t * unconditional
 
 
 def keep_certain(tokens, drawn, confidence, count):
-    """Fills MASK from `drawn`, all [B, H, W], and masks the `count` [B] least certain again. Known tokens stay."""
+    """Replaces MASK by `drawn`, all [B, H, W], and masks the `count` [B] least certain of these. Known tokens stay."""
     unknown = tokens == MASK
     filled = torch.where(unknown, drawn, tokens)
     return filled.masked_fill(lowest(confidence.masked_fill(~unknown, math.inf), count), MASK)
 
 
 def fill(network, tokens, text, noise, steps=STEPS, guidance=GUIDANCE):
-    """Parallel decoding: tokens [B, H, W], those to be drawn being MASK → the same without MASK.
+    """Parallel decoding: tokens [B, H, W] → tokens with every MASK replaced.
 
-    After step i of T, N₀·cos(π/2·i/T) tokens are masked, N₀ being the number of unknown ones at the start. Guidance
-    rises from 0 to its full scale: early tokens are drawn freely, and later ones held to the text.
+    Of N₀ unknown tokens, N₀·cos(π/2·i/T) are masked after step i of T. Guidance rises linearly from 0: the first tokens
+    are drawn freely, and later ones follow the text.
     """
     unknown = (tokens == MASK).sum((1, 2)).double()
     for step in range(steps):
@@ -279,7 +276,7 @@ def fill(network, tokens, text, noise, steps=STEPS, guidance=GUIDANCE):
 
 
 def resample(network, tokens, text, noise, iterations=EDIT_ITERATIONS):
-    """Mask-free editing: again and again, a few random tokens are drawn anew under the text."""
+    """Mask-free editing: in each iteration, a few random tokens [B, H, W] are replaced, given the text."""
     count = torch.full((len(tokens),), EDIT_SHARE * tokens[0].numel(), device=tokens.device)
     for _ in range(iterations):
         chosen = lowest(uniform(tokens.shape, noise, tokens.device), count)
@@ -294,29 +291,21 @@ def resample(network, tokens, text, noise, iterations=EDIT_ITERATIONS):
 # The system.
 
 
-class Muse:
-    """The networks of Muse, how they learn, and how they draw: by the running average of the transformer.
+class Muse(System):
+    """Muse, a masked transformer over the tokens of a VQGAN.
 
-    clip: a FrozenClip. resolution: of the images, a multiple of FACTOR. The VQGAN learns from the first
-    TOKENIZER_IMAGES images, the transformer from those after them. The rest is as in shared.System.
+    The VQGAN learns from the first TOKENIZER_IMAGES images, the transformer from the following ones.
     """
 
+    averaged = "transformer"
     for_sampling = ("vqgan", "ema")
 
     def __init__(self, clip, resolution, device):
-        self.clip, self.resolution, self.device = clip, resolution, device
-        self.vqgan, self.discriminator = VQGAN().to(device), patch_discriminator().to(device)
-        self.transformer = Transformer(resolution // FACTOR, clip.width).to(device)
-        learning = dict(vqgan=self.vqgan, discriminator=self.discriminator, transformer=self.transformer)
-        self.optimizers = {name: torch.optim.Adam(x.parameters(), **ADAM) for name, x in learning.items()}
-        self.ema = copy.deepcopy(self.transformer).eval().requires_grad_(False)
-        self.networks = {**learning, "ema": self.ema}
+        learning = {"vqgan": VQGAN(), "discriminator": patch_discriminator()}
+        learning["transformer"] = Transformer(resolution // FACTOR, clip.width)
+        super().__init__(clip, resolution, device, ADAM, **learning)
 
     def step(self, number, images, text, noise):
-        """Learns from a batch: images [B, 3, R, R] in [−1, 1], their clip.Text, a torch.Generator → {name: scalar}.
-
-        number: of the step, from 0, which says whose turn it is. The same number, batch and seed do the same.
-        """
         steps = math.ceil(TOKENIZER_IMAGES / (len(images) * distributed.world_size()))
         if number < steps:
             return self.train_vqgan(images, noise)
@@ -324,52 +313,50 @@ class Muse:
 
     def train_vqgan(self, images, noise):
         """A step of the VQGAN, then one of its discriminator (hinge losses)."""
-        z = self.vqgan.encoder(images)
-        quantized, tokens, codebook_loss = self.vqgan.codebook(z)
-        reconstructed = self.vqgan.decoder(quantized)
+        vqgan, discriminator = self.networks.vqgan, self.networks.discriminator
+        z = vqgan.encoder(images)
+        quantized, tokens, codebook_loss = vqgan.codebook(z)
+        reconstructed = vqgan.decoder(quantized)
         with torch.no_grad():
-            wanted = self.clip.see(images)[1]
+            maps = self.clip.see(images)[1]
         report = {
             "reconstruction": F.l1_loss(reconstructed, images),
-            "perceptual": perceptual_distance(self.clip.see(reconstructed)[1], wanted).mean(),
-            "adversarial": -self.discriminator(reconstructed).mean(),
+            "perceptual": perceptual_distance(self.clip.see(reconstructed)[1], maps).mean(),
+            "adversarial": -discriminator(reconstructed).mean(),
             "codebook": codebook_loss,
         }
         report["vqgan_loss"] = sum(weight * report[name] for name, weight in LOSS_WEIGHTS.items())
-        minimize(self.optimizers["vqgan"], report["vqgan_loss"])
-        report["codes"] = self.vqgan.codebook.restart(z.detach(), tokens, noise)
-        real, fake = self.discriminator(images), self.discriminator(reconstructed.detach())
+        self.minimize("vqgan", report["vqgan_loss"])
+        report["codes"] = vqgan.codebook.restart(z.detach(), tokens, noise)
+        real, fake = discriminator(images), discriminator(reconstructed.detach())
         report["discriminator_loss"] = F.relu(1 - real).mean() + F.relu(1 + fake).mean()
-        minimize(self.optimizers["discriminator"], report["discriminator_loss"])
-        return {name: value.detach() for name, value in report.items()}
+        self.minimize("discriminator", report["discriminator_loss"])
+        return report
 
     def train_transformer(self, images, text, noise, number):
-        """A step of the transformer, the `number`-th, and of its running average."""
+        """Step `number` of the transformer."""
         with torch.no_grad():
-            tokens = self.vqgan.encode(images)
+            tokens = self.networks.vqgan.encode(images)
         shown = mask_randomly(tokens, noise)
-        told = uniform(text.eot.shape, noise, images.device) >= TEXT_DROP
-        logits = self.transformer(shown, text._replace(tokens=text.tokens * told[:, None, None]))
-        masked = shown == MASK  # what the transformer was shown does not count
-        loss = F.cross_entropy(logits.flatten(0, -2), tokens.masked_fill(~masked, -1).flatten(), ignore_index=-1)
-        minimize(self.optimizers["transformer"], loss)
-        update_average(self.ema, self.transformer, number, len(images), EMA_HALF_LIFE)
-        right = ((logits.argmax(-1) == tokens) & masked).sum() / masked.sum()
-        return {"transformer_loss": loss.detach(), "accuracy": right, "masked": masked.float().mean()}
+        keep_text = uniform(text.eot.shape, noise, images.device) >= TEXT_DROP
+        logits = self.networks.transformer(shown, text._replace(tokens=text.tokens * keep_text[:, None, None]))
+        masked = shown == MASK
+        targets = tokens.masked_fill(~masked, -1).flatten()  # only masked tokens count
+        loss = F.cross_entropy(logits.flatten(0, -2), targets, ignore_index=-1)
+        self.minimize("transformer", loss)
+        self.update_average(number, len(images), EMA_HALF_LIFE)
+        correct = ((logits.argmax(-1) == tokens) & masked).sum() / masked.sum()
+        return {"transformer_loss": loss, "accuracy": correct, "masked": masked.float().mean()}
 
-    @torch.no_grad()
-    def sample(self, text, seed, count, edit=None):
-        """`count` images for each of P captions, one caption after the other: [P · count, 3, R, R] in [−1, 1].
-
-        edit: an image [3, R, R] that is changed toward the captions, without a mask, in the place of drawing new ones.
-        """
-        text = Text(*(x.repeat_interleave(count, dim=0) for x in text))
-        noise, side = torch.Generator().manual_seed(seed), self.resolution // FACTOR
-        if edit is None:
-            tokens = torch.full((len(text.eot), side, side), MASK, device=self.device)
-            return self.vqgan.decode(fill(self.ema, tokens, text, noise))
-        tokens = self.vqgan.encode(edit[None]).expand(len(text.eot), -1, -1)
-        return self.vqgan.decode(resample(self.ema, tokens, text, noise))
+    def draw(self, text, noise, edit=None):
+        """An image for each caption. edit: an image [3, R, R] to change toward the captions, without a mask."""
+        vqgan, ema = self.networks.vqgan, self.networks.ema
+        if edit is not None:
+            tokens = vqgan.encode(edit[None]).expand(len(text.eot), -1, -1)
+            return vqgan.decode(resample(ema, tokens, text, noise))
+        side = self.resolution // FACTOR
+        tokens = torch.full((len(text.eot), side, side), MASK, device=self.device)
+        return vqgan.decode(fill(ema, tokens, text, noise))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,4 @@
-"""What the systems of this folder share: networks, optimizers, a moving average; and their command, which trains them
-on captioned images and samples.
+"""What the systems of this folder share: `System`, and the command that trains one and draws with it.
 
 python baselines/stylegan_t.py train --data emoji --minutes 60
 python baselines/stylegan_t.py sample "red heart" --num 6
@@ -41,67 +40,71 @@ from training.loop import Loop
 from training.run_folder import RunFolder
 from weights.generator_file import generator_of, read_safetensors
 
-SYSTEMS = {"StyleGANT": "stylegan_t", "LadaGAN": "ladagan", "Muse": "muse"}  # the classes, and where they are
+SYSTEMS = {"StyleGANT": "stylegan_t", "LadaGAN": "ladagan", "Muse": "muse"}  # {class: its module}
 RESOLUTIONS = 32, 64
-NUM_PICTURES = 24  # of a sample grid
-IDENTITY = "data", "caption-key", "clip", "resolution", "batch", "seed"  # the options that a run keeps to its end
+NUM_PICTURES = 24  # in a grid of samples
+IDENTITY = "data", "caption-key", "clip", "resolution", "batch", "seed"  # options that cannot change when a run resumes
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What a system is.
+# A system.
 
 
 class System:
-    """A generator and a discriminator as a run trains them. A subclass says how, in `step`, and draws, in `draw`.
+    """The networks of a system, how they learn, and how they draw. A subclass builds the networks and adds `step`:
 
-    networks: generator, discriminator and ema, the moving average of the generator; optimizers: of the first two. The
-    run saves and restores both by name. clip, a FrozenClip, never changes and is not among them.
+    step(number, images, text, noise) → {name: scalar}: one step of training, counted from 0, on images [B, 3, R, R] in
+    [−1, 1] and the clip.Text of their captions. noise: a torch.Generator on the CPU, the only source of randomness.
 
-    step(number, images, text, noise): one step of both networks and of the moving average, by the number-th batch:
-    images [B, 3, R, R] in [−1, 1], the clip.Text of their captions, and a torch.Generator on the CPU, from which all
-    that is random comes. → {name: scalar}
-    draw(z, text, truncation): z [B, z_dim] and the clip.Text of B captions → images [B, 3, R, R] in [−1, 1], by the
-    moving average.
+    adam: arguments of torch.optim.Adam. learning: the networks that learn, by name. `networks` also contains `ema`, the
+    moving average of the one called `averaged`. The run saves `networks` and `optimizers`; clip, a FrozenClip, is not
+    among them.
     """
 
+    averaged = "generator"
     for_sampling = ("ema",)  # the networks that drawing needs
 
-    def __init__(self, clip, resolution, device, generator, discriminator, lr, betas):
+    def __init__(self, clip, resolution, device, adam, **learning):
         self.clip, self.resolution, self.device = clip, resolution, device
-        ema = copy.deepcopy(generator).eval().requires_grad_(False)
-        self.networks = {"generator": generator, "discriminator": discriminator, "ema": ema}
-        self.networks = {name: network.to(device) for name, network in self.networks.items()}
-        self.optimizers = {
-            name: torch.optim.Adam(parameter_groups(self.networks[name], lr), betas=betas)
-            for name in ("generator", "discriminator")
-        }
+        ema = copy.deepcopy(learning[self.averaged]).eval().requires_grad_(False)
+        self.networks = nn.ModuleDict(learning | {"ema": ema}).to(device)
+        self.optimizers = {}
+        for name, network in learning.items():
+            self.optimizers[name] = torch.optim.Adam(parameter_groups(network, adam["lr"]), **adam)
+
+    def minimize(self, name, loss):
+        """One step of a network down a loss. No other network gets gradients. They are means over all ranks."""
+        parameters = list(self.networks[name].parameters())
+        self.optimizers[name].zero_grad(set_to_none=True)
+        loss.backward(inputs=parameters)
+        distributed.average_gradients(parameters)
+        self.optimizers[name].step()
+
+    @torch.no_grad()
+    def update_average(self, number, batch, half_life):
+        """Moves `ema` toward its network, as step.py does for Aurora. Buffers are copied. batch: of this rank."""
+        ema, network = self.networks.ema, self.networks[self.averaged]
+        weight = ema_weight(number, batch * distributed.world_size(), half_life)
+        torch._foreach_lerp_(list(ema.parameters()), list(network.parameters()), weight)
+        for own, buffer in zip(ema.buffers(), network.buffers(), strict=True):
+            own.copy_(buffer)
 
     def sample_z(self, count, noise):
         """z ~ N(0, 1), [count, z_dim]."""
-        return torch.randn(count, self.networks["generator"].z_dim, generator=noise).to(self.device)
+        return torch.randn(count, self.networks.generator.z_dim, generator=noise).to(self.device)
 
-    def sample(self, text, seed, count, truncation=1.0):
-        """`count` images for each of P captions, one caption after the other: [P · count, 3, R, R] in [−1, 1]."""
+    @torch.no_grad()
+    def sample(self, text, seed, count, **options):
+        """`count` images for each of P captions, one caption after another: [P · count, 3, R, R] in [−1, 1].
+
+        options: those of `draw`.
+        """
         text = Text(*(x.repeat_interleave(count, dim=0) for x in text))
-        z = self.sample_z(len(text.embedding), torch.Generator().manual_seed(seed))
-        return self.draw(z, text, truncation)
+        return self.draw(text, torch.Generator().manual_seed(seed), **options)
 
-
-@torch.no_grad()
-def update_average(average, network, number, batch, half_life):
-    """Moves a moving average toward a network, as step.py does Aurora's. Buffers are copied. batch: of this rank."""
-    weight = ema_weight(number, batch * distributed.world_size(), half_life)
-    torch._foreach_lerp_(list(average.parameters()), list(network.parameters()), weight)
-    for own, buffer in zip(average.buffers(), network.buffers(), strict=True):
-        own.copy_(buffer)
-
-
-def minimize(optimizer, loss):
-    """One step of an optimizer down a loss. Only its own parameters get gradients, the means over all ranks."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward(inputs=parameters)
-    distributed.average_gradients(parameters)
-    optimizer.step()
+    def draw(self, text, noise, truncation=1.0):
+        """An image for each caption. truncation: 1 is full variety, 0 the mean image of each caption."""
+        z = self.sample_z(len(text.embedding), noise)
+        return self.networks.ema(z, text.embedding, truncation).clamp(-1, 1)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -117,13 +120,13 @@ def main(system_class):
     add_data(add)
     add("--clip", default="emoji", help="emoji, a file of training/small_clip.py, or MODEL:WEIGHTS of open_clip")
     add("--resolution", type=int, choices=RESOLUTIONS, default=32)
-    add("--minutes", type=positive_int, default=60, help="of training, after which the run ends")
-    add("--batch", type=positive_int, default=32, help="over all ranks")
+    add("--minutes", type=positive_int, default=60, help="how long to train")
+    add("--batch", type=positive_int, default=32, help="images of a step, over all ranks")
     add("--out", type=a_path, default=Path("runs") / name, help="the run's folder; a run in it is resumed")
     add("--seed", type=natural_number, default=0)
     add("--workers", type=natural_number, default=1, help="processes that load data")
     add("--save-every", type=positive_int, default=250, help="steps between checkpoints")
-    add("--save-minutes", type=positive_int, default=15, help="minutes between checkpoints, where steps are slow")
+    add("--save-minutes", type=positive_int, default=15, help="minutes between checkpoints, if steps are slow")
     add("--sample-every", type=positive_int, default=250, help="steps between sample grids")
     add("--keep", type=positive_int, default=3, help="checkpoints to keep")
     training.set_defaults(run=train)
@@ -132,8 +135,8 @@ def main(system_class):
     add("prompt", nargs="+", help="one or more texts, each in quotes")
     add("--num", type=positive_int, default=4, help="pictures for each prompt")
     add("--seed", type=natural_number, default=0)
-    add("--truncation", type=finite_number, default=1.0, help="1 is all variety, 0 each prompt's mean picture")
-    add("--edit", type=a_path, help="a picture that Muse changes toward the prompts, in the place of drawing new ones")
+    add("--truncation", type=finite_number, default=1.0, help="1: full variety; 0: the mean picture of each prompt")
+    add("--edit", type=a_path, help="a picture for Muse to change toward the prompts")
     add("--checkpoint", type=a_path, default=Path("runs") / name / "generator_ema.safetensors")
     add("--out", type=a_path, default=Path("sample.png"))
     sampling.set_defaults(run=sample)
@@ -143,7 +146,7 @@ def main(system_class):
 
 
 def as_texts(args):
-    """The options of a command, for its files."""
+    """The options of a command, for the files it writes."""
     return {option: str(value) for option, value in vars(args).items() if option != "run"}
 
 
@@ -159,7 +162,8 @@ def train(system_class, name, args):
 def run(system_class, name, args, device):
     with distributed.together():
         if args.batch % distributed.world_size():
-            raise UserError(f"--batch {args.batch} cannot be shared by {distributed.world_size()} ranks")
+            ranks = distributed.world_size()
+            raise UserError(f"--batch {args.batch} cannot be divided among {ranks} ranks; give a multiple of {ranks}")
     identity = {option: getattr(args, option.replace("-", "_")) for option in IDENTITY}
     folder = RunFolder(args.out, {"system": name, **identity}, sharing={"workers": args.workers})
     state = folder.state("auto")
@@ -199,9 +203,20 @@ def run(system_class, name, args, device):
 
 
 def save_run(loop, system):
-    """Writes a checkpoint and the generator's file, unless a weight is not finite."""
-    if all(p.isfinite().all() for network in system.networks.values() for p in network.parameters()):
-        loop.save(state_of(system), generator_file(system, loop.notes(system.device)))
+    """Writes a checkpoint and the generator file, unless a weight is not finite."""
+    if all(p.isfinite().all() for p in system.networks.parameters()):
+        optimizers = {name: optimizer.state_dict() for name, optimizer in system.optimizers.items()}
+        state = {"networks": system.networks.state_dict(), "optimizers": optimizers, "clip": system.clip.name}
+        loop.save(state, generator_file(system, loop.notes(system.device)))
+
+
+def restore(system, state):
+    """Loads a checkpoint. Raises ValueError if the run learned with another CLIP."""
+    if state["clip"] != system.clip.name:
+        raise ValueError(f"it learned with {state['clip']}, and this is {system.clip.name}")
+    system.networks.load_state_dict(state["networks"])
+    for name, optimizer in system.optimizers.items():
+        optimizer.load_state_dict(state["optimizers"][name])
 
 
 def drawing(system):
@@ -209,24 +224,8 @@ def drawing(system):
     return nn.ModuleDict({name: system.networks[name] for name in system.for_sampling})
 
 
-def state_of(system):
-    """What a run needs to go on, beside the networks in its generator's file."""
-    optimizers = {name: optimizer.state_dict() for name, optimizer in system.optimizers.items()}
-    others = {name: network for name, network in system.networks.items() if name not in system.for_sampling}
-    return {"networks": nn.ModuleDict(others).state_dict(), "optimizers": optimizers, "clip": system.clip.name}
-
-
-def restore(system, state):
-    """Loads a checkpoint. Raises ValueError where the run learned with another CLIP."""
-    if state["clip"] != system.clip.name:
-        raise ValueError(f"it learned with {state['clip']}, and this is {system.clip.name}")
-    nn.ModuleDict(system.networks).load_state_dict(state["networks"] | state["generator_file"])
-    for name, optimizer in system.optimizers.items():
-        optimizer.load_state_dict(state["optimizers"][name])
-
-
 def generator_file(system, notes):
-    """What drawing needs → tensors and metadata of a file."""
+    """→ tensors and metadata of the file that `load` reads."""
     about = {"resolution": system.resolution, "notes": notes}
     metadata = {"system": type(system).__name__, "about": json.dumps(about), "clip": system.clip.name}
     return drawing(system).state_dict(), metadata
@@ -241,43 +240,46 @@ def sample(system_class, name, args):
     if args.edit:
         options["edit"] = read_picture(args.edit, system.resolution)
     for option in options:
-        if option not in inspect.signature(system.sample).parameters:
-            raise UserError(f"--{option}: {system_class.__name__} has none")
+        if option not in inspect.signature(system.draw).parameters:
+            raise UserError(f"--{option}: {system_class.__name__} does not have this option; leave it out")
     latent.tell(system.clip.text, args.prompt)
     images = in_range(system.sample(system.clip.read(args.prompt), args.seed, args.num, **options))
     captions = [prompt for prompt in args.prompt for _ in range(args.num)]
     picture = grid([to_pil(image) for image in images], captions, columns=args.num)
     save([picture], args.out, as_texts(args))
-    print(f"{len(images)} pictures by {args.checkpoint}, drawn in {args.out.resolve()}")
+    print(f"{len(images)} pictures by {args.checkpoint}, written to {args.out.resolve()}")
 
 
 def system_of(path):
-    """The class of the system that wrote a file, or None where none of this folder did. Raises UserError."""
+    """The class of the system that wrote a generator file, or None if it is not of this folder. Raises UserError."""
     try:
         with safe_open(path, "pt") as file:
             name = (file.metadata() or {}).get("system")
-    except (OSError, SafetensorError):  # whoever reads it next says what is wrong
+    except (OSError, SafetensorError):  # its next reader reports what is wrong
         return None
     if name and name not in SYSTEMS:
-        raise UserError(f"{path} was written by {name}, which is not known here")
+        raise UserError(f"{path} was written by the system {name}; known are {', '.join(SYSTEMS)}")
     return getattr(importlib.import_module(f"baselines.{SYSTEMS[name]}"), name) if name else None
 
 
 def load(system_class, path, device="cpu"):
-    """A generator_ema.safetensors of `train` → the system, ready to draw, and its run's notes. Raises UserError."""
+    """A run's folder or generator file → the system, ready to draw, and the run's notes. Raises UserError."""
     path = generator_of(path)
     metadata, tensors = read_safetensors(path)
     if (written_by := metadata.get("system")) != system_class.__name__:
-        raise UserError(f"{path} holds {written_by or 'nothing of this command'}, not {system_class.__name__}")
+        raise UserError(
+            f"{path} is of {written_by or 'another command'}, not of {system_class.__name__}; give another file"
+        )
     try:
         about, learned_with = json.loads(metadata["about"]), metadata["clip"]
         clip = load_clip(about["notes"]["clip"], device)
         if clip.name != learned_with:
-            raise UserError(f"{path} learned with {learned_with}, and {about['notes']['clip']} is {clip.name}")
+            name = about["notes"]["clip"]
+            raise UserError(f"{path} learned with {learned_with}, but {name} is now {clip.name}; restore that file")
         system = system_class(clip, about["resolution"], torch.device(device))
         drawing(system).load_state_dict(tensors)
     except UserError:
         raise
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"{path} is damaged, or of an earlier version ({first_line(error)}); train it anew") from error
+        raise UserError(f"{path} is damaged, or of an earlier version ({first_line(error)}); train it again") from error
     return system, about["notes"]

@@ -1,20 +1,20 @@
-"""StyleGAN-T (Sauer et al. 2023, arXiv 2301.09515): a style-based generator, and a discriminator that scores the tokens
-of a frozen network. One pass makes a picture, as in Aurora, but without attention and without experts.
+"""StyleGAN-T (Sauer et al. 2023, arXiv 2301.09515): a style-based generator, and a discriminator of heads on the tokens
+of a frozen network. Like Aurora it draws an image in one pass, but without attention and without experts.
 
-Read from the top down: the generator, the discriminator, the losses, then StyleGANT, which a run trains. With
-the authors' weights the networks give the authors' outputs (tests/baselines/test_stylegan_t.py).
+In this order: the generator, the discriminator, the losses, and StyleGANT, the system that a run trains. With the
+authors' weights the networks reproduce the authors' outputs (tests/baselines/test_stylegan_t.py).
 
 Differences from the paper:
 - The default sizes are for a CPU: see CHANNELS, and one pair of layers each. The text code is that of the small CLIP.
 - The frozen network is an EfficientNet-lite0, as DINO's weights need a download. Its taps have unequal numbers of
-  tokens, so losses are means over tokens, then over taps. For DINO that is the paper's.
+  tokens, so losses are means over tokens, then over taps. For DINO that equals the paper's losses.
 - The second phase, in which the text encoder learns and the generator is frozen, is left out.
-- Both networks learn from the same fake images in a step, seen through the same augmentation, which is augment.py's.
-- To-RGB starts at a tenth of the authors' scale. At theirs pixels begin with a standard deviation of 7, and were still
-  beyond it after 350 steps, as the frozen network cannot tell how bright something is that is far too bright.
+- In a step both networks learn from the same fake images, with the same augmentation, which is augment.py's.
+- To-RGB starts at a tenth of the authors' scale. At theirs, pixels begin with a standard deviation of 7 and are still
+  out of range after 350 steps, because the frozen network hardly distinguishes degrees of extreme brightness.
 - The blur starts at a sixteenth of the side and fades in 10,000 images. The paper's 32 pixels would be the whole image.
 - There are no random crops, neither for the frozen network nor for the guidance: they are for larger images.
-- Both losses of the generator are means over the batch. Where the authors accumulate gradients, only one of them is.
+- Both losses of the generator are means over the batch. The authors' code accumulates gradients and averages only one.
 """
 
 import math
@@ -31,21 +31,21 @@ sys.path.append(str(Path(__file__).parents[1]))  # for `python baselines/stylega
 
 from augment import NUM_CHANCES, augment
 from aurora import FourierFeatures
-from baselines.shared import System, main, minimize, update_average
+from baselines.shared import System, main
 from common import distributed
 from layers import Linear, lrelu, rms_norm, upsample
 from modulation import Affine, ModulatedConv2d, ToRGB, UpsamplingConv2d
 from weights.efficientnet import load_efficientnet
 
 FIRST = 8  # the lowest resolution
-CHANNELS = {8: 256, 16: 128, 32: 64, 64: 32}  # of the size for a CPU
-LAYER_GAIN = math.sqrt(0.5)  # of all layers but those that upsample
-MAX_ACTIVATION = 256  # guards half precision
+CHANNELS = {8: 256, 16: 128, 32: 64, 64: 32}  # {resolution: channels}, a size for a CPU
+LAYER_GAIN = math.sqrt(0.5)  # of all layers except those that upsample
+MAX_ACTIVATION = 256  # prevents overflow in half precision
 
-LR, BETAS = 2e-3, (0.0, 0.99)  # of both networks
+ADAM = dict(lr=2e-3, betas=(0.0, 0.99))  # of both networks
 EMA_HALF_LIFE = 10_000  # images, at a batch of 32
 POLICY = ("color", "translation", "cutout")
-BLUR_SHARE, BLUR_IMAGES = 1 / 16, 10_000  # σ at the start, of the side; images after which there is none
+BLUR_SHARE, BLUR_IMAGES = 1 / 16, 10_000  # the first σ as a share of the side; images until the blur is gone
 GUIDANCE = 0.2
 
 
@@ -54,7 +54,7 @@ GUIDANCE = 0.2
 
 
 class SecondOrderStyle(Affine):
-    """w [B, w_dim] → the style m₁ ⊙ m₂ + m₃ [B, C], where the three are parts of one dense layer (section 3.1)."""
+    """w [B, w_dim] → the style m₁ ⊙ m₂ + m₃ [B, C], computed by one dense layer (section 3.1)."""
 
     def __init__(self, w_dim, channels):
         super().__init__(w_dim, 3 * channels, bias_init=1.0)
@@ -67,7 +67,7 @@ class SecondOrderStyle(Affine):
 class SynthesisLayer(nn.Module):
     """A modulated convolution, noise and a leaky ReLU: [B, C, H, W] and w [B, w_dim] → [B, D, R, R].
 
-    noise: "const", a map that is part of the weights; "none"; or a torch.Generator, which draws a new map an image.
+    noise: "const", a map that belongs to the weights; "none"; or a torch.Generator, for a new map for each image.
     """
 
     def __init__(self, conv, resolution, w_dim, gain=LAYER_GAIN):
@@ -87,7 +87,7 @@ class SynthesisLayer(nn.Module):
 
 
 class ResidualLayer(SynthesisLayer):
-    """The same beside the identity, after a GroupNorm: (γ·layer(x) + x)·√2, which starts at the identity."""
+    """A residual SynthesisLayer after a GroupNorm: (γ·layer(x) + x)·√2 with x = norm(input), and a small γ at first."""
 
     def __init__(self, channels, resolution, w_dim):
         super().__init__(ModulatedConv2d(channels, channels, 3, w_dim), resolution, w_dim)
@@ -100,7 +100,7 @@ class ResidualLayer(SynthesisLayer):
 
 
 class Level(nn.Module):
-    """One resolution: features of the one below [B, C, R/2, R/2] → features [B, D, R, R], and what it adds to the RGB.
+    """One resolution: features of the level below [B, C, R/2, R/2] → features [B, D, R, R] and RGB [B, 3, R, R].
 
     depth: the number of pairs of a plain and a residual layer.
     """
@@ -127,7 +127,7 @@ class Level(nn.Module):
 
 
 class Mapping(nn.Module):
-    """z [B, z_dim] ~ N(0, 1) → f(z) [B, z_dim]: two layers, the last one linear. The text does not pass through it."""
+    """z [B, z_dim] ~ N(0, 1) → f(z) [B, z_dim]: two layers, the second one linear. The text is not an input."""
 
     def __init__(self, z_dim):
         super().__init__()
@@ -140,7 +140,7 @@ class Mapping(nn.Module):
 class Generator(nn.Module):
     """z [B, z_dim] and text codes c [B, text_dim] of unit length → images [B, 3, R, R], about [−1, 1].
 
-    channels: {resolution: channels}, each a multiple of 32, from 8×8 up. depth: pairs of layers at each.
+    channels: {resolution: channels}, each a multiple of 32, from 8×8 up. depth: pairs of layers at each resolution.
     """
 
     def __init__(self, channels, depth=1, z_dim=64, text_dim=64):
@@ -149,19 +149,18 @@ class Generator(nn.Module):
         self.mapping = Mapping(z_dim)
         self.register_buffer("x_avg", torch.zeros(z_dim))
         self.fourier = FourierFeatures(channels[FIRST], FIRST, w_dim)
-        self.fourier.freqs *= 2  # waves a side, the bandwidth; none is above it, so nothing is damped as in StyleGAN3
-        below = [channels[FIRST], *channels.values()]
-        self.levels = nn.ModuleList(
-            Level(in_channels, out_channels, resolution, depth, w_dim)
-            for in_channels, (resolution, out_channels) in zip(below, channels.items(), strict=False)
-        )
+        self.fourier.freqs *= 2  # bandwidth in waves a side; no frequency exceeds it, so none is damped as in StyleGAN3
+        self.levels, in_channels = nn.ModuleList(), channels[FIRST]
+        for resolution, out_channels in channels.items():
+            self.levels.append(Level(in_channels, out_channels, resolution, depth, w_dim))
+            in_channels = out_channels
 
     def latent(self, z, c, truncation=1.0):
-        """w = [f(z) ‖ c], [B, z_dim + text_dim]. Truncation draws f(z) alone to its mean (section 3.3)."""
+        """w = [f(z) ‖ c], [B, z_dim + text_dim]. Truncation moves only f(z) to its mean (section 3.3)."""
         return torch.cat([torch.lerp(self.x_avg, self.mapping(z), truncation), c], dim=1)
 
     def synthesize(self, w, noise="const"):
-        """One w for all layers → images."""
+        """w [B, z_dim + text_dim], the same for all layers → images."""
         x, image = self.fourier(w), None
         for level in self.levels:
             x, rgb = level(x, w, noise)
@@ -178,13 +177,13 @@ class Generator(nn.Module):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The discriminator (section 3.2): heads on the tokens of a frozen network (Projected GANs, Sauer et al. 2021).
+# The discriminator (section 3.2): heads on the tokens of a frozen network, as in Projected GANs (Sauer et al. 2021).
 
 
 class FrozenFeatures(nn.Module):
-    """Images [B, 3, R, R] in [−1, 1] → what EfficientNet-lite0 sees in them: tokens [B, C, N] of five stages.
+    """Images [B, 3, R, R] in [−1, 1] → features of five stages of EfficientNet-lite0, the taps: tokens [B, C, N].
 
-    Its weights never change; gradients pass through it to the images. side: the size that images are brought to.
+    Its weights never change; gradients pass through it to the images. side: the size to which images are resized.
     """
 
     channels = 16, 24, 40, 112, 320  # C of each tap
@@ -199,9 +198,9 @@ class FrozenFeatures(nn.Module):
 
 
 class LocalBatchNorm(nn.Module):
-    """Batch norm over groups of 8 samples, [B, C, N] → the same. It keeps no running statistics.
+    """Batch norm in ⌈B/8⌉ equal groups of samples, without running statistics: [B, C, N] → [B, C, N].
 
-    The batch is split into ⌈B/8⌉ equal groups, so B must be a multiple of that.
+    B must be a multiple of the number of groups.
     """
 
     def __init__(self, channels):
@@ -217,7 +216,7 @@ class LocalBatchNorm(nn.Module):
 
 
 class TokenConv(nn.Module):
-    """A convolution along the tokens, [B, C, N] → the same: spectral norm, circular, local batch norm, leaky ReLU."""
+    """A circular convolution along the tokens with spectral norm, local batch norm and leaky ReLU, over [B, C, N]."""
 
     def __init__(self, channels, kernel_size):
         super().__init__()
@@ -247,9 +246,9 @@ class Head(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """Tokens [B, C, N] of each tap and text codes c [B, text_dim] → logits [B, N] of each; larger: more like real.
+    """Tokens [B, C, N] of each tap and text codes c [B, text_dim] → logits [B, N] of each; larger means more real.
 
-    channels: C of each tap. The frozen network is not part of it.
+    channels: C of each tap. The frozen network is not part of this module.
     """
 
     def __init__(self, channels, text_dim=64):
@@ -270,14 +269,14 @@ def mean_logit(logits):
 
 
 def hinge_loss(logits, sign):
-    """max(0, 1 + sign·D) of every token (section 3.2), their mean. sign −1 wants them to look real, +1 fake."""
+    """The mean of max(0, 1 + sign·D) over tokens (section 3.2). sign: −1 for real images, +1 for fake ones."""
     return mean_logit([F.relu(1 + sign * x) for x in logits])
 
 
 def spherical_distance(x, y):
     """arccos²(x·y) of directions [B, D] → [B], in [0, π²] (section 3.3)."""
     cosine = F.cosine_similarity(x, y, dim=-1)
-    return cosine.clamp(-1 + 1e-6, 1 - 1e-6).arccos().square()  # the slope of arccos is infinite at ±1
+    return cosine.clamp(-1 + 1e-6, 1 - 1e-6).arccos().square()  # at ±1 the slope of arccos is infinite
 
 
 def blur(images, sigma):
@@ -287,7 +286,7 @@ def blur(images, sigma):
 
 
 def blur_sigma(images_seen, resolution):
-    """σ of the discriminator's blur in pixels: falls linearly to 0 at BLUR_IMAGES."""
+    """σ of the discriminator's blur in pixels. It falls linearly to 0 at BLUR_IMAGES."""
     return BLUR_SHARE * resolution * max(0.0, 1 - images_seen / BLUR_IMAGES)
 
 
@@ -296,17 +295,17 @@ def blur_sigma(images_seen, resolution):
 
 
 class StyleGANT(System):
-    """StyleGAN-T as a run trains it, see System. The text code is the embedding of CLIP."""
+    """StyleGAN-T, a style-based GAN without attention."""
 
     def __init__(self, clip, resolution, device):
         self.features = FrozenFeatures().to(device)
         text_dim = clip.read(["text"]).embedding.shape[1]
         generator = Generator({r: c for r, c in CHANNELS.items() if r <= resolution}, text_dim=text_dim)
         discriminator = Discriminator(self.features.channels, text_dim)
-        super().__init__(clip, resolution, device, generator, discriminator, LR, BETAS)
+        super().__init__(clip, resolution, device, ADAM, generator=generator, discriminator=discriminator)
 
     def step(self, number, images, text, noise):
-        generator, discriminator, c = self.networks["generator"], self.networks["discriminator"], text.embedding
+        generator, discriminator, c = self.networks.generator, self.networks.discriminator, text.embedding
         w = generator.latent(self.sample_z(len(images), noise), c)
         fake = generator.synthesize(w, noise)
         sigma = blur_sigma(number * len(images) * distributed.world_size(), self.resolution)
@@ -317,25 +316,20 @@ class StyleGANT(System):
 
         real_logits, fake_logits = discriminator(real_taps, c), discriminator([x.detach() for x in fake_taps], c)
         d_loss = hinge_loss(real_logits, -1) + hinge_loss(fake_logits, 1)
-        minimize(self.optimizers["discriminator"], d_loss)
+        self.minimize("discriminator", d_loss)
 
         adversarial = -mean_logit(discriminator(fake_taps, c))
         distance = spherical_distance(self.clip.encode_image(fake), c).mean()
         g_loss = adversarial + GUIDANCE * distance
-        minimize(self.optimizers["generator"], g_loss)
+        self.minimize("generator", g_loss)
         generator.update_x_avg(w)
-        update_average(self.networks["ema"], generator, number, len(images), EMA_HALF_LIFE)
+        self.update_average(number, len(images), EMA_HALF_LIFE)
         report = {"d_loss": d_loss, "g_loss": g_loss, "g_adversarial": adversarial, "g_clip": distance}
-        report |= {"logits_real": mean_logit(real_logits), "logits_fake": mean_logit(fake_logits)}
-        return {name: value.detach() for name, value in report.items()}
+        return report | {"logits_real": mean_logit(real_logits), "logits_fake": mean_logit(fake_logits)}
 
     def see(self, images, sigma, chances):
-        """The tokens that the discriminator gets, of blurred and augmented images."""
+        """The taps of blurred and augmented images."""
         return self.features(augment({self.resolution: blur(images, sigma)}, POLICY, chances)[self.resolution])
-
-    @torch.no_grad()
-    def draw(self, z, text, truncation=1.0):
-        return self.networks["ema"](z, text.embedding, truncation).clamp(-1, 1)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""Trains Muse by its command for a few steps, under torchrun, and fails where the ranks' networks differ.
+"""Trains Muse with its command for four steps under torchrun, and fails if the ranks' networks differ.
 
 torchrun --nproc-per-node 2 tests/baselines/equal_ranks.py OUT DATA
 """
 
+import functools
 import sys
 from pathlib import Path
 
@@ -14,32 +15,18 @@ from baselines import muse, shared
 from common import distributed
 from training.loop import Loop
 
-system = []
+save_run = shared.save_run
 
 
-class Short(Loop):
-    """Two steps of the VQGAN, two of the transformer, and a look at what the ranks hold."""
-
-    def __init__(self, folder, options, batch, minutes):
-        super().__init__(folder, options, batch, last_step=4)
-
-    def conclude(self):
-        super().conclude()
-        (muse,) = system
-        states = distributed.collect({name: network.state_dict() for name, network in muse.networks.items()})
-        for name, state in states[0].items():
-            for key, value in state.items():
-                assert all(torch.equal(value, other[name][key]) for other in states[1:]), f"{name}.{key}"
-        distributed.say(f"{len(states)} ranks with {len(muse.networks)} equal networks")
+def compare_ranks(loop, system):
+    states = distributed.collect(system.networks.state_dict())
+    for name, value in states[0].items():
+        assert all(torch.equal(value, state[name]) for state in states), name
+    distributed.say(f"step {loop.progress.step}: {len(states)} ranks with equal networks")
+    save_run(loop, system)
 
 
-class Kept(muse.Muse):
-    def __init__(self, *options):
-        super().__init__(*options)
-        system.append(self)
-
-
-muse.TOKENIZER_IMAGES = 16
-shared.Loop, shared.NUM_PICTURES = Short, 2
+muse.TOKENIZER_IMAGES = 16  # two steps of the VQGAN, then two of the transformer
+shared.NUM_PICTURES, shared.save_run, shared.Loop = 2, compare_ranks, functools.partial(Loop, last_step=4)
 sys.argv[1:] = ["train", "--data", sys.argv[2], "--batch", "8", "--workers", "0", "--out", sys.argv[1]]
-shared.main(Kept)
+shared.main(muse.Muse)

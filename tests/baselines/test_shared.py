@@ -1,5 +1,6 @@
-"""Every system learns by its command, resumes to the last bit, and draws; ranks stay equal."""
+"""Every system learns with its command, resumes bit-identically, and draws; ranks stay equal."""
 
+import contextlib
 import copy
 import functools
 import shutil
@@ -14,7 +15,7 @@ from baselines import muse, shared
 from baselines.ladagan import LadaGAN
 from baselines.muse import Muse
 from baselines.stylegan_t import StyleGANT
-from clip import BUILT_IN, load_clip
+from clip import BUILT_IN, MiniLM, Text, load_clip
 from tests import figures
 from tests.data.test_sources import COLORS, good, jpeg, write_shard
 from tests.training.runs import identical
@@ -28,7 +29,7 @@ BATCH, STEPS = 4, 4
 
 @pytest.fixture
 def data(tmp_path):
-    """{kind: what --data is given}; the emoji take seconds to look through."""
+    """{kind: --data}; reading the emoji would take seconds."""
     folder = tmp_path / "pictures"
     folder.mkdir()
     for i, color in enumerate(COLORS):
@@ -40,46 +41,52 @@ def data(tmp_path):
 
 @pytest.fixture
 def learn(monkeypatch, run_main):
-    """system, steps, options → trains up to so many steps, which the command itself would not end at."""
+    """system, steps, options → trains up to that step, at which the command itself would not end."""
     monkeypatch.setattr(shared, "NUM_PICTURES", 2)
     monkeypatch.setattr(muse, "TOKENIZER_IMAGES", 2 * BATCH)
     monkeypatch.setattr(muse, "fill", functools.partial(muse.fill, steps=2))
     monkeypatch.setattr(muse, "resample", functools.partial(muse.resample, iterations=1))
 
     def learn(system, steps, *options):
-        monkeypatch.setattr(shared, "Loop", lambda *args, **_: Loop(*args, last_step=steps))
-        always = ("--batch", BATCH, "--workers", 0)
-        return run_main(lambda: shared.main(system), "train", *always, *options)
+        monkeypatch.setattr(shared, "Loop", functools.partial(Loop, last_step=steps))
+        return run_main(lambda: shared.main(system), "train", "--batch", BATCH, "--workers", 0, *options)
 
     return learn
 
 
-@pytest.mark.parametrize(
-    ("system", "kind"),
-    [
-        (StyleGANT, "shards"),
-        (LadaGAN, "folder"),
-        (Muse, "folder"),
-    ],
-)
-def test_a_run_resumes_to_the_last_bit_and_draws(tmp_path, data, learn, run_main, system, kind):
+@pytest.fixture
+def draw(tmp_path, run_main):
+    """system, file, options, prompt → draws two pictures into picture.png."""
+
+    def draw(system, path, *options, prompt="red heart"):
+        files = "--checkpoint", path, "--out", tmp_path / "picture.png"
+        return run_main(lambda: shared.main(system), "sample", prompt, "--num", 2, *files, *options)
+
+    return draw
+
+
+def assert_one_line(result, message):
+    status, _, error = result
+    assert status == 2 and message in error and error.count("\n") == 0, error
+
+
+@pytest.mark.parametrize(("system", "kind"), [(StyleGANT, "shards"), (LadaGAN, "folder"), (Muse, "folder")])
+def test_a_run_resumes_to_the_last_bit_and_draws(tmp_path, data, learn, draw, system, kind):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    options = ["--data", data[kind]]
     for out, steps in ((whole, STEPS), (stopped, STEPS - 1), (stopped, STEPS)):
-        status, said, error = learn(system, steps, "--out", out, *options)
+        status, output, error = learn(system, steps, "--out", out, "--data", data[kind])
         assert status == 0, error
-    assert f"Resuming from step {STEPS - 1}" in said and len((stopped / "metrics.jsonl").read_text().splitlines()) == 4
+    assert f"Resuming from step {STEPS - 1}" in output
+    assert len((stopped / "metrics.jsonl").read_text().splitlines()) == STEPS
     first, second = (checkpoint.load(checkpoint.checkpoints(out / "checkpoints")[0]) for out in (whole, stopped))
     assert all(identical(first[part], second[part]) for part in ("networks", "optimizers", "generator_file"))
-    generator = stopped / "generator_ema.safetensors"
+    generator, picture = stopped / "generator_ema.safetensors", tmp_path / "picture.png"
     assert identical(load_file(whole / generator.name), load_file(generator))
-    picture = tmp_path / "picture.png"
-    draw = ("sample", "red heart", "--num", 2, "--checkpoint", generator, "--out", picture)
-    status, said, error = run_main(lambda: shared.main(system), *draw)
-    assert status == 0 and said.startswith("2 pictures") and picture.is_file(), error
-    for option, value, having in (("--truncation", 0.5, system is not Muse), ("--edit", picture, system is Muse)):
-        status, _, error = run_main(lambda: shared.main(system), *draw, option, value)
-        assert (status, error) == ((0, "") if having else (2, f"error: {option}: {system.__name__} has none"))
+    status, output, error = draw(system, generator)
+    assert status == 0 and output.startswith("2 pictures") and picture.is_file(), error
+    accepted, refused = (("--truncation", 0.5), ("--edit", picture))[:: -1 if system is Muse else 1]
+    assert draw(system, generator, *accepted)[0] == 0
+    assert_one_line(draw(system, generator, *refused), f"{refused[0]}: {system.__name__} does not have this option")
 
 
 @pytest.mark.parametrize(("system_class", "number"), [(StyleGANT, 0), (LadaGAN, 0), (LadaGAN, 1)])
@@ -87,7 +94,7 @@ def test_a_step_changes_what_learns_and_nothing_else(system_class, number):
     torch.manual_seed(0)
     system, images = system_class(load_clip("emoji"), 32, "cpu"), torch.rand(4, 3, 32, 32) * 2 - 1
     text = system.clip.read(["red heart", "cat", "sun", "tree"])
-    watched = system.networks | {"clip": system.clip}
+    watched = {**system.networks, "clip": system.clip}
     if system_class is StyleGANT:
         watched["features"] = system.features
     before, kept = copy.deepcopy({name: network.state_dict() for name, network in watched.items()}), images.clone()
@@ -100,55 +107,90 @@ def test_a_step_changes_what_learns_and_nothing_else(system_class, number):
         for key, parameter in system.networks[name].named_parameters():
             assert parameter.grad is not None and parameter.grad.isfinite().all(), key
     if system_class is StyleGANT:
-        assert not torch.equal(system.networks["ema"].x_avg, before["ema"]["x_avg"])
+        assert not torch.equal(system.networks.ema.x_avg, before["ema"]["x_avg"])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("system_class", [StyleGANT, LadaGAN])
+def test_samples_are_of_the_moving_average_caption_by_caption(system_class):
+    system = system_class(load_clip("emoji"), 32, "cpu")
+    text, networks = system.clip.read(["red heart", "cat"]), system.networks
+    for parameter in networks.generator.parameters():
+        parameter.fill_(9)
+    images = system.sample(text, seed=4, count=3)
+    assert images.shape == (6, 3, 32, 32) and images.abs().max() <= 1
+    z = torch.randn(6, 64, generator=torch.Generator().manual_seed(4))
+    c = text.embedding[[0, 0, 0, 1, 1, 1]]
+    assert torch.equal(images, networks.ema(z, c).clamp(-1, 1))
+    assert not torch.equal(images, networks.ema(z, c.flip(0)).clamp(-1, 1))
+    same = system.sample(text, seed=4, count=3, truncation=0.0)
+    torch.testing.assert_close(same[:3], same[:1].expand(3, -1, -1, -1), rtol=0, atol=1e-5)
+
+
+META = torch.device("meta")
+
+
+def read(encoder, captions):
+    """Replaces MiniLM.read, which needs the lengths of the captions on the host."""
+    tokens = torch.empty(len(captions), encoder.context_length, encoder.width, device=META)
+    return Text(tokens, torch.zeros(len(captions), dtype=torch.long, device=META), tokens[:, 0])
+
+
+@pytest.mark.parametrize("system_class", [StyleGANT, LadaGAN, Muse])
+def test_steps_and_samples_stay_on_their_device_and_never_wait(system_class, monkeypatch):
+    """On meta, whose tensors have no content: mixing it with the CPU raises, and so does reading a value."""
+    clip = copy.deepcopy(load_clip("emoji")).to(META)  # a copy, as all tests share its text encoder
+    monkeypatch.setattr(MiniLM, "read", read)
+    monkeypatch.setitem(muse.ADAM, "fused", False)  # meta has neither this
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # nor this
+    system, text = system_class(clip, 32, META), clip.read(["a red circle", "two blue squares"])
+    images = torch.empty(2, 3, 32, 32, device=META)
+    with pytest.raises(RuntimeError):
+        images.sum().item()
+    for number in (0, 10**6):  # of Muse, the VQGAN learns first
+        report = system.step(number, images, text, torch.Generator().manual_seed(0))
+        assert {value.device for value in report.values()} == {META}
+    assert system.sample(text, seed=0, count=1).device == META
 
 
 def test_a_run_is_not_resumed_with_other_options(tmp_path, data, learn):
-    learn(LadaGAN, 1, "--out", tmp_path / "run", "--seed", 1, "--data", data["folder"])
-    status, _, error = learn(LadaGAN, 2, "--out", tmp_path / "run", "--data", data["folder"])
-    assert status == 2 and "--seed 1" in error and error.count("\n") == 0
+    options = "--out", tmp_path / "run", "--data", data["folder"]
+    learn(LadaGAN, 1, "--seed", 1, *options)
+    assert_one_line(learn(LadaGAN, 2, *options), "--seed 1")
 
 
-@pytest.mark.parametrize(("path", "says"), [(DEMO, "nothing of this command, not Muse"), (__file__, "is damaged")])
-def test_a_foreign_file_is_one_line(run_main, tmp_path, path, says):
-    draw = ("sample", "red heart", "--checkpoint", path, "--out", tmp_path / "picture.png")
-    status, _, error = run_main(lambda: shared.main(Muse), *draw)
-    assert status == 2 and says in error and error.count("\n") == 0
+@pytest.mark.parametrize(
+    ("path", "message"), [(DEMO, "is of another command, not of Muse"), (__file__, "is damaged")], ids=["demo", "text"]
+)
+def test_a_foreign_file_is_one_line(draw, path, message):
+    assert_one_line(draw(Muse, path), message)
 
 
-def test_prompts_and_generators_that_cannot_be_drawn_are_one_line(tmp_path, run_main):
-    """No words; weights that are NaN; another small CLIP than it learned with; a file of an earlier version."""
+def test_prompts_and_generators_that_cannot_be_drawn_are_one_line(tmp_path, draw):
+    """An empty prompt; weights that are NaN; another small CLIP than it learned with; a file of an earlier version."""
     clip, path = tmp_path / "clip.safetensors", tmp_path / "generator.safetensors"
     shutil.copyfile(BUILT_IN["emoji"], clip)
     system = LadaGAN(load_clip(str(clip)), 32, torch.device("cpu"))
-    next(system.networks["ema"].parameters()).fill_(torch.nan)
+    next(system.networks.ema.parameters()).fill_(torch.nan)
     generator_file.save_generator(path, *shared.generator_file(system, {"clip": str(clip)}))
-
-    def draw(prompt):
-        options = ("--num", 1, "--checkpoint", path, "--out", tmp_path / "a.png")
-        return run_main(lambda: shared.main(LadaGAN), "sample", prompt, *options)
-
-    told = [draw(" "), draw("red heart " * 50)]
-    assert "too long" in told[-1][1]
+    assert_one_line(draw(LadaGAN, path, prompt=" "), "is empty")
+    result = draw(LadaGAN, path, prompt="red heart " * 50)
+    assert "too long" in result[1]
+    assert_one_line(result, "not finite")
     shutil.copyfile(BUILT_IN["judge"], clip)
-    told.append(draw("red heart"))
+    assert_one_line(draw(LadaGAN, path), "learned with")
     metadata, tensors = generator_file.read_safetensors(path)
     save_file(tensors, path, {name: text for name, text in metadata.items() if name != "clip"})
-    told.append(draw("red heart"))
-    for (status, _, error), says in zip(
-        told, ("is empty", "not finite", "learned with", "earlier version"), strict=True
-    ):
-        assert status == 2 and says in error and error.count("\n") == 0, error
+    assert_one_line(draw(LadaGAN, path), "earlier version")
     system.clip.name = "another"
     with pytest.raises(ValueError, match="it learned with small CLIP"):
         shared.restore(system, {"clip": metadata["clip"]})
 
 
 def test_ranks_stay_equal(tmp_path):
-    """Muse's, as its codebook moves codes to pictures that one rank sees."""
+    """Of Muse, whose codebook moves codes to vectors of images that only one rank has."""
     done = torchrun(2, "tests/baselines/equal_ranks.py", tmp_path, figures.folder())
-    assert done.returncode == 0, done.stderr
-    assert "2 ranks with 4 equal networks" in done.stdout
+    assert done.returncode == 0 and "step 4: 2 ranks with equal networks" in done.stdout, done.stderr
 
 
 def test_the_command_runs_as_a_script():
