@@ -1,8 +1,8 @@
 """Trains Aurora: `python train.py` on a laptop, `torchrun train.py` on one GPU or on 64.
 
-One step: a batch of captioned images; the discriminator learns to tell them from samples and right captions from wrong
-ones; the generator learns against it and towards CLIP; the moving average follows. The resolution grows when the
-generator's FID comes near that between two sets of real images, stops falling, or has had its images.
+In a step, the discriminator learns to tell images from samples and right captions from wrong ones, then the generator
+learns against it and towards CLIP, and the moving average follows. The resolution grows when the generator's FID comes
+near the FID between two sets of real images, when it stops falling, or after a number of images.
 """
 
 import argparse
@@ -55,29 +55,38 @@ def parse_args(argv=None):
     add("--batch", type=positive_int, help="global batch, over all ranks (default: the preset's)")
     add("--accumulate", type=auto_or_positive, default="auto", help="micro-batches of each batch; auto: as a GPU needs")
     add("--seed", type=natural_number, default=0, help="of weights, data and noise")
-    add("--resume", default="auto", help="auto: the run in --out; moved: its data lie elsewhere; no; or a checkpoint")
-    add("--clip", help="train (a small one, on these pairs), emoji, a small one's file, or MODEL:WEIGHTS of "
-        "open_clip (default: the preset's; a small preset on other data: train)")  # fmt: skip
-    add("--set", nargs="+", default=[], metavar="FIELD=VALUE", help="other values of the recipe: lr_generator=1e-3 …")
+    add(
+        "--resume",
+        default="auto",
+        help="auto: the run in --out; moved: the same, its files were moved; no; or a checkpoint",
+    )
+    add("--clip", help="train (a small CLIP on --data), emoji, a small CLIP's file, or MODEL:WEIGHTS of "
+        "open_clip (default: the preset's; for a small preset on other data: train)")  # fmt: skip
+    add("--set", nargs="+", default=[], metavar="FIELD=VALUE", help="change the recipe: lr_generator=1e-3 …")
     add("--init", type=a_path, help="start a new run from these weights: a generator_ema.safetensors, or a checkpoint")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    add("--dtype", choices=("auto", *DTYPES), default="auto", help="auto: bf16 where the device is fast at it")
+    add("--dtype", choices=("auto", *DTYPES), default="auto", help="auto: bf16 if the device is fast at it")
     add("--save-every", type=positive_int, default=250, help="steps between checkpoints")
-    add("--save-minutes", type=positive_int, default=15, help="minutes between checkpoints, where steps are slow")
-    add("--keep", type=positive_int, default=3, help="checkpoints to keep, the last ones")
+    add("--save-minutes", type=positive_int, default=15, help="minutes between checkpoints, if steps are slow")
+    add("--keep", type=positive_int, default=3, help="number of checkpoints to keep")
     add("--sample-every", type=positive_int, default=50, help="steps between sample grids")
-    add("--workers", type=natural_number, default=1, help="processes that load data, for each rank; 0: the rank itself")
-    add("--tensorboard", action="store_true", help="also write what `tensorboard --logdir OUT` shows")
-    add("--plan", action="store_true", help="no training: what it would take, computed for GPUs, see training/plan.py")
-    add("--gpus", type=positive_int, help="of --plan, beside 1, 8 and 64")
-    add("--hardware", choices=HARDWARE, default="a100", help="of --plan")
+    add(
+        "--workers",
+        type=natural_number,
+        default=1,
+        help="processes that load data, for each rank; 0: the rank itself loads",
+    )
+    add("--tensorboard", action="store_true", help="also write files for `tensorboard --logdir OUT`")
+    add("--plan", action="store_true", help="do not train; compute what training takes on GPUs, see training/plan.py")
+    add("--gpus", type=positive_int, help="for --plan, in addition to 1, 8 and 64")
+    add("--hardware", choices=HARDWARE, default="a100", help="for --plan")
     args = parser.parse_args(argv)
     args.out = args.out or Path("runs") / args.preset
     return args
 
 
 class Run(NamedTuple):
-    """What a run is made of. `train` has the order of things; none of these knows it."""
+    """The parts of a run, which `train` calls in order."""
 
     args: argparse.Namespace
     learner: Learner
@@ -87,7 +96,7 @@ class Run(NamedTuple):
 
 
 def build(args, device):
-    """A run as it starts, or as its last checkpoint left it → Run. Raises UserError; Stopped while a CLIP learns."""
+    """Builds a new run, or one from its last checkpoint → Run. Raises UserError; Stopped while a small CLIP learns."""
     with distributed.together():
         preset = preset_of(args)
         recipe, clip = preset.recipe, args.clip or clip_for(args.data, preset)
@@ -122,7 +131,7 @@ def build(args, device):
                 for name, (then, now) in learner.load_state_dict(state).items():
                     say(f"note: the learning rate of {name} was {then:g}; now it is the recipe's, {now:g}")
         if args.init and state:
-            say(f"note: --init {args.init} is not used, as the run in {args.out} goes on")
+            say(f"note: --init {args.init} is not used, because the run in {args.out} is resumed")
         elif args.init:
             start_from(args, learner)
     learner.learn_at(growth.active)
@@ -147,7 +156,7 @@ def start_from(args, learner):
 
 
 def train(run):
-    """Goes on to the last step. Raises UserError, and Stopped where the run was asked to stop before it."""
+    """Trains to the last step. Raises UserError, and Stopped if the run is asked to stop earlier."""
     args, learner, growth, source, loop = run
     recipe, batch, folder = learner.recipe, learner.batch, loop.folder
     for line in source.describe():
@@ -164,7 +173,7 @@ def train(run):
         report = loop.count(report, batches) | {"resolution": growth.active[-1]}
         growth.phase.images += batch
         is_due = (number + 1) % max(1, recipe.fid_every // batch) == 0
-        if is_due and not loop.rejected_in_a_row:  # NaN has no FID, and the guard is about to stop the run
+        if is_due and not loop.rejected_in_a_row:  # NaN has no FID, and the guard may soon end the run
             report |= growth.evaluate(learner.ema)
             report |= overfitting(learner, pairs, args.seed)
         if reason := growth.reason_to_grow():
@@ -184,7 +193,7 @@ def train(run):
 
 @torch.no_grad()
 def draw_samples(learner, growth):
-    """A grid of fixed prompts and fixed z, by the moving average; and {router: the experts' shares of the points}."""
+    """The moving average's grid for fixed prompts and fixed z; and {router: the experts' shares of the points}."""
     captions, given = growth.captions[:NUM_PICTURES], [x[:NUM_PICTURES].to(learner.device) for x in growth.given]
     text = learner.clip.read(captions)
     z = torch.randn(len(captions), learner.ema.config.z_dim, generator=torch.Generator().manual_seed(1))

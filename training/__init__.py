@@ -1,5 +1,4 @@
-"""What a run needs around Aurora's step (`step.py`) and its growth (`growth.py`), which stand at the root: the tools of
-its loop, with the guard (`loop.py`), and its folder (`run_folder.py`). `cuda_graph.py` launches a step as one where a
-GPU would wait for the host, `plan.py` computes what a run would take, and `small_clip.py` trains a CLIP where no
-weights are at hand.
+"""What a run needs in addition to Aurora's step (`step.py`) and growth (`growth.py`): its loop (`loop.py`), its folder
+(`run_folder.py`), and CUDA graphs of small steps (`cuda_graph.py`). `plan.py` computes what a run would take, and
+`small_clip.py` trains a CLIP if no CLIP's weights can be downloaded.
 """

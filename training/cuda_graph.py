@@ -1,19 +1,18 @@
-"""CUDA graphs: a small network's step is thousands of small kernels, and to launch them one by one takes longer than to
-run them. A graph launches all of them at once.
+"""CUDA graphs: a step of a small network is thousands of small kernels, and launching them takes longer than running
+them. A graph launches all of them at once.
 """
 
 import torch
 from torch.utils import _pytree as pytree
 
-WARM_UP = 3  # calls of each variant before one is recorded: libraries choose their algorithms, Adam makes its averages
+WARM_UP = 3  # calls of each variant before recording: libraries choose algorithms, Adam makes its averages
 
 
 class Graphed:
-    """function(tensors, variant), recorded once for each variant and played back from then on.
+    """Records function(tensors, variant) once for each variant, and replays it from then on.
 
-    function: of tensors in any nest of dicts, lists and tuples, always of the same shapes, and of a plain value out of
-    `variants`, which says what is done with them. It must not wait for the device. Its result is overwritten by the
-    next call.
+    tensors: nested dicts, lists and tuples of tensors whose shapes never change. variant: one of the plain values in
+    `variants`. The function must not wait for the device. The next call overwrites its result.
     """
 
     def __init__(self, function, variants):
@@ -23,7 +22,7 @@ class Graphed:
 
     def __call__(self, tensors, variant):
         self.calls[variant] += 1
-        if min(self.calls.values()) <= WARM_UP:  # a graph keeps its memory, and another variant must warm up beside it
+        if min(self.calls.values()) <= WARM_UP:  # a graph keeps its memory, so other variants warm up first
             return self.on_a_side_stream(tensors, variant)
         if variant not in self.recorded:
             self.recorded[variant] = self.record(tensors, variant)
@@ -33,8 +32,8 @@ class Graphed:
         return result
 
     def on_a_side_stream(self, tensors, variant):
-        """The stream of the recording: a backward pass runs where its forward pass ran, and the default stream cannot
-        be recorded.
+        """Calls the function on the stream of the recording. A backward pass runs on the stream of its forward pass,
+        and the default stream cannot be recorded.
         """
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
@@ -43,7 +42,7 @@ class Graphed:
         return result
 
     def record(self, tensors, variant):
-        """→ the graph, the tensors that it reads, and what it returns. Nothing is computed yet."""
+        """→ the graph, the tensors that it reads, and its result. Nothing is computed yet."""
         inputs = pytree.tree_map(torch.clone, tensors)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):

@@ -1,6 +1,6 @@
-"""What a run's steps need: batches, means over ranks, the guard, the log, and when to draw, save and end.
+"""What surrounds each step of a run: batches, means over ranks, the guard, the log, and when to draw, save and end.
 
-train.py and baselines/shared.py have the order of things. Nothing here knows a network, but for `overfitting`.
+train.py and baselines/shared.py call these in order. Only `overfitting` knows a network.
 """
 
 import contextlib
@@ -23,25 +23,28 @@ from data.pairs import CAUSES
 from layers import pyramid
 from upsampler import draw_input_noise, given_images
 
-MOST_REJECTED = 20  # A run is stopped after so many updates in a row without finite gradients; a step has two updates.
-LASTING = 500  # A symptom that lasts for so many steps is reported.
+MOST_REJECTED = (
+    20  # A run ends after this number of updates in a row with non-finite gradients; a step has two updates.
+)
+LASTING = 500  # A symptom is reported after this number of steps in a row.
 WATCHED = 128  # images of each kind that overfitting is measured with, shared by the ranks
-AT_ONCE = 16  # of these
+AT_ONCE = 16  # of these images
 
 
 @dataclass
 class Progress:
-    """Where a run stands; part of its checkpoint. Noise, data and captions depend on seed and step number alone, so
-    there is no state of a random number generator to keep."""
+    """The progress of a run; part of its checkpoint. It has no state of a random number generator: noise, data and
+    captions depend on the seed and the step's number alone.
+    """
 
     step: int = 0
-    skipped: Counter = field(default_factory=Counter)  # pairs of the data that were passed over, by cause
-    rejected: int = 0  # updates that were left out because a gradient was not finite
+    skipped: Counter = field(default_factory=Counter)  # pairs of the data that could not be used, by cause
+    rejected: int = 0  # updates that were skipped because a gradient was not finite
     seconds: float = 0.0  # spent on steps and evaluations
 
 
 class Loop:
-    """Takes a run through its steps until the last, or until its minutes are over, whichever is first:
+    """The loop of a run, until its last step or until its minutes are over:
 
         for number, batches in loop.steps(source):
             report = loop.count(learn(number, batches), batches)
@@ -49,19 +52,19 @@ class Loop:
             if loop.draws: …
             if loop.saves: …
 
-    folder: a RunFolder. options: the arguments of train.py that say how often to save and draw. batch: images of a
-    step, over all ranks and micro-batches.
+    folder: a RunFolder. options: train.py's arguments; those about workers, saving and drawing are used. batch: images
+    of a step, over all ranks and micro-batches.
     """
 
     def __init__(self, folder, options, batch, micro_batches=1, last_step=math.inf, minutes=math.inf):
         self.folder, self.options, self.batch, self.micro_batches = folder, options, batch, micro_batches
         self.last_step, self.minutes = last_step, minutes
         self.progress, self.rejected_in_a_row = Progress(), 0
-        self.lasting, self.told = Counter(), set()  # symptoms, and for how many steps now; those that were reported
+        self.lasting, self.reported = Counter(), set()  # symptoms: the number of steps in a row; those reported
         self.ends = False  # whether this step is the last, on all ranks
 
     def steps(self, source):
-        """Yields the number of a step and this rank's batches of it, one for each micro-batch."""
+        """Yields each step's number and this rank's batches, one for each micro-batch."""
         p = self.progress
         first, size = p.step * self.micro_batches, self.batch // self.micro_batches
         loader = sources.loader(source, first, size, self.options.workers)
@@ -78,17 +81,17 @@ class Loop:
                 yield p.step, batches
 
     def next_batches(self, loader):
-        """None on all ranks if one was asked to stop while it waited for its own."""
+        """None on all ranks if one of them was asked to stop while it waited for data."""
         batches = None
         with distributed.together(), contextlib.suppress(stopping.Stopped):
             batches = [next(loader) for _ in range(self.micro_batches)]
         return None if any(distributed.collect(batches is None)) else batches
 
     def count(self, scalars, batches):
-        """A step was made → its report, {name: number}, the same on every rank: the means of its scalars.
+        """Counts a step → its report, {name: number}: the means of its scalars over ranks.
 
-        `rejected` of the scalars counts updates that were left out as not finite. Raises UserError after MOST_REJECTED
-        of them in a row. Skipped pairs are summed; where one rank is to stop, all do.
+        The scalar `rejected` is the number of updates that were skipped as not finite; after MOST_REJECTED in a row
+        this raises UserError. If one rank was asked to stop, all ranks stop.
         """
         p, skipped = self.progress, sum((batch.skipped for batch in batches), Counter())
         mine = [*(skipped[cause] for cause in CAUSES), stopping.asked() or self.out_of_time]
@@ -100,23 +103,23 @@ class Loop:
         for cause in CAUSES:
             p.skipped[cause] += round(distributed.world_size() * report.pop(cause))
         if rejected := round(report.pop("rejected", 0)):
-            say(f"step {p.step}: {rejected} update(s) left out, as a gradient was not finite")
+            say(f"step {p.step}: {rejected} update(s) skipped, because a gradient was not finite")
         p.rejected += rejected
         self.rejected_in_a_row = self.rejected_in_a_row + rejected if rejected else 0
         if self.rejected_in_a_row >= MOST_REJECTED:
             with distributed.together():
                 raise UserError(
                     f"{self.rejected_in_a_row} updates in a row had gradients that are not finite. The same command "
-                    f"goes on from the last good checkpoint: {self.folder.last_good or 'none'}. If this comes again, "
+                    f"goes on from the last good checkpoint: {self.folder.last_good or 'none'}. If this happens again, "
                     "lower the learning rates: --set lr_generator=… lr_discriminator=…"
                 )
         return report
 
     def log(self, report):
-        """Writes a line of the log, and moves the progress bar, which shows what is called `*_loss`."""
+        """Writes a line of the log, and moves the progress bar, which shows the values named `*_loss`."""
         p, seconds = self.progress, time.perf_counter() - self.started
         p.seconds += seconds
-        cpu_seconds = time.process_time() - self.cpu_started  # what counts on a machine that others use too
+        cpu_seconds = time.process_time() - self.cpu_started  # the cost on a shared machine
         row = {"step": p.step, "images": p.step * self.batch, **report}
         row |= {"skipped": p.skipped.total(), "rejected": p.rejected}
         self.folder.log(row | {"seconds": round(seconds, 4), "cpu_seconds": round(cpu_seconds, 4)})
@@ -127,23 +130,23 @@ class Loop:
         self.warn(report)
 
     def warn(self, report):
-        """Says, once, what has gone wrong for LASTING steps in a row; overfitting is measured too rarely for that."""
+        """Reports a symptom once, after LASTING steps in a row; overfitting at once, as it is measured rarely."""
         self.lasting = Counter({symptom: self.lasting[symptom] + 1 for symptom in symptoms(report)})
         for symptom, steps in self.lasting.items():
             enough = 1 if "overfitting" in symptom else LASTING
-            if steps == enough and symptom not in self.told:
+            if steps == enough and symptom not in self.reported:
                 say(f"warning, for {steps} step(s) now: {symptom}")
-                self.told.add(symptom)
+                self.reported.add(symptom)
 
     @property
     def draws(self):
-        """Whether a picture of samples is due; the last step has one. Of NaN there is none."""
+        """Whether a picture of samples is due; the last step has one. A step with NaN has none."""
         due = self.progress.step % self.options.sample_every == 0 or self.ends
         return due and not self.rejected_in_a_row and distributed.is_main()
 
     @property
     def saves(self):
-        """Whether a checkpoint is due. That of the last step comes after the loop."""
+        """Whether a checkpoint is due. The last step's is written after the loop."""
         waited = time.monotonic() - self.saved_at > 60 * self.options.save_minutes
         return not self.ends and (self.progress.step % self.options.save_every == 0 or waited)
 
@@ -155,7 +158,7 @@ class Loop:
     # Saving and resuming.
 
     def notes(self, device):
-        """What a generator file says about its run."""
+        """What a generator's file says about its run, {name: value}."""
         return {
             "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
             **self.folder.identity,
@@ -167,15 +170,15 @@ class Loop:
         }
 
     def save(self, state, generator):
-        """Writes a checkpoint: state, what the networks need to go on, and generator, what makes its file."""
+        """Writes a checkpoint. state: of the networks. generator: what is in the generator's file."""
         progress = vars(self.progress) | {"skipped": dict(self.progress.skipped)}
         self.folder.save(self.progress.step, {"progress": progress, **state}, generator, self.options.keep)
         self.saved_at = time.monotonic()
 
     @contextlib.contextmanager
     def resuming(self, state):
-        """Goes on where a checkpoint was written. In this context the networks do so too; a UserError says if they do
-        not fit.
+        """Restores the progress from a checkpoint. In this context the networks are restored too; if they do not fit,
+        it raises UserError.
         """
         try:
             self.progress = Progress(**state["progress"] | {"skipped": Counter(state["progress"]["skipped"])})
@@ -185,23 +188,23 @@ class Loop:
         say(f"Resuming from step {self.progress.step}.")
 
     def check_saved(self):
-        """Raises UserError where this step is not on the disk."""
+        """Raises UserError if this step is not on the disk."""
         step, folder = self.progress.step, self.folder
         folder.wait()
         with distributed.together():
             if distributed.is_main() and folder.saved_step != step:
                 raise UserError(
-                    f"step {step} is not saved; the last good checkpoint: {folder.last_good or 'none'}. Mend what was "
-                    "told above, and give the same command again"
+                    f"step {step} is not saved; the last good checkpoint: {folder.last_good or 'none'}. Correct what "
+                    "is reported above, and give the same command again"
                 )
 
     def conclude(self):
-        """Says how the run ended. Raises Stopped where it was asked to, before its end."""
+        """Prints how the run ended. Raises Stopped if a signal ended it."""
         p = self.progress
         if p.skipped.total() or p.rejected:
             causes = ", ".join(f"{count} {cause}" for cause, count in p.skipped.most_common() if count)
-            say(f"Of the data was skipped, counted at every reading: {causes or 'nothing'}.")
-            say(f"{p.rejected} updates were left out as not finite.")
+            say(f"Skipped data, counted at every reading: {causes or 'none'}.")
+            say(f"{p.rejected} updates were skipped, because a gradient was not finite.")
         self.check_saved()
         if self.out_of_time:
             ended = f"Its {self.minutes} minutes are over; give more by --minutes to go on."
@@ -221,27 +224,27 @@ class Loop:
 
 
 def symptoms(report):
-    """What a step's report shows to be wrong, in words."""
+    """Yields what is wrong according to a step's report, in words."""
     difference = report.get("logits_real", 1) - report.get("logits_fake", 0)
     if report.get("expert_min_share", 1) < 0.01:
-        yield "an expert gets next to no points (expert_min_share is below 1 %)"
+        yield "an expert gets almost no points (expert_min_share is below 1 %)"
     if difference > 10:
         yield (
             "the discriminator is certain of every image (logits_real and logits_fake are more than 10 apart), so the "
             "generator has little to learn from; a higher r1_gamma or a lower lr_discriminator may help"
         )
     if abs(difference) < 1e-4:
-        yield "the discriminator tells nothing apart any more (logits_real and logits_fake are the same)"
+        yield "the discriminator no longer tells real from generated (logits_real and logits_fake are the same)"
     if report.get("overfitting", 0) > 0.5:
         yield (
-            "the discriminator knows its training images by heart (overfitting is above 0.5): it takes held-out ones "
-            "for generated ones. More images help, or the recipe's `augment`"
+            "the discriminator has memorized its training images (overfitting is above 0.5): to it, held-out images "
+            "look generated. More images help, or the recipe's `augment`"
         )
 
 
 def watched_pairs(source, clip):
-    """Images to measure overfitting with, [B, 3, R, R] each with its clip.Text: first those that training sees, then
-    held-out ones; None if none is held out.
+    """Pairs to measure overfitting with → a list of (images [B, 3, R, R], clip.Text): first pairs of training, then
+    held-out ones. None if the source holds none out.
     """
     pairs = []
     for held_out in (False, True):
@@ -254,11 +257,11 @@ def watched_pairs(source, clip):
 
 @torch.no_grad()
 def overfitting(learner, pairs, seed):
-    """Whether the discriminator learns images by heart → {"logits_seen", "logits_held_out", "logits_generated",
-    "overfitting"}; nothing without pairs to ask about, see watched_pairs.
+    """Measures whether the discriminator memorizes images → {"logits_seen", "logits_held_out", "logits_generated",
+    "overfitting"}; {} without pairs. pairs: of watched_pairs.
 
-    overfitting is r_v of StyleGAN2-ADA (section 3) = (D(seen) − D(held out)) / (D(seen) − D(generated)), by the last
-    prediction for the highest image: 0 if held-out images look like those it learns from, 1 if like generated ones.
+    overfitting is r_v of StyleGAN2-ADA (section 3) = (D(seen) − D(held out)) / (D(seen) − D(generated)), from the last
+    prediction for the highest image: 0 if held-out images look like those of training, 1 if like generated ones.
     """
     if not pairs:
         return {}
@@ -267,25 +270,25 @@ def overfitting(learner, pairs, seed):
     z = torch.randn(len(held_out[0]), config.z_dim, generator=noise)
     small = draw_input_noise(config, len(held_out[0]), noise)
 
-    def mean_logit(images, text, generated):
-        """Every rank takes a share of the images."""
+    def mean_logit(images, text, generated=False):
+        """Each rank scores its share of the images, AT_ONCE at a time. generated: replace them by generated ones."""
         mine = torch.arange(distributed.rank(), len(images), distributed.world_size())
         total = images.new_zeros(2)
-        for some in mine.split(AT_ONCE) if len(mine) else ():
-            which = some.to(images.device)
-            shown, captions = images[which], Text(*(x[which] for x in text))
+        for index in mine.split(AT_ONCE) if len(mine) else ():
+            on_device = index.to(images.device)
+            shown, captions = images[on_device], Text(*(x[on_device] for x in text))
             if generated:
-                given = given_images(config, shown, small[some])
+                given = given_images(config, shown, small[index])
                 with learner.autocast():
-                    shown = learner.ema(*given, z[some].to(shown.device), *captions[:2], learner.active[-1]).pyramid
+                    shown = learner.ema(*given, z[index].to(shown.device), *captions[:2], learner.active[-1]).pyramid
             else:
                 shown = pyramid(shown, learner.active)
             logits = learner.score(shown, captions)
-            total += torch.stack([logits.sum(), logits.new_full((), len(some))])
+            total += torch.stack([logits.sum(), logits.new_full((), len(index))])
         total, count = distributed.mean(total)
         return total / count
 
-    real, new, fake = mean_logit(*seen, False), mean_logit(*held_out, False), mean_logit(*held_out, True)
+    real, new, fake = mean_logit(*seen), mean_logit(*held_out), mean_logit(*held_out, generated=True)
     ratio = (real - new) / (real - fake).clamp(min=1e-6)
     values = {"logits_seen": real, "logits_held_out": new, "logits_generated": fake, "overfitting": ratio}
     return {name: value.item() for name, value in values.items()}

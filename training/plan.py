@@ -1,10 +1,10 @@
-"""What a run would take, computed without running it: memory, FLOP, bytes, and so its time.
+"""Computes what a run would take, without running it: memory, FLOP, bytes and time.
 
     python train.py --plan --preset aurora-64 --gpus 64
 
-Steps are gone through with tensors that have shapes and no content. What they allocate, multiply and move is counted;
-tests hold that against formulas and real steps. Seconds are those counts at the peak rates of a GPU, divided by the
-share of them that is reached.
+Runs steps on tensors that have shapes and no content, and counts what the steps allocate, multiply and move. Tests
+compare the counts with formulas and with real steps. The time is the counts divided by the rates that a GPU reaches, a
+share of its peak rates.
 """
 
 import contextlib
@@ -36,17 +36,16 @@ from step import Learner, MicroBatch
 from upsampler import crop, draw_input_noise, given_images
 from weights.perceptual import perceptual_network
 
-# Measured: steps of aurora-64 on an H200, in micro-batches of 16 and before attention was fused, took 1.38 s on
-# average. They multiplied 76 TFLOP in bfloat16 and 8.5 in float32, and moved 1.7 TB; at the peak rates that is this
-# share of it.
+# Measured on an H200, with micro-batches of 16 and before attention was fused: a mean step of aurora-64 took 1.38 s. It
+# multiplied 76 TFLOP in bfloat16 and 8.5 TFLOP in float32, and moved 1.7 TB, at this share of the peak rates.
 SHARE_OF_PEAK = 0.40
-RESERVED = 10e9  # assumed: bytes to leave for CUDA's context, NCCL's buffers and fragmentation
-REHEARSED = 2, 4  # images of rehearsed steps; other numbers are on a line through them
+RESERVED = 10e9  # assumed: bytes for CUDA's context, NCCL's buffers and fragmentation
+REHEARSED = 2, 4  # images of the counted steps; the counts of other numbers are on a line through these two
 
 
 class Hardware(NamedTuple):
-    """A GPU by its maker's data sheet: FLOP a second, bytes of memory, and bytes a second to and from it. Float32 is
-    without TF32, as train.py asks for.
+    """A GPU's data sheet: FLOP a second in each dtype, bytes a second to and from memory, and bytes of memory. Float32
+    is without TF32, as in train.py.
     """
 
     name: str
@@ -56,7 +55,7 @@ class Hardware(NamedTuple):
     memory: float
 
     def seconds(self, work):
-        """The time of products and traffic, one after the other."""
+        """The time of a step's products and traffic, one after the other."""
         products = work["bfloat16"] / self.bfloat16 + work["float32"] / self.float32
         return (products + work["moved"] / self.bandwidth) / SHARE_OF_PEAK
 
@@ -74,9 +73,9 @@ aten = torch.ops.aten
 
 
 def convolution_backward(upstream, x, weight, *_, out_val, **__):
-    """Either gradient takes the products of the forward pass; PyTorch's formula counts the groups once too often."""
-    wanted = sum(gradient is not None for gradient in out_val[:2])
-    return wanted * conv_flop_count(x.shape, weight.shape, upstream.shape)
+    """Each of the two gradients takes as much as the forward pass. PyTorch's formula is wrong for groups."""
+    gradients = sum(gradient is not None for gradient in out_val[:2])
+    return gradients * conv_flop_count(x.shape, weight.shape, upstream.shape)
 
 
 FORMULAS = flop_registry | {
@@ -89,9 +88,9 @@ FORMULAS = flop_registry | {
 
 
 class FlopCounter(TorchDispatchMode):
-    """Adds up PyTorch's formulas, one corrected and two added, by the dtype of what is multiplied.
+    """Counts FLOP with PyTorch's formulas, one corrected and two added, for each dtype of the factors.
 
-    PyTorch's FlopCounterMode also says which module, and cannot follow R1 for that.
+    PyTorch's FlopCounterMode also counts for each module, and therefore fails in R1.
     """
 
     def __init__(self):
@@ -111,10 +110,10 @@ class FlopCounter(TorchDispatchMode):
 
 
 class Meter(FlopCounter):
-    """Of a step with empty tensors: FLOP, the bytes alive and the most there were, and those that operators read and
-    write.
+    """Counts FLOP, allocated bytes and their peak, and the bytes that operators read and write, for empty tensors.
 
-    Which expert takes a point depends on its content. The points are spread evenly, as the balance loss wants them.
+    A point's expert depends on its content. Here each expert gets the same number of points, as with a perfect balance
+    loss.
     """
 
     def __init__(self):
@@ -124,7 +123,7 @@ class Meter(FlopCounter):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is aten.bincount.default:
-            points, experts = args[0].numel(), [*args, *(kwargs or {}).values()][-1]  # minlength is last
+            points, experts = args[0].numel(), [*args, *(kwargs or {}).values()][-1]  # the last argument is minlength
             with unset_fake_temporarily():
                 ends = torch.arange(experts + 1) * points // experts
                 return ends.diff()
@@ -144,7 +143,7 @@ class Meter(FlopCounter):
         self.alive -= size
 
     def measure(self, call):
-        """→ {"memory", "moved", "bfloat16", "float32"}, counted while it is called."""
+        """Calls the function → {"memory": the peak in bytes, "moved": in bytes, "bfloat16" and "float32": FLOP}."""
         self.by_dtype.clear()
         self.peak = self.moved = 0
         call()
@@ -153,17 +152,17 @@ class Meter(FlopCounter):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# A rehearsal.
+# Costs of a step.
 
 
 class Rehearsal:
-    """What one rank takes at the highest resolution. parameters: numbers; kept: the bytes kept from step to step.
+    """The costs of one rank at the highest resolution. parameters: numbers; kept: bytes that stay from step to step.
 
-    counts: of few and of more images, {kind: what Meter.measure counts}. step: all but R1, captions included; r1: R1
-    alone, which comes first; drawing: the generator's forward pass alone, which micro-batches take once more;
-    evaluation: the moving average, as CLIP sees it.
+    counts: for each number of REHEARSED images, {kind: what Meter.measure counts}. The kinds: "step", all except R1;
+    "r1", which comes first; "drawing", the generator's forward pass, which micro-batches repeat; "evaluation", the
+    moving average's images and their CLIP features.
 
-    preset: a presets.Preset. In bfloat16 attention is counted as a GPU computes it, else as this CPU.
+    preset: a presets.Preset. In bfloat16 attention costs what it costs on a GPU, otherwise what it costs on this CPU.
     """
 
     def __init__(self, preset, clip_model, dtype=torch.bfloat16):
@@ -173,33 +172,35 @@ class Rehearsal:
             perceptual = perceptual_network(preset.recipe, with_weights=False)
             learner = Learner(preset, clip, torch.device("cpu"), dtype, 1, perceptual)
             self.parameters, self.kept = parameters_and_memory(learner)
-            learner.step(1, [empty_batch(learner, 2)])  # makes gradients, and Adam's averages
+            learner.step(1, [empty_batch(learner, 2)])  # makes the gradients and Adam's averages
             self.counts = [count(learner, meter, images) for images in REHEARSED]
 
     def of(self, kind, images):
-        """What is counted of any number of images, on a line through those of REHEARSED ones."""
-        few, more = (counts[kind] for counts in self.counts)
+        """The counts for any number of images."""
+        few, many = (counts[kind] for counts in self.counts)
         share = (images - REHEARSED[0]) / (REHEARSED[1] - REHEARSED[0])
-        return {name: (1 - share) * few[name] + share * more[name] for name in more}
-
-    def fitting(self, kind, available):
-        """How many images fit into so many bytes."""
-        none, one = (self.of(kind, images)["memory"] for images in (0, 1))
-        return (available - RESERVED - none) / (one - none)
+        return {name: (1 - share) * few[name] + share * many[name] for name in many}
 
     def memory(self, images, r1_images):
         """The bytes at the peak."""
         sizes = {"step": images, "r1": r1_images, "evaluation": DRAWN}
         return max(self.of(kind, size)["memory"] for kind, size in sizes.items())
 
-    def divide(self, share, available):
-        """A rank's share of the batch → the fewest micro-batches that fit, and how many images R1 takes at a time.
+    def most_images(self, kind, total, available):
+        """The largest divisor of `total` whose images fit into the available bytes; 0 if none does."""
+        for images in range(total, 0, -1):
+            if total % images == 0 and self.of(kind, images)["memory"] <= available - RESERVED:
+                return images
+        return 0
 
-        Raises UserError where one image, or an evaluation, does not fit.
+    def divide(self, share, available):
+        """A rank's share of the batch, in images → the fewest micro-batches that fit, and the images of R1 at a time.
+
+        Raises UserError if one image, or an evaluation, does not fit.
         """
-        images = largest_divisor(share, self.fitting("step", available))
-        r1_images = largest_divisor(images, self.fitting("r1", available))
-        if not r1_images or self.fitting("evaluation", available) < DRAWN:
+        images = self.most_images("step", share, available)
+        r1_images = self.most_images("r1", images, available)
+        if not r1_images or self.of("evaluation", DRAWN)["memory"] > available - RESERVED:
             raise UserError(
                 f"it does not fit: one image takes {self.memory(1, 1) / 1e9:.0f} GB, and of {available / 1e9:.0f} GB "
                 f"{RESERVED / 1e9:.0f} are left free; take a smaller preset or larger GPUs"
@@ -207,7 +208,7 @@ class Rehearsal:
         return share // images, r1_images
 
     def work(self, share, micro_batches):
-        """What is counted of a step for a rank's share in so many micro-batches, R1 as one step of R1_INTERVAL."""
+        """The counts of a mean step for a rank's share of the batch; R1 is in one step of R1_INTERVAL."""
         work = Counter()
         for kind, times in (("step", 1), ("r1", 1 / R1_INTERVAL), ("drawing", int(micro_batches > 1))):
             for name, number in self.of(kind, share // micro_batches).items():
@@ -217,7 +218,7 @@ class Rehearsal:
 
 @contextlib.contextmanager
 def as_on_gpu(dtype):
-    """A context in which attention is fused, if in bfloat16, and CLIP's blocks are not one operator."""
+    """A context in which attention in bfloat16 is fused and CLIP's blocks are not fused."""
     fast, fused_on = torch.backends.mha.get_fastpath_enabled(), attention.FUSED_ON
     torch.backends.mha.set_fastpath_enabled(False)
     if dtype == torch.bfloat16:
@@ -230,9 +231,9 @@ def as_on_gpu(dtype):
 
 
 def count(learner, meter, images):
-    """→ what is counted of a step, R1, a drawing and an evaluation of so many images, by these names."""
+    """→ {kind: what a Meter counts}, see Rehearsal."""
     learner.r1_images = images
-    step = meter.measure(lambda: learner.step(1, [empty_batch(learner, images)]))  # reads the captions first
+    step = meter.measure(lambda: learner.step(1, [empty_batch(learner, images)]))  # includes reading the captions
     batch = empty_batch(learner, images)
     r1 = meter.measure(lambda: learner.penalize([batch], R1_INTERVAL))
     with torch.no_grad():
@@ -243,7 +244,7 @@ def count(learner, meter, images):
 
 
 def empty_batch(learner, size):
-    """What a step learns from, of so many images."""
+    """A MicroBatch of so many images, without content."""
     side, clip, config = learner.active[-1], learner.clip, learner.generator.config
     text = clip.encode_text(torch.zeros(size, clip.text.context_length, dtype=torch.long))
     images, wrong = torch.empty(size, 3, side, side), torch.zeros(size, dtype=torch.long)
@@ -255,36 +256,27 @@ def empty_batch(learner, size):
     return MicroBatch(real, text, wrong, *torch.empty(2, size, config.z_dim), torch.empty(size, 2, NUM_CHANCES), given)
 
 
-def largest_divisor(number, limit):
-    """The largest divisor of a number that is not above the limit; 0 if there is none."""
-    return max((d for d in range(1, number + 1) if number % d == 0 and d <= limit), default=0)
-
-
 def parameters_and_memory(learner):
-    """→ numbers of parameters, and the bytes kept from step to step, by what they are of."""
+    """→ {network: number of parameters}, and {what: bytes kept from step to step}. All parameters learn in float32."""
     networks = {"generator": learner.generator, "discriminator": learner.discriminator, "frozen CLIP": learner.clip}
-    parameters = {name: sum(p.numel() for p in network.parameters()) for name, network in networks.items()}
-    experts = [p for name, p in learner.generator.named_parameters() if ".experts." in name]
-    learning = sum(
-        p.numel() for n in (learner.generator, learner.discriminator) for p in n.parameters() if p.requires_grad
-    )
-    kept = {
-        "networks": 4 * (parameters["generator"] + parameters["discriminator"]),
-        "gradients": 4 * learning,
-        "Adam": 8 * learning,
-        "moving average": 4 * parameters["generator"],
-        "CLIP": sum(p.numel() * p.element_size() for p in learner.clip.parameters()),
-    }
-    return parameters | {"experts": sum(p.numel() for p in experts)}, kept
+    numbers = {name: sum(p.numel() for p in network.parameters()) for name, network in networks.items()}
+    numbers["experts"] = sum(p.numel() for name, p in learner.generator.named_parameters() if ".experts." in name)
+    learning = numbers["generator"] + numbers["discriminator"]
+    kept = {"networks": 4 * learning, "gradients": 4 * learning, "Adam": 8 * learning}
+    kept["moving average"] = 4 * numbers["generator"]
+    kept["CLIP"] = sum(p.numel() * p.element_size() for p in learner.clip.parameters())
+    return numbers, kept
 
 
 def clip_without_weights(spec):
-    """The CLIP of a preset or of --clip, by its sizes alone."""
+    """The CLIP of a preset or of --clip, with its shapes and without weights. Raises UserError."""
     if spec == "train" or BUILT_IN.get(spec, Path(spec)).is_file():
         return new_small(MiniLM())
     name = spec.partition(":")[0]
     if name not in open_clip.list_models():
-        raise UserError(f"--clip {spec}: --plan needs a model of open_clip, as ViT-L-14-quickgelu:openai, or emoji")
+        raise UserError(
+            f"--clip {spec}: --plan needs emoji or a model of open_clip, for example ViT-L-14-quickgelu:openai"
+        )
     return from_open_clip(open_clip.CLIP(**open_clip.get_model_config(name)), spec)
 
 
@@ -293,13 +285,10 @@ def clip_without_weights(spec):
 
 
 def print_plan(args, preset):
-    """args: those of train.py. Raises UserError."""
-    print("Going through steps with empty tensors; some minutes for a large preset …", flush=True)
-    clip, batch, steps = (
-        args.clip or preset.clip_model,
-        args.batch or preset.recipe.batch,
-        args.steps or preset.recipe.steps,
-    )
+    """Prints the plan. args: of train.py. Raises UserError."""
+    print("Running steps with empty tensors; this takes minutes for a large preset …", flush=True)
+    recipe, clip = preset.recipe, args.clip or preset.clip_model
+    batch, steps = args.batch or recipe.batch, args.steps or recipe.steps
     if batch % (args.gpus or 1):
         raise UserError(f"--batch {batch} cannot be shared by --gpus {args.gpus}; choose a multiple")
     hardware, rehearsal = HARDWARE[args.hardware], Rehearsal(preset, clip)
@@ -318,8 +307,7 @@ def print_plan(args, preset):
         micro_batches, r1_images = rehearsal.divide(batch // gpus, hardware.memory)
         memory = rehearsal.memory(batch // gpus // micro_batches, r1_images) / 1e9
         seconds = hardware.seconds(rehearsal.work(batch // gpus, micro_batches))
-        # An evaluation's images, of which each step pays its part.
-        evaluated = preset.recipe.fid_samples * batch / preset.recipe.fid_every / gpus
+        evaluated = recipe.fid_samples * batch / recipe.fid_every / gpus  # images a step, on average
         seconds += evaluated / DRAWN * hardware.seconds(rehearsal.of("evaluation", DRAWN))
         row = gpus, micro_batches, r1_images, memory, seconds, steps * seconds / 86400
         print("".join(f"{value:13.3g}" for value in row))
@@ -336,7 +324,7 @@ def figures(numbers, unit):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What a run on GPUs takes from the plan.
+# Micro-batches of a run.
 
 
 def auto_or_positive(text):
@@ -345,12 +333,11 @@ def auto_or_positive(text):
 
 
 def choose_micro_batches(accumulate, preset, batch, clip, device, dtype, path):
-    """→ how many micro-batches a global batch is made of, and how many images R1 takes at a time, None for all; on all
-    ranks.
+    """→ the number of micro-batches in a global batch, and of R1's images at a time (None: all); the same on all ranks.
 
-    accumulate: "auto", as few as the memory allows at the highest resolution; or a number. path: the file that keeps
-    what was found, which takes minutes. Raises UserError where that does not fit, where the ranks cannot share the
-    batch, or where a micro-batch would hold no wrong caption.
+    accumulate: a number, or "auto": the fewest that fit into a GPU's memory at the highest resolution. path: the file
+    that keeps the plan, which takes minutes. Raises UserError if they do not fit, if the ranks cannot share the batch,
+    or if a micro-batch is too small to contain a wrong caption.
     """
     ranks = distributed.world_size()
     if batch % ranks:
@@ -358,8 +345,8 @@ def choose_micro_batches(accumulate, preset, batch, clip, device, dtype, path):
     number, fewest, r1_images = 1 if accumulate == "auto" else accumulate, 1, None
     if device.type == "cuda":
         with distributed.together():
-            found = kept_division(path, preset, clip, dtype, batch // ranks, device) if distributed.is_main() else None
-        fewest, r1_images = distributed.broadcast(found)
+            plan = kept_division(path, preset, clip, dtype, batch // ranks, device) if distributed.is_main() else None
+        fewest, r1_images = distributed.broadcast(plan)
         if accumulate == "auto":
             number = fewest
             sizes = f"micro-batches of {batch // ranks // number} images a GPU, R1 of {r1_images} at a time"
@@ -376,7 +363,7 @@ def choose_micro_batches(accumulate, preset, batch, clip, device, dtype, path):
 
 
 def kept_division(path, preset, clip, dtype, share, device):
-    """Rehearsal.divide for a device, from the file `path`, or else written there."""
+    """Rehearsal.divide for a device. Reads it from the file `path`, or computes it and writes it there."""
     memory = torch.cuda.get_device_properties(device).total_memory
     asked = repr((preset, clip, dtype, share, memory, torch.__version__))
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
@@ -384,8 +371,7 @@ def kept_division(path, preset, clip, dtype, share, device):
         if kept["asked"] == asked:
             return kept["division"]
     division = Rehearsal(preset, clip, dtype).divide(share, memory)
-    with contextlib.suppress(OSError):  # which the run tells in a moment
+    with contextlib.suppress(OSError):  # the run reports it when it writes to the folder
         path.parent.mkdir(parents=True, exist_ok=True)
-        content = json.dumps({"asked": asked, "division": division})
-        write_text(path, content)
+        write_text(path, json.dumps({"asked": asked, "division": division}))
     return division

@@ -1,4 +1,4 @@
-"""The folder of a run: its checkpoints, its log, its pictures, its generator. The main rank writes it, for all."""
+"""The folder of a run: checkpoints, log, pictures and generator. The main rank writes it for all."""
 
 import functools
 import json
@@ -10,7 +10,7 @@ from pathlib import Path
 
 try:
     import fcntl
-except ImportError:  # Windows has none, so that nothing keeps a second run out there
+except ImportError:  # Windows has no fcntl; there, nothing prevents a second run in the folder
     fcntl = None
 
 import numpy as np
@@ -24,12 +24,12 @@ from common.distributed import say
 from data.sources import NAMES, SHARD_SUFFIXES
 from weights import checkpoint, generator_file
 
-MAY_MOVE = {"data": NAMES, "clip": BUILT_IN}  # options that name files, and what of them names none
+MAY_MOVE = {"data": NAMES, "clip": BUILT_IN}  # options that name files; {option: values that are no files}
 
 
 def written(what):
-    """Makes a method one that the main rank alone calls, and that a full disk does not stop: it says so, once until the
-    method succeeds again, and goes on.
+    """Decorates a method that writes: only the main rank calls it, and an OSError does not end the run. The error is
+    reported, once until the method succeeds again.
     """
 
     def decorate(method):
@@ -55,11 +55,11 @@ def written(what):
 
 
 class RunFolder:
-    """config.json, metrics.jsonl, samples/, checkpoints/ and generator_ema.safetensors; and tensorboard/, if wanted.
+    """config.json, metrics.jsonl, samples/, checkpoints/, generator_ema.safetensors and, if with_board, tensorboard/.
+    No other file is touched.
 
-    identity: {option: value} that a run keeps to its end; with other values it is not resumed. sharing: {option: value}
-    of how the work is divided, as workers; with other values it is resumed, and says so. Only files with the names
-    above are ever touched.
+    identity: the options that a run keeps to its end, {name: value}; with other values it is not resumed. sharing: the
+    options that divide the work, for example workers; with other values it is resumed, with a note.
     """
 
     def __init__(self, path, identity, with_board=False, sharing=None):
@@ -70,17 +70,17 @@ class RunFolder:
         self.last_good = None  # the newest checkpoint that is known to be whole
         self.saved_step = None
         self.log_file = self.board = self.lock_file = None
-        self.unwritten = set()  # what could not be written, and has been told
+        self.unwritten = set()  # what could not be written, and was reported
         self.writer, self.writing = ThreadPoolExecutor(1), None
 
     # ------------------------------------------------------------------------------------------------------------------
     # As a run starts.
 
     def state(self, resume):
-        """The state that a run goes on from, on every rank, or None for a new run. resume: as --resume.
+        """→ the state to resume from, on every rank; None for a new run. resume: the value of --resume.
 
-        The main rank alone holds a checkpoint against its digest. Raises UserError where the folder, the checkpoint and
-        the run do not go together.
+        Only the main rank compares a checkpoint with its digest. Raises UserError if the folder, the checkpoint and the
+        run do not fit together.
         """
         with distributed.together():
             path, state = self.find(resume) if distributed.is_main() else (None, None)
@@ -89,55 +89,55 @@ class RunFolder:
             return checkpoint.load(self.last_good, verify=False) if self.last_good and not state else state
 
     def find(self, resume):
-        """→ the path of the checkpoint to go on from, and its state; or None and None."""
+        """→ the path of the checkpoint to resume from, and its state; (None, None) for a new run."""
         try:
             for folder in (self.checkpoints, self.path / "samples"):
                 folder.mkdir(parents=True, exist_ok=True)
             self.lock()
         except OSError as error:
             raise UserError(f"--out {self.path} cannot be written: {reason(error)}") from error
-        held = checkpoint.checkpoints(self.checkpoints)
+        own = checkpoint.checkpoints(self.checkpoints)
         for name in ("config.json", "metrics.jsonl", generator_file.FILE):
-            if not held and (self.path / name).exists():  # a run's first checkpoint is there before these
-                raise UserError(f"{self.path} holds a {name}, and no checkpoint to go on from; give another --out")
+            if not own and (self.path / name).exists():  # a run writes its first checkpoint before these
+                raise UserError(f"{self.path} has a {name} and no checkpoint to resume from; give another --out")
         if resume in ("auto", "moved"):
             path, state = checkpoint.newest(self.checkpoints)
-        elif held:
-            raise UserError(f"--resume {resume}, but {self.path} holds a run of its own; give another --out")
+        elif own:
+            raise UserError(f"--resume {resume}, but {self.path} has a run of its own; give another --out")
         elif resume == "no":
             path, state = None, None
         elif not Path(resume).is_dir():
-            raise UserError(f"--resume {resume}: no such checkpoint; use auto to go on in --out, or no to start afresh")
+            raise UserError(f"--resume {resume}: no such checkpoint; use auto to resume in --out, or no to start anew")
         else:
             path, state = Path(resume), checkpoint.load(resume)
         if state:
             self.compare(path, state, MAY_MOVE if resume == "moved" else ())
-        if path in held:
+        if path in own:
             self.saved_step = state["progress"]["step"]
-            self.write_generator(path)  # a run may have been killed before it did
+            self.write_generator(path)  # the run may have been killed before it did
         return path, state
 
     def lock(self):
-        """Keeps other runs out of this folder for as long as this process lives. Raises UserError, OSError."""
+        """Keeps other runs out of this folder while this process lives. Raises UserError and OSError."""
         self.lock_file = (self.checkpoints / ".lock").open("a")
         if fcntl is None:
             return
         try:
-            # Of the process alone: data workers that outlive it by some seconds hold no such lock.
+            # The lock is of this process alone: data workers may outlive it by seconds.
             fcntl.lockf(self.lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError) as error:
             raise UserError(f"another run is writing to {self.path}; wait for it, or give another --out") from error
         except OSError:
-            say(f"note: the disk of {self.path} has no locks, so a second run there would not be noticed")
+            say(f"note: the disk of {self.path} has no locks, so a second run in it would not be noticed")
 
-    def compare(self, path, state, but=()):
-        """A checkpoint's identity must be this run's, but for some options. Raises UserError; says where the work is
-        shared otherwise.
+    def compare(self, path, state, may_differ=()):
+        """Compares a checkpoint's identity and sharing with this run's. Raises UserError for an identity that differs,
+        except in the options that may; prints a note for a sharing that differs.
         """
         then = state["identity"]
         if then.get("system") != self.identity.get("system"):
             raise UserError(f"the run in {path} is not of this command; give another --out")
-        changed = [name for name, now in self.identity.items() if then.get(name) != now and name not in but]
+        changed = [name for name, now in self.identity.items() if then.get(name) != now and name not in may_differ]
         if changed:
             options = ", ".join(f"--{name} {shlex.quote(str(then.get(name)))}" for name in changed)
             moved = "; if these files only moved, give --resume moved" if set(changed) <= MAY_MOVE.keys() else ""
@@ -146,8 +146,8 @@ class RunFolder:
         if changed := [name for name in then if name in self.sharing and then[name] != self.sharing[name]]:
             changes = ", ".join(f"{name} {self.sharing[name]} instead of {then[name]}" for name in changed)
             say(
-                f"note: the run goes on with {changes}; on these depend rounding, the order of shards and which wrong "
-                "captions are compared, so it is no longer equal, bit by bit, to one that was not stopped"
+                f"note: the run resumes with {changes}; these change rounding, the order of shards and which wrong "
+                "captions are compared, so it is no longer bit-identical to an uninterrupted run"
             )
 
     # ------------------------------------------------------------------------------------------------------------------
@@ -161,7 +161,7 @@ class RunFolder:
 
     @written("metrics.jsonl")
     def open_log(self, step):
-        """Opens the log, without the lines of steps after `step`, which are about to be made again."""
+        """Opens the log, without the lines of steps after `step`, which come again."""
         path = self.path / "metrics.jsonl"
         lines = path.read_text("utf-8", "replace").splitlines() if path.exists() else []
         kept = "".join(line + "\n" for line in lines if step_of(line) <= step)
@@ -184,7 +184,7 @@ class RunFolder:
 
     @written("a picture of samples")
     def write_picture(self, picture, loads, step):
-        """A grid of samples, and what share of their points each expert took, {router: [E]}."""
+        """Writes a grid of samples. loads: each expert's share of their points, {router: [E]}, for TensorBoard."""
         path = self.path / "samples" / f"step_{step:07d}.png"
         disk.atomically(path, lambda temporary: picture.save(temporary, "PNG"))
         if self.board:
@@ -195,10 +195,10 @@ class RunFolder:
             self.board.flush()
 
     def save(self, step, state, generator, keep):
-        """Writes a checkpoint, if this step has none, and the generator's file; the last `keep` checkpoints stay.
+        """Writes a checkpoint, unless this step has one, and the generator's file; keeps the last `keep` checkpoints.
 
-        state: all that a run needs to go on. generator: tensors and metadata, see generator_file.content.
-        A thread writes a copy, while the run goes on. A save waits for the one before.
+        state: what a run needs to resume. generator: tensors and metadata, see generator_file.content. A thread writes
+        a copy while the run goes on; the next save waits for it.
         """
         self.wait()
         if distributed.is_main() and step != self.saved_step:
@@ -206,7 +206,7 @@ class RunFolder:
             self.writing = self.writer.submit(self.write, step, *on_host((state, generator)), keep)
 
     def wait(self):
-        """Until the last checkpoint is on the disk, or it was told that it could not be written."""
+        """Waits until the last checkpoint is on the disk, or its error is reported."""
         if self.writing:
             self.writing.result()
 
@@ -218,12 +218,12 @@ class RunFolder:
 
     @written("generator_ema.safetensors")
     def write_generator(self, path):
-        """Gives the generator's file of a checkpoint its name in this folder."""
+        """Links the generator's file of a checkpoint into this folder."""
         disk.link(path / generator_file.FILE, self.generator)
 
 
 def on_host(state):
-    """A copy of nested dicts and lists, its tensors in the memory of the CPU: pinned, where they come from a GPU."""
+    """A copy of nested dicts and lists, with tensors in the CPU's memory; pinned memory if they come from a GPU."""
     copy = tree_map_only(torch.Tensor, host_copy, state)
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
@@ -237,7 +237,7 @@ def host_copy(x):
 
 
 def step_of(line):
-    """The step of a line of metrics.jsonl; 0 for one that a run did not write, infinity for one that was cut off."""
+    """The step of a line of metrics.jsonl; 0 if no run wrote the line, infinity if it was cut off."""
     try:
         step = json.loads(line)["step"]
         return step if isinstance(step, int) else 0
@@ -246,7 +246,7 @@ def step_of(line):
 
 
 def resolved(identity):
-    """An identity in which --data and --clip name the same files by the same path, whatever folder it is read from."""
+    """The identity with absolute paths in --data and --clip, so that it is the same from any working directory."""
     found = dict(identity)
     for option, names in MAY_MOVE.items():
         if option in identity and identity[option] not in names:
@@ -255,8 +255,8 @@ def resolved(identity):
 
 
 def absolute(spec):
-    """A path → itself from the root, without links; anything else, as MODEL:WEIGHTS or a URL → itself."""
+    """A path → the absolute path without links; anything else, for example MODEL:WEIGHTS or a URL → itself."""
     if "://" in spec or spec.startswith("pipe:"):
         return spec
-    is_path = os.path.exists(spec) or spec.endswith(SHARD_SUFFIXES)  # a pattern of shards is no file
+    is_path = os.path.exists(spec) or spec.endswith(SHARD_SUFFIXES)  # a pattern of shards is not a file
     return os.path.realpath(spec) if is_path else spec

@@ -1,10 +1,10 @@
-"""Trains a small CLIP on any captioned pictures, in minutes on a CPU, when no CLIP's weights can be downloaded.
+"""Trains a small CLIP on any captioned pictures, in minutes on a CPU, if no CLIP's weights can be downloaded.
 
     python -m training.small_clip --data emoji --out clip.safetensors
 
-The text encoder, MiniLM, is frozen and already reads English. An image tower and a projection of sentence codes are
-trained against it, which is locked-image tuning (Zhai et al. 2022) with the towers' parts exchanged. So pictures are
-also found under words that no caption has.
+The text encoder, MiniLM, already reads English and is frozen; an image tower and a projection of sentence codes learn.
+This is locked-image tuning (Zhai et al. 2022) with the roles of the towers exchanged. The small CLIP also understands
+words that no caption contains.
 """
 
 import argparse
@@ -35,23 +35,23 @@ from data import sources
 from layers import resize
 from sampling.inference import dtype_of
 
-RESOLUTIONS = (4, 8, 8, 16, 16, 32, 32, 32)  # of the pictures, an eighth of a batch each: the losses ask about all
+RESOLUTIONS = (4, 8, 8, 16, 16, 32, 32, 32)  # of the pictures, for an eighth of a batch each: the losses use all
 LR = 2e-3
-MISLED_AFTER = 0.6  # share of the steps after which pictures are misled, see mislead
-REACH = 0.1  # how far at the end
-POOL = 16  # batches drawn at a time; half of them are runs of captions next to each other in the alphabet
-STEPS = 1000, 4000  # at least and at most
-MAX_PAIRS = 50_000  # held in memory
+MISLED_AFTER = 0.6  # share of the steps before pictures are misled, see mislead
+REACH = 0.1  # of `mislead` in the last step
+POOL = 16  # batches drawn at a time; half of them contain captions that are neighbours in the alphabet
+STEPS = 1000, 4000  # least and most
+MAX_PAIRS = 50_000  # in memory
 
 
 def train_small_clip(source, steps=None, batch=128, seed=0, device="cpu"):
     """Trains a small CLIP on the pairs of a source of 32×32 images → FrozenClip. The same seed gives the same weights.
 
-    steps: by default as many as there are pairs, within STEPS. Raises UserError where all captions are the same, and
-    Stopped where the process was asked to stop.
+    steps: by default the number of pairs, within STEPS. Raises UserError if all captions are the same, and Stopped if
+    the process is asked to stop.
 
-    Half of the batches hold captions that differ in a word or two, as neighbours in the alphabet do: among captions
-    drawn at random, telling a face from a flag would do, and skin tones and styles would not be read.
+    Half of the batches contain captions that are neighbours in the alphabet and so differ in a word or two. Random
+    captions alone would teach it to tell a face from a flag, but not skin tones and styles.
     """
     pairs = list(until_stopped(itertools.islice(source.examples(), MAX_PAIRS)))
     if len({line for _, captions in pairs for line in captions}) < 2:
@@ -79,14 +79,14 @@ def train_small_clip(source, steps=None, batch=128, seed=0, device="cpu"):
 
 
 def clip_for(data, preset):
-    """The preset's CLIP, or "train" where that is a small one and --data is not what it was trained on."""
+    """The preset's CLIP; "train" if this is the small one of emoji and --data are others."""
     return "train" if preset.clip_model in BUILT_IN and data != "emoji" else preset.clip_model
 
 
 def clip_of_new_run(path, data, caption_key, seed, device):
-    """The main rank trains a small CLIP on a run's data and writes it to `path`, unless one of these data is there.
+    """The main rank trains a small CLIP on a run's data and writes it to `path`, unless one of the same data is there.
 
-    Raises Stopped where the run is asked to stop, OSError where the disk is full, before the work.
+    Raises Stopped if the run is asked to stop, and OSError before the work if the disk is full.
     """
     with distributed.together(), contextlib.suppress(stopping.Stopped):
         source = sources.open_data(data, 32, seed, caption_key)
@@ -94,7 +94,7 @@ def clip_of_new_run(path, data, caption_key, seed, device):
         made["found"] = " ".join(source.describe())
         if distributed.is_main() and not (path.is_file() and made_from(path) == made):
             check_room(path.parent)
-            say("First a small CLIP learns to see these pictures as their captions say: a few minutes on one CPU core.")
+            say("First a small CLIP learns from these pictures and captions: a few minutes on one CPU core.")
             clip = train_small_clip(source, seed=seed, device=device)
             atomically(path, lambda temporary: save_small(clip, temporary, made))
     if distributed.broadcast(stopping.asked()):
@@ -102,16 +102,16 @@ def clip_of_new_run(path, data, caption_key, seed, device):
 
 
 def clip_of_resumed_run(former, path):
-    """A run that goes on takes the small CLIP that it learned with, from its former folder. Raises UserError."""
+    """Copies the small CLIP of a run that is resumed, from its former folder. Raises UserError."""
     with distributed.together():
         if not former.is_file():
-            raise UserError(f"{former} is missing, the small CLIP that this run learned with; put it there again")
+            raise UserError(f"{former} is missing, the small CLIP that this run learned with; put it back")
         if distributed.is_main() and former != path:
             atomically(path, lambda temporary: shutil.copyfile(former, temporary))
 
 
 def until_stopped(things):
-    """The things, one after another. Raises Stopped where the process was asked to stop."""
+    """Yields the things. Raises Stopped if the process is asked to stop."""
     for thing in things:
         if stopping.asked():
             raise stopping.Stopped
@@ -120,7 +120,7 @@ def until_stopped(things):
 
 @torch.no_grad()
 def sentence_codes(text, captions, batch=256):
-    """Lists of captions → {caption: the text encoder's embedding [D]}. Each is read once, next to others as long."""
+    """Lists of captions → {caption: the text encoder's embedding [D]}. A batch contains captions of similar length."""
     lines = sorted({line for lines in captions for line in lines}, key=len)
     codes, device = {}, text.words.weight.device
     with torch.autocast(device.type, torch.bfloat16, enabled=dtype_of("auto", device) == torch.bfloat16):
@@ -133,7 +133,7 @@ def sentence_codes(text, captions, batch=256):
 
 
 def learn(clip, optimizer, schedule, images, captions, codes, reach):
-    """One step → its loss. codes [B, D]: of the captions. reach: how far to mislead images, or None."""
+    """One step → its loss. codes [B, D]: of the captions. reach: of `mislead`; None: do not mislead."""
     text_features = F.normalize(clip.projection(codes), dim=-1)
     same = torch.tensor([[a == b for b in captions] for a in captions], device=text_features.device)
     if reach is not None:
@@ -148,9 +148,9 @@ def learn(clip, optimizer, schedule, images, captions, codes, reach):
 
 
 def contrast(clip, images, text_features, same):
-    """CLIP's loss between captions and images, these as a list of batches of several sizes.
+    """CLIP's loss between captions and images. images: a list of batches of different sizes.
 
-    same [B, B]: where two captions are equal, each fits the other's image (UniCL, Yang et al. 2022, equation 3).
+    same [B, B]: which captions are equal; these fit each other's images (UniCL, Yang et al. 2022, equation 3).
     """
     image_features = F.normalize(clip.encode_image(*images), dim=-1)
     logits = clip.logit_scale * image_features @ text_features.T
@@ -159,10 +159,10 @@ def contrast(clip, images, text_features, same):
 
 
 def mislead(clip, images, text_features, same, reach):
-    """The images, every pixel moved so that the captions fit less, by up to `reach` of a range of 2.
+    """Moves every pixel so that the captions fit less, by up to `reach`, of a range of 2 → images.
 
-    One step along the sign of the gradient (Goodfellow et al. 2015). Networks trained on such images have gradients
-    that change what people see, not noise that they alone see (Santurkar et al. 2019).
+    This is one step along the sign of the gradient (Goodfellow et al. 2015). The gradients of networks trained on such
+    images change what people see; those of other networks are noise to people (Santurkar et al. 2019).
     """
     images = [part.detach().requires_grad_() for part in images]
     gradients = torch.autograd.grad(contrast(clip, images, text_features, same), images)
@@ -171,7 +171,7 @@ def mislead(clip, images, text_features, same, reach):
 
 
 def draw_batches(captions, batch):
-    """Endless (indices [batch], texts); every other batch is a run of similar texts."""
+    """Yields (indices [batch], texts) without end. Half of the batches contain similar texts."""
     while True:
         pool = torch.randint(len(captions), (POOL * batch,)).tolist()
         drawn = [(captions[i][torch.randint(len(captions[i]), ()).item()], i) for i in pool]
@@ -183,7 +183,7 @@ def draw_batches(captions, batch):
 
 
 def at_all_resolutions(images):
-    """Images [B, 3, 32, 32] → a share of them at each of RESOLUTIONS, high ones first, in the images' order."""
+    """Images [B, 3, 32, 32] → a list of batches, an eighth of the images at each of RESOLUTIONS, highest first."""
     parts = zip(images.tensor_split(len(RESOLUTIONS)), RESOLUTIONS[::-1], strict=True)
     return [resize(part, r) for part, r in parts if len(part)]
 

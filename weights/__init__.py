@@ -1,3 +1,3 @@
-"""From a file to a network and back: the file of a generator (`generator_file.py`), the state of a run
-(`checkpoint.py`), the authors' weights (`official.py`), and a package's EfficientNet (`efficientnet.py`).
+"""Reads and writes weights: generator files (`generator_file.py`), checkpoints (`checkpoint.py`), the authors' weights
+(`official.py`), EfficientNet (`efficientnet.py`) and the networks of the perceptual loss (`perceptual.py`).
 """

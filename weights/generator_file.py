@@ -1,4 +1,4 @@
-"""The file of a generator: its moving average, and all that sampling needs to know."""
+"""The file of a generator: its moving average, and the metadata that sampling needs."""
 
 import dataclasses
 import json
@@ -15,16 +15,14 @@ from presets import OPENAI_CLIP, GeneratorConfig, UpsamplerConfig
 from upsampler import Upsampler, new_generator
 from weights.official import load_official
 
-STAGES = {"generator": GeneratorConfig, "upsampler": UpsamplerConfig}  # as their files call them
+STAGES = {"generator": GeneratorConfig, "upsampler": UpsamplerConfig}  # {name in their files: configuration}
 FILE = "generator_ema.safetensors"  # its name in a run's folder
 DEMO = MODELS / "emoji.safetensors"
 
 
 def content(generator, clip, resolution, notes):
-    """What is in the file of a generator: tensors and metadata, of the levels up to `resolution` and the names of its
-    text encoder and of its CLIP.
-
-    notes: a dict of what is worth knowing about the run.
+    """What is in a generator's file → the tensors of the levels up to `resolution`, and the metadata: configuration,
+    names of the text encoder and of CLIP, and notes, a dict about the run.
     """
     levels = tuple(level for level in generator.config.levels if level.resolution <= resolution)
     config = dataclasses.replace(generator.config, levels=levels)
@@ -47,18 +45,17 @@ def save_generator(path, tensors, metadata):
 
 
 def load_generator(path, device="cpu", clip_spec=None):
-    """A file of save_generator, or the authors' aurora_v1.pth → (Generator in eval mode, its text encoder, notes).
+    """Reads a file of save_generator, or the authors' aurora_v1.pth → Generator in eval mode, its text encoder, notes.
 
-    path may also be a run's folder. The second stage is load_upsampler's. clip_spec: another way to get a large CLIP,
-    see load_clip. Raises UserError for a file that is missing, damaged or foreign, and where its text encoder cannot be
-    had.
+    path: the file or a run's folder. clip_spec: another source of a large CLIP, see load_clip. For an upsampler, see
+    load_upsampler. Raises UserError if the file is missing, damaged or foreign, or its text encoder is not available.
     """
     path = generator_of(path)
     if is_safetensors(path):
         generator, name, notes = load_ours(path)
         if isinstance(generator, Upsampler):
             raise UserError(
-                f"{path} is an upsampler, which enlarges pictures; give a generator, and this as --upsampler"
+                f"{path} is an upsampler, which enlarges pictures; give a generator, and this file as --upsampler"
             )
     else:
         generator, name, notes = load_official_file(path), OPENAI_CLIP, {}
@@ -70,37 +67,37 @@ def load_generator(path, device="cpu", clip_spec=None):
 
 
 def load_upsampler(path, text, device="cpu"):
-    """A file of save_generator that holds a second stage, or its run's folder → Upsampler in eval mode.
+    """Reads the file of a second stage, or its run's folder → Upsampler in eval mode.
 
-    text: the text encoder of the first stage. Raises UserError, as load_generator, and where it needs another one.
+    text: the text encoder of the first stage. Raises UserError like load_generator, and if it needs another encoder.
     """
     path = generator_of(path)
     upsampler, name, _ = load_ours(path)
     if not isinstance(upsampler, Upsampler):
-        raise UserError(f"{path} is no upsampler, but a generator")
+        raise UserError(f"{path} is a generator; give an upsampler")
     if (name, upsampler.config.clip_width) != (text.name, text.width):
-        raise UserError(f"{path} reads prompts by {name}, and the generator by {text.name}")
+        raise UserError(f"{path} reads prompts with {name}, and the generator with {text.name}; give another upsampler")
     return upsampler.to(device).eval().requires_grad_(False)
 
 
 def upsampler_of(path):
-    """The file of the second stage that lies beside a generator's: NAME_upsampler.safetensors; or None."""
+    """The file of the second stage next to a generator's, NAME_upsampler.safetensors; or None."""
     path = generator_of(path)
     beside = path.with_name(f"{path.stem}_upsampler.safetensors")
     return beside if beside.is_file() else None
 
 
 def generator_of(path):
-    """A file to draw from, or a run's folder → the file. Raises UserError."""
+    """A generator's file, or a run's folder → the file. Raises UserError."""
     path = Path(path)
     file = path / FILE if path.is_dir() else path
     if not file.is_file():
-        raise UserError(f"no generator at {file}; a run writes its first as it starts")
+        raise UserError(f"no generator at {file}; a run writes its first when it starts")
     return file
 
 
 def is_safetensors(path):
-    """Whatever the file is called: it begins with the length of its header, which is JSON."""
+    """Whether a file with any name is a .safetensors: eight bytes of length, then a header in JSON."""
     with open(path, "rb") as file:
         return file.read(9)[8:] == b"{"
 
@@ -110,7 +107,7 @@ def load_ours(path):
     metadata, state = read_safetensors(path)
     stage = next((stage for stage in STAGES if stage in metadata), None)
     if not stage:
-        raise UserError(f"{path} holds no generator of Aurora; that of a run is its generator_ema.safetensors")
+        raise UserError(f"{path} contains no generator of Aurora; a run's is its generator_ema.safetensors")
     try:
         generator = new_generator(STAGES[stage].from_dict(json.loads(metadata[stage])))
         generator.load_state_dict(without_prefix(state, "generator."))

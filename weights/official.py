@@ -1,6 +1,6 @@
 """The authors' released weights, `aurora_v1.pth`, in our generator.
 
-Every size is read off the names and shapes of the state dict; only the number of heads leaves no trace in them.
+Every size is read from the names and shapes of the state dict, except the number of heads.
 """
 
 import contextlib
@@ -14,8 +14,8 @@ from presets import GeneratorConfig, Level
 
 NUM_HEADS = 8
 
-# Theirs → ours, applied in order to every name. What becomes "" holds nothing learned: the resampling filters, which
-# are constants; a transform of the Fourier features that a user may set; and each MLP under its second name.
+# Their names → ours, applied in order. A name that becomes "" has nothing learned: constant resampling filters, a
+# transform of the Fourier features that a user may set, and the second name of each MLP.
 RENAMES = [
     (r".*(\.filter|\.transform|\.mlp\.c_fc\..*|\.mlp\.c_proj\..*)$", ""),
     (r"^text_head\.align_dim\.", "text_head.align."),
@@ -42,12 +42,12 @@ RENAMES = [
 def load_official(source):
     """The generator with the authors' weights, in float32 and eval mode.
 
-    source: the dict in `aurora_v1.pth`, of which `generator_smooth`, the moving average, is taken first; or a bare
-    generator state dict of tensors or arrays. Raises ValueError where names or shapes are not an Aurora generator's.
+    source: the dict in `aurora_v1.pth`, with the moving average `generator_smooth` or else `generator`; or a state dict
+    of tensors or arrays. Raises ValueError if names or shapes are not an Aurora generator's.
     """
     names = {"generator_smooth", "generator", "synthesis.net.0.0.freqs"}
     if not isinstance(source, Mapping) or names.isdisjoint(source):
-        raise ValueError("this is not a checkpoint of the authors' generator: the names in it are others")
+        raise ValueError("this is not a checkpoint of the authors' generator: its names are others")
     state = source.get("generator_smooth", source.get("generator", source))
     with reading("Aurora's generator"):
         config, prefixes = read_architecture({name: tuple(value.shape) for name, value in state.items()})
@@ -60,7 +60,7 @@ def load_official(source):
 
 
 def read_architecture(shapes):
-    """{name: shape} → the GeneratorConfig it belongs to, and {their prefix: our prefix} for the synthesis network."""
+    """{name: shape} → the GeneratorConfig, and {their prefix: our prefix} for the synthesis network."""
     resolutions = numbers(shapes, r"synthesis\.output_res_(\d+)x\d+\.bias")
     convs, attentions = group_layers(shapes)
     prefixes = {f"synthesis.output_res_{r}x{r}.": f"synthesis.levels.{i}.to_rgb." for i, r in enumerate(resolutions)}
@@ -92,14 +92,14 @@ def read_architecture(shapes):
 
 
 def group_layers(shapes):
-    """Their one list of layers → for each resolution its convolution blocks and attention blocks, by prefix."""
+    """Their single list of layers → for each resolution, the prefixes of its convolution and attention blocks."""
     convs, attentions = [[]], [[]]
     for layer in numbers(shapes, r"synthesis\.net\.(\d+)\."):
         theirs = f"synthesis.net.{layer}.0."
         if theirs + "norm.weight" in shapes:
             attentions[-1].append(theirs)
             continue
-        if theirs + "conv1.filter" in shapes:  # only a convolution that upsamples, and so opens a resolution, has one
+        if theirs + "conv1.filter" in shapes:  # only the upsampling convolution, a resolution's first, has one
             convs.append([])
             attentions.append([])
         convs[-1].append(theirs)
@@ -123,13 +123,13 @@ def read_level(shapes, resolution, convs, attentions):
 
 
 def numbers(shapes, pattern):
-    """The different numbers that stand at (\\d+) in the names that match, sorted."""
+    """The different numbers that match (\\d+) in the names, sorted."""
     matches = (re.match(pattern, name) for name in shapes)
     return sorted({int(match[1]) for match in matches if match})
 
 
 def stack_experts(translated):
-    """The experts of a layer, whose names end in [0], [1], …, become one stack."""
+    """Stacks the experts of each layer, whose names end in [0], [1], …"""
     stacks = {}
     for name in [name for name in translated if name.endswith("]")]:
         stack, number = re.fullmatch(r"(.*)\[(\d+)\]", name).groups()
@@ -138,12 +138,12 @@ def stack_experts(translated):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Any authors' weights: other names, other shapes of the same numbers, weights at the scale of their use.
+# For the weights of any authors: other names, other shapes of the same numbers, other scales.
 
 
 @contextlib.contextmanager
 def reading(what):
-    """Raises ValueError, in one line, where a state dict turns out not to be what it is read as."""
+    """Raises ValueError, in one line, if a state dict does not fit."""
     try:
         yield
     except (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError) as error:
@@ -154,7 +154,7 @@ def reading(what):
 def renamed(state, renames):
     """The authors' tensors or arrays under our names, in float32.
 
-    renames: regular expressions and what replaces them, applied in order to every name; what becomes "" is left out.
+    renames: regular expressions and their replacements, applied in order. A tensor whose name becomes "" is dropped.
     """
     translated = {}
     for name, value in state.items():
@@ -166,13 +166,15 @@ def renamed(state, renames):
 
 
 def reshaped(translated, network):
-    """Tensors under our names, in the shapes of a network's, which may differ by sides of 1, and at their scale."""
+    """Tensors under our names, reshaped to a network's shapes, which may differ in sides of 1, and at its scale."""
     ours, state = network.state_dict(), dict(translated)
     for name, value in state.items():
         if name in ours and value.squeeze().shape == ours[name].squeeze().shape:
             state[name] = value.reshape(ours[name].shape)
     for prefix, module in network.named_modules():
-        for name, scale in getattr(module, "lr_scale", {}).items():  # they multiply weights by this when they use them
-            if (name := f"{prefix}.{name}") in state:  # a layer without bias still has the bias's scale
+        for name, scale in getattr(
+            module, "lr_scale", {}
+        ).items():  # the authors multiply weights by this when they use them
+            if (name := f"{prefix}.{name}") in state:  # a layer without bias also has a scale for it
                 state[name] = state[name] * scale
     return state

@@ -1,4 +1,4 @@
-"""The frozen networks that a perceptual distance is measured with: images → feature maps."""
+"""The frozen networks of the perceptual loss: images → feature maps."""
 
 import timm
 import torch
@@ -11,7 +11,7 @@ NETWORKS = ("efficientnet", "vgg16")
 
 
 class ImageNetVGG(nn.Module):
-    """VGG16's maps before each of its pools, as LPIPS has them: images [B, 3, R, R] in [−1, 1] → five maps."""
+    """VGG16's maps before each pool, as in LPIPS: images [B, 3, R, R] in [−1, 1] → five maps."""
 
     def __init__(self, with_weights):
         super().__init__()
@@ -25,10 +25,10 @@ class ImageNetVGG(nn.Module):
 
 
 def perceptual_network(recipe, with_weights=True):
-    """The network of a recipe's perceptual loss → a frozen module; None if it has no such loss. Raises UserError.
+    """The network of a recipe's perceptual loss → a frozen module; None without this loss. Raises UserError.
 
-    EfficientNet's weights come with a package. VGG's, which LPIPS takes, are timm's to download or to find.
-    with_weights: False for a plan, which needs the sizes alone.
+    EfficientNet's weights come with a package. The weights of VGG, the network of LPIPS, are downloaded or cached by
+    timm. with_weights: False for a plan, which needs only the sizes.
     """
     if not recipe.perceptual_weight:
         return None
@@ -39,7 +39,7 @@ def perceptual_network(recipe, with_weights=True):
         return load_efficientnet(features_only=True, with_weights=with_weights)
     try:
         network = ImageNetVGG(with_weights)
-    except Exception as error:  # timm and the hub raise many kinds, all of them meaning that there are no weights
-        remedy = "take --set perceptual_network=efficientnet, or put timm's vgg16.tv_in1k into the cache of the hub"
-        raise UserError(f"the weights of VGG16 cannot be had ({first_line(error)}); {remedy}") from error
+    except Exception as error:  # timm and the hub raise many kinds; all mean that there are no weights
+        remedy = "use --set perceptual_network=efficientnet, or put timm's vgg16.tv_in1k into the cache of the hub"
+        raise UserError(f"the weights of VGG16 are not available ({first_line(error)}); {remedy}") from error
     return network.eval().requires_grad_(False)

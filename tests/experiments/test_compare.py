@@ -72,7 +72,7 @@ def test_a_small_comparison(run, tmp_path, run_main, monkeypatch):
     [
         (["Aurora"], "write NAME=PATH"),
         (["Aurora=nothing"], "no generator at nothing"),
-        ([f"Aurora={BUILT_IN['emoji']}"], "holds no generator of Aurora"),
+        ([f"Aurora={BUILT_IN['emoji']}"], "contains no generator of Aurora"),
         ([f"Aurora={figures.generator_file()}", "--count", 3], "--count 3"),
     ],
 )

@@ -133,7 +133,7 @@ def test_a_bad_checkpoint_is_told_in_one_line(run, tmp_path, kind):
         (("x", "--out", "/proc/a.png"), "error: /proc/a.png: No such"),
         (("x", "--out", "picture.xyz"), "no picture format"),
         (("x", "--out", "latin1.txt/a.png"), "a file is where a folder is needed"),
-        (("x", "--checkpoint", MODELS / "judge_clip.safetensors"), "holds no generator of Aurora"),
+        (("x", "--checkpoint", MODELS / "judge_clip.safetensors"), "contains no generator of Aurora"),
         (("x", "--num", "0"), "not a positive number"),
         (("x", "--num", "2.5"), "'2.5' is not a whole number"),
         (("x", "--truncation", "much"), "'much' is not a number"),

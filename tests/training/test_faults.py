@@ -100,7 +100,7 @@ def test_data_that_is_nan_costs_one_update(stopped_after, monkeypatch, capsys, p
 
     monkeypatch.setattr(Learner, "prepare", poisoned)
     made = run(*SHORT, "--out", out, "--steps", 5)
-    assert made.loop.progress.rejected == 1 and "1 updates were left out as not finite" in capsys.readouterr().out
+    assert made.loop.progress.rejected == 1 and "1 updates were skipped" in capsys.readouterr().out
     assert made.learner.weights_are_finite() and state_of(out)["progress"]["step"] == 5
 
 

@@ -82,13 +82,13 @@ def test_symptoms_are_told_once_when_they_last(tmp_path, monkeypatch):
         log(report, steps)
     assert not said
     log(sick, 2)
-    assert len(said) == 2 and "an expert gets next to no points" in said[0] and "certain of every image" in said[1]
+    assert len(said) == 2 and "an expert gets almost no points" in said[0] and "certain of every image" in said[1]
     log(HEALTHY | {"logits_real": 0.0, "logits_fake": 0.0}, loop.LASTING)
-    assert len(said) == 3 and "tells nothing apart" in said[2]
+    assert len(said) == 3 and "no longer tells real from generated" in said[2]
     for _ in range(2):
         log(HEALTHY | {"overfitting": 0.6}, 1)
         log(HEALTHY, 1)
-    assert len(said) == 4 and "by heart" in said[3]
+    assert len(said) == 4 and "memorized" in said[3]
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -84,8 +84,8 @@ def test_a_run_killed_before_the_generator_had_its_name_gives_it(tmp_path):
 @pytest.mark.parametrize(
     ("resume", "identity", "says"),
     [
-        ("no", {}, "holds a run of its own"),
-        ("elsewhere", {}, "holds a run of its own"),
+        ("no", {}, "has a run of its own"),
+        ("elsewhere", {}, "has a run of its own"),
         ("auto", {"system": "muse"}, "not of this command"),
         ("auto", {"data": "emoji", "batch": 8}, "started with --data /pictures, --batch 4"),
         ("auto", {"data": "/after"}, "--data /pictures.*--resume moved"),
@@ -171,7 +171,7 @@ def test_a_run_that_is_shared_out_otherwise_says_so(tmp_path, capsys):
     assert "note" not in capsys.readouterr().out
     opened(tmp_path, sharing={"accumulate": 2, "workers": 4})
     said = capsys.readouterr().out
-    assert "note: the run goes on with accumulate 2 instead of 1, workers 4 instead of 1;" in said
+    assert "note: the run resumes with accumulate 2 instead of 1, workers 4 instead of 1;" in said
 
 
 def test_the_main_rank_alone_holds_a_checkpoint_against_its_digest(tmp_path, monkeypatch):

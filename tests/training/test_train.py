@@ -150,7 +150,7 @@ def test_two_ranks_go_on_where_one_was(stopped_after):
     done = torchrun(2, "-m", "tests.figures", *SHORT, "--out", out, "--steps", 4)
     assert done.returncode == 0, done.stderr
     assert "2 rank(s)" in done.stdout and done.stdout.count("Done. 4 steps") == 1
-    assert done.stdout.count("Resuming from step 2.") == 1 and "goes on with ranks 2 instead of 1" in done.stdout
+    assert done.stdout.count("Resuming from step 2.") == 1 and "resumes with ranks 2 instead of 1" in done.stdout
     assert load_generator(out)[2]["step"] == 4 and [row["step"] for row in log_of(out)] == [1, 2, 3, 4]
 
 
