@@ -1,62 +1,52 @@
-"""A pair of an image and its caption, read from files as the web has them, and the count of what is of no use.
+"""Reads an image and its caption from files as the web has them.
 
-Pictures come broken, tiny, huge, grey, in CMYK, with 16 bits, transparent or animated; captions empty, in any encoding,
-or as long as a book. A pair is made fit for training, or it is skipped, and counted by cause.
+Pictures are broken, tiny, huge, grey, in CMYK, with 16 bits, transparent or animated; captions are empty, in any
+encoding, or as long as a book. A pair is made fit for training, or it is unusable for one of CAUSES.
 """
 
 import codecs
-import collections
 import contextlib
 import functools
 import io
 import json
 import re
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageCms, ImageOps, features
+from PIL import Image, ImageCms, ImageOps, features
 
-from common.cli import UserError
 from data import svg
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".svg")
-# Named wherever a picture is opened: else Pillow knows an EPS by its content, and starts Ghostscript on it.
+# Passed to every Image.open. Without it, Pillow detects an EPS by its content and starts Ghostscript on it.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", *["AVIF"] * features.check("avif"))
 PNG = b"\x89PNG\r\n\x1a\n"  # its first bytes
-TURNS = {  # what makes a picture upright, by its orientation in EXIF
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 MAX_FILE = 2**28  # bytes of an image that are read
 MAX_PIXELS = 2**26  # of an image; more is a mistake or an attack
-MAX_CAPTION = 1000  # characters; no CLIP reads as many, and tokenizing a novel takes minutes
+MAX_CAPTION = 1000  # characters; no CLIP reads more, and tokenizing a novel takes minutes
 MAX_TEXT = 16 * MAX_CAPTION  # bytes of a caption file that are read
-MAX_HEAD = 1000  # bytes in which an SVG says that it is one
+MAX_HEAD = 1000  # first bytes of a file, in which an SVG is recognized
 MAX_FACTS = 2**20  # bytes of a .json that are read
-WINDOW, ENOUGH = 1000, 10  # pairs in a row, of so many shards; if most are of no use, the source is given up
+LIMITS = {".txt": MAX_TEXT, ".json": MAX_FACTS} | dict.fromkeys(IMAGE_SUFFIXES, MAX_FILE)  # bytes that are read
 
-Image.MAX_IMAGE_PIXELS = None  # decode looks itself, before a pixel is decoded
+Image.MAX_IMAGE_PIXELS = None  # centre_square checks the size itself, before a pixel is decoded
 
 CAUSES = (
-    SHARD := "shards cut off or not readable",
-    DUPLICATE := "file names that a shard has twice",
-    FILE := "files that the disk did not give",
-    IMAGE := "images broken",
-    FORMAT := "images of a kind that this Pillow cannot read",
-    SMALL := "images too small",
-    LARGE := "images too large",
-    EMPTY := "captions empty",
-    ENCODING := "captions not in UTF-8",
+    SHARD := "shards that are cut off or unreadable",
+    DUPLICATE := "repeated file names in a shard",
+    FILE := "files that could not be read",
+    IMAGE := "broken images",
+    FORMAT := "images in a format that this Pillow cannot read",
+    SMALL := "images that are too small",
+    LARGE := "images that are too large",
+    EMPTY := "empty captions",
+    ENCODING := "captions that are not in UTF-8",
     NO_CAPTION := "images without a caption",
     NO_IMAGE := "captions without an image",
     FIELD := ".json files without the caption's field",
     LINK := "links to other files of a shard",
-    REFUSED := "drawings that refer to other files, hold letters, or take too long",
+    REFUSED := "drawings that refer to other files, contain text, or take too long",
 )
 
 
@@ -64,70 +54,47 @@ class Unusable(ValueError):
     """A pair cannot be used; the message is one of CAUSES."""
 
 
-class Tally:
-    """Counts what a source passes over, by cause. Raises UserError where that is most of what it holds.
+class Sample(NamedTuple):
+    """The files of one picture, not decoded."""
 
-    num_shards: of the source. A shard of little use, read from its front to its end, is not most of them.
+    place: str  # for messages
+    parts: dict  # {suffix: bytes}; None for a link and for a file that is not read
+    shard: str = ""
+
+    @property
+    def image(self):
+        return next((self.parts[suffix] for suffix in IMAGE_SUFFIXES if suffix in self.parts), None)
+
+    @property
+    def facts(self):
+        """The fields of the .json."""
+        return facts_of(self.parts.get(".json"))
+
+    @property
+    def size(self):
+        return sum(len(data) for data in self.parts.values() if data)
+
+
+def read_pair(sample, resolution, caption_key=None):
+    """A Sample → (image [3, R, R], captions). Raises Unusable.
+
+    caption_key: the field of the .json that contains the caption; by default the .txt contains it.
     """
-
-    def __init__(self, name, num_shards=1):
-        self.name, self.num_shards = name, num_shards
-        self.skipped, self.notes = collections.Counter(), {}  # since the last batch
-        self.first = {}  # cause: where it was met first, in words
-        self.window, self.shards = collections.Counter(), set()  # what came of the last pairs, and whence they were
-
-    def use(self, shard=""):
-        self.count("used", shard)
-
-    def skip(self, cause, where="", shard=""):
-        if cause not in self.first:
-            self.first[cause] = where
-            self.notes[cause] = self.told({cause: 1})
-        self.skipped[cause] += 1
-        self.count(cause, shard)
-
-    def count(self, outcome, shard):
-        self.window[outcome] += 1
-        self.shards.add(shard)
-        number, used = self.window.total(), self.window["used"]
-        if number >= WINDOW and len(self.shards) >= min(self.num_shards, ENOUGH):
-            if used < number / 2:
-                causes = self.told(self.window)
-                raise UserError(f"--data {self.name}: only {used} of {number} pairs in a row are usable: {causes}")
-            self.window.clear()
-            self.shards.clear()
-
-    def told(self, counts=None):
-        """The causes in a count of them, by default what was skipped, each with where it was met first."""
-        counts = collections.Counter(self.skipped if counts is None else counts)
-        causes = [cause for cause, _ in counts.most_common() if cause != "used"]
-        return ", ".join(f"{counts[cause]} {cause} (first: {self.first[cause]})" for cause in causes)
-
-    def take(self):
-        """What was skipped since the last call, and the notes on it."""
-        taken = self.skipped, self.notes
-        self.skipped, self.notes = collections.Counter(), {}
-        return taken
-
-
-def read_pair(image, text, facts, resolution, caption_key=None):
-    """The bytes of an image, of a .txt and of a .json, each or None → (image [3, R, R], captions). Raises Unusable.
-
-    caption_key: the field of the .json that holds the caption; without it the .txt does.
-    """
-    caption = facts if caption_key else text
+    image, caption = sample.image, sample.parts.get(".json" if caption_key else ".txt")
+    if any(suffix in LIMITS and data is None for suffix, data in sample.parts.items()):
+        raise Unusable(LINK)
     if image is None:
         raise Unusable(NO_IMAGE)
     if caption is None:
         raise Unusable(NO_CAPTION)
     if len(image) == MAX_FILE:
         raise Unusable(LARGE)
-    captions = captions_in(facts, caption_key) if caption_key else captions_of(text)
+    captions = captions_in(caption, caption_key) if caption_key else captions_of(caption)
     return read_image(io.BytesIO(image), resolution), captions
 
 
 def facts_of(data):
-    """What the bytes of a .json say, as a dict; one that cannot be read says nothing."""
+    """The bytes of a .json → its fields as a dict, {} if it cannot be read."""
     try:
         facts = json.loads(data) if data else {}
     except (ValueError, RecursionError):
@@ -136,7 +103,10 @@ def facts_of(data):
 
 
 def captions_in(facts, key):
-    """The captions in a field of a .json's bytes: a text of one caption a line, or a list of texts. Raises Unusable."""
+    """The captions in a field of a .json, given as bytes: a text with one caption a line, or a list of texts.
+
+    Raises Unusable.
+    """
     try:
         facts.decode(json.detect_encoding(facts))
     except UnicodeDecodeError as error:
@@ -148,33 +118,29 @@ def captions_in(facts, key):
     return captions_of("\n".join(texts).encode("utf-8", "replace"))
 
 
-def where(cause, name, facts):
-    """The place of an unusable pair, for the user; of one whose .json lacks the caption, the fields that it has."""
-    fields = ", ".join(facts_of(facts)) if cause == FIELD else ""
-    return f"{name} has {fields}" if fields else name
-
-
 def captions_of(data):
     """The bytes of a text → its captions, one a line, each of at most MAX_CAPTION characters.
 
-    A line that stands twice is drawn twice as often. Raises Unusable where the text is not UTF-8, or shows nothing.
+    A repeated line is drawn more often. Raises Unusable if the text is not in UTF-8 or contains nothing visible.
     """
     whole = len(data) < MAX_TEXT  # else the last character may be cut
     try:
         text = codecs.getincrementaldecoder("utf-8-sig")().decode(data[:MAX_TEXT], final=whole)
     except UnicodeDecodeError as error:
         raise Unusable(ENCODING) from error
-    if "\0" in text:  # UTF-16 without a mark: every other byte of English is zero
+    if "\0" in text:  # UTF-16 without a byte order mark: every other byte of English is zero
         raise Unusable(ENCODING)
-    lines = [" ".join(line.split())[:MAX_CAPTION] for line in re.split(r"\r\n|\r|\n", text)]  # no other sign ends one
+    lines = [
+        " ".join(line.split())[:MAX_CAPTION] for line in re.split(r"\r\n|\r|\n", text)
+    ]  # no other character ends a line
     if not (captions := [line for line in lines if shows_something(line)]):
         raise Unusable(EMPTY)
     return captions
 
 
 def shows_something(text):
-    """Whether any sign of a text can be seen; a space, or U+200B, cannot."""
-    return any(sign.isprintable() and sign != " " for sign in text)
+    """Whether a text contains a visible character; a space and U+200B are not visible."""
+    return any(character.isprintable() and character != " " for character in text)
 
 
 def read_image(file, resolution):
@@ -189,8 +155,8 @@ def read_image(file, resolution):
         raise
     except svg.Refused as error:
         raise Unusable(REFUSED) from error
-    except Exception as error:  # Pillow stumbles over broken files in every way there is
-        is_avif = data[8:12] in (b"avif", b"avis")  # and no HEIC, whatever the file is called
+    except Exception as error:  # on broken files Pillow raises errors of every kind
+        is_avif = data[8:12] in (b"avif", b"avis")  # HEIC files have other values here
         is_readable = data[4:8] != b"ftyp" or (is_avif and "AVIF" in FORMATS)
         raise Unusable(IMAGE if is_readable else FORMAT) from error
     return to_tensor(image)
@@ -202,9 +168,9 @@ def to_tensor(image):
 
 
 def decode(data, resolution):
-    """The bytes of an image → its centre square, RGB. What fails beside the pixels does not lose the pixels.
+    """The bytes of an image → its centre square, RGB. Errors outside the pixel data are repaired.
 
-    Raises Unusable for a size that does not serve, and whatever Pillow raises.
+    Raises Unusable for an unsuitable size, and whatever Pillow raises.
     """
     try:
         return centre_square(data, resolution)
@@ -213,7 +179,7 @@ def decode(data, resolution):
     except Exception:
         if data.startswith(PNG):
             return centre_square(pixels_alone(data), resolution)
-        # A JPEG without its end is whole if what is put there does not show.
+        # A JPEG without its end marker is complete if bytes added there do not change the picture.
         square, other = (centre_square(data + more + b"\xff\xd9", resolution) for more in (b"", b"\x55\xaa" * 32))
         if square.tobytes() != other.tobytes():
             raise
@@ -221,8 +187,8 @@ def decode(data, resolution):
 
 
 def centre_square(data, resolution):
-    """As decode: upright, 16 bits narrowed to 8, what is transparent white, of an animation the first frame, and colors
-    as in sRGB.
+    """As decode, without repairs. The picture is upright, in sRGB and on white; 16 bits become 8, and of an animation
+    the first frame is read.
     """
     with Image.open(io.BytesIO(data), formats=FORMATS) as image:
         if min(image.size) < resolution:
@@ -231,14 +197,12 @@ def centre_square(data, resolution):
             raise Unusable(LARGE)
         image.draft(None, (4 * resolution, 4 * resolution))  # a large JPEG is decoded at a fraction of its size
         image.load()  # a TIFF is upright from here on
-        profile, turn = image.info.get("icc_profile"), None
-        with contextlib.suppress(Exception):  # a tag of a wrong type beside the orientation raises anything
-            turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
-        if turn is not None:
-            image = image.transpose(turn)
+        profile = image.info.get("icc_profile")
+        with contextlib.suppress(Exception):  # an EXIF tag of a wrong type raises any error, after the image is turned
+            ImageOps.exif_transpose(image, in_place=True)
         is_16_bit = image.mode.startswith("I;16")
         if image.mode in ("F", "I") or (is_16_bit and image.has_transparency_data):
-            raise Unusable(FORMAT)  # 32 bits do not say which value is white
+            raise Unusable(FORMAT)  # with 32 bits it is unknown which value is white
         if is_16_bit:
             image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
         if image.has_transparency_data:
@@ -255,12 +219,12 @@ def centre_square(data, resolution):
 
 @functools.lru_cache(maxsize=16)
 def to_srgb(profile, mode):
-    """The transform from the colors of an ICC profile, its bytes. Raises what ImageCms raises."""
+    """The transform from an ICC profile, given as bytes. Raises what ImageCms raises."""
     return ImageCms.buildTransform(io.BytesIO(profile), ImageCms.createProfile("sRGB"), mode, "RGB")
 
 
 def pixels_alone(png):
-    """A PNG file without the chunks that do not concern its pixels. A chunk is its length, kind, data and checksum."""
+    """A PNG file without the chunks that do not change its pixels. A chunk is its length, kind, data and checksum."""
     kept, at = png[: len(PNG)], len(PNG)
     while chunk := png[at : at + 12 + int.from_bytes(png[at : at + 4])]:
         if chunk[4:5].isupper() or chunk[4:8] == b"tRNS":

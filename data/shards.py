@@ -1,7 +1,7 @@
 """WebDataset shards, as img2dataset writes them: `key.jpg`, `key.txt` and `key.json` in 00000.tar, 00001.tar, …
 
-They are read here and not by webdataset's stages, which read a tar from its front alone and whole, end a key at the
-first period of a name, and do not count what they pass over.
+webdataset's own reader is not used: it reads each tar whole from its front, ends a key at the first period of a name,
+and does not count what it skips.
 """
 
 import collections
@@ -15,223 +15,172 @@ import subprocess
 import tarfile
 import tempfile
 import zlib
-from typing import NamedTuple
 
 import numpy as np
 
 from common.cli import UserError, first_line
-from data.pairs import (
-    DUPLICATE,
-    IMAGE_SUFFIXES,
-    LINK,
-    MAX_FACTS,
-    MAX_FILE,
-    MAX_TEXT,
-    SHARD,
-    Tally,
-    Unusable,
-    facts_of,
-    read_pair,
-    where,
-)
-from data.sources import FEWEST, Source, collate, is_held_out
+from data.pairs import DUPLICATE, LIMITS, SHARD, Sample
+from data.sources import FEWEST, Source
 
-TRIED, LOOKED_AT = 5, 300  # shards, and samples of each, by which a source says what it holds
-STRETCH = 3  # samples, on average, that are read at once from a tar on a disk
-LANES = 8  # shards that a stream reads in turn
-BUFFER, BUFFER_BYTES = 2048, 2**27  # samples that a stream shuffles, and what they may take
-BLOCK = 2**14  # samples after which a stream begins anew; more than the emoji are
-FIRST_BYTE = 60  # seconds in which a command must begin to write
-LONG_NAME = 8 * tarfile.BLOCKSIZE  # bytes that a name of over 100 characters may take before its file's header
-LIMITS = {".txt": MAX_TEXT, ".json": MAX_FACTS} | dict.fromkeys(IMAGE_SUFFIXES, MAX_FILE)  # bytes that are read
+TRIED, SAMPLES_TRIED = 5, 300  # shards, and samples of each, that are read when a source is opened
+STRETCH = 3  # samples, on average, that are read from one random place of a tar
+LANES = 8  # shards that are read from the front in turn
+BUFFER, BUFFER_BYTES = 2048, 2**27  # most samples in the shuffle buffer, and their most bytes
+BLOCK = 2**14  # samples after which a stream starts anew; more than there are emoji
+FIRST_BYTE = 60  # seconds until a command must start to write
+LONG_NAME = 8 * tarfile.BLOCKSIZE  # most bytes that a name of over 100 characters adds before its file's header
 ERRORS = (OSError, EOFError, tarfile.TarError, zlib.error)  # what reading a shard may raise
-CURL = ["curl", "-sSfL", "--connect-timeout", "30", "--speed-limit", "1", "--speed-time", "60"]
-FETCH = {  # how a URL is read: the command, before the URL and after it
-    **dict.fromkeys(("http", "https", "ftp"), (CURL, [])),
-    "s3": (["aws", "s3", "cp"], ["-"]),
-    "gs": (["gcloud", "storage", "cat"], []),
+URL = "{url}"
+CURL = ["curl", "-sSfL", "--connect-timeout", "30", "--speed-limit", "1", "--speed-time", "60", URL]
+FETCH = {  # the command that writes the content of a URL to its output
+    "http": CURL,
+    "https": CURL,
+    "ftp": CURL,
+    "s3": ["aws", "s3", "cp", URL, "-"],
+    "gs": ["gcloud", "storage", "cat", URL],
 }
 
 
-class Sample(NamedTuple):
-    shard: str
-    key: str
-    parts: dict  # {suffix: bytes}; None for a link and for what is not read
-
-    @property
-    def image(self):
-        return next((self.parts[suffix] for suffix in IMAGE_SUFFIXES if suffix in self.parts), None)
-
-    @property
-    def size(self):
-        return sum(len(data) for data in self.parts.values() if data)
-
-
 class Shards(Source):
-    """A list of shards, on a disk, behind URLs, or as commands, `pipe:COMMAND`.
+    """A list of shards: files, URLs, or commands (`pipe:COMMAND`).
 
-    A stream, of one rank and worker, is endless. It reads a few samples from a random place of a random shard, then of
-    another, and shuffles them in a buffer that is full before the first batch: each sample comes about equally often,
-    and the pairs of a batch come from as many shards. What is compressed, or comes from a command, is read whole from
-    its front, LANES shards in turn.
+    Each rank and worker reads an endless stream. It reads a few samples from a random place of a random shard, then of
+    another, and shuffles them in a buffer that is full before the first batch. So each sample is about equally likely,
+    and the pairs of a batch come from many shards. Compressed shards and commands are read from the front, LANES in
+    turn.
 
-    After BLOCK samples a stream begins anew, under a seed made of the run's, the block's and its own: a resumed run
-    sees what an uninterrupted one would have seen, if ranks, workers and the batch are as many, and of what came before
-    its batch in the block it decodes nothing.
+    After BLOCK samples a stream starts anew, with a seed made of the run's, the block's and its own. A resumed run
+    continues exactly if ranks, workers and batch are the same, and decodes nothing of the block's earlier batches.
 
-    A shard that cannot be read, or holds nothing of use, is passed over. Our own emoji say in `aurora_held_out` which
-    samples are held out, and in `aurora_weight` how often one is taken where it is met. Elsewhere a hash of the picture
-    holds out one in 50; with fewer than 200 samples, none.
+    Shards that cannot be read or contain no usable sample are skipped. In our emoji, `aurora_held_out` says which
+    samples are held out, and `aurora_weight` how likely a sample is used when it is read. In other data a hash of the
+    picture holds out one in 50; of fewer than 200 samples, none.
     """
 
     def __init__(self, urls, resolution, seed, caption_key=None):
-        super().__init__(urls[0] if len(urls) == 1 else f"{urls[0]} … {urls[-1]}", resolution, seed, caption_key)
-        self.urls = urls
-        self.sizes = [size_of(url) for url in urls]  # None for a shard that is not there
-        there = [url for url, size in zip(urls, self.sizes, strict=True) if size is not None]
-        if 2 * len(there) < len(urls):
-            raise UserError(f"--data: no such shard: {urls[self.sizes.index(None)]}")
-        self.tally = Tally(self.name, len(there))
-        usable = self.look(there[:: -(-len(there) // TRIED)])
-        if not usable:
-            raise UserError(
-                f"--data: not one usable pair of an image and a caption in {len(urls)} shard(s) from {urls[0]}: "
-                f"{self.tally.told() or 'they hold none'}. {' '.join(self.describe())}"
-            )
-        self.tally = Tally(self.name, len(there))
+        self.urls = [url.removeprefix("file://") for url in urls]
+        self.sizes = {}  # {shard: bytes} of those that exist; 0 for a command
+        for url in self.urls:
+            if command_of(url):
+                self.sizes[url] = 0
+            elif os.path.isfile(url):
+                self.sizes[url] = os.path.getsize(url)
+        self.missing = [url for url in self.urls if url not in self.sizes]
+        if 2 * len(self.missing) > len(urls):
+            raise UserError(f"--data: no such shard: {self.missing[0]}")
+        name = urls[0] if len(urls) == 1 else f"{urls[0]} … {urls[-1]}"
+        super().__init__(name, resolution, seed, caption_key, num_shards=len(self.sizes))
+        self.check(self.look())
 
-    def look(self, tried):
-        """Learns from the first samples of some shards what they hold → whether one of them can be used."""
+    def look(self):
+        """Reads the first samples of some shards to learn what they contain → whether a sample is usable."""
         self.kinds, self.fields, self.complete = collections.Counter(), set(), 0
-        number, size, whole, usable = 0, 0, True, False
-        images, others = set(), set()  # keys of images without a caption, and of what has no image
+        number, size, reached_ends, usable = 0, 0, True, False
+        without_caption, without_image = set(), set()
+        shards = list(self.sizes)
+        tried = shards[:: -(-len(shards) // TRIED)]
         for url in tried:
             count = 0
-            for sample in itertools.islice(self.raw(url, patient=False), LOOKED_AT):
+            for sample in itertools.islice(self.raw(url), SAMPLES_TRIED):
                 count += 1
-                size += sample.size + 1000 * len(sample.parts)  # with the headers, and what fills the last blocks
+                size += sample.size + 1000 * len(sample.parts)  # with headers and padding
                 self.kinds.update(suffix or "no suffix" for suffix in sample.parts)
-                self.fields |= facts_of(sample.parts.get(".json")).keys()
-                has_caption = (".json" if self.caption_key else ".txt") in sample.parts
-                if sample.image and has_caption:
+                self.fields |= sample.facts.keys()
+                if not sample.image:
+                    without_image.add(sample.place)
+                elif (".json" if self.caption_key else ".txt") in sample.parts:
                     self.complete += 1
                 else:
-                    (images if sample.image else others).add(sample.key)
+                    without_caption.add(sample.place)
                 usable = usable or self.example(sample) is not None
             number += count
-            whole = whole and count < LOOKED_AT
-        if len(images & others) > self.complete / 10:
-            raise UserError(f"--data: in {tried[0]} the files of a sample lie apart; make it by tar --sort=name -cf")
-        self.alone = len(images)
-        self.names_held_out = "aurora_held_out" in self.fields
-        self.number = number * len(self.urls) // len(tried) if whole else math.inf  # of samples, as it seems
-        self.holds_out = self.names_held_out or self.number >= FEWEST
-        self.finds_places = all(map(is_plain_tar, tried))
+            reached_ends = reached_ends and count < SAMPLES_TRIED
+        if len(without_caption & without_image) > self.complete / 10:
+            raise UserError(f"--data: in {tried[0]} the files of a sample lie apart; make it with tar --sort=name -cf")
+        self.alone = len(without_caption)
+        self.number = number * len(self.urls) // len(tried) if reached_ends else math.inf  # estimate of all samples
+        self.json_holds_out = "aurora_held_out" in self.fields
+        self.holds_out = self.json_holds_out or self.number >= FEWEST
+        self.are_plain = all(is_plain_tar(url) for url in tried)
         self.stretch = STRETCH * size // max(number, 1)  # bytes
         return usable
 
-    def describe(self):
-        """What the shards hold, in lines for the user."""
+    def findings(self):
         kinds = ", ".join(f"{count} {kind}" for kind, count in self.kinds.most_common(8))
         yield f"{len(self.urls)} shard(s) from {self.urls[0]}. Of {self.kinds.total()} files seen: {kinds or 'none'};"
         yield f"among them {self.complete} images with a caption and {self.alone} without."
-        if missing := self.sizes.count(None):
-            yield f"{missing} shard(s) are not there, as {self.urls[self.sizes.index(None)]}."
+        if self.missing:
+            yield f"{len(self.missing)} shard(s) do not exist, such as {self.missing[0]}."
         if others := [kind for kind in self.kinds if kind not in LIMITS]:
             yield f"Not read: {', '.join(others[:8])}."
         if not self.complete and self.fields:
             fields = ", ".join(sorted(self.fields)[:20])
-            yield f"The .json hold {fields}; name the caption among these by --caption-key."
-        yield "Held out for evaluation is what their .json says." if self.names_held_out else self.said_of_held_out()
+            yield f"The .json files have the fields {fields}; name the one with the caption with --caption-key."
 
     # ------------------------------------------------------------------------------------------------------------------
     # Samples.
 
-    def raw(self, url, start=0, stop=math.inf, patient=True):
-        """The samples of a shard, or of its bytes from start to stop, none decoded, up to where it cannot be read."""
+    def raw(self, url, start=0, stop=math.inf):
+        """Samples of a shard, or of its bytes from start to stop, not decoded; up to where it is unreadable."""
         try:
             for key, files in itertools.groupby(members(url, start, stop), operator.itemgetter(0)):
                 parts = {}
                 for _, suffix, data in files:
                     if suffix in parts:
-                        self.tally.skip(DUPLICATE, f"{key}{suffix}", url)
+                        self.skips.skip(DUPLICATE, f"{key}{suffix}", url)
                     parts.setdefault(suffix, data)
-                self.patience.succeed()
-                yield Sample(url, key, parts)
+                self.skips.failures = 0
+                yield Sample(f"{key} in {url}", parts, url)
         except ERRORS as error:
-            told = f"{url}: {first_line(error)}"
-            self.tally.skip(SHARD, told, url)
-            if patient:
-                self.patience.fail(OSError(told))
+            self.skips.fail(SHARD, f"{url}: {first_line(error)}", url)
 
-    def places(self, rng):
-        """Endless samples, a few from each of the places that are drawn at random from all shards' bytes.
+    def from_random_places(self, rng):
+        """Endless samples, a few from each random place in the bytes of all shards.
 
-        Places begin up to a stretch before a shard, so that its first samples are as likely as others.
+        A place may lie up to a stretch before its shard, so that the first samples are as likely as others.
         """
-        ends = np.cumsum([size + self.stretch if size else 0 for size in self.sizes])
+        urls, sizes = list(self.sizes), list(self.sizes.values())
+        ends = np.cumsum([size + self.stretch if size else 0 for size in sizes])
         while True:
             place = rng.integers(ends[-1])
             number = int(np.searchsorted(ends, place, "right"))
-            start = int(place - ends[number]) + self.sizes[number]
-            yield from self.raw(self.urls[number], max(0, start), start + self.stretch)
+            start = int(place - ends[number]) + sizes[number]
+            yield from self.raw(urls[number], max(0, start), start + self.stretch)
 
-    def whole(self, rng):
-        """Endless samples of whole shards in random order, beginning somewhere."""
+    def from_whole_shards(self, rng):
+        """Endless samples of whole shards in random order. The first samples are left out, a random number of them."""
         shards = (self.raw(self.urls[rng.integers(len(self.urls))]) for _ in itertools.count())
         return itertools.islice(itertools.chain.from_iterable(shards), rng.integers(min(BLOCK, self.number)), None)
 
-    def drawn(self, rng):
+    def random_samples(self, rng):
         """Endless samples of random shards."""
-        if self.finds_places:
-            return self.places(rng)
-        lanes = [self.whole(own) for own in rng.spawn(min(LANES, len(self.urls)))]
+        if self.are_plain:
+            return self.from_random_places(rng)
+        lanes = [self.from_whole_shards(own) for own in rng.spawn(min(LANES, len(self.urls)))]
         return (next(lane) for lane in itertools.cycle(lanes))
-
-    def is_for(self, sample, held_out):
-        """Whether a sample is of the part that is held out, or of the other."""
-        facts = facts_of(sample.parts.get(".json"))
-        if self.names_held_out:
-            return bool(facts.get("aurora_held_out")) == held_out
-        return (self.holds_out and is_held_out(sample.image, facts)) == held_out
-
-    def example(self, sample):
-        """(image [3, R, R], captions) of a sample, or None, and counted, where it cannot be used."""
-        text, facts = sample.parts.get(".txt"), sample.parts.get(".json")
-        try:
-            if any(suffix in LIMITS and data is None for suffix, data in sample.parts.items()):
-                raise Unusable(LINK)
-            if sample.image is None and text is None:
-                return None  # a file of another kind, or a .json of its own
-            example = read_pair(sample.image, text, facts, self.resolution, self.caption_key)
-        except Unusable as error:
-            self.tally.skip(str(error), where(str(error), f"{sample.key} in {sample.shard}", facts), sample.shard)
-            return None
-        self.tally.use(sample.shard)
-        return example
 
     # ------------------------------------------------------------------------------------------------------------------
     # Training and evaluation.
 
     def block(self, done, batch, *seed):
-        """The batches of one block from number `done` on, an endless iterator.
+        """Endless batches of one block from number `done` on.
 
-        Batch k begins at sample k · batch, so nothing before it need be decoded. A sample that cannot be used is
-        replaced by the first one after the batch, which the next batch then sees as well.
+        Batch k starts at sample k · batch, so earlier samples are not decoded. An unusable sample is replaced by the
+        first one after the batch, which the next batch then contains too.
         """
         rng = np.random.default_rng([self.seed, *seed])
-        chosen = (s for s in self.drawn(rng) if self.is_for(s, held_out=False) and rng.random() < weight_of(s))
+        chosen = (s for s in self.random_samples(rng) if self.is_for(s, held_out=False) and rng.random() < weight_of(s))
         mixed = shuffled(chosen, np.random.default_rng([self.seed, *seed, 1]), min(BUFFER, self.number))
         stream = itertools.islice(mixed, done * batch, None)
-        ahead = []  # the examples from where the batch begins, None for those of no use
+        ahead = []  # the examples from the start of the batch, None for unusable ones
         for number in itertools.count(done):
             while len(examples := [example for example in ahead if example]) < batch:
                 ahead.append(self.example(next(stream)))
-            yield collate(examples[:batch], np.random.default_rng([self.seed, *seed, 2, number]), self.tally)
+            yield self.collate(examples[:batch], np.random.default_rng([self.seed, *seed, 2, number]))
             del ahead[:batch]
 
     def batches(self, steps, batch, rank, world_size):
-        worker, workers = steps.start % steps.step, steps.step  # also after it began at another step
+        worker, workers = steps.start % steps.step, steps.step  # also if the first step is another one
         length = max(1, BLOCK // batch)  # of a block, in batches of this worker
         first, done = divmod(steps.start // workers, length)
         for number in itertools.count(first):
@@ -240,7 +189,7 @@ class Shards(Source):
             done = 0
 
     def examples(self, held_out=False, rank=0, world_size=1):
-        """Every pair that can be used, once. A rank reads shards of its own, or of fewer shards than ranks all."""
+        """Each rank reads its own shards. With fewer shards than ranks each reads all, and decodes its share."""
         shared = len(self.urls) < world_size
         samples = itertools.chain.from_iterable(map(self.raw, self.urls if shared else self.urls[rank::world_size]))
         wanted = (sample for sample in samples if self.is_for(sample, held_out))
@@ -249,7 +198,7 @@ class Shards(Source):
 
 
 def shuffled(samples, rng, most):
-    """Endless samples, out of their order within a buffer of up to `most`, which is full before the first comes out."""
+    """Shuffles endless samples in a buffer of up to `most`, which is full before the first one is yielded."""
     buffer, size = [], 0
     for sample in samples:
         buffer.append(sample)
@@ -262,8 +211,8 @@ def shuffled(samples, rng, most):
 
 
 def weight_of(sample):
-    """The chance that a sample is taken where it is met: `aurora_weight` in its .json, by default 1."""
-    weight = facts_of(sample.parts.get(".json")).get("aurora_weight", 1)
+    """The chance that a sample is used when it is read: `aurora_weight` in its .json, by default 1."""
+    weight = sample.facts.get("aurora_weight", 1)
     return weight if isinstance(weight, int | float) and 0 < weight <= 1 else 1
 
 
@@ -272,35 +221,24 @@ def weight_of(sample):
 
 
 def command_of(url):
-    """The command that writes a shard to its output, or None for a file on the disk."""
+    """The command that writes a shard to its output: a shell's line or a list. None for a file on the disk."""
     if url.startswith("pipe:"):
         return url.removeprefix("pipe:")
-    before, after = FETCH.get(url.partition("://")[0], (None, None))
-    return None if before is None else [*before, url, *after]
-
-
-def local(url):
-    return url.removeprefix("file://")
-
-
-def size_of(url):
-    """The bytes of a shard; 0 for what a command writes, None for a file that is not there."""
-    if command_of(url):
-        return 0
-    return os.path.getsize(local(url)) if os.path.isfile(local(url)) else None
+    command = FETCH.get(url.partition("://")[0])
+    return command and [url if part == URL else part for part in command]
 
 
 def is_plain_tar(url):
-    """Whether a shard is a tar on a disk, not compressed: the only kind in which a place can be found."""
+    """Whether a shard is an uncompressed tar on a disk. Only such a shard can be read from a random place."""
     if command_of(url):
         return False
-    with open(local(url), "rb") as file:
+    with open(url, "rb") as file:
         return file.read(tarfile.BLOCKSIZE)[257:262] == b"ustar"
 
 
 @contextlib.contextmanager
 def output_of(command):
-    """What a command writes, as a file. Where that is no whole tar, raises OSError in the command's own words."""
+    """What a command writes, as a file. If the reader finds no whole tar, raises OSError with the command's message."""
     streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE}
     with tempfile.TemporaryFile() as errors:
         shell = isinstance(command, str)
@@ -313,7 +251,7 @@ def output_of(command):
             with contextlib.suppress(subprocess.TimeoutExpired):
                 if status := process.wait(1):
                     errors.seek(0)
-                    lines = errors.read(10_000).decode(errors="replace").strip().splitlines() or ["no word"]
+                    lines = errors.read(10_000).decode(errors="replace").strip().splitlines() or ["no message"]
                     raise OSError(f"{lines[-1][:200]} (exit status {status})") from error
             raise
         finally:
@@ -324,29 +262,30 @@ def output_of(command):
 
 @contextlib.contextmanager
 def opened(url, start):
-    """A shard as a TarFile, read from byte `start` on if it is a plain tar. It passes over what is no header."""
+    """A shard as a TarFile. A plain tar is read from byte `start` on; blocks before the next header are skipped."""
     plain, command = is_plain_tar(url), command_of(url)
-    with output_of(command) if command else open(local(url), "rb") as file:
+    with output_of(command) if command else open(url, "rb") as file:
         if plain:
             file.seek(start // tarfile.BLOCKSIZE * tarfile.BLOCKSIZE)
         with tarfile.open(fileobj=file, mode="r:" if plain else "r|*", ignore_zeros=plain and start > 0) as tar:
-            tar.ignore_zeros = True  # but for the first header: where that is none, it is no tar
+            tar.ignore_zeros = True  # after the first header, damaged ones and the end of a first tar are skipped
             yield tar
 
 
 def members(url, start=0, stop=math.inf):
-    """(key, suffix, bytes) of the files in a shard. The key is the name without its last suffix; behind a file of 0, as
-    0.jpg, comes 0.mask.png as another one of 0. Of a link, and of a file that is no image, caption or .json, the bytes
-    are None; of one that is too large they are cut.
+    """Yields (key, suffix, bytes) of the files in a shard. Raises one of ERRORS.
 
-    start, stop: give the samples that follow the first file at byte `start`, up to that of the first file at `stop`.
-    So of stretches that follow each other each sample belongs to one, and is whole. Raises one of ERRORS.
+    The key is the name without its last suffix; but after a file of the key 0, such as 0.jpg, 0.mask.png also has the
+    key 0. The bytes are None for a link, and for a file that is no image, caption or .json; they are cut at LIMITS.
+
+    start, stop: yield the samples after that of the first file at byte `start`, up to that of the first file at `stop`.
+    So each sample belongs to one of consecutive stretches, and is whole.
     """
-    first = last = None  # the keys of these two files
+    first = last = None  # keys of the first file from `start` on, and from `stop` on
     former = ""
     with opened(url, max(0, start - LONG_NAME)) as tar:
         for info in iter(tar.next, None):
-            tar.members = []  # else it remembers all
+            tar.members = []  # else it keeps all in memory
             folder, _, name = info.name.rpartition("/")
             is_link = info.islnk() or info.issym()
             if info.offset < start or not (info.isfile() or is_link) or name.startswith(".") or "__MACOSX" in folder:

@@ -17,104 +17,198 @@ from tqdm import tqdm
 
 from common import distributed, stopping
 from common.cli import UserError, first_line, signals
-from data.pairs import Tally
+from data.pairs import FIELD, IMAGE_SUFFIXES, Unusable, read_pair
 
 EMOJI = Path(__file__).parent / "emoji.tar.gz"
 NAMES = ("emoji",)  # of the built-in data
 SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz")
-HELD_OUT_OF = 50  # one pair in so many is held out for evaluation
+HELD_OUT_OF = 50  # one pair in this number is held out for evaluation
 FEWEST = 200  # pairs; of fewer none is held out
-AT_ONCE = 20  # failures in a row that are passed over at once: some shards may be missing for good
-PAUSE, GIVEN_UP = 1, 120  # seconds to wait after each further one, and in which none may be read
-WORKER_TIMEOUT = 300  # seconds in which a worker must make a batch; longer than its own patience
-POLL = 1  # seconds of waiting for a batch after which the run is asked whether to stop
+WINDOW, WINDOW_SHARDS = 1000, 10  # pairs in a row, and their shards; if most of these are unusable, the run ends
+FREE_FAILURES = 20  # in a row without a pause: some shards may be missing for good
+PAUSE, GIVE_UP = 1, 120  # seconds: the pause after each further failure, and until the run ends
+WORKER_TIMEOUT = 300  # seconds in which a worker must make a batch; longer than GIVE_UP
+POLL = 1  # seconds between two checks, while a batch is awaited, whether the run is to stop
 RETRIES = 3  # of workers that hang or die, in a row
 
 
 class Batch(NamedTuple):
     images: torch.Tensor  # [b, 3, R, R] in [−1, 1]
     captions: list[str]
-    skipped: collections.Counter  # the pairs passed over on the way, by cause
-    notes: dict = {}  # cause: where it was met, if for the first time  # noqa: RUF012
+    skipped: collections.Counter  # unusable pairs since the last batch, by cause
+    first: dict = {}  # cause: where it first occurred in this process  # noqa: RUF012
+
+
+class Skips:
+    """Counts what a source skips, by cause. Raises UserError if most of the source is unusable or nothing can be read.
+
+    num_shards: of the source. A single bad shard, read from front to end, does not end a run.
+    """
+
+    def __init__(self, name, num_shards=1):
+        self.name, self.num_shards = name, num_shards
+        self.counts = collections.Counter()  # by cause, since the last batch
+        self.first = {}  # cause: where it first occurred
+        self.failures = 0  # of reading, in a row
+        self.clear_window()
+
+    def clear_window(self):
+        self.used, self.unusable, self.shards = 0, collections.Counter(), set()
+
+    def use(self, shard=""):
+        self.used += 1
+        self.check_window(shard)
+
+    def skip(self, cause, place, shard=""):
+        self.first.setdefault(cause, place)
+        self.counts[cause] += 1
+        self.unusable[cause] += 1
+        self.check_window(shard)
+
+    def check_window(self, shard):
+        self.shards.add(shard)
+        number = self.used + self.unusable.total()
+        if number < WINDOW or len(self.shards) < min(self.num_shards, WINDOW_SHARDS):
+            return
+        if self.used < number / 2:
+            causes = self.describe(self.unusable)
+            raise UserError(f"--data {self.name}: only {self.used} of {number} pairs in a row are usable: {causes}")
+        self.clear_window()
+
+    def fail(self, cause, place, shard=""):
+        """Skips what could not be read, and waits if the disk or network may recover. Raises UserError, Stopped."""
+        self.skip(cause, place, shard)
+        if not self.failures:
+            self.first_failure, self.failing_since = place, time.monotonic()
+        self.failures += 1
+        if stopping.asked():
+            raise stopping.Stopped
+        elapsed = time.monotonic() - self.failing_since
+        if elapsed > GIVE_UP and self.failures > 2:  # a single failure may take a minute
+            raise UserError(f"--data {self.name}: for {elapsed:.0f} s nothing could be read: {self.first_failure}")
+        if self.failures > FREE_FAILURES:
+            time.sleep(PAUSE)
+
+    def describe(self, counts):
+        """A count by cause in words, with the place where each cause first occurred."""
+        return ", ".join(f"{count} {cause} (first: {self.first[cause]})" for cause, count in counts.most_common())
 
 
 class Source:
-    """Captioned images. A kind of source has the three methods that raise NotImplementedError here.
+    """Captioned images. A subclass implements the three methods that raise NotImplementedError here.
 
-    A pair that cannot be used is passed over: `tally.skip(cause, where)`; one that can, `tally.use()`. `collate` makes
-    a batch of some examples. After a failure of the disk or the network comes `patience.fail(error)`.
+    It passes a Sample to `example` and a list of examples to `collate`. It calls `skips.fail` if the disk or network
+    fails, and sets `skips.failures` to 0 if it works.
 
-    name: for messages. caption_key: the field of each .json that holds the caption, if no .txt does.
+    name: for messages. caption_key: the field of each .json that contains the caption; by default a .txt contains it.
     """
 
-    def __init__(self, name, resolution, seed, caption_key=None):
+    def __init__(self, name, resolution, seed, caption_key=None, num_shards=1):
         self.name, self.resolution, self.seed, self.caption_key = name, resolution, seed, caption_key
-        self.tally, self.patience = Tally(name), Patience(name)
+        self.skips = Skips(name, num_shards)
+        self.reported = set()  # causes of skips
         self.holds_out = True  # whether any pairs are kept from training
-        self.told = set()  # causes of the notes that were told
+        self.json_holds_out = False  # whether `aurora_held_out` in the .json decides which
 
     def batches(self, steps, batch, rank, world_size):
-        """For training: for each of the steps, a range without an end, a rank's share of `batch` pairs, as a Batch.
+        """For training: yields for each of the steps, a range without an end, a rank's share of `batch` pairs as Batch.
 
-        The seed and the number of a step decide what it holds.
+        The seed and the number of a step determine its batch.
         """
         raise NotImplementedError
 
     def examples(self, held_out=False, rank=0, world_size=1):
-        """For evaluation: a rank's share of the pairs, once each, as (image [3, R, R], all its captions): those that
-        training never sees, or the others.
+        """For evaluation: yields a rank's share of the pairs once, as (image [3, R, R], all its captions): the held-out
+        pairs, or those of training.
         """
         raise NotImplementedError
 
-    def describe(self):
-        """What was found, in lines for the user."""
+    def findings(self):
+        """What the source contains, in lines for the user."""
         raise NotImplementedError
 
+    def describe(self):
+        """The findings, and what is held out, in lines for the user."""
+        yield from self.findings()
+        if self.json_holds_out:
+            yield "The .json files say which pairs are held out for evaluation."
+        elif self.holds_out:
+            yield f"One pair in {HELD_OUT_OF}, by a hash of its picture, is held out for evaluation."
+        else:
+            yield f"None is held out for evaluation, as there are fewer than {FEWEST}: evaluation uses training pairs."
+
+    def check(self, usable):
+        """Raises UserError unless a usable pair was found. What was skipped until now is not counted again."""
+        if not usable:
+            causes = self.skips.describe(self.skips.counts) or "there are none, or all are held out"
+            found = " ".join(self.findings())
+            raise UserError(f"--data {self.name}: no pair of an image and a caption is usable: {causes}. {found}")
+        self.skips = Skips(self.name, self.skips.num_shards)
+
+    def is_for(self, sample, held_out):
+        """Whether a sample belongs to the held-out pairs, or to those of training."""
+        if self.json_holds_out:
+            return bool(sample.facts.get("aurora_held_out")) == held_out
+        return (self.holds_out and is_held_out(sample.image, sample.facts)) == held_out
+
+    def example(self, sample):
+        """A Sample → (image [3, R, R], captions). None if it is unusable; this is counted."""
+        if not sample.parts.keys() & {".txt", *IMAGE_SUFFIXES}:
+            return None  # files of another kind
+        try:
+            example = read_pair(sample, self.resolution, self.caption_key)
+        except Unusable as error:
+            cause, place = str(error), sample.place
+            if cause == FIELD and sample.facts:
+                place = f"{place} has {', '.join(sample.facts)}"
+            self.skips.skip(cause, place, sample.shard)
+            return None
+        self.skips.use(sample.shard)
+        return example
+
+    def collate(self, examples, rng=None):
+        """A list of (image, captions) → a Batch with one caption for each image.
+
+        rng draws the captions; without it, they depend on the picture and the seed alone.
+        """
+        captions = []
+        for image, lines in examples:
+            number = rng.integers(len(lines)) if rng else zlib.crc32(image.numpy().tobytes(), self.seed)
+            captions.append(lines[number % len(lines)])
+        skipped, self.skips.counts = self.skips.counts, collections.Counter()
+        return Batch(torch.stack([image for image, _ in examples]), captions, skipped, dict(self.skips.first))
+
     def evaluation(self, batch=64, held_out=False, rank=0, world_size=1):
-        """Batches of every pair that can be used, once; held_out: of those alone that training never sees.
+        """Batches of all usable pairs, once: the held-out pairs, or those of training.
 
         A pair has the same one of its captions on any number of ranks.
         """
         examples = self.examples(held_out, rank, world_size)
         while some := list(itertools.islice(examples, batch)):
-            images, captions = zip(*some, strict=True)
-            numbers = (zlib.crc32(image.numpy().tobytes(), self.seed) for image in images)
-            drawn = [lines[number % len(lines)] for lines, number in zip(captions, numbers, strict=True)]
-            yield self.tell(Batch(torch.stack(images), drawn, *self.tally.take()))
+            yield self.report(self.collate(some))
 
     def evaluation_pairs(self, batch=64, rank=0, world_size=1):
-        """Batches of the pairs to evaluate with: those held out first, then those of training."""
+        """Batches of the pairs for evaluation: the held-out pairs, then those of training."""
         for held_out in (True, False):
             yield from self.evaluation(batch, held_out, rank, world_size)
 
-    def tell(self, batch):
-        """Says on the main rank what a batch passed over for the first time → the batch."""
-        for cause in batch.notes.keys() - self.told:
-            distributed.say(f"note: of the data is passed over, and counted: {batch.notes[cause]}")
-        self.told |= batch.notes.keys()
+    def report(self, batch):
+        """Prints on the main rank why pairs were skipped, each cause once → the batch."""
+        for cause in batch.first.keys() - self.reported:
+            distributed.say(f"note: skipped and counted: {cause} (first: {batch.first[cause]})")
+        self.reported |= batch.first.keys()
         return batch
-
-    def said_of_held_out(self):
-        if self.holds_out:
-            return f"One pair in {HELD_OUT_OF}, by a hash of its picture, is held out for evaluation."
-        return f"None is held out for evaluation, as there are fewer than {FEWEST}: it sees what training sees."
-
-
-def collate(examples, rng, tally):
-    """Some (image, captions) → a Batch, for each image one of its captions."""
-    images, captions = zip(*examples, strict=True)
-    return Batch(torch.stack(images), [lines[rng.integers(len(lines))] for lines in captions], *tally.take())
 
 
 def is_held_out(image, facts):
-    """Whether a pair is held out: by a hash of its picture, so that a copy under another name is held out with it.
+    """Whether a pair is held out: by a hash of its picture, so that all copies of it are held out.
 
-    image: the file's bytes. facts: its .json, where img2dataset writes the `sha256` of the picture as it was found.
+    image: the file's bytes. facts: its .json, in which img2dataset writes the `sha256` of the original picture.
     """
-    named = facts.get("sha256")
-    if not isinstance(named, str) or len(named) != 64:
-        named = hashlib.sha256(image or b"").hexdigest()
-    return zlib.crc32(named.encode()) % HELD_OUT_OF == 0
+    digest = facts.get("sha256")
+    if not isinstance(digest, str) or len(digest) != 64:
+        digest = hashlib.sha256(image or b"").hexdigest()
+    return zlib.crc32(digest.encode()) % HELD_OUT_OF == 0
 
 
 def sample_indices(step, batch, rank, world_size):
@@ -123,41 +217,18 @@ def sample_indices(step, batch, rank, world_size):
     return range(first, first + batch)
 
 
-class Patience:
-    """Waits for a source that fails again and again, and at last gives up."""
-
-    def __init__(self, name):
-        self.name, self.failures = name, 0
-
-    def succeed(self):
-        self.failures = 0
-
-    def fail(self, error):
-        """Waits if that may help. Raises UserError with the first error of those in a row, or Stopped."""
-        if not self.failures:
-            self.first, self.since = first_line(error), time.monotonic()
-        self.failures += 1
-        if stopping.asked():
-            raise stopping.Stopped
-        elapsed = time.monotonic() - self.since
-        if elapsed > GIVEN_UP and self.failures > 2:  # a failure itself may take a minute
-            raise UserError(f"--data {self.name}: for {elapsed:.0f} s nothing could be read: {self.first}")
-        if self.failures > AT_ONCE:
-            time.sleep(PAUSE)
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # What --data names.
 
 
 def open_data(spec, resolution, seed, caption_key=None):
-    """The source named by --data: "emoji", a folder of images with captions, or shards (a folder, a file, a pattern,
+    """The Source that --data names: "emoji", a folder of images with captions, or shards (a folder, a file, a pattern,
     URLs, or pipe:COMMAND).
 
-    caption_key: the field of each .json that holds the caption, where no .txt does. Raises UserError where nothing
-    usable is there, and where it is not clear what is meant.
+    caption_key: the field of each .json that contains the caption, if no .txt does. Raises UserError if nothing usable
+    is found, and if a folder contains both kinds.
     """
-    from data.folder import Folder, Search  # here, as both kinds are built on Source
+    from data.folder import Folder, search  # here, because both kinds are built on Source
     from data.shards import Shards
 
     if spec == "emoji":
@@ -166,16 +237,16 @@ def open_data(spec, resolution, seed, caption_key=None):
     shards = shards_in(spec) if is_folder else expand_shards(spec)
     if not shards:
         return Folder(spec, resolution, seed, caption_key)
-    if is_folder and (pairs := Search(spec, caption_key).pairs):
+    if is_folder and (pairs := search(spec, caption_key)[0]):
         raise UserError(
-            f"--data {spec} holds {len(pairs)} images with captions and beside them {len(shards)} shard(s), as "
+            f"--data {spec} contains {len(pairs)} images with captions and {len(shards)} shard(s), such as "
             f"{Path(shards[0]).name}: name a shard or a pattern of them, or move them away to train on the images"
         )
     return Shards(shards, resolution, seed, caption_key)
 
 
 def shards_in(folder):
-    """The shards that lie in a folder itself, sorted."""
+    """The shards directly in a folder, sorted."""
     try:
         names = sorted(os.listdir(folder))
     except OSError as error:
@@ -185,13 +256,13 @@ def shards_in(folder):
 
 
 def leads_out(path, folder):
-    """Whether a file or folder in a folder is a link to what lies elsewhere."""
+    """Whether a path in a folder is a link to a place outside of the folder."""
     inside = os.path.join(os.path.realpath(folder), "")
     return os.path.islink(path) and not os.path.join(os.path.realpath(path), "").startswith(inside)
 
 
 def expand_shards(spec):
-    """A shard's file, URL or command, or a pattern of them, as data/{00000..00041}.tar, → the shards; else → none."""
+    """A shard's file, URL or command, or a pattern such as data/{00000..00041}.tar → the shards; [] for other paths."""
     if not spec.startswith("pipe:") and not spec.lower().endswith(SHARD_SUFFIXES):
         return []
     try:
@@ -208,8 +279,8 @@ def expand_shards(spec):
 def loader(source, first, batch, workers):
     """An endless iterator of this rank's share of each global batch from number `first` on, loaded by worker processes.
 
-    Workers that hang or are killed are replaced, and their batches made again. Raises Stopped where the process is
-    asked to stop while a batch is waited for, UserError where the data cannot be read.
+    Workers that hang or are killed are replaced, and their batches are made again. Raises Stopped if the process is
+    asked to stop while it waits for a batch, and UserError if the data cannot be read.
     """
     share = batch // distributed.world_size(), distributed.rank(), distributed.world_size()
     options = {"num_workers": workers, "worker_init_fn": leave_signals_to_the_run, "timeout": POLL if workers else 0}
@@ -217,16 +288,16 @@ def loader(source, first, batch, workers):
     while True:
         try:
             batches = iter(DataLoader(Stream(source, first, *share), batch_size=None, **options))
-            # DataLoader's handler raises at a worker's death, wherever the run happens to be; waiting sees it too.
+            # DataLoader's handler would raise anywhere in the run when a worker dies; `wait_for` notices it too.
             for number in signals("SIGCHLD"):
                 signal.signal(number, signal.SIG_DFL)
             while True:
-                yield source.tell(wait_for(batches))
+                yield source.report(wait_for(batches))
                 first, failures = first + 1, 0
-        except UserError as error:  # a worker's comes with its traceback
+        except UserError as error:  # a worker's message contains its traceback
             raise UserError(str(error).strip().splitlines()[-1].partition("UserError: ")[2] or str(error)) from error
-        except (RuntimeError, EOFError, ConnectionError) as error:  # what becomes of DataLoader when a worker dies
-            if stopping.asked():  # and the workers with the run
+        except (RuntimeError, EOFError, ConnectionError) as error:  # DataLoader raises these when a worker dies
+            if stopping.asked():  # the signal ended the workers too
                 raise stopping.Stopped from None
             failures += 1
             if failures > RETRIES:
@@ -250,14 +321,14 @@ def wait_for(batches):
 
 
 def leave_signals_to_the_run(_):
-    """Ctrl-C and a warning of preemption reach the workers too; the run they serve decides when to stop."""
+    """Ctrl-C and a scheduler's warning reach the workers too, but the main process decides when to stop."""
     for number in signals("SIGINT", "SIGUSR1", "SIGHUP"):
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 class Stream(IterableDataset):
-    """A source's training batches for one rank. Worker k of n makes batches k, k + n, …, so their order stays fixed."""
+    """A source's training batches for one rank. Worker k of n makes batches k, k + n, …, so their order is fixed."""
 
     def __init__(self, source, first, *share):
         self.source, self.first = source, first
@@ -268,18 +339,18 @@ class Stream(IterableDataset):
         offset, stride = (worker.id, worker.num_workers) if worker else (0, 1)
         for batch in self.source.batches(range(self.first + offset, 2**62, stride), *self.share):
             if worker:
-                share_memory(batch.images)  # the queue would do it as well, but in a thread, whose errors reach nobody
+                share_memory(batch.images)  # the queue would do so too, but in a thread whose errors are lost
             yield batch
 
 
 def share_memory(images):
-    """Moves a tensor to shared memory. Raises UserError where that is full."""
+    """Moves a tensor to shared memory. Raises UserError if that is full."""
     try:
         images.share_memory_()
     except RuntimeError as error:
         if "No space left" not in str(error):
             raise
         raise UserError(
-            "there is too little shared memory (/dev/shm) for the data workers: take --workers 0, or give more, as by "
-            "docker run --shm-size 8g"
+            "there is too little shared memory (/dev/shm) for the data workers: use --workers 0, or provide more, for "
+            "example with docker run --shm-size 8g"
         ) from error

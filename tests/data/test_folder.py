@@ -48,7 +48,7 @@ def test_links_that_lead_out_are_not_followed_and_told(tmp_path):
     source = sources.open_data(str(data), 16, seed=0)
     assert all_captions(source) == ["0", "1", "2", "3", "4", "5"]
     assert any(
-        line.startswith("4 links lead out of the folder and are not followed, as ") for line in source.describe()
+        line.startswith("4 links lead out of the folder and are not followed, such as ") for line in source.describe()
     )
     (tmp_path / "link").symlink_to(data)  # what the user names may be one
     assert len(all_captions(sources.open_data(str(tmp_path / "link"), 16, seed=0))) == 6
@@ -65,16 +65,16 @@ def test_a_folder_says_what_it_holds(tmp_path):
     (tmp_path / "odd.jpg").write_bytes(PICTURE)
     (tmp_path / "odd.txt").mkdir()
     said = described(tmp_path)
-    for part in ("20 images have a", "10 images have no caption, as", "2 .heic", "1 .tar", "1 no suffix"):
+    for part in ("20 images have a", "10 images have no caption, such as", "2 .heic", "1 .tar", "1 no suffix"):
         assert part in said
-    assert "1 captions have no image, as " in said and "lonely.txt." in said
+    assert "1 captions have no image, such as " in said and "lonely.txt." in said
     assert "hidden" not in said and "None is held out for evaluation" in said
 
 
 def test_captions_in_json_are_pointed_at(tmp_path):
     for i in range(5):
         pair(tmp_path, str(i), '{"caption": "a cat", "url": "x"}', text=".json")
-    with pytest.raises(UserError, match=r"The .json files hold caption, url; .*--caption-key"):
+    with pytest.raises(UserError, match=r"The .json files have the fields caption, url; .*--caption-key"):
         sources.open_data(str(tmp_path), 16, seed=0)
     assert "5 images have a caption in the field" in described(tmp_path, caption_key="caption")
 
@@ -87,7 +87,7 @@ def test_pairs_and_shards_in_one_folder_are_refused_but_not_images_alone(tmp_pat
         write_tar(data / name, samples, "w:gz" if name == "B.TGZ" else "w")
         assert len(all_captions(sources.open_data(str(data), 16, seed=0))) == 6
         filled(data, 30)
-        with pytest.raises(UserError, match=rf"30 images with captions and beside them 1 shard\(s\), as {name}:"):
+        with pytest.raises(UserError, match=rf"30 images with captions and 1 shard\(s\), such as {name}:"):
             sources.open_data(str(data), 16, seed=0)
 
 

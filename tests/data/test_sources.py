@@ -17,8 +17,8 @@ from PIL import Image
 from common import stopping
 from common.cli import UserError
 from data import shards, sources
-from data.pairs import EMPTY, ENCODING, IMAGE, NO_CAPTION, NO_IMAGE, SHARD
-from data.sources import Patience
+from data.pairs import EMPTY, ENCODING, FILE, IMAGE, NO_CAPTION, NO_IMAGE, SHARD
+from data.sources import Skips
 from tests.figures import Figures
 
 
@@ -146,7 +146,7 @@ def test_broken_images_and_captions_are_skipped_counted_and_told_with_their_name
     skipped = sum((batch.skipped for batch in made), Counter())
     assert skipped[IMAGE] >= 2 and skipped[ENCODING] >= 1 and skipped[EMPTY] >= 1
     told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: ")]
-    assert len(told) == 3 and sum(f"1 {EMPTY} (first: {folder}/3.jpg)" in line for line in told) == 1
+    assert len(told) == 3 and sum(f"{EMPTY} (first: {folder}/3.jpg)" in line for line in told) == 1
 
 
 def test_broken_samples_and_a_shard_cut_short_are_skipped_and_counted(tmp_path):
@@ -163,21 +163,21 @@ def test_broken_samples_and_a_shard_cut_short_are_skipped_and_counted(tmp_path):
 
 @pytest.mark.parametrize("write", [write_folder, write_shard])
 def test_a_source_that_is_mostly_broken_ends_in_one_clear_line(tmp_path, write, monkeypatch):
-    monkeypatch.setattr("data.pairs.WINDOW", 100)
+    monkeypatch.setattr(sources, "WINDOW", 100)
     pairs = [good(i) if i % 3 == 0 else {"jpg": b"<html>", "txt": b"x"} for i in range(60)]
     write(tmp_path / ("0.tar" if write is write_shard else "folder"), pairs)
-    with pytest.raises(UserError, match=r"^--data .*only \d+ of 100 pairs in a row are usable: \d+ images broken"):
+    with pytest.raises(UserError, match=r"^--data .*only \d+ of 100 pairs in a row are usable: \d+ broken images"):
         loaded(opened(tmp_path), 200, workers=int(write is write_folder))  # whose words come with a traceback
     for i in range(60):
         pairs[i]["jpg"] = b"broken"
     write(tmp_path / ("0.tar" if write is write_shard else "folder"), pairs)
-    with pytest.raises(UserError, match=r"^--data.*: no.* usable.* \d+ images broken \(first: .*0"):
+    with pytest.raises(UserError, match=r"^--data.*: no.* usable.* \d+ broken images \(first: .*0"):
         loaded(opened(tmp_path), 1, workers=0)
 
 
 def test_shards_that_vanish_end_in_one_clear_line(tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "PAUSE", 0.01)
-    monkeypatch.setattr(sources, "GIVEN_UP", 0.3)
+    monkeypatch.setattr(sources, "GIVE_UP", 0.3)
     for shard in range(4):
         write_shard(tmp_path / f"{shard:05d}.tar", [good(i) for i in range(40)])
     batches = sources.loader(opened(tmp_path), 0, 8, workers=1)
@@ -194,7 +194,7 @@ def test_shards_that_vanish_end_in_one_clear_line(tmp_path, monkeypatch):
 
 def test_a_disk_that_comes_back_ends_nothing_and_one_that_does_not_ends_the_run(folder, monkeypatch):
     monkeypatch.setattr(sources, "PAUSE", 0.05)
-    monkeypatch.setattr(sources, "GIVEN_UP", 2)
+    monkeypatch.setattr(sources, "GIVE_UP", 2)
     source, away = opened(folder), folder.with_name("away")
     folder.rename(away)
     back = threading.Timer(0.3, lambda: away.rename(folder))
@@ -215,12 +215,12 @@ def test_patience_ends_after_two_minutes_however_long_a_failure_takes(monkeypatc
         now = [0.0]
         monkeypatch.setattr("data.sources.time.monotonic", lambda now=now: now[0])
         monkeypatch.setattr("data.sources.time.sleep", lambda pause, now=now: now.__setitem__(0, now[0] + pause))
-        patience, count = Patience("x"), 0
-        patience.fail(OSError("before"))
-        patience.succeed()
+        skips, count = Skips("x"), 0
+        skips.fail(FILE, "before")
+        skips.failures = 0
         with pytest.raises(UserError, match=r"^--data x: for 1\d\d s nothing could be read: the first$"):
             for count in itertools.count(1):
-                patience.fail(OSError("a later one" if count > 1 else "the first"))
+                skips.fail(FILE, "a later one" if count > 1 else "the first")
                 now[0] += seconds
         assert abs(count - failures) <= 1
 

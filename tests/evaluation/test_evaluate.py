@@ -169,7 +169,7 @@ def test_fewer_images_than_asked_and_identical_sets(run, tmp_path):
     status, _, stderr = run("--data", tmp_path, "--count", 5)  # no other stands in for it
     assert status == 2 and "holds 4 usable images" in stderr
     status, said, _ = run("--data", tmp_path, "--count", 4)
-    assert status == 0 and "1 images broken" in said
+    assert status == 0 and "1 broken images" in said
     same = torch.randn(8, 3)
     with pytest.raises(UserError, match="are the same"):
         metrics.compare_images(same, same)

@@ -135,8 +135,8 @@ def shard(tmp_path):
 
 def test_each_rank_decodes_its_share_alone(shard, monkeypatch):
     source, decoded = sources.open_data(str(shard), 16, seed=0), []
-    read = shards.read_pair
-    monkeypatch.setattr(shards, "read_pair", lambda image, *rest: decoded.append(image) or read(image, *rest))
+    read = sources.read_pair
+    monkeypatch.setattr(sources, "read_pair", lambda *args: decoded.append(args) or read(*args))
     captions = []
     for rank in range(2):
         decoded.clear()
@@ -169,7 +169,7 @@ def test_real_features_do_not_depend_on_the_number_of_ranks(kind, shard, tmp_pat
 
 def test_pairs_held_out_are_evaluated_first(shard, monkeypatch):
     monkeypatch.setattr(shards, "FEWEST", 1)
-    monkeypatch.setattr(shards, "is_held_out", lambda image, facts: facts["key"] in (7, 9))
+    monkeypatch.setattr(sources, "is_held_out", lambda image, facts: facts["key"] in (7, 9))
     source = sources.open_data(str(shard), 16, seed=0)
     captions, _, _ = features.extract_real(source, 2, 16, MEANS)
     assert [int("".join(filter(str.isdigit, caption))) for caption in captions] == [7, 9, 0, 1]
@@ -178,7 +178,7 @@ def test_pairs_held_out_are_evaluated_first(shard, monkeypatch):
 def test_too_few_images_are_told_and_skipped_ones_counted(shard, monkeypatch):
     source = sources.open_data(str(shard), 16, seed=0)
     for captions, values, skipped in by_ranks(monkeypatch, 2, lambda: features.extract_real(source, 9, 16, MEANS)):
-        assert len(captions) == len(values["means"]) == 10 and skipped == {"images broken": 1}
+        assert len(captions) == len(values["means"]) == 10 and skipped == {"broken images": 1}
     with pytest.raises(UserError, match="the data holds 10 usable images"):
         features.extract_real(source, 12, 16, MEANS)
 
