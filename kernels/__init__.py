@@ -1,1 +1,1 @@
-"""Triton kernels, one a file, each beside its launcher and its gradient. Triton is imported nowhere else."""
+"""Triton kernels, one family a file, with their launches and gradients. No other folder imports Triton."""

@@ -1,13 +1,13 @@
-"""L2 attention as Triton kernels: softmax(−‖q − k‖₂/√d)·v and its gradients, with no map in memory.
+"""L2 attention as Triton kernels: softmax(−‖q − k‖₂/√d)·v and its gradients, without an attention map in memory.
 
-attention.py says what is computed. The order of work is FlashAttention's (Dao 2023): a tile of rows goes over all keys
-and rescales its softmax on the way; the backward pass makes the map again from the logarithm of each row's sum.
-For 8 heads of 64×64 points a map in float32 has 512 MiB, and each operator on it reads and writes as much. The forward
-kernel reads and writes 16 MiB, if q, k and v are bfloat16.
+attention.py defines it in plain PyTorch. The order of work is FlashAttention's (Dao 2023): a tile of rows visits all
+keys and rescales its softmax on the way; the backward pass computes the map again from the logarithm of each row's sum.
+For 8 heads of 64×64 points, a map in float32 has 512 MiB, and every operator on it reads and writes as much. The
+forward kernel reads and writes 16 MiB if q, k and v are bfloat16.
 
 Letters: M maps (batch · heads), N feature points, T keys, D the width of a head. Products have the dtype of the inputs
 and accumulate in float32, never in TF32. Products of bfloat16 are exact in float32, so distances lose nothing. The map
-is rounded to the dtype of what it multiplies.
+is rounded to the dtype of its factor.
 """
 
 import math
@@ -19,9 +19,9 @@ from torch.utils.flop_counter import register_flop_formula
 
 
 def tile(q, backward=False):
-    """The rows of a tile that stays, the columns that come at a time, and the padded width of a head.
+    """Constants of a launch: the rows of a tile, the columns that it visits at a time, the padded width of a head.
 
-    With more of them, some kernels spill registers (tests/kernels/test_compiled.py).
+    With more rows or columns, some kernels spill registers (tests/kernels/test_compiled.py).
     """
     width = {"D": q.shape[-1], "WIDTH": max(16, triton.next_power_of_2(q.shape[-1]))}
     if q.device.type == "cpu":  # Triton's interpreter, in a test
@@ -32,7 +32,7 @@ def tile(q, backward=False):
 
 @triton.jit
 def load_rows(ptr, first, LENGTH, D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr):
-    """Some rows of [LENGTH, D] → [ROWS, WIDTH], zeros where there are none."""
+    """ROWS rows of [LENGTH, D] → [ROWS, WIDTH]; outside it, zeros."""
     rows, columns = first + tl.arange(0, ROWS)[:, None], tl.arange(0, WIDTH)[None, :]
     return tl.load(ptr + rows * D + columns, mask=(rows < LENGTH) & (columns < D), other=0)
 
@@ -45,7 +45,7 @@ def store_rows(ptr, tile, first, LENGTH, D: tl.constexpr, WIDTH: tl.constexpr, R
 
 @triton.jit
 def load_norms(ptr, first, LENGTH, ROWS: tl.constexpr):
-    """Squared norms [LENGTH] → [ROWS]. What does not exist is so far away that it weighs nothing."""
+    """Squared norms [LENGTH] → [ROWS]; outside, so large that the weight is zero."""
     rows = first + tl.arange(0, ROWS)
     return tl.load(ptr + rows, mask=rows < LENGTH, other=1e38)
 
@@ -58,9 +58,9 @@ def product(x, y):
 
 @triton.jit
 def logits_in_bits(x, y, x_norms, y_norms, D: tl.constexpr):
-    """Between all rows of x and y: −‖x − y‖/√D in units of log 2, as exp2 is faster; and 1/‖x − y‖, 0 where x is y."""
+    """For all rows of x and y: −‖x − y‖/√D in units of log 2, as exp2 is faster; and 1/‖x − y‖, which is 0 if x = y."""
     squared = x_norms[:, None] + y_norms[None, :] - 2 * product(x, y)
-    apart = squared > 1e-37  # float32 has hardly less
+    apart = squared > 1e-37  # about the smallest float32
     inverse = tl.where(apart, tl.rsqrt(tl.where(apart, squared, 1.0)), 0.0)
     return squared * inverse * (-1.4426950408889634 / D**0.5), inverse
 
@@ -70,7 +70,7 @@ def forward_kernel(
     q, k, v, q_norms, k_norms, out, lse, N, T,
     D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """A tile of rows of one map: out [M, N, D], and lse [M, N], log₂ Σ 2^logit over the keys."""
+    """A tile of rows of one map: out [M, N, D], and lse [M, N] = log₂ Σ 2^logit over the keys."""
     map, first = tl.program_id(1).to(tl.int64), tl.program_id(0) * ROWS
     q_tile = load_rows(q + map * N * D, first, N, D, WIDTH, ROWS)
     q_norm = load_norms(q_norms + map * N, first, N, ROWS)
@@ -95,11 +95,11 @@ def forward_kernel(
 
 @triton.jit
 def weights_and_pulls(x, y, x_norms, y_norms, of_x, of_y, lse, shift, D: tl.constexpr):
-    """The map again, and how strongly each pair of points is pulled together.
+    """The map p, and the pull between each pair of points: the gradient of x is Σ pull·(y − x).
 
-    x and y are q and k, of_x and of_y the gradient of the output and v; or the other way round, for a transposed map.
-    Of logits s = −r/√d the softmax has the gradient p·(of_x·of_y − shift), where r = ‖x − y‖ has (x − y)/r. So x moves
-    along Σ pull·(y − x), with pull = p·(of_x·of_y − shift)/(r·√d), and not at all where x equals y.
+    x and y are q and k, of_x and of_y the output's gradient and v; for the transposed map, the other way round. With
+    logits s = −r/√d and r = ‖x − y‖, the gradient of s is p·(of_x·of_y − shift), and that of r with respect to x is
+    (x − y)/r. So pull = p·(of_x·of_y − shift)/(r·√d), or 0 if x equals y.
     """
     logits, inverse = logits_in_bits(x, y, x_norms, y_norms, D)
     weights = tl.exp2(logits - lse)
@@ -111,7 +111,7 @@ def query_backward_kernel(
     q, k, v, q_norms, k_norms, out, lse, upstream, shift, grad_q, N, T,
     D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """A tile of rows of one map: grad_q [M, N, D], and shift [M, N], ⟨upstream, out⟩, for the other kernel."""
+    """A tile of rows of one map: grad_q [M, N, D], and shift [M, N] = ⟨upstream, out⟩ for the other kernel."""
     map, first = tl.program_id(1).to(tl.int64), tl.program_id(0) * ROWS
     rows = first + tl.arange(0, ROWS)
     q_tile = load_rows(q + map * N * D, first, N, D, WIDTH, ROWS)
@@ -132,7 +132,7 @@ def query_backward_kernel(
         )
         pulls = pulls.to(k_tile.dtype)
         pulled = tl.dot(pulls, k_tile, pulled, input_precision="ieee")
-        total += tl.sum(pulls.to(tl.float32), axis=1)  # as rounded, so that near points cancel
+        total += tl.sum(pulls.to(tl.float32), axis=1)  # rounded like the product, so that near points cancel
     grad = pulled - total[:, None] * q_tile.to(tl.float32)
     store_rows(grad_q + map * N * D, grad, first, N, D, WIDTH, ROWS)
 
@@ -142,7 +142,7 @@ def key_backward_kernel(
     q, k, v, q_norms, k_norms, lse, upstream, shift, grad_k, grad_v, N, T,
     D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """A tile of keys of one map, which goes over all feature points: grad_k and grad_v [M, T, D]."""
+    """A tile of keys of one map, which visits all feature points: grad_k and grad_v [M, T, D]."""
     map, first = tl.program_id(1).to(tl.int64), tl.program_id(0) * ROWS
     k_tile = load_rows(k + map * T * D, first, T, D, WIDTH, ROWS)
     k_norm = load_norms(k_norms + map * T, first, T, ROWS)
@@ -170,14 +170,14 @@ def key_backward_kernel(
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The launches, as operators of PyTorch: what only has shapes then passes through them, and their FLOP can be counted.
+# The launches, as operators of PyTorch: so they accept tensors without content, and their FLOP can be counted.
 
 
 def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """→ out [M, N, D] in the dtype of v, lse [M, N]."""
     block = tile(q)
     out, lse = empty_results(q, k, v)
-    with torch.cuda.device_of(q):  # Triton launches on the current device, wherever the tensors are
+    with torch.cuda.device_of(q):  # Triton launches on the current device, not on that of the tensors
         forward_kernel[triton.cdiv(q.shape[1], block["ROWS"]), len(q)](
             q, k, v, *squared_norms(q, k), out, lse, q.shape[1], k.shape[1], **block
         )
@@ -202,7 +202,7 @@ def backward(
 
 
 def squared_norms(*tensors):
-    """Of each tensor's rows, [M, N or T], in float32."""
+    """Those of each tensor's rows, [M, N or T], in float32."""
     return [torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32).square() for x in tensors]
 
 
@@ -234,17 +234,17 @@ forward_operator.register_autograd(differentiate, setup_context=keep)
 
 @register_flop_formula(torch.ops.aurora.l2_attention)
 def flop_of_forward(q_shape, k_shape, *_, **__):
-    """Two products: distances, and the mean of v."""
+    """Two products: the distances, and the map times v."""
     return 2 * 2 * math.prod(q_shape) * k_shape[1]
 
 
 @register_flop_formula(torch.ops.aurora.l2_attention_backward)
 def flop_of_backward(q_shape, k_shape, *_, **__):
-    """Seven products: each kernel makes the distances and upstream·vᵀ, and there are three gradients."""
+    """Seven products: each kernel computes the distances and upstream·vᵀ; each of three gradients takes one more."""
     return 7 * 2 * math.prod(q_shape) * k_shape[1]
 
 
 def fused_l2_attention(q, k, v):
-    """attention.l2_attention_plain over [B, heads, N or T, D], all of the same D; once differentiable."""
+    """attention.l2_attention_plain over [B, heads, N or T, D] with one D for all; it has no second derivative."""
     out, _ = forward_operator(*(x.flatten(0, 1).contiguous() for x in (q, k, v)))
     return out.unflatten(0, q.shape[:2])

@@ -1,9 +1,9 @@
 """The routed experts as Triton kernels: gather, GEGLU, second matrix product, gate and scatter, forward and backward.
 
-experts.py says what is computed. Points are sorted by expert, so that the rows of an expert are contiguous, and cut
-into tiles that never cross from one expert to the next; an expert without points has no tile. Every kernel multiplies
-one tile by its expert's weights, and reads and writes the points where they lie: nothing is copied into order, and
-where the experts begin and end never leaves the GPU.
+experts.py defines them in plain PyTorch. Points are sorted by expert, so the rows of an expert are contiguous. They are
+cut into tiles, each of a single expert; an expert without points has no tile. Every kernel multiplies one tile by its
+expert's weights. It reads and writes the points at their original places, so nothing is copied into sorted order, and
+the host never needs the numbers of points.
 
 Letters: P points, C channels, H = 4C hidden, E experts. Products accumulate in float32, whatever the inputs are.
 """
@@ -18,17 +18,17 @@ import triton.language as tl
 def routed_experts(points, expert_index, gate, proj_in, bias_in, proj_out, bias_out):
     """gate · expert(point): points [P, C], expert_index [P], gate [P] and the stacks of experts.Experts → [P, C].
 
-    Computed in the points' dtype, float32 or bfloat16, or in autocast's.
+    Its dtype is the points', float32 or bfloat16, or autocast's.
     """
     device = points.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else points.dtype
     points, *stacks = (x.to(dtype) for x in (points, proj_in, bias_in, proj_out, bias_out))
-    with torch.cuda.device_of(points):  # Triton launches on the current device, wherever the tensors are
+    with torch.cuda.device_of(points):  # Triton launches on the current device, not on that of the tensors
         return RoutedExperts.apply(points, expert_index, gate.float(), *stacks)
 
 
 def tile(points):
-    """The sides of a tile of the result, and the depth multiplied at a time, 64 bytes of a row.
+    """Constants of a launch: the sides of a tile of the result, and the depth multiplied at a time, 64 bytes of a row.
 
     With twice the columns or twice the depth, some kernels spill registers (tests/kernels/test_compiled.py).
     """
@@ -38,23 +38,23 @@ def tile(points):
 
 
 class Tiles(NamedTuple):
-    """Which rows of the sorted order belong together, int32, all on the device."""
+    """The sorted order and its tiles, in int32 on the device: P // rows + E tiles, the most that may occur."""
 
     order: torch.Tensor  # [P], the points sorted by expert
-    starts: torch.Tensor  # [E], an expert's first row,
-    ends: torch.Tensor  # [E], and the one after its last
-    expert: torch.Tensor  # of each tile; E for those past the last one, as there are at most P // rows + E
+    starts: torch.Tensor  # [E], each expert's first row in that order
+    ends: torch.Tensor  # [E], the row after its last
+    expert: torch.Tensor  # of each tile; E if the tile is not needed
     first_row: torch.Tensor  # of each tile
 
 
 def cut(expert_index, num_experts, rows):
-    """The experts of the points [P] → Tiles of so many rows."""
+    """The experts of the points [P] → Tiles with `rows` rows each."""
     sorted_index, order = expert_index.sort(stable=True)
     experts = torch.arange(num_experts, device=order.device)
     ends = torch.searchsorted(sorted_index, experts, right=True)
     starts = torch.searchsorted(sorted_index, experts)
     tiles = (ends - starts + rows - 1) // rows
-    tiles_until = tiles.cumsum(0)  # those of this expert and of all before it
+    tiles_until = tiles.cumsum(0)  # of this expert and all before it
     number = torch.arange(len(order) // rows + num_experts, device=order.device)
     expert = torch.searchsorted(tiles_until, number, right=True)
     its = expert.clamp(max=num_experts - 1)
@@ -73,7 +73,7 @@ def expert_tile(tile, expert_ptr, first_row_ptr, ends_ptr, NUM_EXPERTS: tl.const
 
 @triton.jit
 def gelu_and_slope(g):
-    """gelu(g) by the error function, and its derivative Φ(g) + g·φ(g)."""
+    """gelu(g) = g·Φ(g), and its derivative Φ(g) + g·φ(g)."""
     cdf = 0.5 * (1 + tl.erf(g * 0.7071067811865476))
     return g * cdf, cdf + g * 0.3989422804014327 * tl.exp(-0.5 * g * g)
 
@@ -84,7 +84,7 @@ def up_kernel(
     C: tl.constexpr, H: tl.constexpr, NUM_EXPERTS: tl.constexpr, KEEP: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """(a, g) = points·proj_inᵀ + bias_in → activated = a·gelu(g) [P, H], sorted; with KEEP also hidden = (a, g)."""
+    """(a, g) = points·proj_inᵀ + bias_in → sorted activated = a·gelu(g) [P, H]; if KEEP, also hidden = (a, g)."""
     expert, rows, exist = expert_tile(tl.program_id(1), expert_ptr, first_row_ptr, ends_ptr, NUM_EXPERTS, ROWS)
     if expert == NUM_EXPERTS:
         return
@@ -119,9 +119,9 @@ def down_kernel(
     K: tl.constexpr, C: tl.constexpr, stride_column, stride_depth, NUM_EXPERTS: tl.constexpr, GATED: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """Sorted rows_in [P, K] times the expert's [K, C] → result [P, C] at the points' own places.
+    """Sorted rows_in [P, K] times the expert's [K, C] → result [P, C] at the points' original places.
 
-    With GATED: gate · (product + bias), the end of the forward pass. Without: the gradient of the points.
+    If GATED: gate · (product + bias), the end of the forward pass. Else: the gradient of the points.
     """
     expert, rows, exist = expert_tile(tl.program_id(1), expert_ptr, first_row_ptr, ends_ptr, NUM_EXPERTS, ROWS)
     if expert == NUM_EXPERTS:
@@ -150,9 +150,9 @@ def down_backward_kernel(
     P, C: tl.constexpr, H: tl.constexpr, NUM_EXPERTS: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """Through the second product and GEGLU: upstream [P, C] → grad_hidden [P, 2H], sorted; a·gelu(g) again.
+    """Backward through the second product and GEGLU: upstream [P, C] → sorted grad_hidden [P, 2H], and a·gelu(g) again.
 
-    grad_gate [column tiles, P] takes each tile's share of ⟨upstream·proj_out, a·gelu(g)⟩, at the points' own places.
+    grad_gate [column tiles, P]: each tile's share of ⟨upstream·proj_out, a·gelu(g)⟩ at the points' original places.
     """
     expert, rows, exist = expert_tile(tl.program_id(1), expert_ptr, first_row_ptr, ends_ptr, NUM_EXPERTS, ROWS)
     if expert == NUM_EXPERTS:
@@ -190,8 +190,8 @@ def weight_gradient_kernel(
 ):  # fmt: skip
     """Σ over the expert's points of left [M] ⊗ right [N] → grad_weight [E, M, N]; Σ left → grad_bias [E, M].
 
-    With SORTED_LEFT left is sorted and right lies at the points' places (proj_in); else right is sorted, and left lies
-    at the points' places and is multiplied by their gates (proj_out). An expert without points gets zeros.
+    If SORTED_LEFT (for proj_in), left is sorted and right has the points' original order. Else (for proj_out), right is
+    sorted, and left has the original order and is multiplied by the gates. An expert without points gets zeros.
     """
     expert = tl.program_id(2)
     m = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
@@ -220,9 +220,9 @@ def weight_gradient_kernel(
 
 
 class RoutedExperts(torch.autograd.Function):
-    """The kernels in their order. Kept for the backward pass: the inputs, the hidden (a, g) [P, 2H], and the tiles.
+    """The kernels in their order. The backward pass needs the inputs, the hidden (a, g) [P, 2H], and the tiles.
 
-    These lie in the order of the tiles, so gradient checkpointing must replace both or neither.
+    (a, g) has the order of the tiles, so gradient checkpointing must recompute both or neither.
     """
 
     @staticmethod

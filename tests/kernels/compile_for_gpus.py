@@ -1,7 +1,7 @@
-"""Compiles the kernels for GPUs that need not be there, by Triton's own ptxas; for test_compiled.py.
+"""Compiles the kernels for GPUs that this machine need not have, with Triton's own ptxas; for test_compiled.py.
 
-A forward and a backward pass at the release's width launch them. → a line for each: kernel, dtype, compute capability,
-bytes of shared memory, and bytes of a thread's stack, which holds what its registers could not.
+It launches the kernels of a forward and a backward pass at the release's width. A line for each: kernel, dtype, compute
+capability, bytes of shared memory, and bytes of a thread's stack, which contains values that registers could not.
 """
 
 import re
@@ -25,7 +25,7 @@ CAPABILITIES = 80, 86, 90
 
 
 class Driver:
-    """Stands in for CUDA's. Triton keeps what it compiled by device, so a device is called by its capability."""
+    """Replaces CUDA's driver. Triton caches kernels by device, so the number of a device is its capability."""
 
     capability = 0
 

@@ -1,4 +1,4 @@
-"""The kernels as compiled for GPUs: they fit into the memory of a multiprocessor, and nothing spills."""
+"""The kernels as compiled for GPUs fit into the shared memory of a multiprocessor, and no registers spill."""
 
 import os
 import subprocess
@@ -9,11 +9,11 @@ import pytest
 
 pytest.importorskip("triton")
 ROOT = Path(__file__).parent.parent.parent
-SHARED = {80: 163, 86: 99, 90: 227}  # KiB that a block may take (CUDA's programming guide, compute capabilities)
+SHARED = {80: 163, 86: 99, 90: 227}  # KiB available to a block (CUDA's programming guide, compute capabilities)
 
 
 def test_kernels_compile_without_spilling():
-    """Where registers do not suffice, ptxas puts values on the stack, which lies in the slowest memory."""
+    """If registers do not suffice, ptxas puts values on the stack, which is in the slowest memory."""
     command = [sys.executable, str(Path(__file__).parent / "compile_for_gpus.py")]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     run = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
