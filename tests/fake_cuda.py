@@ -1,5 +1,5 @@
-"""A CUDA device that is not there. Its tensors have a shape, a dtype and a device, and no content, so that on a CPU it
-shows where code for a GPU mixes devices, or makes the host wait.
+"""Fake CUDA devices. `fake_cuda` has tensors without content, and shows if code mixes devices or makes the host wait.
+`two_gpus_on_cpu` computes on the CPU.
 """
 
 import contextlib
@@ -27,12 +27,13 @@ aten = torch.ops.aten
 
 
 class FakeCuda(TorchDispatchMode):
-    """What happens on the device. `waits` notes what makes the host wait for it, {"what, file:function"}.
+    """The device. `waits` collects operations that make the host wait for it, {"operation, file:function"}.
 
-    Where the size of a result depends on the content, as of nonzero and unique, the host would wait too: that raises.
+    The host would also wait if the size of a result depended on the content, as that of nonzero: such an operation
+    raises.
 
-    Autograd asks the driver for the streams of CUDA's tensors. Therefore C++ is told that they are on meta, and Python
-    that they are on CUDA. Autocast is in C++, so it casts nothing here.
+    Autograd asks the driver for the streams of CUDA tensors. So C++ finds the tensors on meta, and Python finds them on
+    CUDA. Autocast is in C++, so it casts nothing here.
     """
 
     def __init__(self):
@@ -57,24 +58,24 @@ class FakeCuda(TorchDispatchMode):
             self.note("index", wait=len(set(devices)) > 1)
         return out
 
-    def note(self, what, wait):
+    def note(self, operation, wait):
         if not wait:
             return
         frame = sys._getframe()
         while (path := Path(frame.f_code.co_filename)) == Path(__file__) or not is_ours(path):
             frame = frame.f_back
-        self.waits.add(f"{what}, {path.relative_to(ROOT).as_posix()}:{frame.f_code.co_name}")
+        self.waits.add(f"{operation}, {path.relative_to(ROOT).as_posix()}:{frame.f_code.co_name}")
 
     def exchange(self, index):
-        """Stands in for what torch.cuda.device calls → the former device."""
+        """Replaces the function that torch.cuda.device calls → the former device."""
         former, self.current = self.current, self.current if index < 0 else index
         return former
 
     def launch(self, *args, **options):
-        """Stands in for a launch of a Triton kernel."""
+        """Replaces the launch of a Triton kernel."""
         tensors = [x for x in args if isinstance(x, torch.Tensor)]
         assert {x.device for x in tensors} == {DEVICE}
-        backward = torch._C._current_graph_task_id() != -1  # where autograd sets the current device
+        backward = torch._C._current_graph_task_id() != -1  # there autograd sets the current device
         assert backward or self.current == DEVICE.index
         assert all(x.is_contiguous() for x in tensors)
 
@@ -84,10 +85,10 @@ def is_ours(path):
 
 
 @contextlib.contextmanager
-def fake_cuda(stand_in=None):
-    """A FakeCuda in use. Tensors on other devices, the CPU's included, are fake as well.
+def fake_cuda(replace=None):
+    """Activates a FakeCuda. Tensors on other devices, the CPU included, are fake as well.
 
-    stand_in: a Triton kernel → what is launched in its place, by default something that checks the tensors.
+    replace: a Triton kernel → its replacement; by default, FakeCuda.launch replaces all kernels.
     """
     device, launcher = FakeCuda(), mock.MagicMock()
     launcher.__getitem__.return_value = device.launch
@@ -106,9 +107,9 @@ def fake_cuda(stand_in=None):
         }.items():
             stack.enter_context(mock.patch.object(FakeTensor, name, value))
         for module, names in KERNELS.items():
-            launched = {name: stand_in(getattr(module, name)) if stand_in else launcher for name in names}
+            launched = {name: replace(getattr(module, name)) if replace else launcher for name in names}
             stack.enter_context(mock.patch.multiple(module, **launched))
-        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))  # an index [[0]] makes a tensor in C++
+        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))  # in C++, an index [[0]] becomes a tensor
         yield stack.enter_context(device)
 
 
@@ -117,7 +118,7 @@ def fake_cuda(stand_in=None):
 
 
 class OnCpu(TorchFunctionMode):
-    """Whatever is asked to be on a CUDA device is on the CPU."""
+    """Replaces CUDA devices by the CPU in all calls of PyTorch."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is torch.device:
@@ -133,9 +134,9 @@ def on_cpu(value):
 
 @contextlib.contextmanager
 def two_gpus_on_cpu():
-    """What CUDA and NCCL are asked is answered as two GPUs of 80 GB would; the CPU computes, and gloo speaks.
+    """CUDA reports two GPUs of 80 GB. The CPU computes, and gloo replaces NCCL.
 
-    Autocast is on for CUDA alone, and so changes nothing.
+    Autocast is on only for CUDA, so it changes nothing.
     """
     start = torch.distributed.init_process_group
     with contextlib.ExitStack() as stack:
@@ -156,7 +157,7 @@ def two_gpus_on_cpu():
 
 
 class GpuParallel(DistributedDataParallel):
-    """Told that its module is on a GPU."""
+    """Accepts a module on the CPU with the device_ids of a GPU."""
 
     def __init__(self, module, device_ids, **options):
         assert len(device_ids) == 1

@@ -1,4 +1,4 @@
-"""Training, sampling and evaluation on a CUDA device that is not there: they mix no devices, and a step never waits."""
+"""Training, sampling and evaluation on a fake CUDA device: they mix no devices, and a step never waits."""
 
 import collections
 import dataclasses
@@ -26,7 +26,7 @@ from tests.fake_cuda import DEVICE, fake_cuda
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device")
 BATCH, SIDE, PROMPTS = 4, 8, ["a red circle", "two blue squares"]
-# The batch comes from the CPU. Nothing else of a step does, nor does the host ask for a result.
+# The batch comes from the CPU. Nothing else in a step does, and the host reads no result.
 OF_A_BATCH = {"cpu to cuda, clip.py:tokenize", "cpu to cuda, step.py:<genexpr>"}
 
 
@@ -42,7 +42,7 @@ def batch_of(size):
 
 
 def learner_of(recompute=False):
-    """The two lowest resolutions of `tiny`, both deformable, the higher one with mixed kernels and experts."""
+    """A Learner of the two lowest resolutions of `tiny`: both deformable, the higher one with adaptive kernels."""
     with DEVICE:
         clip = clip_without_weights("emoji")
     preset, recipe = TINY, dataclasses.replace(TINY.recipe, recompute=recompute)
@@ -54,7 +54,7 @@ def learner_of(recompute=False):
     return Learner(preset, clip, DEVICE, torch.bfloat16, BATCH)
 
 
-def test_the_device_notices(device):
+def test_the_device_detects_mixing_and_waiting(device):
     x = torch.ones(3, device=DEVICE)
     with pytest.raises(RuntimeError, match="same device"):
         x + torch.ones(3)
@@ -89,7 +89,7 @@ def test_a_step_of_the_second_stage_waits_for_its_batch_alone(device):
 
 
 def test_kernels_of_attention_are_launched_where_their_tensors_are(device):
-    """A step does not show it: in place of an operator of ours, PyTorch only makes results of its shapes there."""
+    """A step does not test it: for tensors without content, PyTorch replaces our operators by their fake versions."""
     q, k, v = torch.empty(3, 2, 5, 8, device=DEVICE)
     out, lse = l2_attention.forward(q, k, v)
     l2_attention.backward(q, k, v, out, lse, upstream=out)
@@ -99,7 +99,7 @@ def test_attention_is_fused_there(device):
     q = torch.empty(1, 2, 5, 8, device=DEVICE, dtype=torch.bfloat16)
     with FlopCounter() as counter:
         attention.l2_attention(q, q, q)
-    assert counter.by_dtype == {torch.bfloat16: 2 * 2 * 2 * 5 * 5 * 8}  # a map made in blocks is float32
+    assert counter.by_dtype == {torch.bfloat16: 2 * 2 * 2 * 5 * 5 * 8}  # a map computed in blocks is float32
     assert attention.l2_attention(*[q.double()] * 3).dtype == torch.float64
 
 
