@@ -55,11 +55,7 @@ def parse_args(argv=None):
     add("--batch", type=positive_int, help="global batch, over all ranks (default: the preset's)")
     add("--accumulate", type=auto_or_positive, default="auto", help="micro-batches of each batch; auto: as a GPU needs")
     add("--seed", type=natural_number, default=0, help="of weights, data and noise")
-    add(
-        "--resume",
-        default="auto",
-        help="auto: the run in --out; moved: the same, its files were moved; no; or a checkpoint",
-    )
+    add("--resume", default="auto", help="auto: the run in --out; moved: its files are elsewhere; no; or a checkpoint")
     add("--clip", help="train (a small CLIP on --data), emoji, a small CLIP's file, or MODEL:WEIGHTS of "
         "open_clip (default: the preset's; for a small preset on other data: train)")  # fmt: skip
     add("--set", nargs="+", default=[], metavar="FIELD=VALUE", help="change the recipe: lr_generator=1e-3 …")
@@ -70,12 +66,7 @@ def parse_args(argv=None):
     add("--save-minutes", type=positive_int, default=15, help="minutes between checkpoints, if steps are slow")
     add("--keep", type=positive_int, default=3, help="number of checkpoints to keep")
     add("--sample-every", type=positive_int, default=50, help="steps between sample grids")
-    add(
-        "--workers",
-        type=natural_number,
-        default=1,
-        help="processes that load data, for each rank; 0: the rank itself loads",
-    )
+    add("--workers", type=natural_number, default=1, help="processes that load data, for each rank; 0: the rank itself")
     add("--tensorboard", action="store_true", help="also write files for `tensorboard --logdir OUT`")
     add("--plan", action="store_true", help="do not train; compute what training takes on GPUs, see training/plan.py")
     add("--gpus", type=positive_int, help="for --plan, in addition to 1, 8 and 64")

@@ -49,11 +49,11 @@ def write_text(path, content):
     atomically(path, lambda temporary: temporary.write_text(content, "utf-8"))
 
 
-def check_room(folder, size=2**25):
-    """Writes and deletes `size` bytes, to find a full disk before long work and not after it. Raises OSError."""
+def check_room(folder):
+    """Writes and deletes 32 MB, to find a full disk before long work and not after it. Raises OSError."""
     try:
         with tempfile.TemporaryFile(dir=folder) as file:
-            file.write(bytes(size))
+            file.write(bytes(2**25))
             file.flush()
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(folder)) from error

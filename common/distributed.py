@@ -5,6 +5,7 @@ import datetime
 import gc
 import os
 import platform
+import re
 import warnings
 
 import torch
@@ -35,12 +36,9 @@ def start(device_name):
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages for large tensors: on a CPU far fewer page faults
     if device_name == "auto":
         device_name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(device_name)
-    except RuntimeError:
-        raise UserError(f"--device {device_name}: use auto, cpu, cuda or cuda:N") from None
-    if device.type not in ("cpu", "cuda"):
+    if not re.fullmatch(r"cpu|cuda(:[1-9]?\d)?", device_name):
         raise UserError(f"--device {device_name}: use auto, cpu, cuda or cuda:N")
+    device = torch.device(device_name)
     launched = is_launched()
     if device.type == "cuda":
         index = int(os.environ["LOCAL_RANK"]) if launched else device.index or 0
@@ -63,12 +61,8 @@ def is_launched():
     given = {name: os.environ.get(name, "") for name in RANK_VARIABLES}
     if not given["RANK"] and not given["WORLD_SIZE"]:
         return False
-    try:
-        numbers = [int(given[name]) for name in RANK_VARIABLES if name != "MASTER_ADDR"]
-        complete = 0 <= numbers[0] < numbers[1] and given["MASTER_ADDR"]
-    except ValueError:
-        complete = False
-    if not complete:
+    have_numbers = all(given[name].isdecimal() for name in RANK_VARIABLES if name != "MASTER_ADDR")
+    if not (have_numbers and int(given["RANK"]) < int(given["WORLD_SIZE"]) and given["MASTER_ADDR"]):
         shown = ", ".join(f"{name}={value}" if value else f"no {name}" for name, value in given.items())
         raise UserError(
             f"the environment has {shown}, which is not enough to reach the other ranks: start all of them with "
@@ -187,13 +181,8 @@ def together():
     try:
         yield
     except UserError as error:
-        if not has_ranks():
-            raise
         own = error
-    if not has_ranks():
-        return
-    failed = torch.tensor(float(own is not None), device="cuda" if dist.get_backend() == "nccl" else "cpu")
-    dist.all_reduce(failed, dist.ReduceOp.MAX)
-    if failed:
+    on_gpu = has_ranks() and dist.get_backend() == "nccl"
+    if mean(torch.tensor(float(own is not None), device="cuda" if on_gpu else "cpu")):
         messages = collect(str(own or ""))
-        raise UserError(next(filter(None, messages)) if is_main() else "")
+        raise UserError(next(filter(None, messages)) if is_main() else "") from own

@@ -246,17 +246,14 @@ def step_of(line):
 
 
 def resolved(identity):
-    """The identity with absolute paths in --data and --clip, so that it is the same from any working directory."""
+    """The identity with absolute paths in --data and --clip, so that it is the same from any working directory. URLs,
+    commands and models of open_clip (MODEL:WEIGHTS) stay as they are.
+    """
     found = dict(identity)
     for option, names in MAY_MOVE.items():
-        if option in identity and identity[option] not in names:
-            found[option] = absolute(identity[option])
+        spec = identity.get(option)
+        if spec is None or spec in names or "://" in spec or spec.startswith("pipe:"):
+            continue
+        if os.path.exists(spec) or spec.endswith(SHARD_SUFFIXES):  # a pattern of shards does not exist
+            found[option] = os.path.realpath(spec)
     return found
-
-
-def absolute(spec):
-    """A path → the absolute path without links; anything else, for example MODEL:WEIGHTS or a URL → itself."""
-    if "://" in spec or spec.startswith("pipe:"):
-        return spec
-    is_path = os.path.exists(spec) or spec.endswith(SHARD_SUFFIXES)  # a pattern of shards is not a file
-    return os.path.realpath(spec) if is_path else spec
