@@ -42,7 +42,7 @@ def read_small(path, resolution):
     Raises UserError.
     """
     try:
-        with Image.open(path) as picture:
+        with Image.open(path, formats=FORMATS) as picture:
             width, height = picture.size
     except (OSError, ValueError):
         return read_picture(path, resolution)  # says what it is, or draws an SVG

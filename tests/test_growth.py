@@ -44,7 +44,7 @@ class Pictures:
     """A source of 14 random images of 16×16, in batches of four."""
 
     images = torch.randn(14, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    found = "14 random images"
+    found, caption_key = "14 random images", None
 
     def describe(self):
         yield self.found
@@ -125,9 +125,10 @@ def test_a_reference_of_other_data_samples_clip_or_seed_is_measured_again(tmp_pa
     measure(samples=6)
     measure(samples=6, clip="another")
     measure(samples=6, clip="another", seed=1)
-    monkeypatch.setattr(Pictures, "found", "15 random images")
-    measure(samples=6, clip="another", seed=1)
-    assert len(set(made)) == 5
+    for name, value in (("found", "15 random images"), ("caption_key", "text")):
+        monkeypatch.setattr(Pictures, name, value)
+        measure(samples=6, clip="another", seed=1)
+    assert len(set(made)) == 6
 
 
 @pytest.mark.parametrize("phase", [0, 2])

@@ -79,8 +79,10 @@ def test_r1_stands_for_the_steps_without_it(learner, monkeypatch):
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
-def test_r1_in_small_parts_has_the_gradients_of_the_whole(learner, size):
-    """In float64, over two parts of a batch; and in less memory."""
+def test_r1_in_small_parts_has_the_gradients_of_the_whole(learner, size, monkeypatch):
+    """In float64, over two parts of a batch."""
+    sizes = []
+    monkeypatch.setattr(step_module, "r1_penalty", lambda *x: sizes.append(len(x[4])) or r1_penalty(*x))
     learner = copy.deepcopy(learner)
     for network in (learner.discriminator, learner.clip):
         network.double()
@@ -92,6 +94,7 @@ def test_r1_in_small_parts_has_the_gradients_of_the_whole(learner, size):
     learner.optimizer_d.zero_grad(set_to_none=True)
     learner.r1_images = size
     value, found = learner.penalize(parts, 16), {}
+    assert sizes == 8 // size * [size]
     for name, parameter in learner.discriminator.named_parameters():
         found[name], parameter.grad = parameter.grad, None
     scales = scale_weights([4, 8], learner.recipe.lower_scales)

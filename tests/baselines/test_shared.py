@@ -3,7 +3,9 @@
 import contextlib
 import copy
 import functools
+import os
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -16,6 +18,7 @@ from baselines.ladagan import LadaGAN
 from baselines.muse import Muse
 from baselines.stylegan_t import StyleGANT
 from clip import BUILT_IN, MiniLM, Text, load_clip
+from common import stopping
 from tests import figures
 from tests.data.test_sources import COLORS, good, jpeg, write_shard
 from tests.training.runs import identical
@@ -157,6 +160,19 @@ def test_a_run_is_not_resumed_with_other_options(tmp_path, data, learn):
     options = "--out", tmp_path / "run", "--data", data["folder"]
     learn(LadaGAN, 1, "--seed", 1, *options)
     assert_one_line(learn(LadaGAN, 2, *options), "--seed 1")
+
+
+def test_a_run_that_is_stopped_is_saved_and_says_so(tmp_path, data, learn, monkeypatch):
+    step = LadaGAN.step
+
+    def interrupted(self, *batch):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, *batch)
+
+    monkeypatch.setattr(LadaGAN, "step", interrupted)
+    status, said, _ = learn(LadaGAN, STEPS, "--out", tmp_path / "run", "--data", data["folder"])
+    assert status == stopping.COME_AGAIN and "Stopped and saved" in said and "6 images have a caption" in said
+    assert checkpoint.checkpoints(tmp_path / "run" / "checkpoints")[0].name.startswith("00000001-")
 
 
 @pytest.mark.parametrize(

@@ -102,6 +102,15 @@ def test_only_exact_suffixes_are_shards_and_braces_and_brackets_may_be_in_real_n
     assert sources.expand_shards(r"pipe:cat a\ {0..1}.tar") == [r"pipe:cat a\ 0.tar", r"pipe:cat a\ 1.tar"]
 
 
+def test_a_pipe_among_the_files_is_skipped(tmp_path):
+    """Its other end might never write."""
+    filled(tmp_path)
+    (tmp_path / "0.jpg").unlink()
+    os.mkfifo(tmp_path / "0.jpg")
+    batch = next(sources.open_data(str(tmp_path), 16, seed=0).evaluation())
+    assert batch.skipped == {FILE: 1} and sorted(batch.captions) == ["1", "2", "3", "4", "5"]
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
 def test_what_may_not_be_read_is_told(tmp_path):
     filled(tmp_path)

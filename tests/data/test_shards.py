@@ -109,6 +109,15 @@ def test_the_pairs_of_a_batch_come_from_as_many_shards(tmp_path, undecoded):
     assert (counts * (counts - 1)).sum() / (200 * 199) < 1.5 / 40
 
 
+def test_compressed_shards_are_read_several_in_turn(tmp_path, undecoded, monkeypatch):
+    """If the buffer is smaller than a shard, a batch would otherwise come from a single one."""
+    monkeypatch.setattr(shards, "BUFFER", 40)
+    for number in range(20):
+        write_tar(tmp_path / f"{number:03d}.tar.gz", named(numbered(100, 100 * number)), "w:gz")
+    source = sources.open_data(str(tmp_path), 16, seed=0)
+    assert len({int(caption) // 100 for caption in seen(source, 1, batch=40)}) > 5
+
+
 def test_the_buffer_is_full_before_the_first_batch_and_bounded_in_bytes(monkeypatch):
     monkeypatch.setattr(shards, "BUFFER_BYTES", 1000)
     read = []
@@ -170,7 +179,8 @@ def test_a_weight_that_is_none_is_one_and_fields_of_other_people_mean_nothing(tm
 
 
 def test_a_sample_comes_as_often_as_its_weight_says(tmp_path, undecoded):
-    samples = numbered(1000)
+    """`weight`, a field of other people, changes nothing."""
+    samples = numbered(1000, json=b'{"weight": 0.25}')
     for parts in samples[1::2]:
         parts["json"] = b'{"aurora_weight": 0.25}'
     captions = seen(opened("tar", tmp_path, named(samples)), 500)

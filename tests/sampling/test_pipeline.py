@@ -46,7 +46,11 @@ def test_the_command_draws_what_the_interface_draws(pipe, run_main, tmp_path):
 def test_numpys_numbers_are_numbers_and_what_is_not_finite_is_no_picture():
     pipe = Pipeline.load(figures.generator_file(), "cpu")
     assert pipe.sample("red heart", seed=np.int64(3))[0].tobytes() == pipe.sample("red heart", seed=3)[0].tobytes()
-    for prompt, psi, says in (("red heart", 1e39, "not finite"), ("r\0e\0d\0", 1, "not UTF-8")):
+    for prompt, psi, says in (
+        ("red heart", 1e39, "not finite"),
+        ("r\0e\0d\0", 1, "not UTF-8"),
+        ("caf\udce9", 1, "not UTF-8"),
+    ):
         with pytest.raises(UserError, match=says):
             pipe.sample(prompt, psi=psi)
 

@@ -78,7 +78,7 @@ def test_truncation_goes_toward_the_prompts_own_mean(demo):
 
 
 def test_prompts_from_a_file_and_several_at_once(run, tmp_path):
-    (tmp_path / "prompts.txt").write_text("a red circle\n\na blue star 🐉\n", encoding="utf-8")
+    (tmp_path / "prompts.txt").write_text("a red circle\n\na blue\u2028 star 🐉\n", encoding="utf-8")
     out = tmp_path / "new folder" / "a.png"
     status, stdout, _ = run("a cyan ring", "--prompts", tmp_path / "prompts.txt", "--num", 2, "--out", out)
     assert status == 0 and "6 pictures" in stdout and "🐉" in stdout  # said to be unknown

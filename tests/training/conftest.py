@@ -21,7 +21,7 @@ def stopped_after(undisturbed, tmp_path):
     """stopped_after(3) → the same run's folder as it was after its third step."""
 
     def stopped_after(steps):
-        out = shutil.copytree(undisturbed, tmp_path / "run")
+        out = shutil.copytree(undisturbed, tmp_path / "a run")
         for path in checkpoint.checkpoints(out / "checkpoints"):
             if int(path.name.partition("-")[0]) > steps:
                 shutil.rmtree(path)

@@ -109,9 +109,16 @@ class Learner:
         self.active = [32]
         self.generator = self.ema = self
         self.config = type("Config", (), {"z_dim": 4})
-        self.autocast, self.sizes = contextlib.nullcontext, []
+        self.is_narrow, self.sizes = False, []
+
+    @contextlib.contextmanager
+    def autocast(self):
+        self.is_narrow = True
+        yield
+        self.is_narrow = False
 
     def __call__(self, z, *_):
+        assert self.is_narrow
         return type("Output", (), {"pyramid": {32: torch.zeros(len(z), 3, 32, 32)}})
 
     def score(self, images, text):

@@ -17,7 +17,7 @@ from training import run_folder
 from training.run_folder import RunFolder
 from weights import checkpoint
 
-IDENTITY = {"preset": "tiny", "data": "/pictures", "batch": 4, "seed": 0, "clip": "judge"}
+IDENTITY = {"preset": "tiny", "data": "/my pictures", "batch": 4, "seed": 0, "clip": "judge"}
 PICTURE = Image.new("RGB", (4, 4))
 
 
@@ -87,8 +87,8 @@ def test_a_run_killed_before_the_generator_had_its_name_gives_it(tmp_path):
         ("no", {}, "has a run of its own"),
         ("elsewhere", {}, "has a run of its own"),
         ("auto", {"system": "muse"}, "not of this command"),
-        ("auto", {"data": "emoji", "batch": 8}, "started with --data /pictures, --batch 4"),
-        ("auto", {"data": "/after"}, "--data /pictures.*--resume moved"),
+        ("auto", {"data": "emoji", "batch": 8}, "started with --data '/my pictures', --batch 4"),
+        ("auto", {"data": "/after"}, "--data '/my pictures'.*--resume moved"),
         ("moved", {"data": "/after", "seed": 1}, r"started with --seed 0; repeat that, or give another --out$"),
     ],
 )
@@ -227,11 +227,12 @@ def test_the_log_of_a_run_that_goes_on_has_every_step_once(tmp_path):
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n{"step": 3}\na note\n[1]\n{"step": 4}\n'
 
 
-def test_what_is_in_the_way_of_the_log_is_named(tmp_path, capsys):
-    folder = made(tmp_path)
-    (tmp_path / "metrics.jsonl").mkdir()
+@pytest.mark.parametrize("name", ["metrics.jsonl", "tensorboard"])
+def test_what_is_in_the_way_of_the_log_is_named(tmp_path, capsys, name):
+    folder = made(tmp_path, with_board=True)
+    (tmp_path / name).mkdir() if name == "metrics.jsonl" else (tmp_path / name).write_text("mine")
     folder.open_log(2)
-    assert f"see what is in the way, at {tmp_path}/metrics.jsonl" in capsys.readouterr().out
+    assert f"see what is in the way, at {tmp_path}/{name}" in capsys.readouterr().out
 
 
 def test_a_thread_writes_what_was_saved_while_the_run_goes_on(tmp_path, monkeypatch):

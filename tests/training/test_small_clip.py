@@ -1,6 +1,7 @@
 """The small CLIP for any captioned pictures."""
 
 import itertools
+import json
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from clip import load_clip
 from common.cli import UserError
 from data import sources
+from tests.data.test_shards import named, write_tar
 from tests.data.test_sources import jpeg
 from tests.training.runs import full_disk, room_afterwards
 from training.small_clip import clip_of_new_run, contrast, draw_batches, mislead, train_small_clip
@@ -115,7 +117,15 @@ def test_the_clip_of_other_data_is_not_taken(tmp_path, monkeypatch):
         made.append(path.read_bytes())
     write_pictures(tmp_path / "b", ["red", "blue", "yellow"] * 3)
     clip_of_new_run(path, tmp_path / "b", None, 1, "cpu")
-    assert made[0] == made[1] and len({*made, path.read_bytes()}) == 4
+    made.append(path.read_bytes())
+    samples = [
+        {"jpg": jpeg(color), "json": json.dumps({"a": name, "b": name * 2}).encode()} for name, color in COLORS.items()
+    ]
+    shard = write_tar(tmp_path / "0.tar", named(samples))
+    for key in ("a", "b"):
+        clip_of_new_run(path, shard, key, 1, "cpu")
+        made.append(path.read_bytes())
+    assert made[0] == made[1] and len(set(made)) == 6
 
 
 def test_a_full_disk_is_told_before_a_clip_is_trained(tmp_path, monkeypatch):

@@ -11,6 +11,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train
+from clip import BUILT_IN
 from common import stopping
 from common.cli import UserError
 from growth import Growth
@@ -57,11 +58,17 @@ def test_a_run_leaves_what_it_promises(undisturbed):
     assert [row["step"] for row in log if "fid" in row] == [2, 4]
     assert [row["step"] for row in log if "r1" in row] == [1]  # in one step of 16
     generator, _, notes = load_generator(undisturbed)
-    assert notes["resolution"] == 8 and notes["images"] == 20
+    assert notes["resolution"] == 8 and notes["images"] == 20 and "ema" not in state_of(undisturbed)  # it is there once
     average = checkpoint.moving_average(state_of(undisturbed))
     assert all(torch.equal(value, average[name]) for name, value in generator.state_dict().items())
     newest = checkpoint.checkpoints(undisturbed / "checkpoints")[0]
     assert (newest / "generator_ema.safetensors").samefile(undisturbed / "generator_ema.safetensors")
+
+
+def test_a_step_is_divided_as_the_plan_says(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "choose_micro_batches", lambda *_: (2, 1))
+    made = build(*SHORT, "--out", tmp_path / "run")
+    assert (made.loop.micro_batches, made.learner.r1_images) == (2, 1)
 
 
 def test_tensorboard_has_the_scalars_the_experts_and_the_pictures(undisturbed):
@@ -200,6 +207,9 @@ def test_a_folder_of_ones_own_is_read_by_a_small_clip_trained_first(tmp_path, mo
     data.rename(tmp_path / "data")
     build(*common, "--data", tmp_path / "data", "--out", tmp_path / "new", *resume)
     assert (out / "clip.safetensors").read_bytes() == (tmp_path / "new/clip.safetensors").read_bytes() == trained
+    (out / "clip.safetensors").write_bytes(BUILT_IN["judge"].read_bytes())
+    with pytest.raises(UserError, match="it learned with small CLIP"):
+        build(*common, "--data", tmp_path / "data", "--out", out)
     (out / "clip.safetensors").unlink()
     for folder, how in ((out, ()), (tmp_path / "newer", resume)):
         with pytest.raises(UserError, match=f"{out}/clip.safetensors is missing"):
@@ -244,7 +254,8 @@ def test_an_interrupt_loses_nothing(undisturbed, stopped_after, monkeypatch, run
     assert status == stopping.COME_AGAIN and "Stopped and saved" in said
     assert checkpoint.checkpoints(out / "checkpoints")[0].name.startswith("00000004-")
     monkeypatch.setattr(Learner, "step", step)
-    assert run_main(train.main, *SHORT, "--out", out, "--steps", 5)[0] == 0
+    status, said, _ = run_main(train.main, *SHORT, "--out", out, "--steps", 5)
+    assert status == 0 and f"--checkpoint '{out}/generator_ema.safetensors'" in said
     assert identical(state_of(out), state_of(undisturbed))
 
 
