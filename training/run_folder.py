@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_map_only
 from clip import BUILT_IN
 from common import disk, distributed
 from common.cli import UserError, reason
+from common.disk import write_text
 from common.distributed import say
 from data.sources import NAMES, SHARD_SUFFIXES
 from weights import checkpoint, generator_file
@@ -157,7 +158,7 @@ class RunFolder:
     def write_config(self, config):
         config |= self.identity | {"world_size": distributed.world_size(), "torch": torch.__version__}
         content = json.dumps(config, indent=2, default=str) + "\n"
-        disk.write_text(self.path / "config.json", content)
+        write_text(self.path / "config.json", content)
 
     @written("metrics.jsonl")
     def open_log(self, step):
@@ -165,7 +166,7 @@ class RunFolder:
         path = self.path / "metrics.jsonl"
         lines = path.read_text("utf-8", "replace").splitlines() if path.exists() else []
         kept = "".join(line + "\n" for line in lines if step_of(line) <= step)
-        disk.write_text(path, kept)
+        write_text(path, kept)
         self.log_file = path.open("a", encoding="utf-8")
         if self.with_board:
             from torch.utils.tensorboard import SummaryWriter  # here, as it takes a second to import
