@@ -235,13 +235,11 @@ class RoutedExperts(torch.autograd.Function):
         keep = any(ctx.needs_input_grad)
         activated = points.new_empty(num_points, h)
         hidden = points.new_empty(num_points, 2 * h) if keep else activated
-        grid = (triton.cdiv(h, block["COLUMNS"]), len(tiles.expert))
-        up_kernel[grid](
+        up_kernel[triton.cdiv(h, block["COLUMNS"]), len(tiles.expert)](
             points, tiles.order, proj_in, bias_in, hidden, activated, *where, c, h, num_experts, keep, **block
         )
         result = torch.empty_like(points)
-        grid = (triton.cdiv(c, block["COLUMNS"]), len(tiles.expert))
-        down_kernel[grid](
+        down_kernel[triton.cdiv(c, block["COLUMNS"]), len(tiles.expert)](
             activated, tiles.order, proj_out, bias_out, gate, result, *where, h, c, h, 1, num_experts, True, **block
         )
         ctx.save_for_backward(points, expert_index, gate, proj_in, bias_in, proj_out, bias_out, hidden, *tiles)

@@ -73,7 +73,7 @@ def test_size_of_the_paper():
 
 @torch.no_grad()
 def test_additive_attention_is_a_naive_loop():
-    """Point by point and head by head, from the formulas, in float64."""
+    """The formulas point by point and head by head, in float64."""
     attention, x = AdditiveAttention(6, num_heads=2).double(), torch.randn(3, 5, 6, dtype=torch.float64)
     expected = torch.empty_like(x)
     for b in range(3):
@@ -97,7 +97,7 @@ def small_discriminator(text_dim=0):
 
 
 def test_r1_is_the_gradient_norm_of_each_image():
-    """By the definition: image by image."""
+    """The definition, image by image."""
     discriminator = small_discriminator().double().eval()
     images, expected = torch.randn(3, 3, 32, 32, dtype=torch.float64), 0.0
     for image in images:

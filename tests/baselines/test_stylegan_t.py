@@ -41,7 +41,7 @@ HEAD_RENAMES = [
 
 
 def authors(name):
-    """→ the authors' state dict, and inputs and outputs as tensors."""
+    """→ the authors' state dict, and {name: tensor} of inputs and outputs."""
     state, io = read(AUTHORS[name])
     return state, {key: torch.from_numpy(value) for key, value in io.items()}
 
@@ -159,8 +159,8 @@ def test_blur_fades():
 
 
 @torch.no_grad()
-def test_the_taps_are_what_the_stages_make():
-    """Those of the whole network, that evaluation uses, the last at each resolution."""
+def test_the_taps_are_outputs_of_the_stages():
+    """The last stage at each resolution of the whole network, which evaluation uses."""
     network, whole, outputs = stylegan_t.FrozenFeatures(side=32), load_efficientnet(), []
     for stage in (0, 1, 2, 4, 6):
         whole.blocks[stage].register_forward_hook(lambda _, __, output: outputs.append(output))
