@@ -3,9 +3,10 @@
 #
 #   sbatch examples/slurm.sh
 #
-# Five minutes before the time limit SLURM sends SIGUSR1. It goes to torchrun and on to train.py, which finishes its step,
-# saves and exits. The requeued job resumes the run. The folder of --out must be on a file system that all nodes share.
-# torchrun must know --signals-to-handle and --shutdown-timeout, as that of PyTorch 2.14 does.
+# Five minutes before the time limit SLURM sends SIGUSR1. This script forwards it to torchrun, which forwards it to
+# train.py. The run finishes its step, saves and exits, and the requeued job resumes it. The folder of --out must be on
+# a file system that all nodes share. The options --signals-to-handle and --shutdown-timeout of torchrun need PyTorch
+# 2.14.
 
 #SBATCH --job-name=aurora
 #SBATCH --nodes=8
@@ -20,7 +21,7 @@
 
 trap 'asked=yes; scancel --signal=USR1 "$SLURM_JOB_ID"' USR1
 
-# Without this, a quarter of the memory was reserved beyond what tensors took.
+# Without this, a quarter of the memory was reserved but not used by tensors.
 export PYTORCH_ALLOC_CONF=expandable_segments:True
 # Without this, PyTorch 2.14 does not tell a restarted node the address of the first one.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
