@@ -66,13 +66,17 @@ def test_the_device_detects_mixing_and_waiting(device):
         assert len(device.waits) == 1
 
 
+def step(device, learner, batches):
+    """→ the report of a step that waits only for its batch."""
+    device.waits.clear()
+    report = learner.step(0, learner.prepare(0, 0, batches))
+    assert {value.device for value in report.values()} == {DEVICE} and device.waits == OF_A_BATCH
+    return report
+
+
 @pytest.mark.parametrize(("parts", "recompute"), [(1, False), (2, True)], ids=["plain", "in parts, recomputed"])
 def test_a_step_waits_for_its_batch_alone(device, parts, recompute):
-    learner = learner_of(recompute)
-    device.waits.clear()
-    report = learner.step(0, learner.prepare(0, 0, [batch_of(BATCH // parts)] * parts))
-    assert "r1" in report and {value.device for value in report.values()} == {DEVICE}
-    assert device.waits == OF_A_BATCH
+    assert "r1" in step(device, learner_of(recompute), [batch_of(BATCH // parts)] * parts)
 
 
 def test_a_step_of_the_second_stage_waits_for_its_batch_alone(device):
@@ -80,12 +84,8 @@ def test_a_step_of_the_second_stage_waits_for_its_batch_alone(device):
         clip = clip_without_weights("emoji")
         perceptual = perceptual_network(LARGER.recipe, with_weights=False)
     learner = Learner(fitted_to(LARGER, clip.width, clip.map_shapes), clip, DEVICE, torch.bfloat16, BATCH, perceptual)
-    batch = Batch(torch.empty(BATCH, 3, 32, 32), PROMPTS * 2, collections.Counter())
-    device.waits.clear()
-    report = learner.step(0, learner.prepare(0, 0, [batch]))
+    report = step(device, learner, [batch_of(BATCH)._replace(images=torch.empty(BATCH, 3, 32, 32))])
     assert {"r1", "g_l1", "g_perceptual"} < report.keys()
-    assert {value.device for value in report.values()} == {DEVICE}
-    assert device.waits == OF_A_BATCH
 
 
 def test_kernels_of_attention_are_launched_where_their_tensors_are(device):

@@ -1,25 +1,105 @@
-"""The kernels as compiled for GPUs fit into the shared memory of a multiprocessor, and no registers spill."""
+"""The kernels as compiled for GPUs fit into the shared memory of a multiprocessor, and no registers spill.
+
+Triton's own ptxas compiles them, so this machine needs no GPU. The test runs this file as a script, without Triton's
+interpreter.
+"""
 
 import os
+import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
+import torch
 
+sys.path.insert(0, str(Path(__file__).parents[2]))
 pytest.importorskip("triton")
-ROOT = Path(__file__).parent.parent.parent
-SHARED = {80: 163, 86: 99, 90: 227}  # KiB available to a block (CUDA's programming guide, compute capabilities)
+import triton
+from triton.backends.compiler import GPUTarget
+
+from experts import Experts
+from kernels import l2_attention, routed
+from tests.fake_cuda import DEVICE, ROOT, fake_cuda
+
+POINTS, WIDTH, EXPERTS, HEADS = 4096, 512, 16, 8  # of the release
+# {compute capability: KiB of shared memory available to a block}, from CUDA's programming guide
+SHARED = {80: 163, 86: 99, 90: 227}
 
 
 def test_kernels_compile_without_spilling():
     """If registers do not suffice, ptxas puts values on the stack, which is in the slowest memory."""
-    command = [sys.executable, str(Path(__file__).parent / "compile_for_gpus.py")]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    run = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+    run = subprocess.run([sys.executable, __file__], env=environment, cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     lines = [line.split() for line in run.stdout.splitlines()]
     launches = 4 + 2 + 3  # down_kernel and weight_gradient_kernel twice
     assert len(lines) == launches * len(SHARED) * 2  # dtypes
     for *_, capability, shared, stack in lines:
         assert int(shared) <= SHARED[int(capability)] * 1024 and int(stack) == 0, run.stdout
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The script. It prints a line for each launch: kernel, dtype, compute capability, bytes of shared memory, and bytes of
+# a thread's stack.
+
+
+class Driver:
+    """Replaces CUDA's driver. Triton caches kernels by device, so the number of a device is its capability."""
+
+    capability = 0
+
+    def get_current_device(self):
+        return self.capability
+
+    def get_current_stream(self, device):
+        return 0
+
+    def get_current_target(self):
+        return GPUTarget("cuda", self.capability, 32)
+
+
+class Compiled:
+    """A kernel that is compiled instead of launched."""
+
+    def __init__(self, kernel, driver):
+        self.kernel, self.driver = kernel, driver
+
+    def __getitem__(self, grid):
+        return self.compile
+
+    def compile(self, *args, **options):
+        for self.driver.capability in SHARED:
+            dtypes = [x.dtype if isinstance(x, torch.Tensor) else x for x in args]
+            compiled = self.kernel.warmup(*dtypes, grid=None, **options)
+            dtype = str(dtypes[0]).removeprefix("torch.")
+            shared, stack = compiled.metadata.shared, stack_of(compiled.asm["cubin"])
+            print(self.kernel.__name__, dtype, self.driver.capability, shared, stack, flush=True)
+
+
+def stack_of(cubin):
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(cubin)
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        usage = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return re.search(r"STACK:(\d+)", usage)[1]
+
+
+def main():
+    """A forward and a backward pass of both families in both dtypes."""
+    triton.runtime.driver.set_active(driver := Driver())
+    for dtype in (torch.bfloat16, torch.float32):
+        with fake_cuda(lambda kernel: Compiled(kernel, driver)), DEVICE:
+            points, gate = torch.empty(POINTS, WIDTH, dtype=dtype), torch.empty(POINTS)
+            stacks = [x.to(dtype) for x in Experts(WIDTH, EXPERTS).parameters()]
+            leaves = [x.detach().requires_grad_() for x in (points, gate, *stacks)]
+            result = routed.routed_experts(leaves[0], torch.empty(POINTS, dtype=torch.long), *leaves[1:])
+            torch.autograd.grad(result, leaves, torch.empty_like(result))
+            q, k, v = torch.empty(3, HEADS, POINTS, WIDTH // HEADS, dtype=dtype)
+            l2_attention.backward(q, k, v, *l2_attention.forward(q, k, v), upstream=v)
+
+
+if __name__ == "__main__":
+    main()
