@@ -20,7 +20,7 @@ from baselines.stylegan_t import StyleGANT
 from clip import BUILT_IN, MiniLM, Text, load_clip
 from common import stopping
 from tests import figures
-from tests.data.test_sources import COLORS, good, jpeg, write_shard
+from tests.data.files import COLORS, good, jpeg, write_shard
 from tests.training.runs import identical
 from tests.training.test_distributed import ROOT, torchrun
 from training.loop import Loop

@@ -1,4 +1,4 @@
-"""Folders as people have them: all that can be read is read, and a source says what it holds."""
+"""Folders as people have them: every readable pair is read, and the source describes what it found."""
 
 import os
 
@@ -7,7 +7,7 @@ import pytest
 from common.cli import UserError
 from data import sources
 from data.pairs import FILE
-from tests.data.test_shards import PICTURE, all_captions, named, write_tar
+from tests.data.files import PICTURE, all_captions, named, source_of, write_tar
 
 
 def pair(folder, stem, caption=None, image=".jpg", text=".txt"):
@@ -24,7 +24,7 @@ def filled(folder, count=6):
 
 
 def described(folder, **options):
-    return " ".join(sources.open_data(str(folder), 16, seed=0, **options).describe())
+    return " ".join(source_of(folder, **options).describe())
 
 
 def test_pairs_in_any_case_in_folders_and_with_periods_are_found(tmp_path):
@@ -34,10 +34,10 @@ def test_pairs_in_any_case_in_folders_and_with_periods_are_found(tmp_path):
     pair(tmp_path / "deep" / "er", "deep", "deep")
     (tmp_path / "deep" / "back").symlink_to(tmp_path)  # leads in a circle
     (tmp_path / "again").symlink_to(tmp_path / "deep" / "er")
-    assert all_captions(sources.open_data(str(tmp_path), 16, 0)) == ["0", "1", "2", "3", "deep", "periods", "upper"]
+    assert all_captions(source_of(tmp_path)) == ["0", "1", "2", "3", "deep", "periods", "upper"]
 
 
-def test_links_that_lead_out_are_not_followed_and_told(tmp_path):
+def test_links_that_lead_out_are_not_followed_but_reported(tmp_path):
     data, elsewhere = filled(tmp_path / "data"), filled(tmp_path / "data2", 9)
     (data / "folder").symlink_to(elsewhere)
     (data / "7.jpg").symlink_to(elsewhere / "7.jpg")
@@ -45,16 +45,16 @@ def test_links_that_lead_out_are_not_followed_and_told(tmp_path):
     (data / "8.txt").symlink_to("/etc/hostname")
     write_tar(elsewhere / "0.tar", named([{"jpg": PICTURE, "txt": b"x"}] * 6))
     (data / "0.tar").symlink_to(elsewhere / "0.tar")
-    source = sources.open_data(str(data), 16, seed=0)
+    source = source_of(data)
     assert all_captions(source) == ["0", "1", "2", "3", "4", "5"]
     assert any(
         line.startswith("4 links lead out of the folder and are not followed, such as ") for line in source.describe()
     )
-    (tmp_path / "link").symlink_to(data)  # what the user names may be one
-    assert len(all_captions(sources.open_data(str(tmp_path / "link"), 16, seed=0))) == 6
+    (tmp_path / "link").symlink_to(data)  # --data itself may be a link
+    assert len(all_captions(source_of(tmp_path / "link"))) == 6
 
 
-def test_a_folder_says_what_it_holds(tmp_path):
+def test_a_folder_describes_what_it_contains(tmp_path):
     filled(tmp_path, 20)
     for i in range(8):
         pair(tmp_path, f"alone{i}")
@@ -64,18 +64,18 @@ def test_a_folder_says_what_it_holds(tmp_path):
     (tmp_path / "sub" / "backup.tar").write_bytes(b"x")
     (tmp_path / "odd.jpg").write_bytes(PICTURE)
     (tmp_path / "odd.txt").mkdir()
-    said = described(tmp_path)
+    text = described(tmp_path)
     for part in ("20 images have a", "10 images have no caption, such as", "2 .heic", "1 .tar", "1 no suffix"):
-        assert part in said
-    assert "1 captions have no image, such as " in said and "lonely.txt." in said
-    assert "hidden" not in said and "None is held out for evaluation" in said
+        assert part in text
+    assert "1 captions have no image, such as " in text and "lonely.txt." in text
+    assert "hidden" not in text and "None is held out for evaluation" in text
 
 
-def test_captions_in_json_are_pointed_at(tmp_path):
+def test_captions_in_json_are_suggested(tmp_path):
     for i in range(5):
         pair(tmp_path, str(i), '{"caption": "a cat", "url": "x"}', text=".json")
     with pytest.raises(UserError, match=r"The .json files have the fields caption, url; .*--caption-key"):
-        sources.open_data(str(tmp_path), 16, seed=0)
+        source_of(tmp_path)
     assert "5 images have a caption in the field" in described(tmp_path, caption_key="caption")
 
 
@@ -85,10 +85,10 @@ def test_pairs_and_shards_in_one_folder_are_refused_but_not_images_alone(tmp_pat
         data = tmp_path / name[0]
         pair(data, "cover")
         write_tar(data / name, samples, "w:gz" if name == "B.TGZ" else "w")
-        assert len(all_captions(sources.open_data(str(data), 16, seed=0))) == 6
+        assert len(all_captions(source_of(data))) == 6
         filled(data, 30)
         with pytest.raises(UserError, match=rf"30 images with captions and 1 shard\(s\), such as {name}:"):
-            sources.open_data(str(data), 16, seed=0)
+            source_of(data)
 
 
 def test_only_exact_suffixes_are_shards_and_braces_and_brackets_may_be_in_real_names(tmp_path):
@@ -98,7 +98,7 @@ def test_only_exact_suffixes_are_shards_and_braces_and_brackets_may_be_in_real_n
     (tmp_path / "b{2}").mkdir()
     shard = write_tar(tmp_path / "b{2}" / "x{7}.tar", named([{"jpg": PICTURE, "txt": b"x"}] * 6))
     for path in (folder, tmp_path / "b{2}", shard):
-        assert len(all_captions(sources.open_data(str(path), 16, seed=0))) == 6
+        assert len(all_captions(source_of(path))) == 6
     assert sources.expand_shards(r"pipe:cat a\ {0..1}.tar") == [r"pipe:cat a\ 0.tar", r"pipe:cat a\ 1.tar"]
 
 
@@ -107,19 +107,19 @@ def test_a_pipe_among_the_files_is_skipped(tmp_path):
     filled(tmp_path)
     (tmp_path / "0.jpg").unlink()
     os.mkfifo(tmp_path / "0.jpg")
-    batch = next(sources.open_data(str(tmp_path), 16, seed=0).evaluation())
+    batch = next(source_of(tmp_path).evaluation())
     assert batch.skipped == {FILE: 1} and sorted(batch.captions) == ["1", "2", "3", "4", "5"]
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_what_may_not_be_read_is_told(tmp_path):
+def test_unreadable_files_and_folders_are_reported(tmp_path):
     filled(tmp_path)
     (tmp_path / "0.jpg").chmod(0)
-    source = sources.open_data(str(tmp_path), 16, seed=0)
+    source = source_of(tmp_path)
     assert next(source.evaluation()).skipped == {FILE: 1}
     tmp_path.chmod(0)
     with pytest.raises(UserError, match="cannot be read: Permission denied"):
-        sources.open_data(str(tmp_path), 16, seed=0)
+        source_of(tmp_path)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -148,7 +148,7 @@ BAD = {
 def test_what_is_no_folder_of_pairs_is_one_clear_line(tmp_path, content):
     BAD[content](tmp_path / "data")
     with pytest.raises(UserError, match=r"^--data .*data") as caught:
-        sources.open_data(str(tmp_path / "data"), 16, seed=0)
+        source_of(tmp_path / "data")
     assert len(str(caught.value).splitlines()) == 1
 
 
@@ -159,5 +159,5 @@ def test_what_is_no_folder_of_pairs_is_one_clear_line(tmp_path, content):
 def test_what_names_no_data_is_one_clear_line(spec, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=r"^--data") as caught:
-        sources.open_data(spec, 16, seed=0)
+        source_of(spec)
     assert len(str(caught.value).splitlines()) == 1

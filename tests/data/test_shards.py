@@ -1,10 +1,10 @@
-"""Shards: every sample is reached, held-out ones never, and what cannot be read is told by its true cause."""
+"""Shards: every sample is reached, held-out ones never, and each failure has its true cause."""
 
 import gzip
 import hashlib
-import io
 import itertools
 import json
+import os
 import tarfile
 import threading
 from collections import Counter
@@ -18,63 +18,35 @@ from PIL import Image, features
 
 from common.cli import UserError
 from data import shards, sources
-from data.pairs import DUPLICATE, EMPTY, ENCODING, FIELD, LINK, NO_CAPTION, NO_IMAGE, Sample
-from data.sources import Skips, is_held_out
-from tests.data.test_sources import captions_of, color_of, good, jpeg, take
-
-PICTURE = jpeg((9, 9, 9), size=(16, 16))
-
-
-def write_tar(path, files, mode="w", **options):
-    """files: (name, bytes) in the order in which they come, or (name, None, target) for a hard link."""
-    with tarfile.open(path, mode, **options) as tar:
-        for name, content, *target in files:
-            info = tarfile.TarInfo(name)
-            if target:
-                info.type, info.linkname = tarfile.LNKTYPE, *target
-            info.size = len(content or b"")
-            tar.addfile(info, io.BytesIO(content))
-    return str(path)
-
-
-def named(samples):
-    """{suffix: bytes} of samples → files, key by key."""
-    return [(f"{i:06d}.{suffix}", content) for i, parts in enumerate(samples) for suffix, content in parts.items()]
-
-
-def numbered(count, first=0, **parts):
-    """Tiny samples whose caption is their number."""
-    return [{"jpg": b"x%d" % i, "txt": b"%d" % i, **parts} for i in range(first, first + count)]
-
-
-def opened(kind, path, files, **options):
-    """A source of files, (name, bytes), in a folder or in a shard."""
-    path.mkdir(exist_ok=True)
-    if kind == "folder":
-        for name, content in files:
-            (path / name).write_bytes(content)
-        return sources.open_data(str(path), 16, seed=0, **options)
-    shard = write_tar(path / ("0.tar.gz" if kind == "tar.gz" else "0.tar"), files, "w:gz" if kind == "tar.gz" else "w")
-    return sources.open_data(f"pipe:cat {shard}" if kind == "pipe" else shard, 16, seed=0, **options)
+from data.pairs import DUPLICATE, EMPTY, ENCODING, FIELD, IMAGE, LINK, NO_CAPTION, NO_IMAGE, SHARD, Sample
+from data.sources import is_held_out
+from tests.data.files import (
+    PICTURE,
+    all_captions,
+    captions_of,
+    color_of,
+    encoded,
+    good,
+    jpeg,
+    named,
+    numbered,
+    opened,
+    seen,
+    source_of,
+    take,
+    write_tar,
+)
 
 
 @pytest.fixture
 def undecoded(monkeypatch):
-    """Images are not looked at."""
+    """Images are not decoded."""
     nothing = torch.zeros(3, 1, 1)
     monkeypatch.setattr("data.pairs.read_image", lambda file, resolution: nothing)
 
 
-def seen(source, steps, **share):
-    return captions_of(take(source, steps, **share))
-
-
-def all_captions(source, **options):
-    return sorted(captions_of(source.evaluation(**options)))
-
-
 # ----------------------------------------------------------------------------------------------------------------------
-# What is drawn.
+# Random samples.
 
 
 @pytest.mark.parametrize(("kind", "most"), [("tar", 1.3), ("tar.gz", 2), ("pipe", 2)])
@@ -101,10 +73,10 @@ def test_the_first_and_the_last_sample_come_as_often_as_others(tmp_path, undecod
 
 
 def test_the_pairs_of_a_batch_come_from_as_many_shards(tmp_path, undecoded):
-    """As likely from two shards as if each were drawn from all; 97 % shared one where a stream read shards in a row."""
+    """As likely from two shards as if each were drawn from all; 97 % shared one if a stream reads shards in a row."""
     for number in range(40):
         write_tar(tmp_path / f"{number:03d}.tar", named(numbered(20, 20 * number)))
-    source = sources.open_data(str(tmp_path), 16, seed=0)
+    source = source_of(tmp_path)
     counts = np.bincount([int(caption) // 20 for caption in seen(source, 1, batch=200)], minlength=40)
     assert (counts * (counts - 1)).sum() / (200 * 199) < 1.5 / 40
 
@@ -114,7 +86,7 @@ def test_compressed_shards_are_read_several_in_turn(tmp_path, undecoded, monkeyp
     monkeypatch.setattr(shards, "BUFFER", 40)
     for number in range(20):
         write_tar(tmp_path / f"{number:03d}.tar.gz", named(numbered(100, 100 * number)), "w:gz")
-    source = sources.open_data(str(tmp_path), 16, seed=0)
+    source = source_of(tmp_path)
     assert len({int(caption) // 100 for caption in seen(source, 1, batch=40)}) > 5
 
 
@@ -152,7 +124,7 @@ def test_of_stretches_of_a_shard_each_sample_belongs_to_one_and_is_whole(tmp_pat
 
 @pytest.mark.parametrize("broken", [False, True])
 def test_a_resumed_stream_is_exact_and_decodes_nothing_of_what_came_before(tmp_path, monkeypatch, broken):
-    samples = [{"jpg": PICTURE + b"%d" % i, "txt": str(i).encode()} for i in range(120)]
+    samples = numbered(120, picture=PICTURE)
     for parts in samples[:: 4 if broken else 1000]:
         parts["jpg"] = b"broken"
     source = opened("tar", tmp_path, named(samples))
@@ -166,36 +138,41 @@ def test_a_resumed_stream_is_exact_and_decodes_nothing_of_what_came_before(tmp_p
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What others' .json say, and what is held out.
+# Fields of the .json, and held-out pairs.
 
 
-@pytest.mark.parametrize("weight", ["0", "-1", "NaN", "Infinity", '"0.5"', "null", "true"])
-@pytest.mark.parametrize("field", ["weight", "aurora_weight"])
-def test_a_weight_that_is_none_is_one_and_fields_of_other_people_mean_nothing(tmp_path, undecoded, field, weight):
-    facts = b'{"%s": %s, "held_out": "false"}' % (field.encode(), weight.encode())
-    source = opened("tar", tmp_path, named(numbered(40, json=facts)))
-    assert len(all_captions(source)) == 40 and not source.json_holds_out
-    assert len(set(seen(source, 50))) > 30
+def test_a_weight_that_is_none_is_one_and_fields_of_other_people_mean_nothing(tmp_path, undecoded):
+    facts = [b'{"weight": 0, "held_out": "false"}', b'{"aurora_weight": 0.25']
+    facts += [
+        b'{"aurora_weight": %s}' % each for each in (b"0", b"-1", b"NaN", b"Infinity", b'"0.5"', b"null", b"true")
+    ]
+    samples = numbered(36)
+    for i, parts in enumerate(samples):
+        parts["json"] = facts[i % len(facts)]
+    source = opened("tar", tmp_path, named(samples))
+    assert len(all_captions(source)) == 36 and not source.json_holds_out
+    counts = Counter(int(caption) % len(facts) for caption in seen(source, 400))
+    assert len(counts) == len(facts) and max(counts.values()) < 1.6 * min(counts.values())
 
 
 def test_a_sample_comes_as_often_as_its_weight_says(tmp_path, undecoded):
     """`weight`, a field of other people, changes nothing."""
-    samples = numbered(1000, json=b'{"weight": 0.25}')
+    samples = numbered(600, json=b'{"weight": 0.25}')
     for parts in samples[1::2]:
         parts["json"] = b'{"aurora_weight": 0.25}'
-    captions = seen(opened("tar", tmp_path, named(samples)), 500)
+    captions = seen(opened("tar", tmp_path, named(samples)), 400)
     assert sum(int(caption) % 2 for caption in captions) / len(captions) == pytest.approx(0.2, abs=0.03)
 
 
 @pytest.mark.parametrize("kind", ["folder", "tar"])
 def test_training_never_sees_the_held_out_pairs_nor_copies_of_them(tmp_path, undecoded, kind):
-    source = opened(kind, tmp_path, named([*numbered(1000), *numbered(1000)]))
+    source = opened(kind, tmp_path, named(2 * numbered(500)))
     held_out, others = (set(all_captions(source, held_out=part)) for part in (True, False))
-    assert held_out == {str(i) for i in range(1000) if is_held_out(b"x%d" % i, {})}
-    assert 8 <= len(held_out) <= 40 and others == {str(i) for i in range(1000)} - held_out
-    assert set(seen(source, 300, batch=8)) <= others
+    assert held_out == {str(i) for i in range(500) if is_held_out(b"x%d" % i, {})}
+    assert 4 <= len(held_out) <= 20 and others == {str(i) for i in range(500)} - held_out
+    assert set(seen(source, 200, batch=8)) <= others
     assert set(next(source.evaluation_pairs(2 * len(held_out))).captions) == held_out
-    assert len(captions_of(source.evaluation_pairs(64))) == 2000
+    assert len(captions_of(source.evaluation_pairs(64))) == 1000
     assert any("held out" in line for line in source.describe())
 
 
@@ -208,7 +185,7 @@ def test_the_hash_of_img2dataset_holds_out_the_same_picture_in_any_size():
 
 
 @pytest.mark.parametrize("kind", ["folder", "tar"])
-def test_of_few_pairs_none_is_held_out_and_that_is_said(tmp_path, undecoded, kind):
+def test_of_few_pairs_none_is_held_out_and_this_is_reported(tmp_path, undecoded, kind):
     source = opened(kind, tmp_path, named(numbered(199)))
     assert not source.holds_out and list(source.evaluation(held_out=True)) == []
     assert len(captions_of(source.evaluation_pairs())) == 199
@@ -229,7 +206,7 @@ def test_each_rank_reads_shards_of_its_own(tmp_path, undecoded, monkeypatch, cou
     """Of fewer shards than ranks all ranks read all, and each decodes its share."""
     for number in range(count):
         write_tar(tmp_path / f"{number:03d}.tar", named(numbered(10, 10 * number)))
-    source, read, members = sources.open_data(str(tmp_path), 16, seed=0), [], shards.members
+    source, read, members = source_of(tmp_path), [], shards.members
     monkeypatch.setattr(shards, "members", lambda url, *rest: read.append(url) or members(url, *rest))
     captions = [caption for rank in range(8) for caption in all_captions(source, rank=rank, world_size=8)]
     assert sorted(map(int, captions)) == list(range(10 * count))
@@ -242,8 +219,8 @@ def test_each_rank_reads_shards_of_its_own(tmp_path, undecoded, monkeypatch, cou
 
 @pytest.mark.parametrize("kind", ["folder", "tar"])
 def test_several_lines_are_several_captions_of_which_each_use_draws_one(tmp_path, kind):
-    files = named([{"jpg": PICTURE + b"%d" % i, "txt": f"{i} a\n{i} b\n\n{i} c\n".encode()} for i in range(8)])
-    source = opened(kind, tmp_path, files)
+    samples = [{"jpg": PICTURE + b"%d" % i, "txt": f"{i} a\n{i} b\n\n{i} c\n".encode()} for i in range(8)]
+    source = opened(kind, tmp_path, named(samples))
     assert sorted(lines for _, lines in source.examples()) == [[f"{i} a", f"{i} b", f"{i} c"] for i in range(8)]
     counts = Counter(seen(source, 60, batch=8))
     assert len(counts) == 24 and max(counts.values()) < 4 * min(counts.values())
@@ -260,12 +237,6 @@ def test_names_with_periods_and_folders(tmp_path):
     assert any("Not read: .mask.png, .depth.png" in line for line in source.describe())
 
 
-def encoded(kind):
-    buffer = io.BytesIO()
-    Image.new("RGB", (16, 16), (9, 200, 9)).save(buffer, kind)
-    return buffer.getvalue()
-
-
 KINDS = [("jpg", "JPEG"), ("JPG", "JPEG"), ("jpeg", "JPEG"), ("jfif", "JPEG"), ("webp", "WEBP"), ("PNG", "PNG")]
 KINDS += [("bmp", "BMP"), ("gif", "GIF"), ("tif", "TIFF"), ("TIFF", "TIFF")]
 KINDS += [("avif", "AVIF")] if features.check("avif") else []
@@ -273,9 +244,9 @@ KINDS += [("avif", "AVIF")] if features.check("avif") else []
 
 @pytest.mark.parametrize("place", ["folder", "tar"])
 def test_images_of_every_kind_are_read_whatever_the_case(tmp_path, place):
-    files = []
+    files, green = [], Image.new("RGB", (16, 16), (9, 200, 9))
     for i, (suffix, kind) in enumerate(KINDS):
-        files += [(f"{i}.{suffix}", encoded(kind)), (f"{i}.{('txt', 'TXT', 'Txt')[i % 3]}", str(i).encode())]
+        files += [(f"{i}.{suffix}", encoded(green, kind)), (f"{i}.{('txt', 'TXT', 'Txt')[i % 3]}", str(i).encode())]
     (batch,) = opened(place, tmp_path, files).evaluation()
     assert sorted(map(int, batch.captions)) == list(range(len(KINDS))) and not batch.skipped
     assert all(color_of(image) == (0, 255, 0) for image in batch.images)
@@ -298,57 +269,50 @@ def test_captions_in_a_field_of_the_json(tmp_path, place):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What cannot be read.
+# Broken shards.
 
 
-def test_true_causes_in_a_shard(tmp_path, capsys):
+def test_true_causes_in_a_shard_that_is_cut_short(tmp_path, capsys):
     files = named([good(i) for i in range(6)])
     files += [("alone.jpg", PICTURE), ("alone2.txt", b"text"), ("empty.jpg", PICTURE), ("empty.txt", b"")]
     files += [("twice.jpg", PICTURE), ("twice.JPG", PICTURE), ("twice.txt", b"x"), ("x.npy", b"1"), ("._0.jpg", b"mac")]
-    files += [("linked.jpg", None, "000000.jpg"), ("linked.txt", b"x")]
-    source = opened("tar", tmp_path, files)
+    files += [("linked.jpg", None, "000000.jpg"), ("linked.txt", b"x"), ("page.jpg", b"<html>"), ("page.txt", b"x")]
+    files += [
+        ("last.jpg", PICTURE),
+        ("last.txt", b"lost with the next one"),
+        ("cut.jpg", bytes(5000)),
+        ("cut.txt", b"x"),
+    ]
+    shard = write_tar(tmp_path / "0.tar", files)
+    os.truncate(shard, (tmp_path / "0.tar").read_bytes().index(b"cut.jpg") + 2000)
+    source = source_of(shard)
+    causes = dict.fromkeys((NO_CAPTION, NO_IMAGE, EMPTY, DUPLICATE, LINK, IMAGE, SHARD), 1)
     (batch,) = source.evaluation()
-    assert batch.skipped == {NO_CAPTION: 1, NO_IMAGE: 1, EMPTY: 1, DUPLICATE: 1, LINK: 1} and len(batch.captions) == 7
+    assert batch.skipped == causes and len(batch.captions) == 7
     assert any("Not read: .npy" in line for line in source.describe())
-    said = capsys.readouterr().out
-    assert all(f"{cause} (first: {name}" in said for cause, name in {EMPTY: "empty in ", LINK: "linked in "}.items())
-    next(source.evaluation())
-    assert not capsys.readouterr().out  # each cause is reported once
+    notes = capsys.readouterr().out
+    assert all(f"{cause} (first: {name}" in notes for cause, name in {EMPTY: "empty in ", LINK: "linked in "}.items())
+    assert next(source.evaluation()).skipped == causes and not capsys.readouterr().out  # each cause is reported once
+    batches = take(source, 60)
+    assert sum((batch.skipped for batch in batches), Counter()).keys() == causes.keys()
+    assert len(set(captions_of(batches))) >= 7
 
 
-def test_a_source_may_hold_rubbish_but_not_mostly(monkeypatch):
-    """Nor does chance end it: of 1,000 pairs of which 40 % are of no use, half were so once in ten thousand years. One
-    shard of no use, read from its front to its end, is not most of them.
-    """
-    skips, rng = Skips("some"), np.random.default_rng(0)
-    for bad in rng.random(30_000) < 0.4:
-        skips.skip(EMPTY, "x") if bad else skips.use()
-    assert skips.counts.keys() == {EMPTY}
-    skips = Skips("some", num_shards=12)
-    for shard in range(12):
-        for _ in range(3000):
-            skips.use(shard) if shard else skips.skip(EMPTY, "x", shard)
-    with pytest.raises(UserError, match=r"--data some: only \d+ of \d+ pairs in a row are usable: \d+ empty captions"):
-        for i in range(100_000):
-            skips.skip(EMPTY, "x", i % 12)
-
-
-def test_shards_that_are_not_there_are_told_unless_they_are_most(tmp_path, undecoded):
+def test_missing_shards_are_reported_unless_they_are_most(tmp_path, undecoded):
     for number in (0, 2, 3):
         write_tar(tmp_path / f"{number}.tar", named(numbered(10, 10 * number)))
-    source = sources.open_data(str(tmp_path / "{0..4}.tar"), 16, seed=0)
+    source = source_of(tmp_path / "{0..4}.tar")
     assert any(line.startswith("2 shard(s) do not exist, such as ") for line in source.describe())
     assert len(set(seen(source, 99))) == 30 and len(all_captions(source)) == 30
     with pytest.raises(UserError, match=r"no such shard: .*4.tar"):
-        sources.open_data(str(tmp_path / "{3..6}.tar"), 16, seed=0)
+        source_of(tmp_path / "{3..6}.tar")
 
 
-@pytest.mark.parametrize("kind", ["tar", "tar.gz"])
-def test_files_of_a_sample_that_lie_apart_are_refused(tmp_path, kind):
+def test_files_of_a_sample_that_lie_apart_are_refused(tmp_path):
     """First all images, then all captions, as `tar` may write a folder."""
     files = [(f"{i}.jpg", PICTURE) for i in range(8)] + [(f"{i}.txt", str(i).encode()) for i in range(8)]
     with pytest.raises(UserError, match=r"0\.tar.* lie apart; .* tar --sort=name"):
-        opened(kind, tmp_path, files)
+        opened("tar", tmp_path, files)
 
 
 @pytest.mark.parametrize("kind", ["tar", "pipe"])
@@ -361,7 +325,7 @@ def test_a_broken_header_or_the_end_of_a_first_tar_is_no_end(tmp_path, kind):
         offset = tar.getmembers()[7].offset
     content[offset : offset + 512] = b"garbage!" * 64
     (tmp_path / "0.tar").write_bytes(content)
-    source = sources.open_data({"tar": "", "pipe": "pipe:cat "}[kind] + str(tmp_path / "0.tar"), 16, seed=0)
+    source = source_of({"tar": "", "pipe": "pipe:cat "}[kind] + str(tmp_path / "0.tar"))
     (batch,) = source.evaluation()
     assert len(batch.captions) == 19 and batch.skipped == {NO_CAPTION: 1}
     assert len(set(seen(source, 40))) == 19
@@ -385,7 +349,7 @@ def test_the_first_error_of_a_reader_reaches_the_user(spec, says, monkeypatch):
     if "://bucket" in spec:
         monkeypatch.setenv("PATH", "")
     with pytest.raises(UserError) as caught:
-        sources.open_data(spec, 16, seed=0)
+        source_of(spec)
     assert says in str(caught.value) and len(str(caught.value).splitlines()) == 1
 
 
@@ -400,10 +364,10 @@ def test_shards_behind_a_web_server(tmp_path):
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         url = f"http://127.0.0.1:{server.server_port}"
-        source = sources.open_data(f"{url}/0.tar", 16, seed=0)
+        source = source_of(f"{url}/0.tar")
         assert len(all_captions(source)) == 12 and len(seen(source, 2)) == 8
         with pytest.raises(UserError, match="404"):
-            sources.open_data(f"{url}/1.tar", 16, seed=0)
+            source_of(f"{url}/1.tar")
     finally:
         server.shutdown()
         server.server_close()
@@ -431,5 +395,5 @@ def test_what_is_no_shard_is_one_clear_line(tmp_path, content):
     for name in ("0.tar", "0.tgz"):
         BAD[content](tmp_path / name)
         with pytest.raises(UserError, match=r"^--data.*0\.t") as caught:
-            sources.open_data(str(tmp_path / name), 16, seed=0)
+            source_of(tmp_path / name)
         assert len(str(caught.value).splitlines()) == 1

@@ -18,7 +18,7 @@ from evaluation import features
 from evaluation.extractors import Extractor
 from sampling import latent
 from tests import figures
-from tests.data.test_sources import good, write_shard
+from tests.data.files import good, write_shard
 from weights.efficientnet import load_efficientnet
 from weights.generator_file import load_generator
 

@@ -12,7 +12,7 @@ import torch
 
 from common import distributed
 from common.cli import UserError
-from tests.data.test_sources import jpeg
+from tests.data.files import jpeg
 
 ROOT = Path(__file__).parent.parent.parent
 

@@ -10,8 +10,7 @@ import torch.nn.functional as F
 from clip import load_clip
 from common.cli import UserError
 from data import sources
-from tests.data.test_shards import named, write_tar
-from tests.data.test_sources import jpeg
+from tests.data.files import jpeg, named, write_tar
 from tests.training.runs import full_disk, room_afterwards
 from training.small_clip import clip_of_new_run, contrast, draw_batches, mislead, train_small_clip
 

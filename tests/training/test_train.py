@@ -20,7 +20,7 @@ from sampling import views
 from sampling.pipeline import draw
 from step import Learner, update
 from tests import figures
-from tests.data.test_sources import good, jpeg, write_shard
+from tests.data.files import good, jpeg, write_shard
 from tests.training.runs import COMMON, SHORT, build, identical, run, state_of
 from tests.training.test_distributed import torchrun
 from weights import checkpoint
