@@ -1,7 +1,7 @@
-"""Opens a page to play with a generator: `python explore.py`, then the address that it prints.
+"""Serves a page to explore a generator: `python explore.py`, then open the address that it prints.
 
-Prompts and the way between them, layers, noise, walks, and which expert takes which point. The page is served to this
-machine alone, unless --host says otherwise, and needs no network.
+Prompts and interpolation between them, layers, noise, walks, and which expert takes which point. Only this machine can
+open the page, unless --host allows others. It needs no network.
 """
 
 import argparse
@@ -25,26 +25,26 @@ from sampling.pipeline import Pipeline
 from weights.generator_file import DEMO, generator_of
 
 PAGE = Path(__file__).parent / "sampling" / "explore.html"
-LONGEST = 2**22  # bytes of a request
+MAX_BYTES = 2**22  # of a request
 
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add = parser.add_argument
-    add("prompt", nargs="?", default="red heart", help="what the page draws at first")
+    add("prompt", nargs="?", default="red heart", help="what the page draws first")
     add(
         "--checkpoint",
         type=a_path,
         nargs="+",
         default=[DEMO],
-        help="to choose from: runs, baselines' too, their generator_ema.safetensors, or the authors' aurora_v1.pth",
+        help="models to choose from: runs, also of baselines, generator_ema.safetensors, or the authors' aurora_v1.pth",
     )
     add(
         "--clip", help="MODEL:WEIGHTS of open_clip, to read a large CLIP from a file; default: what the checkpoint says"
     )
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add("--dtype", choices=("auto", *inference.DTYPES), default="auto", help="auto: bf16 for large models, if fast")
-    add("--host", default="127.0.0.1", help="the address to serve at; 0.0.0.0 lets other machines in")
+    add("--host", default="127.0.0.1", help="the address to serve at; 0.0.0.0 allows other machines")
     add("--port", type=positive_int, default=8080)
     return parser.parse_args(argv)
 
@@ -59,36 +59,35 @@ def load_model(args, number):
 
 
 class Server(ThreadingHTTPServer):
-    """Serves the page, and draws what pages ask for: one after another, so none meets another's forced expert."""
+    """Serves the page and draws. It answers one request at a time, because a forced expert changes the model."""
 
     def __init__(self, args):
         try:
             super().__init__((args.host, args.port), Handler)
         except (OSError, OverflowError) as error:
             raise UserError(
-                f"port {args.port} of {args.host} cannot be served ({first_line(error)}); choose another --port, or "
-                "--host"
+                f"port {args.port} of {args.host} is unavailable ({first_line(error)}); choose another --port or --host"
             ) from error
         self.args, self.drawing = args, threading.Lock()
         self.model = functools.cache(functools.partial(load_model, args))
         self.names = {name.lower() for name in ("localhost", socket.gethostname(), socket.getfqdn(), args.host)}
 
-    def answer(self, path, sent):
-        """What the page shows first, and then, for each change, what it asks for → a value that JSON can hold."""
+    def answer(self, path, request):
+        """The path and content of a request → values of JSON."""
         if path == "/start":
             models = [os.path.relpath(checkpoint) for checkpoint in self.args.checkpoint]
             return {"prompt": self.args.prompt, "models": models, "colors": COLORS}
         with self.drawing:
-            model, settings = self.model(sent["model"]), page.read_settings(sent["settings"])
+            model, settings = self.model(request["model"]), page.read_settings(request["settings"])
             if path == "/enlarge":
-                return page.data_url(page.draw_large(model, settings, sent["number"]))
-            return page.answer(model, settings, sent["router"])
+                return page.data_url(page.draw_large(model, settings, request["number"]))
+            return page.answer(model, settings, request["router"])
 
 
 class Handler(BaseHTTPRequestHandler):
     def parse_request(self):
-        """Refuses those who ask by a name that is not this machine's: else another site, whose name is made to lead
-        here once its page is open, could use this page as if it were its own (DNS rebinding).
+        """Refuses a Host that is not a name of this machine. Otherwise a foreign site could read this page by pointing
+        its own name at this machine's address (DNS rebinding).
         """
         if not super().parse_request():
             return False
@@ -96,7 +95,7 @@ class Handler(BaseHTTPRequestHandler):
         name = host.rpartition(":")[0] if re.search(r":\d*$", host) else host
         if name in self.server.names or is_address(name.strip("[]")):
             return True
-        self.send_error(400, "This page is not served under that name; use its address.")
+        self.send_error(400, "This page is not served under that name; open it by its address.")
         return False
 
     def do_GET(self):
@@ -107,12 +106,12 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self):
         try:
             length = int(self.headers["Content-Length"])
-            if length > LONGEST:
-                raise UserError("what the page asks for is too long")
-            told = self.server.answer(self.path, json.loads(self.rfile.read(length)))
-        except Exception as error:  # whatever it is, the page says it, and can draw again
-            told = {"error": first_line(error)}
-        self.reply("application/json", json.dumps(told).encode())
+            if length > MAX_BYTES:
+                raise UserError("the request is too long")
+            result = self.server.answer(self.path, json.loads(self.rfile.read(length)))
+        except Exception as error:  # of any kind: the page shows it and can draw again
+            result = {"error": first_line(error)}
+        self.reply("application/json", json.dumps(result).encode())
 
     def reply(self, kind, content):
         with contextlib.suppress(ConnectionError):  # the page was closed
@@ -123,7 +122,7 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(content)
 
     def log_message(self, *_):
-        """Says nothing: a line for each picture would be too many."""
+        """Prints nothing, instead of a line for each picture."""
 
 
 def is_address(name):

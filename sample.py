@@ -1,6 +1,6 @@
 """Draws pictures from text: `python sample.py "red heart"`.
 
-Also looks at the latent space: several seeds or truncations, the way between two prompts, layers that follow different
+Also shows the latent space: several seeds or truncations, interpolation between two prompts, layers that use different
 prompts, a walk as GIF, and which expert took which point.
 """
 
@@ -9,8 +9,9 @@ import shlex
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
-from PIL import ImageOps
+from PIL import Image, ImageOps
 
 from common.cli import (
     HelpFormatter,
@@ -22,7 +23,7 @@ from common.cli import (
     positive_int,
 )
 from sampling import files, inference, latent, views
-from sampling.pictures import animation, beside, expert_map, grid, to_pil
+from sampling.pictures import animation, expert_map, grid, to_pil
 from sampling.pipeline import Pipeline
 from weights.generator_file import DEMO
 
@@ -41,48 +42,46 @@ def parse_args(argv=None):
         default=DEMO,
         help="a run, its generator_ema.safetensors, or the authors' aurora_v1.pth",
     )
-    add(
-        "--clip", help="MODEL:WEIGHTS of open_clip, to read a large CLIP from a file; default: what the checkpoint says"
-    )
+    add("--clip", help="MODEL:WEIGHTS of open_clip, to read a large CLIP from a file; default: as in the checkpoint")
     add(
         "--upsampler",
         type=a_path,
-        help="the second stage: a run or its generator_ema.safetensors (default: NAME_upsampler.safetensors beside the "
-        "checkpoint, if there is one)",
+        help="the second stage: a run or its generator_ema.safetensors (default: NAME_upsampler.safetensors in the "
+        "checkpoint's folder, if it exists)",
     )
     add("--resolution", type=positive_int, help="of the pictures (default: the highest; 64: without the second stage)")
-    add("--out", type=a_path, default=Path("sample.png"), help="the picture to write; .gif: one frame after another")
-    add("--each", type=a_path, metavar="DIR", help="every picture as a file of its own, for thousands; resumes")
-    add("--show", type=a_path, metavar="FILE.png", help="no drawing: tell how a picture of this command was made")
+    add("--out", type=a_path, default=Path("sample.png"), help="the picture to write; .gif: an animation")
+    add("--each", type=a_path, metavar="DIR", help="a folder for one file per picture; run again to complete it")
+    add("--show", type=a_path, metavar="FILE.png", help="only print how a picture of this command was made")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add("--dtype", choices=("auto", *inference.DTYPES), default="auto", help="auto: bf16 for large models, if fast")
-    add("--compile", action="store_true", help="torch.compile: minutes before the first picture, for very many of them")
-    add("--experts", action="store_true", help="beside each picture, which expert took each feature point")
+    add("--compile", action="store_true", help="torch.compile: takes minutes; pays off for thousands of pictures")
+    add("--experts", action="store_true", help="next to each picture, which expert took each feature point")
     look = parser.add_argument_group("views, one at a time").add_mutually_exclusive_group()
     look.add_argument("--seeds", nargs="+", type=natural_number, help="a column for each seed")
     look.add_argument("--truncation-sweep", action="store_true", help="a column for each of several truncations")
-    look.add_argument("--interpolate", nargs=2, metavar=("FROM", "TO"), help="the way from one prompt to another")
+    look.add_argument("--interpolate", nargs=2, metavar=("FROM", "TO"), help="interpolate between two prompts")
     look.add_argument(
-        "--mix", nargs=2, metavar=("COARSE", "FINE"), help="low layers by one prompt, the rest by another"
+        "--mix", nargs=2, metavar=("COARSE", "FINE"), help="low layers use one prompt, the others another"
     )
-    look.add_argument("--latent-walk", action="store_true", help="one prompt through several seeds; best as .gif")
+    look.add_argument("--latent-walk", action="store_true", help="one prompt, from seed to seed; best as .gif")
     look.add_argument(
         "--like",
         type=a_path,
         metavar="PICTURE",
-        help="fit codes to a picture that shows the first prompt, edit by others",
+        help="fit w to a picture that the first prompt describes; further prompts edit it",
     )
     look.add_argument(
-        "--enlarge", type=a_path, metavar="PICTURE", help="a square picture of one's own, which shows the prompt, large"
+        "--enlarge", type=a_path, metavar="PICTURE", help="enlarge a square picture of yours that the prompt describes"
     )
     add("--steps", type=positive_int, default=8, help="frames of --interpolate and --latent-walk")
-    add("--part", choices=("both", "global", "local"), default="both", help="what of the text --interpolate moves")
+    add("--part", choices=("both", "global", "local"), default="both", help="which text --interpolate changes")
     add("--path", choices=("spherical", "linear"), default="spherical", help="of --interpolate and --latent-walk")
     return parser.parse_args(argv)
 
 
 def read_prompts(args):
-    """The prompts of the command line and of the file. Raises UserError where there is none, or one is empty."""
+    """The prompts of the command line and of the file. Raises UserError, see latent.check."""
     prompts = [*args.prompt, *(args.interpolate or args.mix or ())]
     if args.prompts:
         try:
@@ -94,21 +93,21 @@ def read_prompts(args):
 
 
 def choose_view(args, pipe, prompts, picture):
-    """→ the frames to draw, how many of them stand in a row, and what the picture says above them."""
+    """→ the frames to draw, how many there are in a row, and the title."""
     seed, psi, noise = args.seed, args.truncation, f"seed {args.seed}, psi {args.truncation:g}"
     if args.seeds:
         frames = pipe.view(views.seeds_by_prompts, prompts, args.seeds, psi)
-        return frames, len(args.seeds), f"Each column has its noise, psi {psi:g}"
+        return frames, len(args.seeds), f"A seed for each column, psi {psi:g}"
     if args.truncation_sweep:
         frames = pipe.view(views.truncation_sweep, prompts, seed)
         return frames, len(views.SWEEP), f"From each prompt's mean picture to all variety, seed {seed}"
     if args.interpolate:
         frames = pipe.view(views.interpolation, prompts, seed, psi, args.steps, args.part, args.path)
         part = {"both": "global and local text", "global": "global text", "local": "local text"}[args.part]
-        return frames, args.steps, f"The {part} from one prompt to another, {args.path}, {noise}"
+        return frames, args.steps, f"Interpolation of the {part}, {args.path}, {noise}"
     if args.mix:
-        frames = views.layer_mixing(pipe.generator, pipe.upsampler, pipe.clip, *prompts, seed, psi)
-        return frames, len(frames), f"Layers by “{prompts[0]}”, then by “{prompts[1]}”, {noise}"
+        frames = views.layer_mixing(pipe, *prompts, seed, psi)
+        return frames, len(frames), f"The first layers use “{prompts[0]}”, the others “{prompts[1]}”, {noise}"
     if args.latent_walk:
         frames = pipe.view(views.latent_walk, prompts[0], seed, psi, args.steps, args.path)
         return frames, min(8, args.steps), f"A {args.path} walk through the noise, psi {psi:g}"
@@ -123,33 +122,31 @@ def choose_view(args, pipe, prompts, picture):
 
 
 def check_view(args, prompts):
-    """Says what a view cannot do with what it was given."""
+    """Raises UserError for arguments that do not fit together."""
     if (args.interpolate or args.mix) and len(prompts) > 2:
-        raise UserError("--interpolate and --mix take their two prompts and no others")
+        raise UserError("--interpolate and --mix use their own two prompts; give no others")
     if args.interpolate and args.steps < 2:
-        raise UserError("--steps 1: a way has two ends; take 2 or more")
+        raise UserError("--steps 1: interpolation needs both ends; give 2 or more")
     others = args.seeds, args.truncation_sweep, args.interpolate, args.mix, args.latent_walk, args.like, args.enlarge
     if args.each and any((*others, args.experts)):
-        raise UserError("--each draws pictures of prompts, and no other view")
+        raise UserError("--each only draws pictures of prompts; leave out the other view")
     if args.enlarge and len(prompts) > 1:
-        raise UserError(
-            f"--enlarge takes one caption, which says what the picture shows, and {len(prompts)} were given"
-        )
+        raise UserError(f"--enlarge needs one prompt, which describes the picture; {len(prompts)} were given")
     if args.latent_walk and len(prompts) > 1:
-        raise UserError(f"--latent-walk shows one prompt, and {len(prompts)} were given")
+        raise UserError(f"--latent-walk needs one prompt; {len(prompts)} were given")
 
 
-def show(pipe, frames, columns, title, with_experts, animated, picture):
-    """Draws frames → PIL images: one grid, or as many as frames where they are to be animated. picture: beside them."""
+def lay_out(pipe, frames, columns, title, with_experts, animated, picture):
+    """Draws frames → PIL images: a grid, or the frames of an animation. picture: None, or the first panel."""
     drawn = pipe.draw(frames)
     panels, captions, experts = [to_pil(image) for image in drawn.images], drawn.captions, 0
     if with_experts:
         cell = panels[0].width
         maps = [[expert_map(index, cell) for index in routing.expert_index] for routing in drawn.routings.values()]
-        panels = [beside(strip) for strip in zip(panels, *maps, strict=True)]
+        panels = [Image.fromarray(np.hstack(strip)) for strip in zip(panels, *maps, strict=True)]
         experts = max(routing.logits.shape[-1] for routing in drawn.routings.values())
         where = ", ".join(f"{name.split('.')[0]}x{name.split('.')[0]} ({name})" for name in drawn.routings)
-        title = f"{title}{'. ' if title else ''}Beside each picture, the expert that took each point, at {where}"
+        title = f"{title}{'. ' if title else ''}Next to each picture, the expert of each point, at {where}"
     if picture is not None:
         panels = [ImageOps.pad(to_pil(picture), panels[0].size, color="white", centering=(0, 0)), *panels]
         captions = ["the picture", *captions]
@@ -159,21 +156,21 @@ def show(pipe, frames, columns, title, with_experts, animated, picture):
 
 
 def enlarge(args, pipe, prompts):
-    """Writes a picture of the user's own, as the second stage draws it large."""
+    """Writes a user's picture, enlarged by the second stage."""
     if pipe.upsampler is None:
-        raise UserError("--enlarge needs an upsampler; name one by --upsampler")
+        raise UserError("--enlarge needs an upsampler; name one with --upsampler")
     small = files.read_small(args.enlarge, pipe.upsampler.config.input_resolution)
     picture = pipe.enlarge(small, prompts[0], args.seed)
     about = {"prompts": prompts, "enlarged": args.enlarge.name, "seed": args.seed}
     files.save([picture], args.out, about)
-    print(f"{args.enlarge} at {picture.width}×{picture.height}, drawn in {args.out.resolve()}")
+    print(f"{args.enlarge}, enlarged to {picture.width}×{picture.height}, is in {args.out.resolve()}")
 
 
 def main():
     args = parse_args()
     with errors_in_one_line():
         if args.show:
-            for name, value in files.show(args.show).items():
+            for name, value in files.how_made(args.show).items():
                 print(f"{name}: {value}")
             return
         prompts = read_prompts(args)
@@ -187,8 +184,8 @@ def main():
         if args.enlarge:
             return enlarge(args, pipe, prompts)
         if args.experts and not any(level.attn_depth for level in pipe.generator.config.levels):
-            raise UserError(f"--experts: {args.checkpoint} has none")
-        latent.tell(pipe.clip, prompts)
+            raise UserError(f"--experts: {args.checkpoint} has no experts; leave it out")
+        latent.print_notes(pipe.clip, prompts)
         if args.each:
             new = files.write_each(pipe, prompts, args.num, args.seed, args.truncation, args.each, args.checkpoint.name)
             print(f"{new} new pictures, {len(prompts) * args.num} in all, in {args.each.resolve()}")
@@ -197,7 +194,7 @@ def main():
         picture = files.read_picture(args.like, own) if args.like else None
         with torch.no_grad():
             frames, columns, title = choose_view(args, pipe, prompts, picture)
-        pictures = show(pipe, frames, columns, title, args.experts, args.out.suffix.lower() == ".gif", picture)
+        pictures = lay_out(pipe, frames, columns, title, args.experts, args.out.suffix.lower() == ".gif", picture)
         about = {"prompts": prompts, "seed": args.seed, "psi": args.truncation, "checkpoint": args.checkpoint.name}
         files.save(pictures, args.out, about | {"command": " ".join(map(shlex.quote, ["sample.py", *sys.argv[1:]]))})
         size = pipe.resolution

@@ -242,7 +242,7 @@ def sample(system_class, name, args):
     for option in options:
         if option not in inspect.signature(system.draw).parameters:
             raise UserError(f"--{option}: {system_class.__name__} does not have this option; leave it out")
-    latent.tell(system.clip.text, args.prompt)
+    latent.print_notes(system.clip.text, args.prompt)
     images = in_range(system.sample(system.clip.read(args.prompt), args.seed, args.num, **options))
     captions = [prompt for prompt in args.prompt for _ in range(args.num)]
     picture = grid([to_pil(image) for image in images], captions, columns=args.num)

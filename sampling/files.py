@@ -1,4 +1,4 @@
-"""Pictures on disk: each with what it takes to draw it again, one by one or thousands in a folder."""
+"""Picture files. Those we write say how they were made; there may be thousands in a folder."""
 
 import itertools
 import json
@@ -13,20 +13,20 @@ from data.pairs import FORMATS, Unusable, read_image
 from sampling import latent
 from sampling.pipeline import Pipeline
 
-KEY = "aurora"  # the PNG's text field; it holds JSON
-INDEX = "pictures.jsonl"  # of a folder: a line for each picture
-FRAME_MS = 80  # of an animation
+KEY = "aurora"  # the PNG's text field, which contains JSON
+INDEX = "pictures.jsonl"  # in the folder of write_each: a line for each picture
+FRAME_MS = 80  # milliseconds per frame of an animation
 
 
 def check_picture(path):
-    """As check_file, of a picture. Raises UserError, OSError."""
+    """Checks that a picture can be written to a path. Raises UserError for an unknown suffix, OSError."""
     if Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:
-        raise UserError(f"--out {path}: no picture format is called {path.suffix or 'so'}; use .png or .jpg")
+        raise UserError(f"--out {path}: unknown picture format {path.suffix!r}; use .png or .jpg")
     check_file(path)
 
 
 def read_picture(path, resolution):
-    """A picture's file → its centre square [3, R, R] in [−1, 1]. Raises UserError."""
+    """A picture file → its central square [3, R, R] in [−1, 1]. Raises UserError."""
     try:
         with open(path, "rb") as file:
             return read_image(file, resolution)
@@ -37,15 +37,12 @@ def read_picture(path, resolution):
 
 
 def read_small(path, resolution):
-    """The file of a square picture that is to be enlarged → [3, R, R] in [−1, 1], a larger one reduced to R.
-
-    Raises UserError.
-    """
+    """The file of a square picture of R pixels or more → [3, R, R] in [−1, 1]. Raises UserError."""
     try:
         with Image.open(path, formats=FORMATS) as picture:
             width, height = picture.size
     except (OSError, ValueError):
-        return read_picture(path, resolution)  # says what it is, or draws an SVG
+        return read_picture(path, resolution)  # an SVG; for anything else its error is precise
     if width != height:
         raise UserError(
             f"{path} is {width}×{height}; give a square picture of {resolution}×{resolution}, or a larger one"
@@ -54,7 +51,7 @@ def read_small(path, resolution):
 
 
 def save(pictures, path, about):
-    """Writes PIL images as one file, whole or not at all. A PNG also holds `about`, {name: value}, for `show`."""
+    """Writes PIL images as one file, atomically. A PNG also contains `about`, {name: value}, see `how_made`."""
     first, *others = pictures
     kind = Image.registered_extensions()[path.suffix.lower()]
     options = {"save_all": True, "append_images": others, "duration": FRAME_MS, "loop": 0} if others else {}
@@ -65,11 +62,13 @@ def save(pictures, path, about):
         atomically(path, lambda temporary: first.save(temporary, kind, **options))
     except (OSError, ValueError, KeyError) as error:
         size = f"{first.width}×{first.height}"
-        raise UserError(f"--out {path} cannot be written at {size} ({first_line(error)}); try .png or less") from error
+        raise UserError(
+            f"--out {path} cannot be written at {size} ({first_line(error)}); try .png or fewer pictures"
+        ) from error
 
 
-def show(path):
-    """How a picture that this program wrote was made, {name: value}. Raises UserError."""
+def how_made(path):
+    """The `about` of a PNG that `save` wrote, {name: value}. Raises UserError."""
     try:
         with Image.open(path, formats=FORMATS) as picture:
             picture.load()
@@ -78,7 +77,7 @@ def show(path):
     except FileNotFoundError:
         raise UserError(f"--show {path}: there is no such file") from None
     except (AttributeError, KeyError):
-        raise UserError(f"--show {path} does not say how it was made; only PNG files of sample.py do") from None
+        raise UserError(f"--show {path} does not say how it was made; give a PNG file of sample.py") from None
     except (OSError, ValueError, SyntaxError) as error:
         raise UserError(f"--show {path} cannot be read ({first_line(error)})") from error
     return about
@@ -87,9 +86,9 @@ def show(path):
 def write_each(pipe: Pipeline, prompts, num, seed, psi, folder: Path, checkpoint: str):
     """Writes `num` pictures of each prompt, at their own resolution, into a folder → how many are new.
 
-    They are 000000.png and so on, each with its prompt, seed and psi in it, and in the end in a line of pictures.jsonl.
-    A folder that holds some of them is completed. They are drawn in batches, so thousands take no more memory than a
-    few, and the same ones in any attempt. Raises UserError where the folder holds pictures of another command.
+    The files are 000000.png and so on. Each contains its prompt, seed and psi, as does a line of pictures.jsonl, which
+    is written last. A folder that contains some of the pictures is completed: every call draws the same batches, so
+    the pictures are identical. Raises UserError if the folder contains pictures of another command.
     """
     folder.mkdir(parents=True, exist_ok=True)
     abouts = [
@@ -100,18 +99,18 @@ def write_each(pipe: Pipeline, prompts, num, seed, psi, folder: Path, checkpoint
     lines = [json.dumps(about, ensure_ascii=False).encode() + b"\n" for about in abouts]
     index, missing = folder / INDEX, set()
     if index.exists() and not set(index.read_bytes().splitlines(keepends=True)) <= set(lines):
-        raise UserError(f"--each {folder} holds pictures of another command; name another folder")
+        raise UserError(f"--each {folder} contains pictures of another command; name another folder")
     for about in abouts:
         path = folder / about["file"]
         if not path.exists():
             missing.add(path.name)
             continue
         try:
-            same = show(path) == about
-        except UserError:  # it does not say
+            same = how_made(path) == about
+        except UserError:  # not a picture of ours
             same = False
         if not same:
-            raise UserError(f"--each {folder} holds {path.name}, which is not of this command; name another folder")
+            raise UserError(f"--each {folder} contains a foreign {path.name}; name another folder")
     for first in tqdm(range(0, len(abouts), latent.BATCH), unit="batch"):
         batch = abouts[first : first + latent.BATCH]
         if not any(about["file"] in missing for about in batch):

@@ -1,6 +1,6 @@
-"""From a picture back to latent codes: a w for each layer, fitted by gradient so that the generator draws the picture.
+"""From a picture back to w: gradient descent on the w of each layer, until the generator draws the picture.
 
-The distance is that of losses.perceptual_distance, by EfficientNet, and that between pixels.
+The loss is losses.perceptual_distance with EfficientNet, the squared error of pixels, and a pull toward the prompt's w.
 """
 
 from typing import NamedTuple
@@ -15,25 +15,25 @@ from sampling.pictures import in_range
 from weights.efficientnet import load_efficientnet
 
 SIDE = 96  # pixels that EfficientNet sees
-CANDIDATES = 64  # random pictures of the prompt; the fit starts at the nearest, or at w_avg
+CANDIDATES = 64  # random w of the prompt; the fit starts at the one with the nearest picture, or at w_avg
 STEPS = 300
-RATE = 0.05  # of Adam, at first
-PIXELS = 1.0  # what the mean square error of pixels counts
-PULL = 0.01  # toward codes as the prompt has them: what the generator never saw in training cannot be edited
+RATE = 0.05  # Adam's first learning rate
+PIXELS = 1.0  # weight of the pixels' mean squared error
+PULL = 0.01  # weight of the distance to the prompt's mean w: a w unlike those of training cannot be edited
 
 
 class Fit(NamedTuple):
-    """A picture as the generator draws it."""
+    """A picture, fitted."""
 
     w: torch.Tensor  # [num_layers, w_dim]
-    text: latent.Prompt  # of the prompt, one row
-    distance: float  # to the picture, perceptual
-    nearest: float  # the distance of the nearest candidate
-    random: float  # the mean distance of all of them
+    text: latent.Prompt  # one row
+    distance: float  # perceptual distance to the picture
+    nearest: float  # that of the nearest candidate
+    random: float  # the mean of all candidates
 
 
 class Perceptual:
-    """The distance to a picture [3, R, R] in [−1, 1], of images [B, 3, R, R] → [B], in 0…4."""
+    """The perceptual distance of images [B, 3, R, R] to one picture [3, R, R], both in [−1, 1] → [B], in 0…4."""
 
     def __init__(self, picture):
         self.network = load_efficientnet(features_only=True).to(picture.device, memory_format=torch.channels_last)
@@ -48,14 +48,14 @@ class Perceptual:
 
 
 def synthesize(generator, w, local_text):
-    """w [B, w_dim] or [B, num_layers, w_dim] → images [B, 3, R, R], not clamped: every pixel has its gradient."""
+    """w [B, w_dim] or [B, num_layers, w_dim] → images [B, 3, R, R], not clamped, so that every pixel has a gradient."""
     with inference.autocast(generator):
         return generator.synthesis(w, local_text).image.float()
 
 
 @torch.enable_grad()
 def fit(pipe, picture, prompt, steps):
-    """A picture [3, R, R] in [−1, 1] and a prompt that tells what it shows → Fit. A progress bar shows the distance."""
+    """A picture [3, R, R] in [−1, 1] and a prompt that describes it → Fit. A progress bar shows the distance."""
     generator = pipe.generator
     picture = picture.to(generator.w_avg.device)
     distance = Perceptual(picture)
@@ -94,22 +94,22 @@ def fit(pipe, picture, prompt, steps):
 
 @torch.no_grad()
 def edited(pipe, fitted, prompt):
-    """The frame of a fitted picture under another prompt: w goes by the way between the prompts' mean codes."""
+    """The Frame of a fitted picture under another prompt: w moves by the difference of the prompts' mean w."""
     generator, text = pipe.generator, latent.read(pipe.generator, pipe.clip, [prompt])
-    way = latent.mean_code(generator, text.global_text) - latent.mean_code(generator, fitted.text.global_text)
-    return views.Frame(fitted.w + way, text.local_text[0], prompt)
+    step = latent.mean_code(generator, text.global_text) - latent.mean_code(generator, fitted.text.global_text)
+    return views.Frame(fitted.w + step, text.local_text[0], prompt)
 
 
 def frames(pipe, picture, prompts):
-    """A picture [3, R, R] in [−1, 1], a prompt that tells what it shows, and others → frames, and how near they are."""
+    """A picture [3, R, R] in [−1, 1], a prompt that describes it, others to edit it → frames, a report of the fit."""
     fitted = fit(pipe, picture, prompts[0], STEPS)
-    told = (
-        f"The nearest that was found has a perceptual distance of {fitted.distance:.3f} to the picture; of "
-        f"{CANDIDATES} random pictures of the prompt the nearest has {fitted.nearest:.3f}, the mean {fitted.random:.3f}"
+    report = (
+        f"The fit has a perceptual distance of {fitted.distance:.3f} to the picture; of {CANDIDATES} random pictures "
+        f"of the prompt the nearest has {fitted.nearest:.3f}, the mean {fitted.random:.3f}"
     )
     first = views.Frame(fitted.w, fitted.text.local_text[0], f"fitted: {prompts[0]}")
     drawn = [first, *[edited(pipe, fitted, prompt) for prompt in prompts[1:]]]
     if pipe.upsampler:
         large = views.samples(pipe.upsampler, pipe.clip, prompts, 1, 0, 1.0)
         drawn = [frame._replace(large=its) for frame, its in zip(drawn, large, strict=True)]
-    return drawn, told
+    return drawn, report

@@ -1,4 +1,4 @@
-"""From a prompt and noise to latent codes: what sampling and evaluation share."""
+"""From prompts and noise to w: what sampling and evaluation share."""
 
 from typing import NamedTuple
 
@@ -8,49 +8,49 @@ from common.cli import UserError
 from data.pairs import shows_something
 from sampling.pictures import boxes
 
-NUM_MEAN = 256  # latents behind a prompt's mean code
+NUM_MEAN = 256  # z from which a prompt's mean w is computed
 BATCH = 16  # pictures drawn at a time
 
 
 class Prompt(NamedTuple):
-    """What the text head makes of B prompts."""
+    """The text head's output for B prompts."""
 
     global_text: torch.Tensor  # [B, text_dim]
     local_text: torch.Tensor  # [B, T−1, text_dim]
 
 
 def check(prompts):
-    """Raises UserError unless this is a list of texts, each of which says something."""
+    """Raises UserError unless this is a list of texts, none of them empty."""
     if not isinstance(prompts, list | tuple) or not prompts:
-        raise UserError('nothing to draw; give a prompt, as "red heart", or several')
+        raise UserError('nothing to draw; give one or more prompts, for example "red heart"')
     for prompt in prompts:
         if not isinstance(prompt, str) or not shows_something(prompt):
             raise UserError("a prompt is empty; say what to draw")
         if "\0" in prompt or prompt != prompt.encode("utf-8", "replace").decode():
-            raise UserError("a prompt is not UTF-8 text")
+            raise UserError("a prompt is not UTF-8 text; remove its special characters")
 
 
 def read(generator, clip, prompts):
-    """A list of texts → Prompt. Raises UserError, as `check`."""
+    """A list of texts → Prompt. Raises UserError, see `check`."""
     check(prompts)
     text = clip.read(prompts)
     return Prompt(*generator.text_head(text.tokens, text.eot))
 
 
-def remark(clip, prompt):
-    """What the text encoder cannot take in of a prompt, as a sentence, or "" where it takes all."""
+def note_of_length(clip, prompt):
+    """A sentence about the end of a prompt that the text encoder leaves out, or "" if it reads all of it."""
     shown = prompt if len(prompt) <= 60 else prompt[:60] + "…"
     cut = clip.num_tokens_cut(prompt)
-    return f'"{shown}" is {cut} tokens too long for this text encoder; its end is left out.' if cut else ""
+    return f'"{shown}" is {cut} tokens too long for this text encoder, which ignores its end.' if cut else ""
 
 
-def tell(clip, prompts):
-    """Says which parts of the prompts the text encoder cannot take in, and which signs the captions' font lacks."""
+def print_notes(clip, prompts):
+    """Prints which prompts are too long for the text encoder, and which characters the font of captions lacks."""
     for prompt in prompts:
-        if note := remark(clip, prompt):
+        if note := note_of_length(clip, prompt):
             print(f"note: {note}")
         if unknown := boxes(prompt):
-            print(f"note: captions show boxes for {' '.join(unknown[:10])}")
+            print(f"note: captions show boxes in place of {' '.join(unknown[:10])}")
 
 
 def noise(generator, count, seed):
@@ -60,7 +60,7 @@ def noise(generator, count, seed):
 
 
 def mean_code(generator, global_text):
-    """The mean of w over NUM_MEAN latents for each prompt, [B, w_dim]."""
+    """The mean w of each prompt over NUM_MEAN z, [B, w_dim]."""
     z = noise(generator, NUM_MEAN, seed=0)
     codes = generator.mapping(z.repeat(len(global_text), 1), global_text.repeat_interleave(NUM_MEAN, 0))
     return codes.unflatten(0, (-1, NUM_MEAN)).mean(1)
@@ -69,8 +69,8 @@ def mean_code(generator, global_text):
 def codes(generator, z, global_text, psi):
     """z [B, z_dim] and the global text of as many prompts, or of one for all → w [B, w_dim] at truncation ψ.
 
-    w̄_c + ψ(w − w̄_c): toward the prompt's own mean, where it is most typical and varies least. Toward the mean of all
-    prompts the text would fade together with the noise.
+    w̄_c + ψ(w − w̄_c), toward the prompt's own mean w̄_c. Toward the mean of all prompts the effect of the text would
+    fade together with that of the noise.
     """
     w = generator.mapping(z, global_text.expand(len(z), -1))
     if psi == 1:
@@ -81,10 +81,10 @@ def codes(generator, z, global_text, psi):
 
 @torch.no_grad()
 def generate(generator, clip, captions, z, resolution=None, psi=1.0, batch=64, given=()):
-    """Yields the generator's Output for every `batch` of N captions and of their z [N, z_dim].
+    """Yields the generator's Output for each batch of N captions and their z [N, z_dim].
 
-    resolution: the one to stop at, by default the highest. psi: the truncation; 1 is none. given: of an upsampler, the
-    images of upsampler.given_images.
+    resolution: where to stop, by default the highest. psi: the truncation; 1 is none. given: for an Upsampler, its
+    inputs from upsampler.given_images.
     """
     for first in range(0, len(captions), batch):
         part, device = slice(first, first + batch), generator.w_avg.device

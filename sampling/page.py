@@ -1,5 +1,5 @@
-"""What the page of explore.py asks for, and its answer: the page sends all that decides a set of pictures, at every
-change of it. Nothing is kept here from one change to the next, but for what need not be computed twice.
+"""The requests of explore.py's page, and the answers. Each request has all settings of a set of pictures, so the server
+keeps no state between requests except caches.
 """
 
 import base64
@@ -16,13 +16,13 @@ from sampling import latent, pipeline, views
 from sampling.pictures import in_range
 from sampling.pipeline import Drawn, Pipeline, routers
 
-MOST = latent.BATCH  # pictures at a time, so that forced points are those of one batch
-MOST_PSI, MOST_SEED, MOST_TEXT = 1.5, 2**53, 1000  # of a text: characters
-SPREAD = 0.25  # how far from a picture those lie that are "more like this": a quarter of the way to other noise
+MOST = latent.BATCH  # pictures of a request: one batch, whose points `pipeline.forced` numbers
+MOST_PSI, MOST_SEED, MOST_TEXT = 1.5, 2**53, 1000  # the last: characters of a prompt
+SPREAD = 0.25  # "More like this" moves z by this share of the way to other noise
 
 
 class Forced(NamedTuple):
-    """Feature points that one expert is to take, whatever the router says."""
+    """Feature points that go to one expert instead of the router's choice."""
 
     router: str  # "resolution.block.depth"
     points: tuple[tuple[int, int], ...]  # picture, and index in N
@@ -31,45 +31,45 @@ class Forced(NamedTuple):
 
 @dataclass(frozen=True)
 class Settings:
-    """`num` pictures of a prompt, as Pipeline.sample draws them; all else changes them."""
+    """`num` pictures of a prompt, by default those of Pipeline.sample."""
 
     prompt: str
     seed: int = 0
     num: int = 4  # at most MOST
     psi: float = 1.0
     second: str = ""  # another prompt
-    amount: float = 0.0  # the way to it: 0 is the prompt, 1 the second one
-    part: str = "both"  # of the text goes that way: both, global or local
-    layers: tuple[int, ...] = ()  # these take w from the second prompt; they are counted through both stages
-    walk: float = 0.0  # the noise's way from `seed` to the seeds after it
-    centre: tuple[float, ...] = ()  # z of the picture that all of them are to be like
+    amount: float = 0.0  # of interpolation: 0 is the prompt, 1 the second one
+    part: str = "both"  # of the text that is interpolated: both, global or local
+    layers: tuple[int, ...] = ()  # that use the w of the second prompt, numbered through both stages
+    walk: float = 0.0  # from the noise of `seed` to that of the following seeds
+    centre: tuple[float, ...] = ()  # z of the picture that all pictures resemble
     forced: Forced | None = None
 
 
 def read_settings(text):
-    """JSON of the page, which may hold anything → Settings within their bounds. Raises what it stumbles on."""
-    sent = json.loads(text)
-    forced = sent["forced"]
+    """JSON, which may contain anything → Settings within bounds. Raises any Exception for wrong fields."""
+    fields = json.loads(text)
+    forced = fields["forced"]
     if forced:
         points = tuple((picture, index) for picture, index in forced["points"])
         forced = Forced(forced["router"], points, forced["expert"])
     return Settings(
-        prompt=str(sent["prompt"])[:MOST_TEXT].strip(),
-        seed=int(within(sent["seed"], 0, MOST_SEED)),
-        num=int(within(sent["num"], 1, MOST)),
-        psi=within(sent["psi"], 0, MOST_PSI),
-        second=str(sent["second"])[:MOST_TEXT].strip(),
-        amount=within(sent["amount"], 0, 1),
-        part=sent["part"],
-        layers=tuple(sent["layers"]),
-        walk=within(sent["walk"], 0, MOST_SEED),
-        centre=tuple(sent["centre"]),
+        prompt=str(fields["prompt"])[:MOST_TEXT].strip(),
+        seed=int(within(fields["seed"], 0, MOST_SEED)),
+        num=int(within(fields["num"], 1, MOST)),
+        psi=within(fields["psi"], 0, MOST_PSI),
+        second=str(fields["second"])[:MOST_TEXT].strip(),
+        amount=within(fields["amount"], 0, 1),
+        part=fields["part"],
+        layers=tuple(fields["layers"]),
+        walk=within(fields["walk"], 0, MOST_SEED),
+        centre=tuple(fields["centre"]),
         forced=forced,
     )
 
 
 def within(value, least, most):
-    """Anything → a number within these bounds; what is no number is the least."""
+    """Anything → a number within these bounds; `least` for what is not a finite number."""
     try:
         number = float(value)
     except (TypeError, ValueError):
@@ -83,7 +83,7 @@ def within(value, least, most):
 
 @functools.lru_cache(maxsize=8)
 def read(generator, clip, prompt):
-    """A text → latent.Prompt. The newest are kept, as most changes leave the prompts as they are."""
+    """A text → latent.Prompt. Cached, because most requests change no prompt."""
     return latent.read(generator, clip, [prompt])
 
 
@@ -101,12 +101,12 @@ def noise(generator, settings):
 
 
 def frames_of_stage(generator, clip, settings, layers):
-    """As `frames`, by one stage. layers: those of this stage that take w from the second prompt."""
+    """The frames of one stage. layers: those of this stage that use the w of the second prompt."""
     z, captions = noise(generator, settings), [settings.prompt] * settings.num
     first = text = read(generator, clip, settings.prompt)
     second = read(generator, clip, settings.second or settings.prompt)
     if settings.amount:
-        text = views.on_the_way(first, second, [settings.amount], settings.part, "spherical")
+        text = views.between_prompts(first, second, [settings.amount], settings.part, "spherical")
     drawn = views.frames(generator, z, text, settings.psi, captions)
     if not layers:
         return drawn
@@ -133,7 +133,7 @@ def frames(pipe, settings):
 def draw(model, settings):
     """A Pipeline, or a system of baselines/, and Settings → Drawn, by the first stage alone, and its frames.
 
-    A system takes the prompt, the seed and the number. Raises UserError.
+    A system uses only the prompt, the seed and the number. Raises UserError.
     """
     latent.check([settings.prompt])
     if not isinstance(model, Pipeline):
@@ -159,7 +159,7 @@ def draw_large(pipe, settings, number):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What the page is told.
+# Answers.
 
 
 def data_url(picture):
@@ -169,22 +169,21 @@ def data_url(picture):
 
 
 def answer(model, settings, router):
-    """→ what the page shows, as JSON has it. router: the one whose decisions it shows, or ""."""
+    """→ what the page shows, as values of JSON. router: the one whose choices it shows, or ""."""
     drawn, _ = draw(model, settings)
     is_aurora = isinstance(model, Pipeline)
     clip = model.clip if is_aurora else model.clip.text
     prompts = [settings.prompt, settings.second] if settings.second else [settings.prompt]
-    notes = [latent.remark(clip, prompt) for prompt in prompts]
-    told = {"pictures": [data_url(picture) for picture in drawn.pictures], "note": " ".join(notes)}
+    notes = [latent.note_of_length(clip, prompt) for prompt in prompts]
+    result = {"pictures": [data_url(picture) for picture in drawn.pictures], "note": " ".join(notes)}
     if not is_aurora:
-        return told | {"baseline": type(model).__name__, "layers": [], "routers": []}
-    stages = [model.generator, model.upsampler] if model.upsampler else [model.generator]
-    told["layers"] = [name for stage in stages for name in views.layer_names(stage)]
-    told["routers"] = list(routers(model.generator))
-    told["second_stage"] = model.upsampler is not None
-    told["z"] = noise(model.generator, settings).tolist()
+        return result | {"baseline": type(model).__name__, "layers": [], "routers": []}
+    result["layers"] = views.layer_names(model)
+    result["routers"] = list(routers(model.generator))
+    result["second_stage"] = model.upsampler is not None
+    result["z"] = noise(model.generator, settings).tolist()
     if router in drawn.routings:
         routing = drawn.routings[router]
-        chances = routing.logits.float().softmax(-1).tolist()
-        told["routing"] = {"experts": routing.expert_index.tolist(), "chances": chances}
-    return told
+        probabilities = routing.logits.float().softmax(-1).tolist()
+        result["routing"] = {"experts": routing.expert_index.tolist(), "probabilities": probabilities}
+    return result

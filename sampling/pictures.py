@@ -1,30 +1,30 @@
-"""Grids and animations of images with their captions, and maps of which expert took which point."""
+"""Grids and animations of images with captions, and maps of the expert that took each point."""
 
 import unicodedata
 
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageColor, ImageDraw, ImageFont, ImageOps
 
 from common.cli import UserError
 
 CELL, MARGIN = 128, 6
 SIZE, LINE = 12, 16  # of letters, in pixels
-FONT = ImageFont.load_default(SIZE)  # Pillow's own: it has English, and shows boxes for other scripts
-COLORS = (  # of experts, told apart also by those who confuse red and green
+FONT = ImageFont.load_default(SIZE)  # Pillow's own, which has Latin letters and shows boxes for other scripts
+COLORS = (  # of experts, distinguishable with red-green color blindness too
     "#332288", "#88CCEE", "#117733", "#DDCC77", "#CC6677", "#AA4499", "#44AA99", "#999933",
     "#882255", "#661100", "#6699CC", "#888888", "#000000", "#EE7733", "#0077BB", "#EE3377",
 )  # fmt: skip
 
 
 def in_range(images):
-    """A network's images, held within [−1, 1]. Raises UserError where one is not of numbers."""
+    """Clamps a network's images to [−1, 1]. Raises UserError if one is not finite."""
     if (~images.isfinite()).any():
-        raise UserError("the pictures are not finite numbers: psi is too large, or the checkpoint's weights are lost")
+        raise UserError("the pictures are not finite numbers: give a smaller psi, or another checkpoint")
     return images.clamp(-1, 1)
 
 
 def to_bytes(images):
-    """Images [..., 3, R, R], about [−1, 1], → uint8, as an image file holds them. Raises UserError, as in_range."""
+    """Images [..., 3, R, R], about [−1, 1], → uint8, as in an image file. Raises UserError, see in_range."""
     return ((in_range(images) + 1) * 127.5).round().to(torch.uint8)
 
 
@@ -34,7 +34,7 @@ def at_own_size(image):
 
 
 def to_pil(image):
-    """As at_own_size, but enlarged to a cell, by whole pixels if these fit; a larger one stays."""
+    """[3, R, R], about [−1, 1], → a PIL image of at least CELL pixels, for a grid."""
     picture = at_own_size(image)
     if picture.width > CELL:
         return picture
@@ -45,36 +45,25 @@ def to_pil(image):
 def expert_map(experts, cell=CELL):
     """The expert of each feature point [N] → a PIL image of their colors."""
     side = round(len(experts) ** 0.5)
-    picture = Image.new("RGB", (side, side))
-    draw = ImageDraw.Draw(picture)
-    for point, expert in enumerate(experts.tolist()):
-        draw.point((point % side, point // side), COLORS[expert % len(COLORS)])
-    return picture.resize((cell, cell), Image.Resampling.NEAREST)
-
-
-def beside(panels):
-    """PIL images of one size → one, side by side."""
-    width, height = panels[0].size
-    strip = Image.new("RGB", (len(panels) * width, height), "white")
-    for i, panel in enumerate(panels):
-        strip.paste(panel, (i * width, 0))
-    return strip
+    colors = torch.tensor([ImageColor.getrgb(color) for color in COLORS], dtype=torch.uint8)
+    pixels = colors[experts.cpu() % len(COLORS)].view(side, side, 3)
+    return Image.fromarray(pixels.numpy()).resize((cell, cell), Image.Resampling.NEAREST)
 
 
 def without_accents(text):
-    """ "piñata" → "pinata", as the font has no ñ."""
+    """ "piñata" → "pinata": the font has no ñ."""
     return "".join(c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
 
 
 def boxes(text):
-    """The characters of a text that are drawn as boxes, each once."""
+    """The characters of a text that the font draws as boxes, each once."""
     box = bytes(FONT.getmask("\uffff"))
     letters = dict.fromkeys(without_accents(text))
     return [c for c in letters if not c.isspace() and bytes(FONT.getmask(c)) == box]
 
 
 def wrapped(text, room, max_lines):
-    """A text → at most max_lines lines, none wider than `room` pixels. Where there is more, the last ends in an …"""
+    """A text → at most max_lines lines, none wider than `room` pixels. If text is left out, the last ends in …"""
     lines = [""]
     for word in without_accents(text).split():
         for part in [f" {word}"] if FONT.getlength(word) <= room else f" {word}":
@@ -92,13 +81,13 @@ def wrapped(text, room, max_lines):
 
 
 def write(draw, place, lines):
-    """Draws lines of text, one below another; place: of the first, its left upper corner."""
+    """Draws lines of text, one below another. place: the upper left corner of the first."""
     for i, line in enumerate(lines):
         draw.text((place[0], place[1] + i * LINE), line, fill="black", font=FONT)
 
 
 def grid(panels, captions, columns, title="", experts=0):
-    """PIL images of one size in rows, each above its caption → one, under a title and a legend of experts' colors."""
+    """PIL images of one size → one image: rows of them with captions, under a title and a legend of experts' colors."""
     panel_width, panel_height = panels[0].size
     labels = [wrapped(caption, panel_width, 4) for caption in captions]
     width, height = panel_width + MARGIN, panel_height + max(map(len, labels)) * LINE + MARGIN
@@ -121,7 +110,7 @@ def grid(panels, captions, columns, title="", experts=0):
 
 
 def animation(panels, captions, title="", experts=0):
-    """A PIL image for each panel, captioned as in a grid, all of one size."""
+    """PIL images → a grid of one cell for each, all of one size."""
     frames = [grid([panel], [caption], 1, title, experts) for panel, caption in zip(panels, captions, strict=True)]
     height = max(frame.height for frame in frames)
     return [ImageOps.pad(frame, (frame.width, height), color="white", centering=(0, 0)) for frame in frames]

@@ -1,4 +1,4 @@
-"""Aurora from Python: load a model, sample, and look at its experts. The commands draw through it, too.
+"""Aurora from Python: load a model, draw pictures, and see which experts drew them. The commands use it too.
 
 from sampling.pipeline import Pipeline
 pipe = Pipeline.load("models/emoji.safetensors")
@@ -7,8 +7,8 @@ pictures = pipe.sample("red heart", num=4, seed=0)
 
 import contextlib
 import dataclasses
-import numbers
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 
 import torch
@@ -23,28 +23,28 @@ from sampling.pictures import at_own_size, in_range
 from upsampler import draw_input_noise, given_images
 from weights.generator_file import DEMO, load_generator, load_upsampler, upsampler_of
 
-LARGE = ", large"  # ends the names of the second stage's routers, whose resolutions the first has, too
+LARGE = ", large"  # suffix of the second stage's router names, some of which the first stage has too
 
 
 @dataclass
 class Drawn:
-    """Pictures, how they were captioned, and which expert took which feature point."""
+    """Pictures, their captions, and which expert took which feature point."""
 
     images: torch.Tensor  # [n, 3, R, R] in [−1, 1]
     captions: list[str]
-    routings: dict[str, Routing]  # of every router, by "resolution.block.depth"; the second stage's end in LARGE
+    routings: dict[str, Routing]  # of each router "resolution.block.depth", with LARGE if of the second stage
 
     @property
     def pictures(self) -> list[Image.Image]:
-        """The images as PIL has them, at their own resolution."""
+        """PIL images at their own resolution."""
         return [at_own_size(image) for image in self.images]
 
 
 class Pipeline:
-    """A generator and the text encoder that reads its prompts, ready to draw; with an upsampler, pictures are large.
+    """A generator and its text encoder, ready to draw; with an upsampler, the second stage enlarges the pictures.
 
-    The same prompts, seed and psi give the same pictures, to the bit on one machine. psi: the truncation; 1 is all
-    variety, 0 each prompt's mean picture. Methods raise UserError where an argument cannot be.
+    On one machine the same prompts, seed and psi give bit-identical pictures. psi: the truncation; 1 is all variety, 0
+    each prompt's mean picture. Methods raise UserError for an invalid argument.
     """
 
     def __init__(self, generator: torch.nn.Module, clip: torch.nn.Module, notes: dict, upsampler=None):
@@ -63,45 +63,56 @@ class Pipeline:
     ):
         """A generator_ema.safetensors of a run, or the authors' aurora_v1.pth → Pipeline. Raises UserError.
 
-        dtype: "fp32", "bf16", or "auto", see inference.sampling_dtype. clip: MODEL:WEIGHTS of open_clip, in the place
-        of what the file names. upsampler: the file of a second stage, by default what upsampler_of finds. resolution:
-        that of the pictures, by default the highest; at the generator's own, the second stage is left out.
+        dtype: "fp32", "bf16", or "auto", see inference.sampling_dtype. clip: MODEL:WEIGHTS of open_clip, instead of the
+        one that the file names. upsampler: the file of a second stage, by default what upsampler_of finds. resolution:
+        of the pictures, by default the highest; the second stage is not used for resolutions of the first.
         """
         device = distributed.start(device)
         generator, clip, notes = load_generator(Path(checkpoint), device, clip)
         upsampler = load_upsampler(path, clip, device) if (path := upsampler or upsampler_of(checkpoint)) else None
         if resolution:
             generator, upsampler = up_to(resolution, generator, upsampler)
-        for stage in (generator, upsampler) if upsampler else (generator,):
+        pipe = cls(generator, clip, notes, upsampler)
+        for stage in pipe.stages:
             inference.prepare(stage, inference.sampling_dtype(dtype, stage), compiled)
-        return cls(generator, clip, notes, upsampler)
+        return pipe
+
+    @property
+    def stages(self) -> list[torch.nn.Module]:
+        return [self.generator, self.upsampler] if self.upsampler else [self.generator]
 
     @property
     def resolution(self) -> int:
-        return (self.upsampler or self.generator).config.resolutions[-1]
+        return self.stages[-1].config.resolutions[-1]
 
     def sample(self, prompts: str | list[str], num=1, seed=0, psi=1.0) -> list[Image.Image]:
-        """`num` PIL pictures of each prompt, one prompt after the other. The noise depends on the seed alone."""
+        """`num` PIL images of each prompt, one prompt after another. The noise depends on the seed alone."""
         return self.experts(prompts, num, seed, psi).pictures
 
     @torch.no_grad()
     def frames(self, prompts: str | list[str], num=1, seed=0, psi=1.0, numbers=None) -> list[views.Frame]:
-        """The latent codes of `sample`, to be changed before they are drawn. numbers: only these of the `num`."""
+        """What `sample` draws, so that w can be changed before `draw`. numbers: only these of the `num`."""
         prompts = [prompts] if isinstance(prompts, str) else prompts
         latent.check(prompts)
-        num, seed = whole(num=(num, 1), seed=(seed, 0))
-        return self.view(views.samples, prompts, num, seed, psi, numbers)
+        for name, value, least in (("num", num, 1), ("seed", seed, 0)):
+            if not isinstance(value, Integral) or not least <= value < 2**63:
+                raise UserError(f"{name}={value!r}: give a whole number, {least} or more")
+        return self.view(views.samples, prompts, int(num), int(seed), psi, numbers)
 
     def view(self, view, *arguments) -> list[views.Frame]:
-        """The frames of a function of views.py that takes a generator, its text encoder, and what else it shows."""
-        return views.of_both_stages(view, self.generator, self.upsampler, self.clip, *arguments)
+        """The frames of a function(generator, clip, *arguments) of views.py, for both stages from the same z."""
+        frames = view(self.generator, self.clip, *arguments)
+        if self.upsampler is None:
+            return frames
+        larger = view(self.upsampler, self.clip, *arguments)
+        return [frame._replace(large=large) for frame, large in zip(frames, larger, strict=True)]
 
     def experts(self, prompts: str | list[str], num=1, seed=0, psi=1.0) -> Drawn:
-        """As `sample`, → Drawn, whose `routings` say which expert took each feature point, and how surely."""
+        """Like `sample`, → Drawn, whose `routings` have the expert of each feature point and its probabilities."""
         return self.draw(self.frames(prompts, num, seed, psi))
 
     def draw(self, frames: list[views.Frame]) -> Drawn:
-        """Frames of views.py → Drawn, by both stages if there are two."""
+        """Frames → Drawn, by both stages if there are two."""
         drawn = draw(self.generator, frames)
         if self.upsampler is None:
             return drawn
@@ -111,26 +122,18 @@ class Pipeline:
 
     @torch.no_grad()
     def enlarge(self, image: torch.Tensor, caption: str, seed=0) -> Image.Image:
-        """A small image [3, R, R] in [−1, 1], as the second stage takes it, and what it shows → a PIL picture."""
+        """An image [3, R, R] in [−1, 1] of the second stage's input resolution, and its caption → a PIL image."""
         if self.upsampler is None:
-            raise UserError("there is no upsampler beside this generator; name one by --upsampler")
+            raise UserError("this generator has no upsampler; name one with --upsampler")
         frames = views.samples(self.upsampler, self.clip, [caption], 1, seed, 1.0)
         return enlarge(self.upsampler, image[None].to(frames[0].w.device), frames).pictures[0]
 
 
-def whole(**arguments):
-    """Arguments, name=(value, least), → their values as int. Raises UserError for no whole number, or one too small."""
-    for name, (value, least) in arguments.items():
-        if not isinstance(value, numbers.Integral) or not least <= value < 2**63:
-            raise UserError(f"{name}={value!r}: give a whole number, {least} or more")
-    return [int(value) for value, _ in arguments.values()]
-
-
 def up_to(resolution, generator, upsampler):
-    """Both stages without what is above a resolution: without the second, if the first has it. Raises UserError."""
+    """Both stages without the levels above a resolution; no second stage if the first has it. Raises UserError."""
     known = [*generator.config.resolutions, *(upsampler.config.resolutions if upsampler else ())]
     if resolution not in known:
-        why = "" if upsampler else "; for larger ones name an upsampler"
+        why = "" if upsampler else "; for larger ones name an upsampler with --upsampler"
         raise UserError(f"--resolution {resolution}: choose one of {', '.join(map(str, known))}{why}")
     if resolution in generator.config.resolutions:
         upsampler = None
@@ -143,9 +146,9 @@ def up_to(resolution, generator, upsampler):
 
 @torch.no_grad()
 def enlarge(upsampler, images, frames):
-    """Images as the first stage draws them, and as many frames of the second stage → Drawn.
+    """Images of the first stage, and a frame of the second for each → Drawn.
 
-    All pictures get the same noise, so that they differ no more than the first stage's do, and walks do not flicker.
+    All images get the same input noise. Otherwise walks would flicker.
     """
     config = upsampler.config
     noise = draw_input_noise(config, 1, torch.Generator().manual_seed(0)).expand(len(frames), -1, -1, -1)
@@ -154,7 +157,7 @@ def enlarge(upsampler, images, frames):
 
 @torch.no_grad()
 def draw(generator, frames, given=()):
-    """Frames → Drawn, in batches. given: of an upsampler, the images of upsampler.given_images."""
+    """Frames → Drawn, by one stage, in batches. given: for an Upsampler, its inputs from upsampler.given_images."""
     w, local_text = (torch.stack(t) for t in list(zip(*frames, strict=True))[:2])
     outputs = []
     with inference.compiling(), inference.autocast(generator):
@@ -170,7 +173,7 @@ def draw(generator, frames, given=()):
 
 
 def routers(generator):
-    """Every router of a generator, by the name that Output.routings gives it."""
+    """{name in Output.routings: router} of a generator."""
     return {
         f"{level.resolution}.{i}.{depth}": block.router
         for level in generator.synthesis.levels
@@ -181,9 +184,9 @@ def routers(generator):
 
 @contextlib.contextmanager
 def forced(generator, name, points, expert):
-    """While it lasts, a router sends feature points, a mask [B, N] or [N], to one expert. Raises UserError."""
+    """A context in which a router sends feature points, a mask [B, N] or [N], to one expert. Raises UserError."""
     if name not in (known := routers(generator)):
-        raise UserError(f"there is no router {name}; there are {', '.join(known) or 'none'}")
+        raise UserError(f"there is no router {name}; choose one of {', '.join(known) or 'none'}")
     if not 0 <= expert < (count := len(known[name].to_logits.weight)):
         raise UserError(f"there is no expert {expert}; router {name} has {count}")
 

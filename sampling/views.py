@@ -1,6 +1,6 @@
-"""What can be looked at in a latent space: seeds, truncations, the way from one prompt to another, layers, a walk.
+"""Views of the latent space: seeds, truncations, interpolation between prompts, mixed layers, a walk.
 
-Each view is a list of frames; sample.py draws them side by side, or one after another.
+Each view is a list of frames, which sample.py draws as a grid or an animation.
 """
 
 from typing import NamedTuple
@@ -13,71 +13,68 @@ SWEEP = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)  # truncations
 
 
 class Frame(NamedTuple):
-    """One picture to be drawn."""
+    """What one picture is drawn from."""
 
     w: torch.Tensor  # [num_layers, w_dim]
     local_text: torch.Tensor  # [T−1, text_dim]
     caption: str
-    large: "Frame | None" = None  # the same for the second stage, where there is one
-
-
-def of_both_stages(view, generator, upsampler, *arguments):
-    """The frames of a view, with those of the second stage in them: its own w and text, from the same z and prompts."""
-    drawn = view(generator, *arguments)
-    if upsampler is None:
-        return drawn
-    return [frame._replace(large=large) for frame, large in zip(drawn, view(upsampler, *arguments), strict=True)]
+    large: "Frame | None" = None  # that of the second stage, if there is one
 
 
 def frames(generator, z, text, psi, captions):
-    """z [B, z_dim] and as many prompts (a Prompt of one row serves all) → a Frame for each caption."""
+    """z [B, z_dim], a Prompt of B rows, or of one for all, and B captions → B frames."""
     w = latent.codes(generator, z, text.global_text, psi)
     ws = w[:, None].expand(-1, generator.synthesis.num_layers, -1)
     local_text = text.local_text.expand(len(z), -1, -1)
     return [Frame(*frame) for frame in zip(ws, local_text, captions, strict=True)]
 
 
+def rows(generator, clip, prompts, z, psi, labels):
+    """A row for each prompt: a Frame for each z [B, z_dim], whose caption is one of B labels and the prompt."""
+    drawn = []
+    for prompt in prompts:
+        captions = [label + prompt for label in labels]
+        drawn += frames(generator, z, latent.read(generator, clip, [prompt]), psi, captions)
+    return drawn
+
+
 def samples(generator, clip, prompts, num, seed, psi, numbers=None):
-    """A row for each prompt: `num` pictures whose latents depend on the seed alone, or those of some numbers."""
-    z, rows = latent.noise(generator, num, seed), []
+    """A row of `num` pictures for each prompt. z depends on the seed alone. numbers: draws only these of the `num`."""
+    z = latent.noise(generator, num, seed)
     if numbers is not None:
         z = z[numbers]
-    for prompt in prompts:
-        rows += frames(generator, z, latent.read(generator, clip, [prompt]), psi, [prompt] * len(z))
-    return rows
+    return rows(generator, clip, prompts, z, psi, [""] * len(z))
 
 
 def seeds_by_prompts(generator, clip, prompts, seeds, psi):
     """A row for each prompt, a column for each seed."""
     z = torch.cat([latent.noise(generator, 1, seed) for seed in seeds])
-    rows = []
-    for prompt in prompts:
-        captions = [f"seed {seed}: {prompt}" for seed in seeds]
-        rows += frames(generator, z, latent.read(generator, clip, [prompt]), psi, captions)
-    return rows
+    return rows(generator, clip, prompts, z, psi, [f"seed {seed}: " for seed in seeds])
 
 
 def truncation_sweep(generator, clip, prompts, seed):
-    """A row for each prompt, from its mean picture to all variety."""
-    z, rows = latent.noise(generator, 1, seed), []
+    """A row for each prompt, a column for each ψ of SWEEP."""
+    z, drawn = latent.noise(generator, 1, seed), []
     for prompt in prompts:
-        text = latent.read(generator, clip, [prompt])
         for psi in SWEEP:
-            rows += frames(generator, z, text, psi, [f"psi {psi:g}: {prompt}"])
-    return rows
+            drawn += rows(generator, clip, [prompt], z, psi, [f"psi {psi:g}: "])
+    return drawn
 
 
 def interpolation(generator, clip, prompts, seed, psi, steps, part, path):
-    """From one prompt to another at the same noise. part: both, or the global or the local text alone."""
+    """From one prompt to another at the same noise. part, path: see between_prompts."""
     amounts = torch.linspace(0, 1, steps)
     start, end = (latent.read(generator, clip, [prompt]) for prompt in prompts)
-    text = on_the_way(start, end, amounts, part, path)
+    text = between_prompts(start, end, amounts, part, path)
     captions = [prompts[0], *[f"{100 * t:.0f} %" for t in amounts[1:-1]], prompts[1]]
     return frames(generator, latent.noise(generator, 1, seed).expand(steps, -1), text, psi, captions)
 
 
-def on_the_way(start, end, amounts, part, path):
-    """Between two Prompts of one row, a row for each amount. part: both, or what moves, global or local; path: how."""
+def between_prompts(start, end, amounts, part, path):
+    """Two Prompts of one row → a Prompt of a row for each amount in [0, 1].
+
+    part: "global" or "local" if only that text changes, else "both". path: see between.
+    """
     texts = {}
     for name, a, b in zip(latent.Prompt._fields, start, end, strict=True):
         moves = part == "both" or name.startswith(part)
@@ -86,7 +83,7 @@ def on_the_way(start, end, amounts, part, path):
 
 
 def latent_walk(generator, clip, prompt, seed, psi, steps, path, stops=4):
-    """One prompt, along the noise of `stops` seeds and back to the first."""
+    """One prompt, from the noise of one seed to that of the next, through `stops` seeds and back to the first."""
     corners = torch.cat([latent.noise(generator, 1, seed + i) for i in range(stops)])
     z, captions = [], []
     for step in range(steps):
@@ -97,41 +94,42 @@ def latent_walk(generator, clip, prompt, seed, psi, steps, path, stops=4):
     return frames(generator, torch.cat(z), latent.read(generator, clip, [prompt]), psi, captions)
 
 
-def layer_mixing(generator, upsampler, clip, coarse, fine, seed, psi):
-    """The first k layers take their w from one prompt and the rest from another; attention reads the first one's text.
+def layer_mixing(pipe, coarse, fine, seed, psi):
+    """The first k layers use the w of one prompt, the others that of another. Attention reads the first prompt's text.
 
-    k goes from all layers to none, those of the second stage being the last.
+    pipe: a Pipeline. k decreases from all layers to none; the layers of the second stage are the last.
     """
-    names = layer_names(generator) + (layer_names(upsampler) if upsampler else [])
-    first, second = of_both_stages(samples, generator, upsampler, clip, [coarse, fine], 1, seed, psi)
+    names = layer_names(pipe)
+    first, second = pipe.frames([coarse, fine], 1, seed, psi)
     mixed = []
     for k in range(len(names), -1, -1):
-        caption = "all layers by the first prompt" if k == len(names) else f"by the second: from {names[k]} on"
+        caption = "all layers: first prompt" if k == len(names) else f"second prompt: from {names[k]} on"
         frame = mix(first, second, k)._replace(caption=caption)
-        if upsampler:
+        if first.large:
             frame = frame._replace(large=mix(first.large, second.large, max(0, k - len(first.w))))
         mixed.append(frame)
     return mixed
 
 
 def mix(first, second, k):
-    """A Frame whose first k layers take w from one Frame, and the rest from another."""
+    """A Frame whose first k layers use the w of one Frame, and the others that of another."""
     return first._replace(w=torch.cat([first.w[:k], second.w[k:]]))
 
 
-def layer_names(generator):
-    """What takes each w, in order, in words."""
+def layer_names(pipe):
+    """The name of each layer that has a w of its own, through all stages of a Pipeline."""
     names = []
-    for level in generator.synthesis.levels:
-        for i in range(len(level.blocks)):
-            names.append(f"{level.resolution}×{level.resolution} block {i}")
-            if level.attentions:
-                names.append(f"{level.resolution}×{level.resolution} attention {i}")
+    for stage in pipe.stages:
+        for level in stage.synthesis.levels:
+            for i in range(len(level.blocks)):
+                names.append(f"{level.resolution}×{level.resolution} block {i}")
+                if level.attentions:
+                    names.append(f"{level.resolution}×{level.resolution} attention {i}")
     return names
 
 
 def between(a, b, amount, path):
-    """From a to b along the last axis: on a straight line, or on the arc between their directions."""
+    """From a to b along the last axis. path: "linear", or "spherical", which interpolates direction and length."""
     if path == "linear":
         return torch.lerp(a, b, float(amount))
     lengths = a.norm(dim=-1, keepdim=True), b.norm(dim=-1, keepdim=True)

@@ -131,7 +131,7 @@ def test_more_like_a_picture_keeps_it(ask):
 def test_points_are_given_to_another_expert_and_released(ask):
     free = ask(router="8.0.0")
     taken = free["routing"]["experts"]
-    chances = torch.tensor(free["routing"]["chances"])
+    chances = torch.tensor(free["routing"]["probabilities"])
     torch.testing.assert_close(chances.sum(-1), torch.ones(2, 64))
     assert chances.argmax(-1).tolist() == taken
     points = [(picture, index) for picture in (0, 1) for index in (3, 36)]

@@ -27,14 +27,14 @@ def test_every_picture_says_how_it_was_made(each, run_main, tmp_path):
     assert [about["file"] for about in listed] == sorted(p.name for p in (tmp_path / "all").glob("*.png"))
     assert [(about["prompt"], about["number"]) for about in listed][3:] == [("пингвин 🐧", n) for n in range(3)]
     assert Image.open(tmp_path / "all" / "000000.png").size == (Pipeline.load(device="cpu").resolution,) * 2
-    assert files.show(tmp_path / "all" / "000004.png") == listed[4]
+    assert files.how_made(tmp_path / "all" / "000004.png") == listed[4]
     status, said, _ = run_main(sample.main, "--show", tmp_path / "all" / "000004.png")
     assert status == 0 and "prompt: пингвин 🐧" in said and "seed: 5" in said and "psi: 0.5" in said
 
 
 def test_a_grid_says_it_too(run_main, tmp_path):
     assert run_main(sample.main, "red heart", "--num", 1, "--device", "cpu", "--out", tmp_path / "a.png")[0] == 0
-    about = files.show(tmp_path / "a.png")
+    about = files.how_made(tmp_path / "a.png")
     assert about["prompts"] == ["red heart"] and about["seed"] == 0 and "'red heart' --num 1" in about["command"]
 
 
@@ -59,14 +59,14 @@ def test_a_killed_folder_is_completed_with_the_same_pictures(each, tmp_path, mon
 def test_mistakes_are_told_in_one_line(each, run_main, tmp_path):
     assert each("red heart", "--num", 2)[0] == 0
     status, _, stderr = each("whale", "--num", 2)
-    assert status == 2 and "holds pictures of another command" in stderr and "\n" not in stderr
+    assert status == 2 and "contains pictures of another command" in stderr and "\n" not in stderr
     Image.new("RGB", (4, 4)).save(tmp_path / "mine.png")
     (tmp_path / "text.png").write_text("no picture")
     for name, says in (("mine.png", "does not say"), ("text.png", "cannot be read"), ("none.png", "no such file")):
         status, _, stderr = run_main(sample.main, "--show", tmp_path / name)
         assert status == 2 and says in stderr and "\n" not in stderr
     status, _, stderr = each("red heart", "--seeds", 1, 2)
-    assert status == 2 and "no other view" in stderr
+    assert status == 2 and "leave out the other view" in stderr
     status, _, stderr = run_main(sample.main, "red heart", "--each", tmp_path / "text.png")
     assert status == 2 and "is a file" in stderr
 

@@ -88,7 +88,7 @@ def test_prompts_from_a_file_and_several_at_once(run, tmp_path):
 def test_unusual_prompts_are_answered_and_explained(run, tmp_path):
     status, stdout, stderr = run("word " * 10_000, "a mauve 🐉", "--num", 1, "--out", tmp_path / "a.png")
     assert status == 0, stderr
-    assert "too long" in stdout and "captions show boxes for 🐉" in stdout
+    assert "too long" in stdout and "captions show boxes in place of 🐉" in stdout
 
 
 class Hostile:
@@ -123,15 +123,15 @@ def test_a_bad_checkpoint_is_told_in_one_line(run, tmp_path, kind):
         (("a circle", "  "), "a prompt is empty"),
         (("x", "--checkpoint", "/missing.safetensors"), "no generator at"),
         (("--latent-walk", "--out", "/proc/a.gif", "x"), "error: /proc/a.gif: No such"),
-        (("--latent-walk", "x", "y"), "shows one prompt"),
-        (("--interpolate", "x", "y", "--steps", "1"), "a way has two ends"),
-        (("z", "--mix", "x", "y"), "their two prompts and no others"),
+        (("--latent-walk", "x", "y"), "needs one prompt"),
+        (("--interpolate", "x", "y", "--steps", "1"), "interpolation needs both ends"),
+        (("z", "--mix", "x", "y"), "their own two prompts"),
         (("--interpolate", "x", ""), "a prompt is empty"),
         (("x", "--latent-walk", "--truncation-sweep"), "not allowed with"),
         (("x", "--prompts", "/missing.txt"), "error: /missing.txt: No such"),
         (("x", "--prompts", "latin1.txt"), "not UTF-8"),
         (("x", "--out", "/proc/a.png"), "error: /proc/a.png: No such"),
-        (("x", "--out", "picture.xyz"), "no picture format"),
+        (("x", "--out", "picture.xyz"), "unknown picture format"),
         (("x", "--out", "latin1.txt/a.png"), "a file is where a folder is needed"),
         (("x", "--checkpoint", MODELS / "judge_clip.safetensors"), "contains no generator of Aurora"),
         (("x", "--num", "0"), "not a positive number"),
@@ -199,11 +199,11 @@ def test_the_arc_between_two_directions():
 
 
 def test_mixing_takes_each_layer_from_one_prompt(demo):
-    generator, clip, _ = demo
+    pipe = pipeline.Pipeline(*demo)
     with torch.no_grad():
-        mixed = views.layer_mixing(generator, None, clip, "a red circle", "a blue star", 0, psi=1.0)
-    layers = generator.synthesis.num_layers
-    assert len(mixed) == layers + 1 == len(views.layer_names(generator)) + 1
+        mixed = views.layer_mixing(pipe, "a red circle", "a blue star", 0, psi=1.0)
+    layers = pipe.generator.synthesis.num_layers
+    assert len(mixed) == layers + 1 == len(views.layer_names(pipe)) + 1
     whole, none = mixed[0].w, mixed[-1].w
     for k, frame in enumerate(reversed(mixed)):
         assert torch.equal(frame.w[:k], whole[:k]) and torch.equal(frame.w[k:], none[k:])

@@ -95,7 +95,7 @@ def test_every_view_draws_both_stages(pipe):
 
 
 def test_layers_are_mixed_through_both_stages(pipe):
-    frames = views.layer_mixing(pipe.generator, pipe.upsampler, pipe.clip, "red heart", "whale", 0, 1.0)
+    frames = views.layer_mixing(pipe, "red heart", "whale", 0, 1.0)
     layers = [g.synthesis.num_layers for g in (pipe.generator, pipe.upsampler)]
     first, second = (pipe.frames(prompt)[0] for prompt in ("red heart", "whale"))
     assert len(frames) == sum(layers) + 1
@@ -152,7 +152,7 @@ def test_enlarging_needs_a_second_stage_and_one_caption(file, tmp_path, run_main
     alone.write_bytes(file.read_bytes())
     picture("RGB").save(tmp_path / "own.png")
     arguments = ("--enlarge", tmp_path / "own.png", "--device", "cpu", "--out", tmp_path / "large.png")
-    for prompts, given, says in ((("a",), alone, "needs an upsampler"), (("a", "b"), file, "takes one caption")):
+    for prompts, given, says in ((("a",), alone, "needs an upsampler"), (("a", "b"), file, "needs one prompt")):
         status, _, error = run_main(sample.main, *prompts, *arguments, "--checkpoint", given)
         assert status and says in error
 
