@@ -202,7 +202,7 @@ def test_what_the_second_stage_makes_is_measured_beside_bicubic(run, tmp_path):
     written = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     assert written["generated images"].keys() == written["enlarged by the second stage"].keys()
     status, _, stderr = run("--data", figures.folder(), "--count", 8, "--upsampler", figures.generator_file())
-    assert status == 2 and "is no upsampler" in stderr
+    assert status == 2 and "is a generator; give an upsampler" in stderr
 
 
 def test_defaults_depend_on_the_data_and_the_run(tmp_path):

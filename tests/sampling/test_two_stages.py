@@ -77,7 +77,7 @@ def test_what_is_no_second_stage_is_refused(file):
     beside = file.with_name("g_upsampler.safetensors")
     with pytest.raises(UserError, match="is an upsampler"):
         Pipeline.load(beside, device="cpu")
-    with pytest.raises(UserError, match="is no upsampler"):
+    with pytest.raises(UserError, match="is a generator; give an upsampler"):
         Pipeline.load(file, device="cpu", upsampler=file)
 
 
