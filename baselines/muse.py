@@ -127,7 +127,7 @@ class Codebook(nn.Module):
         self.usage.lerp_(share * len(self.codes), 1 - USAGE_DECAY)
         dead = self.usage < DEAD
         points = z.movedim(1, -1).flatten(0, -2)
-        drawn = torch.randint(len(points), (len(self.codes),), generator=noise, device=noise.device)
+        drawn = torch.randint(len(points), (len(self.codes),), generator=noise)
         drawn = distributed.broadcast(drawn).to(z.device)  # each rank has its own noise
         self.codes.copy_(torch.where(dead[:, None], points[drawn], self.codes))
         self.usage.masked_fill_(dead, 1.0)
@@ -231,8 +231,8 @@ def lowest(scores, count):
 
 
 def uniform(shape, noise, device):
-    """Uniform numbers in [0, 1). noise: a torch.Generator, which may be on another device."""
-    return torch.rand(shape, generator=noise, device=noise.device).to(device)
+    """Uniform numbers in [0, 1). noise: a torch.Generator on the CPU."""
+    return torch.rand(shape, generator=noise).to(device)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
