@@ -29,7 +29,7 @@ with errors_in_one_line():
 
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
 @pytest.mark.parametrize(("arguments", "status"), [(["--help"], 0), ([], 2), (["--other"], 2)])
-def test_a_console_without_the_signs_shows_question_marks(encoding, arguments, status):
+def test_a_console_without_these_characters_shows_question_marks(encoding, arguments, status):
     environment = {"PYTHONIOENCODING": f"{encoding}:strict", "PATH": ""}
     command = [sys.executable, "-c", SCRIPT, *arguments]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True)
@@ -47,10 +47,10 @@ def test_a_console_without_the_signs_shows_question_marks(encoding, arguments, s
         ),
         (OSError(errno.EROFS, "Read-only file system", "out/a.png"), "error: out/a.png: Read-only file system\n"),
         (OSError(errno.ENOTDIR, "Not a directory", "out/a.png"), "error: out/a.png: a file is where a folder"),
-        (UserError("--data a\nb: no such folder"), "error: --data a b: no such folder\n"),  # as a path may be called
+        (UserError("--data a\nb: no such folder"), "error: --data a b: no such folder\n"),  # a legal path
     ],
 )
-def test_mistakes_and_what_the_system_says_of_a_file_are_one_line(error, says, capsys):
+def test_errors_of_the_user_and_of_files_are_one_line(error, says, capsys):
     with pytest.raises(SystemExit) as ended, errors_in_one_line():
         raise error
     assert ended.value.code == 2 and capsys.readouterr().err.startswith(says)
@@ -61,12 +61,12 @@ def test_another_error_keeps_its_traceback():
         raise OSError(errno.EIO, "Input/output error")
 
 
-def test_a_path_knows_the_home_folder_and_refuses_what_no_file_can_be(tmp_path, monkeypatch):
+def test_a_path_expands_the_home_folder_and_refuses_what_is_no_file(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     assert a_path("~/runs/new") == tmp_path / "runs" / "new"
     parser = argparse.ArgumentParser()
     add_data(parser.add_argument)
-    args = parser.parse_args(["--data=~/x", "--caption-key", "text"])  # a shell expands no "~" behind "="
+    args = parser.parse_args(["--data=~/x", "--caption-key", "text"])  # a shell does not expand "~" after "="
     assert (args.data, args.caption_key) == (f"{tmp_path}/x", "text")
     os.mkfifo(tmp_path / "pipe")
     for text in ("", "  ", str(tmp_path / "pipe")):
@@ -79,9 +79,9 @@ def test_signals_that_a_system_lacks_are_left_out(monkeypatch):
     assert signals("SIGTERM", "SIGUSR1") == [signal.SIGTERM]
 
 
-def test_every_command_takes_paths_and_data_in_one_way():
-    """So that "~", "" and a FIFO are met everywhere, data whose captions are in a field can be read everywhere, and no
-    picture is opened by a part of Pillow that starts another program.
+def test_every_command_uses_a_path_and_add_data():
+    """So all of them handle "~", "" and a FIFO, read captions from a field, and open no picture with a part of Pillow
+    that starts another program.
     """
     for path in [*ROOT.glob("*.py"), *ROOT.glob("[!.]*/*.py")]:
         if path.parent.name != "tests" and path.name not in ("cli.py", "make_emoji.py"):

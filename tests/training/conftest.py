@@ -1,4 +1,4 @@
-"""A run of five steps that nothing happened to, which the tests of this folder share."""
+"""An undisturbed run of five steps, which the tests of this folder share."""
 
 import shutil
 

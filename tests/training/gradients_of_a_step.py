@@ -1,6 +1,6 @@
 """The gradients of training steps, for test_distributed.py: torchrun gradients_of_a_step.py FILE.
 
-Whole steps in float64 at 8×8 and at the highest resolution, R1 included, from random weights, zeros included.
+Whole steps in float64 at 8×8 and at the highest resolution, R1 included; weights that start at zero are random too.
 """
 
 import sys
@@ -45,7 +45,7 @@ def gradients_of(run):
     for stage in (learner.resolutions[:2], learner.resolutions):
         learner.learn_at(stage)
         for group in learner.optimizer_d.param_groups + learner.optimizer_g.param_groups:
-            group["lr"] = 0.0  # else Adam's first step would make of each gradient its sign
+            group["lr"] = 0.0  # otherwise Adam's first step replaces each gradient by its sign
         loader = sources.loader(run.source, 0, learner.batch // micro_batches, 0)
         batches = [some_alike(next(loader)) for _ in range(micro_batches)]
         report = learner.step(0, learner.prepare(0, 0, batches))
@@ -57,7 +57,7 @@ def gradients_of(run):
 
 
 def read_in_float64():
-    """MiniLM remembers captions in half precision, and gives them in float32."""
+    """Makes MiniLM return float64; it caches captions in half precision."""
     read = MiniLM.read
 
     def read_in_float64(encoder, captions):
@@ -67,7 +67,7 @@ def read_in_float64():
 
 
 def some_alike(batch):
-    """The batch in float64, about half of its captions the same, which are not wrong for one another."""
+    """The batch in float64, with about half of its captions equal; equal captions are not wrong for each other."""
     captions = ["red circle" if len(caption) % 2 else caption for caption in batch.captions]
     return batch._replace(images=batch.images.double(), captions=captions)
 

@@ -1,4 +1,4 @@
-"""Short runs of train.py, and what is asked about them."""
+"""Short runs of train.py, and comparisons of their states."""
 
 import contextlib
 import resource
@@ -18,7 +18,7 @@ def build(*arguments):
 
 
 def run(*arguments):
-    """A run to its end → train.Run."""
+    """Runs train.py to its end → train.Run."""
     made = build(*arguments)
     train.train(made)
     return made
@@ -33,7 +33,7 @@ def state_of(out):
 
 
 def identical(a, b):
-    """Whether two nests of dicts and lists are the same, to the last bit."""
+    """Whether two nested dicts or lists are bit-identical."""
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(identical(a[key], b[key]) for key in a)
     if isinstance(a, list | tuple):
@@ -42,7 +42,7 @@ def identical(a, b):
 
 
 def full_disk(room=100_000):
-    """From here on no file can grow beyond `room` bytes, so that a checkpoint fails midway, as on a full disk."""
+    """Limits every file to `room` bytes from now on, so that a checkpoint fails midway, as on a full disk."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (room, resource.RLIM_INFINITY))
 
 
@@ -52,7 +52,7 @@ def room_again():
 
 @contextlib.contextmanager
 def room_afterwards():
-    """Frees the disk before pytest reports the test, as its report may go to a file, too."""
+    """Removes the limit before pytest reports the test, possibly to a file."""
     try:
         yield
     finally:

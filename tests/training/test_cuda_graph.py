@@ -1,4 +1,4 @@
-"""Steps played back from CUDA graphs, beside the same steps launched kernel by kernel."""
+"""Steps replayed from CUDA graphs, compared with the same steps launched kernel by kernel."""
 
 from types import SimpleNamespace
 
@@ -15,11 +15,11 @@ from step import OPTIMIZERS, Learner
 from tests.figures import TINY, Figures
 from training.cuda_graph import WARM_UP, Graphed
 
-STEPS = WARM_UP * R1_INTERVAL + 4  # the last but three is the first that is played back, with R1
+STEPS = WARM_UP * R1_INTERVAL + 4  # the fourth from the end is the first that is replayed, with R1
 
 
 class Replayed(Graphed):
-    """Without a GPU: what is recorded is a call that writes into its first result."""
+    """Without a GPU: the recording is a call that writes into its first result."""
 
     def __init__(self, function, variants):
         self.function, self.calls, self.recorded, self.eager = function, dict.fromkeys(variants, 0), {}, []
@@ -53,7 +53,7 @@ def learner_after(steps, lr, eager):
     for network in (learner.generator, learner.discriminator):
         for parameter in network.parameters():
             if not parameter.any():
-                parameter.data.normal_(std=0.1)  # else to-RGB, which starts at zero, would hide most of the network
+                parameter.data.normal_(std=0.1)  # otherwise to-RGB, which starts at zero, hides most of the network
     learner.learn_at([4, 8])
     if eager:
         learner.learn = learner.update_networks
@@ -70,7 +70,7 @@ def learner_after(steps, lr, eager):
 
 @pytest.mark.gpu
 def test_losses_and_gradients_are_those_of_the_step():
-    """Weights stay as they are: where they change, rounding soon sends a point to another expert."""
+    """The weights do not change: otherwise rounding soon sends a point to another expert."""
     (one, expected), (other, found) = (learner_after(STEPS, 0, eager) for eager in (True, False))
     assert len(other.learn.recorded) == 2  # without R1 and with it
     for row, same in zip(expected, found, strict=True):
@@ -82,7 +82,7 @@ def test_losses_and_gradients_are_those_of_the_step():
 
 
 @pytest.mark.gpu
-def test_a_step_that_is_played_back_learns():
+def test_a_replayed_step_learns():
     learner, _ = learner_after(STEPS, 1, eager=False)
     before = [p.detach().clone() for p in learner.generator.mapping.parameters()]
     batch = next(sources.loader(Figures(8, seed=1), 0, 4, 0))

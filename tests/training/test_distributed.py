@@ -1,4 +1,4 @@
-"""The number of ranks changes nothing: gradients of a whole step, and errors told once."""
+"""The number of ranks changes nothing: gradients of a whole step, and one message for an error."""
 
 import json
 import os
@@ -12,13 +12,13 @@ import torch
 
 from common import distributed
 from common.cli import UserError
-from tests.data.files import jpeg
+from tests import figures
 
 ROOT = Path(__file__).parent.parent.parent
 
 
 def torchrun(ranks, *command, restarts=0, **options):
-    """A command by so many ranks, which one alone needs no launcher for."""
+    """Runs a command on this number of ranks; a single one needs no launcher."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
     launcher += ["--max-restarts", str(restarts)] if restarts else []
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -27,8 +27,8 @@ def torchrun(ranks, *command, restarts=0, **options):
 
 
 def test_gradients_do_not_depend_on_the_number_of_ranks(tmp_path):
-    """Adversarial, matching, CLIP, R1 and expert losses together, tensor by tensor; of the second stage, its crops,
-    noise and distances to the truth, too; and of micro-batches, each of which all ranks share.
+    """Adversarial, matching, CLIP, R1 and expert losses together, tensor by tensor; crops, noise and distances to the
+    truth in the second stage; and micro-batches, each shared by all ranks.
     """
     found = []
     for ranks in (1, 2):
@@ -38,20 +38,16 @@ def test_gradients_do_not_depend_on_the_number_of_ranks(tmp_path):
     one, two = found
     assert one.keys() == two.keys() and len(one) > 300
     for name, gradient in one.items():
-        # 1e-15: of gradients that are zero but for rounding, as of the biases that would shift an upsampler's colors
+        # 1e-15: for gradients that are zero except for rounding, such as of biases that shift an upsampler's colors
         assert (two[name] - gradient).abs().max() < 1e-10 * gradient.abs().max() + 1e-15, name
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device")
 def test_two_gpus_start_grow_stop_and_go_on(tmp_path, monkeypatch):
-    """By train.py's own main: plan, reference FID, steps with R1 and without, evaluation, growth, saving, resuming."""
+    """train.py's main: plan, reference FID, steps with R1 and without, evaluation, growth, saving, resuming."""
     monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")  # as in examples/slurm.sh
-    data, out = tmp_path / "data", tmp_path / "run"
-    data.mkdir()
-    for i in range(40):
-        (data / f"{i}.jpg").write_bytes(jpeg((6 * i, 0, 99)))
-        (data / f"{i}.txt").write_text(f"{i} red apples", "utf-8")
-    options = f"--preset quick --data {data} --out {out} --clip emoji --workers 0 --sample-every 2"
+    out = tmp_path / "run"
+    options = f"--preset quick --data {figures.folder()} --out {out} --clip emoji --workers 0 --sample-every 2"
     done = torchrun(2, "tests/training/two_gpus.py", *options.split(), restarts=1)
     assert done.returncode == 0, done.stderr
     said = done.stdout
@@ -64,41 +60,48 @@ def test_two_gpus_start_grow_stop_and_go_on(tmp_path, monkeypatch):
     assert all(row["rejected"] == 0 for row in rows)
 
 
-def test_a_mistake_is_told_once_by_all_ranks_together(tmp_path):
+def test_a_mistake_of_all_ranks_is_reported_once(tmp_path):
     (tmp_path / "empty").mkdir()
     options = ("--device", "cpu", "--out", tmp_path / "run", "--data", tmp_path / "empty")
     done = torchrun(2, "train.py", *options)
     assert done.returncode != 0 and done.stderr.count("error: --data") == 1, done.stderr
 
 
+@pytest.fixture
+def launched(monkeypatch):
+    """launched("0 2 …") sets what torchrun sets in the environment of a rank."""
+
+    def launched(values):
+        for name, value in zip(distributed.RANK_VARIABLES, values.split(" "), strict=False):
+            monkeypatch.setenv(name, value)
+
+    return launched
+
+
 @pytest.mark.parametrize(
     "values", ["0", " 2", "2 2 0 127.0.0.1 1", "x 2 0 127.0.0.1 1", "0 2 0  1", "0 2  127.0.0.1 1"]
 )
-def test_an_environment_that_names_half_a_launch_is_refused(monkeypatch, values):
-    """RANK or WORLD_SIZE alone, and what no launcher sets; torchrun sets all, above."""
-    for name, value in zip(distributed.RANK_VARIABLES, values.split(" "), strict=False):
-        monkeypatch.setenv(name, value)
+def test_an_incomplete_launch_is_refused(launched, values):
+    """RANK or WORLD_SIZE alone, and values that no launcher sets; torchrun sets all, above."""
+    launched(values)
     with pytest.raises(UserError, match="start all of them with torchrun, or unset RANK and WORLD_SIZE"):
         distributed.start("cpu")
 
 
-def test_ranks_wait_an_hour_for_each_other(monkeypatch):
-    """NCCL's ten minutes are less than what the main rank may take alone, as for a small CLIP."""
+def test_ranks_wait_an_hour_for_each_other(launched, monkeypatch):
+    """NCCL's ten minutes are less than what the main rank may need alone, for example for a small CLIP."""
     waits = []
     monkeypatch.setattr(distributed.dist, "init_process_group", lambda _, timeout: waits.append(timeout))
-    for name, value in zip(distributed.RANK_VARIABLES, ("0", "2", "0", "127.0.0.1", "1"), strict=True):
-        monkeypatch.setenv(name, value)
+    launched("0 2 0 127.0.0.1 1")
     distributed.start("cpu")
     assert waits[0].total_seconds() == 3600
 
 
-def test_ranks_that_cannot_be_joined_are_told(monkeypatch):
+def test_an_error_names_the_address_of_ranks_that_cannot_be_joined(launched):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        port = str(taken.getsockname()[1])
-        for name, value in zip(distributed.RANK_VARIABLES, ("0", "2", "0", "127.0.0.1", port), strict=True):
-            monkeypatch.setenv(name, value)
+        launched(f"0 2 0 127.0.0.1 {taken.getsockname()[1]}")
         with pytest.raises(UserError, match=r"cannot be joined at 127.0.0.1: .*in use"):
             distributed.start("cpu")
 

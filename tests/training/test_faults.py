@@ -1,9 +1,9 @@
-"""What goes wrong in weeks of training, done on purpose: no run is lost, no traceback shown, no foreign code run.
+"""Faults of long trainings, made on purpose: no run is lost, and no traceback is shown.
 
-Each test breaks one thing in a run and lets it go on, or be started again; it must then end with the very weights of a
-run that nothing happened to, or stop with one line that says what to do. What else can break is tested where it is
-made: hung and killed data workers, vanished shards, hostile images and captions in tests/data, damaged checkpoints in
-tests/weights, kill −9 and two machines by torture.py and two_machines.py.
+Each test breaks one thing in a run that goes on or is started again. The run must end with the same weights as an
+undisturbed one, or stop with one line that says what to do. Other faults: hung and killed data workers, vanished
+shards, hostile images and captions in tests/data, damaged checkpoints in tests/weights, kill −9 and two machines in
+torture.py and two_machines.py.
 """
 
 import pytest
@@ -14,7 +14,6 @@ from step import Learner
 from tests.training.runs import SHORT, full_disk, identical, room_afterwards, room_again, run, state_of
 from tests.training.torture import torture
 from training import loop
-from weights import checkpoint
 
 
 @pytest.fixture
@@ -62,14 +61,6 @@ def test_a_disk_that_is_full_from_the_start(tmp_path, run_main, room):
     assert "same command again" in stderr and not list((tmp_path / "run").glob("**/*.unfinished"))
 
 
-def test_a_run_goes_on_from_the_checkpoint_before(undisturbed, stopped_after):
-    out = stopped_after(3)
-    path = checkpoint.checkpoints(out / "checkpoints")[0]
-    (path / checkpoint.STATE).write_bytes(b"")
-    run(*SHORT, "--out", out, "--steps", 5)
-    assert path.with_name(f"{path.name}.damaged").exists() and identical(state_of(out), state_of(undisturbed))
-
-
 @pytest.mark.parametrize("network", ["generator", "discriminator"])
 def test_weights_that_become_nan(undisturbed, stopped_after, at_step, monkeypatch, network):
     """The run stops, names its last good checkpoint, and goes on from there."""
@@ -89,7 +80,7 @@ def test_weights_that_become_nan(undisturbed, stopped_after, at_step, monkeypatc
 
 @pytest.mark.parametrize("poisoned_step", [3, 4], ids=["in the middle", "in the last step"])
 def test_data_that_is_nan_costs_one_update(stopped_after, monkeypatch, capsys, poisoned_step):
-    """And no other: all of the run is saved, as its weights are finite."""
+    """All other updates are made, and the run is saved, because its weights are finite."""
     prepare, out = Learner.prepare, stopped_after(3)
 
     def poisoned(self, seed, number, batches):

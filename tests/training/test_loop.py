@@ -1,4 +1,4 @@
-"""The loop without networks: what it makes of reports, and when it ends, saves and warns."""
+"""The loop without networks: its reports, and when it ends, saves and warns."""
 
 import contextlib
 import itertools
@@ -22,7 +22,7 @@ HEALTHY = {"expert_min_share": 0.5, "logits_real": 1.0, "logits_fake": -1.0}
 
 
 def run(tmp_path, monkeypatch, batches, state=None, minutes_a_step=0, **ends):
-    """A run without networks, from its start or a state, to its end → its loop."""
+    """Runs to the end without networks, from the start or from a state → the loop."""
     monkeypatch.setattr(loop.sources, "loader", lambda *_, **__: iter(batches))
     folder = RunFolder(tmp_path, {"seed": 0})
     folder.state("auto")
@@ -38,7 +38,7 @@ def run(tmp_path, monkeypatch, batches, state=None, minutes_a_step=0, **ends):
     return made
 
 
-def test_a_run_that_is_stopped_while_its_data_stall_is_saved(tmp_path, monkeypatch):
+def test_a_run_stopped_while_its_data_stall_is_saved(tmp_path, monkeypatch):
     def stalling():
         yield from [BATCH] * 3
         raise Stopped
@@ -49,9 +49,9 @@ def test_a_run_that_is_stopped_while_its_data_stall_is_saved(tmp_path, monkeypat
     assert made.folder.saved_step == 3
 
 
-def test_a_run_whose_minutes_are_over_makes_no_step_more(tmp_path, monkeypatch, capsys):
+def test_a_run_whose_minutes_are_over_makes_no_more_steps(tmp_path, monkeypatch, capsys):
     state = None
-    for minutes, steps in ((1, 2), (1, 2), (3, 4)):  # stopped in the step after; begun again; given more
+    for minutes, steps in ((1, 2), (1, 2), (3, 4)):  # stopped one step later; started again; given more
         made = run(tmp_path, monkeypatch, itertools.repeat(BATCH), state, minutes_a_step=1, minutes=minutes)
         made.conclude()
         assert made.progress.step == steps and f"Its {minutes} minutes are over" in capsys.readouterr().out
@@ -66,29 +66,29 @@ def test_a_checkpoint_is_due_after_some_steps_or_minutes(tmp_path, monkeypatch):
         made.progress.step = step
         assert made.saves == due
     made.ends = True
-    assert not made.saves  # as train.py saves after the loop
+    assert not made.saves  # train.py saves after the loop
 
 
-def test_symptoms_are_told_once_when_they_last(tmp_path, monkeypatch):
-    said, sick = [], HEALTHY | {"expert_min_share": 0.0, "logits_real": 9.0, "logits_fake": -9.0}
-    monkeypatch.setattr(loop, "say", said.append)
+def test_lasting_symptoms_are_reported_once(tmp_path, monkeypatch):
+    lines, sick = [], HEALTHY | {"expert_min_share": 0.0, "logits_real": 9.0, "logits_fake": -9.0}
+    monkeypatch.setattr(loop, "say", lines.append)
     watched = Loop(RunFolder(tmp_path, {}), OPTIONS, batch=2)
 
-    def log(report, steps):
+    def warn(report, steps):
         for _ in range(steps):
             watched.warn(report)
 
     for report, steps in ((sick, loop.LASTING - 1), (HEALTHY, 1), (sick, loop.LASTING - 1)):
-        log(report, steps)
-    assert not said
-    log(sick, 2)
-    assert len(said) == 2 and "an expert gets almost no points" in said[0] and "certain of every image" in said[1]
-    log(HEALTHY | {"logits_real": 0.0, "logits_fake": 0.0}, loop.LASTING)
-    assert len(said) == 3 and "no longer tells real from generated" in said[2]
+        warn(report, steps)
+    assert not lines
+    warn(sick, 2)
+    assert len(lines) == 2 and "an expert gets almost no points" in lines[0] and "certain of every image" in lines[1]
+    warn(HEALTHY | {"logits_real": 0.0, "logits_fake": 0.0}, loop.LASTING)
+    assert len(lines) == 3 and "no longer tells real from generated" in lines[2]
     for _ in range(2):
-        log(HEALTHY | {"overfitting": 0.6}, 1)
-        log(HEALTHY, 1)
-    assert len(said) == 4 and "memorized" in said[3]
+        warn(HEALTHY | {"overfitting": 0.6}, 1)
+        warn(HEALTHY, 1)
+    assert len(lines) == 4 and "memorized" in lines[3]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -96,7 +96,7 @@ def test_symptoms_are_told_once_when_they_last(tmp_path, monkeypatch):
 
 
 class Source:
-    """Black images to learn from, and white ones that are held out."""
+    """Black images to learn from, and white ones held out."""
 
     def evaluation(self, batch=64, held_out=False):
         yield Batch(torch.full((batch, 3, 32, 32), 1.0 if held_out else -1.0), ["a red circle"] * batch, {})
@@ -128,9 +128,7 @@ class Learner:
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_overfitting_is_adas_ratio_and_ranks_share_the_images_in_small_batches(monkeypatch, ranks):
-    """(D(seen) − D(held out)) / (D(seen) − D(generated)) = (1 − −1) / (1 − 0). The other rank's sums are added, here as
-    this one's once more.
-    """
+    """(D(seen) − D(held out)) / (D(seen) − D(generated)) = (1 − −1) / (1 − 0). With two ranks, this one scores half."""
     monkeypatch.setattr(distributed, "world_size", lambda: ranks)
     monkeypatch.setattr(distributed, "rank", lambda: ranks - 1)
     learner = Learner()
@@ -139,7 +137,7 @@ def test_overfitting_is_adas_ratio_and_ranks_share_the_images_in_small_batches(m
     assert learner.sizes == 3 * 128 // ranks // 16 * [16]
 
 
-def test_without_held_out_pairs_there_is_nothing_to_tell():
+def test_overfitting_is_not_measured_without_held_out_pairs():
     source = Source()
     source.evaluation = lambda batch, held_out=False: iter([]) if held_out else Source().evaluation(batch)
     assert overfitting(Learner(), watched_pairs(source, load_clip("emoji")), seed=0) == {}

@@ -1,4 +1,4 @@
-"""The plan's counts against formulas written out, and against real steps of train.py on this CPU."""
+"""The plan's counts compared with formulas, and with real steps of train.py on this CPU."""
 
 import dataclasses
 import gc
@@ -28,9 +28,9 @@ def flop(call):
 
 @pytest.mark.parametrize("batch", [2, 5])
 def test_products_are_counted_as_their_formulas(batch):
-    """Grouped convolutions, a kernel a sample: forward, and either gradient, take 2 · B · D · C · k² · H · W. Fused
-    attention: two products of 2 · B · heads · N² · d, and five in the backward pass, which makes the map again. Of two
-    layers that are recomputed the first counts four times, as the second needs its result, and the second three times.
+    """Grouped convolutions with a kernel for each sample: the forward pass and each of the two gradients take
+    2 · B · D · C · k² · H · W. Fused attention: two products of 2 · B · heads · N² · d, and five in the backward pass,
+    which computes the map again. Two recomputed layers: the first counts four times, the second three times.
     """
     x, kernels = (torch.randn(*s, requires_grad=True) for s in ((1, batch * 6, 8, 8), (batch * 4, 6, 3, 3)))
     once = 2 * batch * 4 * 6 * 9 * 8 * 8
@@ -63,11 +63,11 @@ LOWEST = dataclasses.replace(QUICK, recipe=dataclasses.replace(QUICK.recipe, rec
 
 @pytest.fixture(scope="module")
 def both():
-    """A rehearsal, and a learner that learns."""
-    clip = load_small(BUILT_IN["emoji"])  # its batch norms not folded, as in the plan, where nothing can be
+    """A rehearsal, and a real learner."""
+    clip = load_small(BUILT_IN["emoji"])  # without folded batch norms, as in the plan
     rehearsal = Rehearsal(LOWEST, "emoji", torch.float32)
     learner = Learner(LOWEST, clip, torch.device("cpu"), torch.float32, 8)
-    learner.step(0, [batch_of(learner, 2)])  # makes Adam's averages, and gradients
+    learner.step(0, [batch_of(learner, 2)])  # makes Adam's averages and gradients
     return rehearsal, learner
 
 
@@ -93,9 +93,9 @@ def test_parameters_and_state_are_those_of_a_run(both):
 
 
 @pytest.mark.parametrize("images", [2, 3])
-def test_what_is_counted_is_what_a_step_takes(both, images, monkeypatch):
-    """FLOP, but for what grows with the square of the batch; memory to 10 %. The profiler sees what a step allocates;
-    before it the state is there but for the gradients. R1 comes first, before the generator has any.
+def test_the_counts_are_those_of_a_step(both, images, monkeypatch):
+    """FLOP, except what grows with the square of the batch; memory to 10 %. The profiler counts what a step allocates;
+    before the step, the state exists except the gradients.
     """
     rehearsal, learner = both
     kept = sum(size for name, size in rehearsal.kept.items() if name != "gradients")
@@ -117,7 +117,7 @@ def test_what_is_counted_is_what_a_step_takes(both, images, monkeypatch):
 
 
 def test_in_bfloat16_attention_is_planned_as_on_a_gpu(monkeypatch):
-    """There a Triton kernel makes no map. A rehearsal that comes to it is stopped, as the rest would take seconds."""
+    """There a Triton kernel makes no map. The rehearsal ends at the kernel, because the rest would take seconds."""
 
     class Reached(Exception):
         pass
@@ -136,7 +136,7 @@ def test_in_bfloat16_attention_is_planned_as_on_a_gpu(monkeypatch):
 
 @pytest.fixture
 def rehearsed():
-    """20 GB and 2 an image, R1 6, an evaluation 1; 1 TFLOP an image, R1 3 in float32, drawing 0.5, evaluation 2."""
+    """20 GB and 2 GB an image (R1: 6, evaluation: 1); 1 TFLOP an image (R1: 3 in float32, drawing .5, evaluation 2)."""
     made = Rehearsal.__new__(Rehearsal)
     nothing = {"memory": 0, "moved": 0, "bfloat16": 0, "float32": 0}
     made.counts = [
@@ -153,16 +153,16 @@ def rehearsed():
 
 
 def test_micro_batches_are_the_fewest_that_fit_and_r1_has_smaller_ones(rehearsed):
-    """Of 80 GB, 20 and 10 to spare leave room for 25 images, or for 8 of R1."""
+    """Of 80 GB, 20 are used and 10 reserved; the rest has room for 25 images, or for 8 of R1."""
     assert rehearsed.divide(24, 80e9) == (1, 8)
     assert rehearsed.divide(64, 80e9) == (4, 8) and rehearsed.divide(4, 80e9) == (1, 4)
     assert rehearsed.memory(24, 8) == 68e9 and rehearsed.memory(8, 8) == 68e9
-    assert rehearsed.memory(1, 1) == 20e9 + plan.DRAWN * 1e9  # of an evaluation
+    assert rehearsed.memory(1, 1) == 20e9 + plan.DRAWN * 1e9  # the evaluation's
     with pytest.raises(UserError, match="does not fit"):
-        rehearsed.divide(32, 45e9)  # an evaluation does not, and one image would
+        rehearsed.divide(32, 45e9)  # one image would fit, and an evaluation does not
 
 
-def test_the_work_of_micro_batches_is_drawn_twice(rehearsed):
+def test_micro_batches_are_drawn_twice(rehearsed):
     one, several = rehearsed.work(32, 1), rehearsed.work(32, 4)
     assert one["bfloat16"] == 32e12 and several["bfloat16"] == pytest.approx(48e12)
     assert one["float32"] == several["float32"] == 32 * 3e12 / 16
@@ -170,14 +170,14 @@ def test_the_work_of_micro_batches_is_drawn_twice(rehearsed):
     assert plan.HARDWARE["a100"].seconds(one) == pytest.approx(seconds)
 
 
-def test_what_fits_is_chosen_kept_and_what_does_not_is_refused(rehearsed, monkeypatch, capsys, tmp_path):
+def test_the_choice_is_kept_and_what_does_not_fit_is_refused(rehearsed, monkeypatch, capsys, tmp_path):
     rehearsals = []
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=80e9))
     monkeypatch.setattr(plan, "Rehearsal", lambda *options: rehearsals.append(options) or rehearsed)
     run = QUICK, 64, "emoji", torch.device("cuda", 0), torch.bfloat16, tmp_path / "run" / "plan.json"
     assert plan.choose_micro_batches(train.parse_args([]).accumulate, *run) == (4, 8)
     assert "--accumulate 4: micro-batches of 16 images a GPU, R1 of 8 at a time" in capsys.readouterr().out
-    assert plan.choose_micro_batches(8, *run) == (8, 8) and len(rehearsals) == 1  # the folder of the run knows
+    assert plan.choose_micro_batches(8, *run) == (8, 8) and len(rehearsals) == 1  # the run's folder has the plan
     with pytest.raises(UserError, match="--accumulate 2 does not fit into this GPU; take 4, or auto"):
         plan.choose_micro_batches(2, *run)
     plan.choose_micro_batches("auto", *run[:1], 32, *run[2:])
@@ -188,7 +188,7 @@ def test_what_fits_is_chosen_kept_and_what_does_not_is_refused(rehearsed, monkey
 
 
 def test_the_table_has_a_row_for_each_number_of_gpus(rehearsed, monkeypatch, capsys):
-    """A step of 24 images on each of 8 GPUs, and 8 as many on one: 192 images fit in 8 parts."""
+    """192 images: 24 on each of 8 GPUs, or in 8 micro-batches on one."""
     monkeypatch.setattr(plan, "Rehearsal", lambda *options: rehearsed)
     args = train.parse_args(["--plan", "--batch", "192", "--steps", "86400"])
     plan.print_plan(args, QUICK)

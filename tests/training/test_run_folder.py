@@ -1,10 +1,11 @@
-"""The folder of a run: it touches no file of the user's, keeps other runs out, and is resumed as the run it is."""
+"""The folder of a run: it touches no file of the user's, keeps other runs out, and resumes only the same run."""
 
 import os
 import re
 import subprocess
 import sys
 import threading
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -26,13 +27,13 @@ def state(step=0):
 
 
 def opened(path, resume="auto", identity=None, **options):
-    """A folder made ready, and the state of the run in it."""
+    """→ a folder, and the state of the run in it."""
     folder = RunFolder(path, IDENTITY | (identity or {}), **options)
     return folder, folder.state(resume)
 
 
 def made(path, steps=(1, 2), **options):
-    """A run's folder with checkpoints."""
+    """→ a run's folder with checkpoints."""
     folder, _ = opened(path, **options)
     for step in steps:
         folder.save(step, state(step), ({"generator.weight": torch.ones(2)}, {}), 3)
@@ -62,7 +63,7 @@ UNFINISHED = (
 )
 
 
-def test_what_a_killed_run_left_is_written_over_and_files_of_the_user_stay(tmp_path):
+def test_files_of_a_killed_run_are_overwritten_and_files_of_the_user_stay(tmp_path):
     for name in (*USERS_FILES, *UNFINISHED):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("mine")
@@ -100,14 +101,9 @@ def test_a_run_that_is_refused_changes_nothing(tmp_path, resume, identity, says)
     assert contents(tmp_path) == before
 
 
-def test_data_that_moved_are_taken_when_that_is_said(tmp_path):
-    made(tmp_path)
-    assert opened(tmp_path, "moved", {"data": "/after"})[1]["progress"]["step"] == 2
-
-
 @pytest.mark.parametrize("name", ["config.json", "metrics.jsonl", "generator_ema.safetensors"])
-def test_a_new_run_writes_over_no_file_of_another_program(tmp_path, name):
-    """As where --out is the folder of another model, or of a run of a former version."""
+def test_a_new_run_overwrites_no_file_of_another_program(tmp_path, name):
+    """For example if --out is the folder of another model, or of a run of a former version."""
     (tmp_path / name).write_text('{"model_type": "bert"}\n')
     with pytest.raises(UserError, match="give another --out"):
         opened(tmp_path)
@@ -137,11 +133,8 @@ def test_a_second_run_in_a_folder_is_refused(tmp_path):
     opened(tmp_path)  # its lock ended with it
 
 
-def test_a_disk_without_locks_is_no_hindrance(tmp_path, monkeypatch, capsys):
-    def fails(*_):
-        raise OSError(37, "No locks available")
-
-    monkeypatch.setattr(run_folder.fcntl, "lockf", fails)
+def test_a_disk_without_locks_is_noted(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(run_folder.fcntl, "lockf", Mock(side_effect=OSError(37, "No locks available")))
     opened(tmp_path)
     assert "would not be noticed" in capsys.readouterr().out
     monkeypatch.setattr(run_folder, "fcntl", None)
@@ -157,7 +150,7 @@ def test_a_disk_without_locks_is_no_hindrance(tmp_path, monkeypatch, capsys):
         ("link/../pictures/", "{here}/pictures"),
     ],
 )
-def test_data_are_compared_by_the_path_they_have_from_anywhere(tmp_path, monkeypatch, spec, expected):
+def test_data_are_compared_by_their_absolute_paths(tmp_path, monkeypatch, spec, expected):
     for name in ("emoji", "pictures"):
         (tmp_path / name).mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "pictures")
@@ -165,7 +158,7 @@ def test_data_are_compared_by_the_path_they_have_from_anywhere(tmp_path, monkeyp
     assert run_folder.resolved({"data": spec})["data"] == expected.replace("{here}", os.path.realpath(tmp_path))
 
 
-def test_a_run_that_is_shared_out_otherwise_says_so(tmp_path, capsys):
+def test_a_run_notes_that_its_work_is_shared_differently(tmp_path, capsys):
     made(tmp_path, sharing={"accumulate": 1, "workers": 1})
     opened(tmp_path, sharing={"accumulate": 1, "workers": 1})
     assert "note" not in capsys.readouterr().out
@@ -174,7 +167,7 @@ def test_a_run_that_is_shared_out_otherwise_says_so(tmp_path, capsys):
     assert "note: the run resumes with accumulate 2 instead of 1, workers 4 instead of 1;" in said
 
 
-def test_the_main_rank_alone_holds_a_checkpoint_against_its_digest(tmp_path, monkeypatch):
+def test_only_the_main_rank_reads_a_checkpoint_to_compare_its_digest(tmp_path, monkeypatch):
     newest = made(tmp_path).last_good
     monkeypatch.setattr(distributed, "rank", lambda: 1)
     monkeypatch.setattr(distributed, "broadcast", lambda _: newest)
@@ -188,11 +181,7 @@ def test_the_main_rank_alone_holds_a_checkpoint_against_its_digest(tmp_path, mon
 
 
 def test_a_full_disk_is_one_line_and_the_run_goes_on(tmp_path, monkeypatch, capsys):
-    folder = made(tmp_path)
-
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
+    folder, full = made(tmp_path), Mock(side_effect=OSError(28, "No space left on device"))
     with monkeypatch.context() as patch:
         patch.setattr(disk, "atomically", full)
         patch.setattr(checkpoint, "save", full)
@@ -202,11 +191,11 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on(tmp_path, monkeypatch, caps
             folder.write_picture(PICTURE, {}, 3)
             folder.save(3, state(3), ({}, {}), 3)
             folder.wait()
-    said = capsys.readouterr().out.splitlines()
-    told = (
+    lines = capsys.readouterr().out.splitlines()
+    note = (
         r"note: .* could not be written \(No space left on device\) .* last good checkpoint: .*00000002-\w+; make room"
     )
-    assert len(said) == 4 and all(re.match(told, line) for line in said)
+    assert len(lines) == 4 and all(re.match(note, line) for line in lines)
     folder.log({"step": 3})  # there is room again
     folder.save(3, state(3), ({}, {}), 3)
     folder.wait()
@@ -217,8 +206,8 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on(tmp_path, monkeypatch, caps
     assert "note: generator_ema.safetensors could not" in capsys.readouterr().out and folder.saved_step == 4
 
 
-def test_the_log_of_a_run_that_goes_on_has_every_step_once(tmp_path):
-    """Also where a full disk or a kill cut a line off; lines that no run wrote stay."""
+def test_the_log_of_a_resumed_run_has_every_step_once(tmp_path):
+    """Also if a full disk or a kill cut a line off; lines that no run wrote stay."""
     folder = made(tmp_path)
     lines = ['{"step": 1}', '{"step": 2, "ima', '{"step": 3}', "a note", "[1]", '{"step": 4}', '{"st']
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
@@ -228,15 +217,15 @@ def test_the_log_of_a_run_that_goes_on_has_every_step_once(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "tensorboard"])
-def test_what_is_in_the_way_of_the_log_is_named(tmp_path, capsys, name):
+def test_what_is_in_the_place_of_the_log_is_named(tmp_path, capsys, name):
     folder = made(tmp_path, with_board=True)
     (tmp_path / name).mkdir() if name == "metrics.jsonl" else (tmp_path / name).write_text("mine")
     folder.open_log(2)
     assert f"see what is in the way, at {tmp_path}/{name}" in capsys.readouterr().out
 
 
-def test_a_thread_writes_what_was_saved_while_the_run_goes_on(tmp_path, monkeypatch):
-    """The state changes in the next step; what is written is whole, and the generator belongs to its checkpoint."""
+def test_a_thread_writes_a_copy_while_the_run_goes_on(tmp_path, monkeypatch):
+    """The next step changes the state; the written one is unchanged, and the generator belongs to its checkpoint."""
     folder, may_write = made(tmp_path), threading.Event()
     weight, save = torch.zeros(3), checkpoint.save
     monkeypatch.setattr(checkpoint, "save", lambda *args: may_write.wait(60) and save(*args))

@@ -39,7 +39,7 @@ def flat(name):
     return torch.tensor(COLORS[name]).view(1, 3, 1, 1).expand(1, 3, 32, 32) / 127.5 - 1
 
 
-def test_it_learns_captions_and_finds_pictures_under_words_that_no_caption_has(source):
+def test_it_learns_captions_and_understands_words_that_no_caption_contains(source):
     clip = train_small_clip(source, steps=60, batch=16)
     for warm, cold in (("red sky", "blue sky"), ("a scarlet thing", "an azure thing")):
         difference = clip.read([warm]).embedding - clip.read([cold]).embedding
@@ -54,14 +54,14 @@ def test_the_same_seed_gives_the_same_weights(source):
 
 
 def test_captions_like_classes_are_learned(tmp_path):
-    """Two captions in a batch of 16: pictures of equal captions are not told apart."""
+    """Two captions in a batch of 16: pictures of equal captions are not wrong for each other."""
     source = write_pictures(tmp_path / "data", ["red", "blue"] * 3 + ["red"] * 6)
     clip = train_small_clip(source, steps=60, batch=16)
     difference = clip.read(["red"]).embedding - clip.read(["blue"]).embedding
     assert (clip.encode_image(flat("red")) - clip.encode_image(flat("blue"))) @ difference.T > 0
 
 
-def test_contrast_is_clips_loss_where_captions_differ_and_shares_its_targets_where_they_are_equal():
+def test_contrast_is_clips_loss_and_equal_captions_share_targets():
     clip, images = load_clip("emoji"), torch.rand(4, 3, 32, 32) * 2 - 1
     text = clip.read(["cat", "dog", "sun", "tree"]).embedding
     logits = clip.logit_scale * F.normalize(clip.encode_image(images), dim=-1) @ text.T
@@ -96,17 +96,17 @@ def test_half_of_the_batches_are_neighbours_in_the_alphabet():
     torch.manual_seed(0)
     batches = [texts for _, texts in itertools.islice(draw_batches(captions, 16), 64)]
     letters = [len({text[0] for text in texts}) for texts in batches]
-    assert sum(count <= 3 for count in letters) == 32  # of the eight letters, all drawn as often
+    assert sum(count <= 3 for count in letters) == 32  # of eight letters, drawn equally often
 
 
-def test_captions_that_are_all_the_same_teach_nothing(tmp_path):
+def test_captions_that_are_all_the_same_are_refused(tmp_path):
     source = write_pictures(tmp_path / "data", ["red"] * 4)
     with pytest.raises(UserError, match="all captions are the same"):
         train_small_clip(source, steps=2)
 
 
-def test_the_clip_of_other_data_is_not_taken(tmp_path, monkeypatch):
-    """It says from what it was made: from another folder, key or seed, or of a folder that grew, it is made anew."""
+def test_a_clip_of_other_data_is_made_again(tmp_path, monkeypatch):
+    """Its file names its data: for another folder, key or seed, or a folder that grew, it is made again."""
     monkeypatch.setattr("training.small_clip.STEPS", (1, 1))
     path, made = tmp_path / "clip.safetensors", []
     write_pictures(tmp_path / "a", ["red", "blue", "green"] * 2)
@@ -127,7 +127,7 @@ def test_the_clip_of_other_data_is_not_taken(tmp_path, monkeypatch):
     assert made[0] == made[1] and len(set(made)) == 6
 
 
-def test_a_full_disk_is_told_before_a_clip_is_trained(tmp_path, monkeypatch):
+def test_a_full_disk_is_reported_before_a_clip_is_trained(tmp_path, monkeypatch):
     monkeypatch.setattr("training.small_clip.train_small_clip", lambda *_, **__: pytest.fail("there is no room for it"))
     write_pictures(tmp_path / "data", ["red", "blue"] * 2)
     with room_afterwards(), pytest.raises(OSError, match=f"File too large: '{tmp_path}'"):

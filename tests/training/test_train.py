@@ -1,4 +1,4 @@
-"""train.py end to end: resuming exactly, growing, two ranks, folders and shards, learning, mistakes."""
+"""train.py end to end: exact resuming, growing, two ranks, folders and shards, learning, errors."""
 
 import dataclasses
 import json
@@ -20,7 +20,7 @@ from sampling import views
 from sampling.pipeline import draw
 from step import Learner, update
 from tests import figures
-from tests.data.files import good, jpeg, write_shard
+from tests.data.files import good, write_shard
 from tests.training.runs import COMMON, SHORT, build, identical, run, state_of
 from tests.training.test_distributed import torchrun
 from weights import checkpoint
@@ -36,9 +36,9 @@ def without_seconds(rows):
 
 
 @pytest.mark.parametrize("steps", [2, 3])
-def test_a_run_stopped_and_resumed_is_the_run_uninterrupted(undisturbed, stopped_after, monkeypatch, steps):
-    """To the last bit, where the resolution changes and after it: networks, averages, optimizers, the log. The FID's
-    reference is in the run's folder.
+def test_a_resumed_run_is_bit_identical_to_an_uninterrupted_one(undisturbed, stopped_after, monkeypatch, steps):
+    """At a change of the resolution and after it: networks, averages, optimizers, the log. The FID's reference comes
+    from the run's folder.
     """
     out = stopped_after(steps)
     monkeypatch.setattr(Growth, "compute_reference", lambda *_: pytest.fail("it is in the run's folder"))
@@ -47,7 +47,7 @@ def test_a_run_stopped_and_resumed_is_the_run_uninterrupted(undisturbed, stopped
     assert without_seconds(log_of(out)) == without_seconds(log_of(undisturbed))
 
 
-def test_a_run_leaves_what_it_promises(undisturbed):
+def test_a_run_writes_what_it_promises(undisturbed):
     named = {"checkpoints", "generator_ema.safetensors", "metrics.jsonl", "config.json", "samples", "reference.pt"}
     assert {path.name for path in undisturbed.iterdir()} == named | {"tensorboard"}
     assert {path.name for path in (undisturbed / "samples").iterdir()} == {f"step_000000{n}.png" for n in (2, 4, 5)}
@@ -92,7 +92,7 @@ def test_samples_are_of_the_moving_average(stopped_after):
 
 
 def test_an_update_that_is_not_finite_changes_nothing():
-    """Neither a weight, nor an average of Adam's, nor its count of steps; the next one is as if it had never been."""
+    """No weight, no average of Adam's and not its count of steps, so the next update is not affected."""
     weights = [torch.nn.Parameter(torch.ones(3)) for _ in range(2)]
     optimizer = torch.optim.Adam(weights, lr=0.1, betas=(0.0, 0.99), fused=True)
     for gradient in (1.0, float("nan"), 1.0):
@@ -106,9 +106,10 @@ def test_an_update_that_is_not_finite_changes_nothing():
 
 @pytest.mark.parametrize("kind", ["folder", "shards"])
 def test_it_trains_on_a_folder_and_on_shards(tmp_path, capsys, kind):
-    source, out = zebras(tmp_path / "data") if kind == "folder" else tmp_path / "data", tmp_path / "run"
-    source.mkdir(exist_ok=True)
+    source, out = tmp_path / "data", tmp_path / "run"
+    source.mkdir()
     if kind == "folder":
+        figures.write(source, count=12)
         (source / "broken.jpg").write_bytes(b"broken")
         (source / "broken.txt").write_text("broken")
     else:
@@ -116,8 +117,8 @@ def test_it_trains_on_a_folder_and_on_shards(tmp_path, capsys, kind):
     run(*SHORT, "--out", out, "--data", source, "--steps", 4)
     rows = log_of(out)
     assert len(rows) == 4 and rows[-1]["skipped"] >= 1 and rows[-1]["rejected"] == 0
-    holds = {"folder": "13 images have a caption in a .txt", "shards": "among them 13 images with a caption"}
-    assert holds[kind] in capsys.readouterr().out
+    found = {"folder": "13 images have a caption in a .txt", "shards": "among them 13 images with a caption"}
+    assert found[kind] in capsys.readouterr().out
 
 
 def test_shards_with_too_few_pairs_are_one_clear_line(tmp_path):
@@ -128,7 +129,7 @@ def test_shards_with_too_few_pairs_are_one_clear_line(tmp_path):
 
 @pytest.mark.tour
 def test_a_tiny_model_learns_colors(tmp_path, monkeypatch):
-    """At 4×4, where only colors can be seen: the background that the prompt names."""
+    """At 4×4, where only colors are visible: the background that the prompt names."""
     preset = figures.TINY
     low = dataclasses.replace(
         preset,
@@ -152,7 +153,7 @@ def test_a_tiny_model_learns_colors(tmp_path, monkeypatch):
     assert torch.stack(right).mean() > 0.9  # chance: 0.33
 
 
-def test_two_ranks_go_on_where_one_was(stopped_after):
+def test_two_ranks_resume_a_run_of_one(stopped_after):
     out = stopped_after(2)
     done = torchrun(2, "-m", "tests.figures", *SHORT, "--out", out, "--steps", 4)
     assert done.returncode == 0, done.stderr
@@ -161,7 +162,7 @@ def test_two_ranks_go_on_where_one_was(stopped_after):
     assert load_generator(out)[2]["step"] == 4 and [row["step"] for row in log_of(out)] == [1, 2, 3, 4]
 
 
-def test_a_new_learning_rate_is_taken_on_resume_and_told(stopped_after, capsys):
+def test_a_new_learning_rate_is_used_on_resume_and_noted(stopped_after, capsys):
     learner = build(*SHORT, "--out", stopped_after(3), "--set", "lr_generator=1e-4").learner
     fresh = Learner(figures.QUICK, learner.clip, learner.device, torch.float32, 4)
     factor = 1e-4 / figures.QUICK.recipe.lr_generator
@@ -184,18 +185,18 @@ def test_a_new_run_starts_from_the_weights_of_another(undisturbed, tmp_path, kin
     assert second.loop.progress.step == 0 and second.growth.active == [4]
 
 
-def test_what_a_run_that_goes_on_cannot_use_is_said(stopped_after, capsys):
+def test_a_resumed_run_notes_options_that_it_cannot_use(stopped_after, capsys):
     run(*SHORT, "--out", stopped_after(2), "--steps", 1, "--init", "other.safetensors")
     said = capsys.readouterr().out
     assert "--init other.safetensors is not used" in said and "Nothing was left to do for --steps 1" in said
 
 
-def test_a_folder_of_ones_own_is_read_by_a_small_clip_trained_first(tmp_path, monkeypatch):
-    """It is kept in the run's folder, and a run that goes on takes it from there, also into another folder or after the
-    data moved; without it, the run does not learn with another one.
+def test_a_small_clip_is_trained_first_for_other_data(tmp_path, monkeypatch):
+    """The run's folder keeps it, and a resumed run uses it, also in another folder or after the data moved. Without it,
+    the run is not resumed with another one.
     """
     monkeypatch.setattr("training.small_clip.STEPS", (3, 3))
-    data, out = zebras(tmp_path / "data"), tmp_path / "run"
+    data, out = figures.write(tmp_path / "data", count=12), tmp_path / "run"
     common = (*SHORT, "--clip", "train")
     run(*common, "--data", data, "--out", out, "--steps", 1)
     trained = (out / "clip.safetensors").read_bytes()
@@ -216,23 +217,14 @@ def test_a_folder_of_ones_own_is_read_by_a_small_clip_trained_first(tmp_path, mo
             build(*common, "--data", tmp_path / "data", "--out", folder, *how)
 
 
-def zebras(folder):
-    """A folder of pictures whose captions differ."""
-    folder.mkdir()
-    for i in range(12):
-        (folder / f"{i}.jpg").write_bytes(jpeg((20 * i, 0, 0)))
-        (folder / f"{i}.txt").write_text(f"a zebra number {i}")
-    return folder
-
-
 # ----------------------------------------------------------------------------------------------------------------------
-# Signals and mistakes.
+# Signals and errors.
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
-def test_a_run_hears_that_it_is_to_stop(number):
+def test_signals_ask_a_run_to_stop(number):
     if number == signal.SIGHUP:
-        signal.signal(number, signal.SIG_DFL)  # under nohup it is ignored, by the run too
+        signal.signal(number, signal.SIG_DFL)  # under nohup it is ignored
     with pytest.raises(SystemExit) as ended, stopping.listening():
         assert not stopping.asked()
         os.kill(os.getpid(), number)
@@ -259,10 +251,9 @@ def test_an_interrupt_loses_nothing(undisturbed, stopped_after, monkeypatch, run
     assert identical(state_of(out), state_of(undisturbed))
 
 
-def test_a_run_stopped_while_its_small_clip_learns_leaves_nothing_half(tmp_path, monkeypatch, run_main):
+def test_a_run_stopped_while_its_small_clip_learns_leaves_no_half_file(tmp_path, monkeypatch, run_main):
     monkeypatch.setattr("training.small_clip.learn", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
-    data = zebras(tmp_path / "data")
-    options = ("--preset", "quick", "--data", data, "--device", "cpu", "--out", tmp_path / "run")
+    options = ("--preset", "quick", "--data", figures.folder(), "--device", "cpu", "--out", tmp_path / "run")
     assert run_main(train.main, *options)[0] == stopping.COME_AGAIN
     assert {path.name for path in (tmp_path / "run").iterdir()} == {"checkpoints", "samples"}
 
@@ -282,6 +273,6 @@ def test_a_run_stopped_while_its_small_clip_learns_leaves_nothing_half(tmp_path,
         (("--set", "augment=('blur', 'color')"), "there is no blur; choose from color, translation"),
     ],
 )
-def test_mistakes_are_told_in_one_line(tmp_path, run_main, arguments, says):
+def test_errors_are_one_line(tmp_path, run_main, arguments, says):
     status, _, error = run_main(train.main, *SHORT, "--out", tmp_path / "run", *arguments)
     assert status == 2 and says in error.splitlines()[-1] and "Traceback" not in error

@@ -1,10 +1,10 @@
-"""Kills a run with −9 at random moments, starts it again each time, and compares with a run that nothing happened to.
+"""Kills a run with −9 at random moments, starts it again each time, and compares it with an undisturbed run.
 
     python -m tests.training.torture --kills 30 --ranks 2
     python -m tests.training.torture --kills 30 --preset tiny-larger    # the second stage
 
-Each life makes steps before it dies, and checkpoints are so frequent that many die while saving. The weights at the end
-must be the same to the last bit, and all of the state with them.
+Each life makes steps before it dies, and checkpoints are so frequent that many die while saving. In the end the weights
+and all of the state must be bit-identical.
 """
 
 import argparse
@@ -37,7 +37,7 @@ def command(ranks, out, steps, preset="tiny"):
 
 
 def last_row(out):
-    """Of the log, by its last whole line."""
+    """The last whole line of the log."""
     try:
         rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
         return max(rows, key=lambda row: row["step"])
@@ -50,7 +50,7 @@ def last_step(out):
 
 
 def kill(out):
-    """−9 to everything whose command line names the run's folder: launcher, ranks and data workers."""
+    """Kills every process whose command line names the run's folder: launcher, ranks and data workers."""
     for process in Path("/proc").glob("[0-9]*"):
         try:
             if str(out) in (process / "cmdline").read_text() and int(process.name) != os.getpid():
@@ -66,7 +66,7 @@ def finish(*run):
 
 
 def torture(ranks, kills, steps, folder, preset="tiny", seed=0):
-    """→ how many of the kills came while a checkpoint was being written."""
+    """→ the number of kills while a checkpoint was written."""
     moments, while_saving = random.Random(seed), 0
     whole, out = folder / "whole", folder / "tortured"
     figures.write(folder / "figures")
@@ -77,7 +77,7 @@ def torture(ranks, kills, steps, folder, preset="tiny", seed=0):
             begun, former = int(newest[0].name[:8]) if newest else 0, log.stat().st_ino if log.exists() else None
             life = subprocess.Popen(command(ranks, out, steps, preset), cwd=ROOT, stdout=output, stderr=output)
             deadline = time.monotonic() + START
-            # A life writes the log anew, without what the one before did after its last checkpoint.
+            # A life rewrites the log, without the steps after the last checkpoint.
             while not log.exists() or log.stat().st_ino == former or last_step(out) <= begun:
                 if (ended := life.poll() is not None) or time.monotonic() > deadline:
                     kill(out)

@@ -1,4 +1,4 @@
-"""train.py on two GPUs that are not there, for test_distributed.py: torchrun two_gpus.py, with options of train.py.
+"""train.py on two simulated GPUs, for test_distributed.py: torchrun two_gpus.py, with options of train.py.
 
 The first time, rank 1 alone is asked to stop in the middle of step 3; torchrun starts both again.
 """
@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 
 import train
 from step import Learner
-from tests import figures  # noqa: F401 - it has the preset
+from tests import figures  # noqa: F401 - adds the preset
 from tests.fake_cuda import two_gpus_on_cpu
 
 

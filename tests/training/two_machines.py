@@ -1,10 +1,9 @@
-"""A run on two machines, of which one dies and comes back: two network namespaces, joined by a cable.
+"""A run on two machines, one of which dies and comes back: two network namespaces, connected by a virtual cable.
 
     sudo python -m tests.training.two_machines
 
-Each machine runs torchrun's agent as README has it for several nodes. Everything on the second is killed with −9 in
-the middle of training, and its command given again. The run must end as on one machine that nothing happened to, bit by
-bit.
+Each machine runs torchrun's agent, as README describes for several nodes. Everything on the second is killed with −9 in
+the middle of training, and its command is given again. The run must end bit-identical to one on a single machine.
 """
 
 import os
@@ -49,7 +48,7 @@ def start(name, out, output):
     agent += ["--rdzv-conf", f"is_host={int(name == 'aurora-a')}"]
     launcher = ["ip", "netns", "exec", name, sys.executable, "-m", "torch.distributed.run", *agent]
     environment = {**os.environ, "GLOO_SOCKET_IFNAME": "cable", "OMP_NUM_THREADS": "1"}
-    # Else a machine that comes back is never told the address of the first one (seen with PyTorch 2.14).
+    # Without this, a machine that comes back does not get the first one's address (seen with PyTorch 2.14).
     environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     training = command(1, out, STEPS)[1:]
     return subprocess.Popen([*launcher, *training], cwd=ROOT, env=environment, stdout=output, stderr=output)

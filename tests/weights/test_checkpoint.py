@@ -1,9 +1,10 @@
-"""Checkpoints: whole or not at all, held against their digests, and never at the cost of another file."""
+"""Checkpoints: whole or not at all, compared with their digests, and never at the cost of another file."""
 
 import os
 import re
 import stat
 from dataclasses import replace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -25,8 +26,8 @@ def save(folder, step=3, keep=3):
     return checkpoint.save(folder, step, STATE, GENERATOR, keep)
 
 
-def test_a_checkpoint_is_read_as_it_was_written_also_once_it_is_gone(tmp_path):
-    """It is mapped into memory, and the run that reads it deletes it later."""
+def test_a_checkpoint_is_read_as_it_was_written_even_after_it_is_deleted(tmp_path):
+    """It is mapped into memory, and the run that reads it will delete it."""
     path = save(tmp_path)
     assert re.fullmatch("00000003-[0-9a-f]{16}", path.name) and len(list(path.iterdir())) == 2
     state = checkpoint.load(path)
@@ -37,8 +38,8 @@ def test_a_checkpoint_is_read_as_it_was_written_also_once_it_is_gone(tmp_path):
 
 
 @pytest.mark.parametrize("file", [checkpoint.STATE, FILE])
-def test_a_bit_that_flipped_is_noticed(tmp_path, file):
-    """Any bit; torch.load would pass most of them, and so would the checksums that torch.save writes."""
+def test_every_flipped_bit_is_noticed(tmp_path, file):
+    """torch.load would accept most of them, and so would the checksums that torch.save writes."""
     small = {"identity": {}, "progress": {}, "generator": {"w": torch.randn(9)}}
     path = checkpoint.save(tmp_path, 3, small, ({"generator.w": torch.randn(9)}, {}), keep=1)
     content = (path / file).read_bytes()
@@ -54,7 +55,7 @@ def test_a_bit_that_flipped_is_noticed(tmp_path, file):
 
 @pytest.mark.parametrize("file", [checkpoint.STATE, FILE])
 @pytest.mark.parametrize("share", [None, 0, 0.5, 0.99])
-def test_a_checkpoint_cut_short_is_put_aside_and_the_one_before_is_taken(tmp_path, file, share):
+def test_a_checkpoint_cut_short_is_put_aside_and_the_one_before_is_read(tmp_path, file, share):
     before, path = save(tmp_path, 2), save(tmp_path, 3)
     content = (path / file).read_bytes()
     (path / file).unlink()
@@ -77,25 +78,15 @@ def test_code_in_a_checkpoint_does_not_run(tmp_path):
     assert not (tmp_path / "executed").exists()
 
 
-def test_only_one_rank_reads_the_whole_file(tmp_path, monkeypatch):
+def test_a_checkpoint_that_the_disk_cannot_read_is_not_called_damaged(tmp_path, monkeypatch):
     path = save(tmp_path)
-    monkeypatch.setattr(checkpoint, "digest", lambda path: pytest.fail("the main rank has read it"))
-    assert torch.equal(checkpoint.load(path, verify=False)["discriminator"]["w"], WEIGHT)
-
-
-def test_a_disk_that_does_not_give_it_is_not_called_damaged(tmp_path, monkeypatch):
-    path = save(tmp_path)
-
-    def fails(_):
-        raise OSError(5, "Input/output error")
-
-    monkeypatch.setattr(checkpoint, "digest", fails)
+    monkeypatch.setattr(checkpoint, "digest", Mock(side_effect=OSError(5, "Input/output error")))
     with pytest.raises(UserError, match="cannot be read: Input/output error"):
         checkpoint.newest(tmp_path)
     assert path.is_dir()
 
 
-def test_the_newest_are_kept_by_step_and_copies_are_none_of_ours(tmp_path):
+def test_the_newest_are_kept_by_step_and_the_users_copies_stay(tmp_path):
     others = ["best-a", "00000011-copy", "00000012-0123456789ABCDEF", "00000013-0123456789abcdef (1)", "notes.txt"]
     for name in others:
         (tmp_path / name).mkdir()
@@ -107,12 +98,12 @@ def test_the_newest_are_kept_by_step_and_copies_are_none_of_ours(tmp_path):
 
 
 class Killed(BaseException):
-    """In the place of kill −9: what comes after it does not happen."""
+    """A stand-in for kill −9: nothing happens after it."""
 
 
-def test_whatever_call_of_the_system_is_the_last_a_whole_checkpoint_is_there(tmp_path):
-    """A run has one checkpoint, writes another, keeps one, and gives the generator's file its name in the folder. The
-    next checkpoint clears away what was left.
+def test_after_a_kill_at_any_system_call_there_is_a_whole_checkpoint(tmp_path):
+    """A run has one checkpoint, writes another, keeps one, and links the generator's file. The next checkpoint removes
+    what the kill left.
     """
     killed, life = True, 0
     while killed:
@@ -127,13 +118,13 @@ def test_whatever_call_of_the_system_is_the_last_a_whole_checkpoint_is_there(tmp
         assert torch.equal(generator_file.read_safetensors(folder / FILE)[1]["generator.w"], WEIGHT + 1)
         last = save(folder, 3, keep=1)
         disk.link(last / FILE, folder / FILE)
-        assert {path.name for path in folder.iterdir()} == {last.name, FILE}  # nothing is left of what was killed
+        assert {path.name for path in folder.iterdir()} == {last.name, FILE}  # nothing of the killed life is left
         life += 1
     assert path.name[:8] == "00000002" and life > 15
 
 
 def killed_after(number, patch, folder):
-    """Writes a checkpoint until so many calls of the system were made → whether it was killed before its end."""
+    """Writes a checkpoint and is killed after this number of system calls → whether that was before the end."""
     calls = iter(range(1000))
     for name in ("mkdir", "open", "fsync", "replace", "rename", "link", "unlink", "rmdir", "chmod"):
         call = getattr(os, name)
@@ -180,11 +171,8 @@ def test_a_file_has_the_permissions_of_any_other_and_may_have_a_long_name(tmp_pa
 
 
 def test_a_disk_without_links_gets_a_copy(tmp_path, monkeypatch):
-    def fails(*_):
-        raise OSError(95, "Operation not supported")
-
     (tmp_path / "a").write_text("new")
-    monkeypatch.setattr(os, "link", fails)
+    monkeypatch.setattr(os, "link", Mock(side_effect=OSError(95, "Operation not supported")))
     disk.link(tmp_path / "a", tmp_path / "b")
     assert (tmp_path / "b").read_text() == "new" and not (tmp_path / "b").samefile(tmp_path / "a")
 
@@ -199,7 +187,7 @@ def test_weights_to_start_from(tmp_path, generator_config):
     assert weights.keys() == {"generator", "ema", "discriminator"}
     clip = load_clip("emoji")
     generator = Generator(replace(generator_config, clip_width=clip.width))
-    path = tmp_path / "g.bin"  # whatever it is called
+    path = tmp_path / "g.bin"  # any name
     generator_file.save_generator(path, *generator_file.content(generator, clip, 8, {}))
     weights = checkpoint.load_weights(path)
     assert weights.keys() == {"generator", "ema"} and weights["ema"].keys() < generator.state_dict().keys()
@@ -208,7 +196,7 @@ def test_weights_to_start_from(tmp_path, generator_config):
 
 
 @pytest.mark.parametrize("content", [None, b"", b"PK\x03\x04", b"not a checkpoint" * 100, "list", "legacy", "folder"])
-def test_what_holds_no_weights_is_one_clear_line(tmp_path, content):
+def test_a_file_without_weights_is_one_clear_line(tmp_path, content):
     path = tmp_path / "x.pth"
     if content == "folder":
         path.mkdir()

@@ -1,4 +1,4 @@
-"""Our generator against outputs of the authors' code, and the reading of their checkpoint."""
+"""Our generator compared with outputs of the authors' code, and the reading of their checkpoint."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ FIXTURES = sorted(Path(__file__).parent.parent.glob("fixtures/official_*.npz"))
 
 
 def read(path):
-    """→ the authors' generator state, and inputs and outputs of it."""
+    """→ the authors' generator state, and its inputs and outputs."""
     arrays = dict(np.load(path))
     return tuple(
         {name.removeprefix(prefix): arrays[name] for name in arrays if name.startswith(prefix)}
@@ -33,7 +33,7 @@ def load_renamed(network, state, renames):
 @pytest.mark.parametrize("ready", [lambda generator: generator, prepare], ids=["as loaded", "ready to sample"])
 @pytest.mark.parametrize("path", FIXTURES, ids=lambda path: path.stem)
 def test_outputs_are_the_authors(path, ready):
-    """Theirs were computed one sample at a time; ours as one batch."""
+    """Theirs were computed one sample at a time; ours in one batch."""
     state, io = read(path)
     generator = ready(load_official(state))
     with torch.no_grad():
@@ -46,7 +46,7 @@ def test_outputs_are_the_authors(path, ready):
     assert moe_loss(output, 0.001).item() == pytest.approx(io["moe_loss"].mean(), abs=1e-5)
 
 
-def test_a_prompt_looks_the_same_in_any_company():
+def test_an_image_does_not_depend_on_the_rest_of_its_batch():
     state, io = read(FIXTURES[0])
     generator, inputs = load_official(state), [torch.from_numpy(io[name]) for name in ("z", "tokens", "eot")]
     with torch.no_grad():
@@ -66,7 +66,7 @@ def test_the_release_has_its_number_of_parameters():
 
 
 def released_shapes():
-    """The authors' names with the release's sizes, from the facts of the paper: zero-stride tensors."""
+    """Zero-stride tensors with the authors' names and, from the paper, the release's sizes."""
     state = {}
 
     def put(name, *shape):
@@ -155,7 +155,7 @@ def released_shapes():
 
 
 def test_every_form_of_the_checkpoint_loads():
-    """The moving average is preferred; the whole dict, one without it and a bare generator all serve."""
+    """The whole dict, of which the moving average is used; one without it; and a bare generator."""
     state, _ = read(FIXTURES[0])
     tensors = {name: torch.from_numpy(value) for name, value in state.items()}
     other = {name: torch.zeros_like(value) for name, value in tensors.items()}
@@ -165,7 +165,7 @@ def test_every_form_of_the_checkpoint_loads():
 
 
 @pytest.mark.parametrize("damage", ["missing", "misshapen", "foreign"])
-def test_what_is_no_generator_is_refused_in_one_line(damage):
+def test_other_states_are_refused_in_one_line(damage):
     state, _ = read(FIXTURES[0])
     if damage == "missing":
         del state["synthesis.net.3.0.proj_in.weight"]
