@@ -6,8 +6,8 @@
         --data annotations/captions_val2014.json --count 30000 --features inception --clip ViT-g-14:laion2b_s34b_b88k
     python evaluate.py --upsampler models/emoji_upsampler.safetensors   # enlarged by the second stage, and by bicubic
 
-The features are an EfficientNet's; with --features inception the distance is the FID of the field. One picture is
-generated for the caption of each real image. On the emoji also how often names, tags and held-out words are drawn
+The features are from an EfficientNet; with --features inception the distance is the usual FID. One picture is generated
+for the caption of each real image. On the emoji it also measures how often names, tags and held-out words are drawn
 right, and how much seeds differ.
 """
 
@@ -47,39 +47,42 @@ def parse_args(argv=None):
     )
     add = parser.add_argument
     add("--checkpoint", type=a_path, default=DEMO, help="generator_ema.safetensors, or aurora_v1.pth")
-    add("--text-clip", help="where the generator's own large CLIP is, see sample.py's --clip")
-    add("--upsampler", type=a_path, help="also measure what this second stage makes of the images: a run, or its file")
+    add("--text-clip", help="the large CLIP of the generator, see --clip of sample.py")
+    add("--upsampler", type=a_path, help="a second stage, to measure the enlarged images too: a run, or its file")
     add_data(add, ", or COCO's captions_val2014.json")
-    add("--images", type=a_path, help="the folder of COCO's images (default: val2014 beside the folder of the JSON)")
-    add("--count", type=positive_int, help="generated images (default: 1000, for emoji 2400; on COCO 30000 is usual)")
-    add("--resolution", type=positive_int, help="of the images that are compared (default: the last stage's own)")
+    add("--images", type=a_path, help="the folder of COCO's images (default: ../val2014 of the JSON's folder)")
+    add("--count", type=positive_int, help="generated images (default: 1000, for emoji 2400; for COCO 30000 is usual)")
+    add("--resolution", type=positive_int, help="of the compared images (default: that of the last stage)")
     add("--features", default="efficientnet", help="for the FID: efficientnet, inception, inception:FILE, or as --clip")
-    add("--clip", help="of CLIP score, R-precision: a small CLIP, or MODEL:WEIGHTS (default: the run's own, or judge)")
+    add(
+        "--clip",
+        help="for CLIP score, R-precision: a small CLIP, or MODEL:WEIGHTS (default: that of the run, or judge)",
+    )
     add("--truncation", type=finite_number, default=1.0, help="psi: 1 is all variety")
-    add("--seed", type=natural_number, default=0, help="of the latents, and of what is drawn from COCO")
+    add("--seed", type=natural_number, default=0, help="of z, and of the choice of COCO's images")
     add("--out", type=a_path, default=Path("runs/evaluation"), help="folder for evaluation.json")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     args = parser.parse_args(argv)
     folder = args.checkpoint if args.checkpoint.is_dir() else args.checkpoint.parent
-    own = folder / "clip.safetensors"  # of a run that trained one on its captions
+    own = folder / "clip.safetensors"  # if the run trained a CLIP on its captions
     args.clip = args.clip or (str(own) if own.is_file() and args.data != "emoji" else "judge")
     args.count = args.count or (2400 if args.data == "emoji" else 1000)
     return args
 
 
 def check(args):
-    """Raises UserError for mistakes that would otherwise show after the work."""
+    """Raises UserError for mistakes that would otherwise appear after long work."""
     if args.count <= NEIGHBOURS:
         raise UserError(f"--count {args.count}: FID, precision and recall need {NEIGHBOURS + 1} images or more")
     if args.clip.partition(":")[0] in ("inception", "efficientnet"):
-        raise UserError(f"--clip {args.clip} reads no text; give judge or MODEL:WEIGHTS of open_clip")
+        raise UserError(f"--clip {args.clip} cannot read text; give judge or MODEL:WEIGHTS of open_clip")
     args.out.mkdir(parents=True, exist_ok=True)
 
 
 def open_source(args, generator, resolution):
-    """→ the source of real images, and in words how these are cut and resized.
+    """→ the source of real images, and a description of how it crops and resizes them.
 
-    Real images to be compared with a lower output of the generator are read at its highest resolution, as in training.
+    For a lower output of the generator they are read at its highest resolution and averaged down, as in training.
     """
     highest = generator.config.levels[-1].resolution
     averaged = own_resolution(generator, resolution) == resolution < highest
@@ -94,7 +97,7 @@ def open_source(args, generator, resolution):
 
 
 def describe(args, clip, generator, resolution, resizer, extractors, captions, skipped):
-    """The protocol: what the numbers depend on beside the generator. captions, skipped: of the real images."""
+    """The protocol: what the numbers depend on. captions, skipped: see extract_real."""
     highest, own = generator.config.levels[-1].resolution, own_resolution(generator, resolution)
     made = f"{highest}×{highest}"
     if own != highest:
@@ -126,7 +129,7 @@ def describe(args, clip, generator, resolution, resizer, extractors, captions, s
 
 
 def measure_all(draws, captions, real, args, resolution, extractors):
-    """The numbers of the real images and of every {name: function as of features.drawing}, printed → {side: of it}."""
+    """Measures real images and each {name: see features.drawing}, and prints it → {name: {measure: number}}."""
     results = {"real images": measure_real(captions, real, args.count, extractors)}
     for name, draw in draws.items():
         numbers = measure(draw, captions, real, args.count, args.seed, resolution, extractors)
@@ -137,7 +140,7 @@ def measure_all(draws, captions, real, args, resolution, extractors):
 
 
 def measure_emoji(draw, args, resolution, extractors):
-    """R-precision of words, and variety, printed → what evaluation.json holds of them."""
+    """Measures R-precision of words and variety, and prints them → their part of evaluation.json."""
     pictures = list(emoji.read_emoji())
     asked = emoji.questions([facts for facts, _ in pictures], args.seed)
     shares = emoji.r_precision(draw, asked, args.seed, resolution, extractors["texts"])
@@ -178,7 +181,7 @@ def evaluate(args, device):
     if distributed.is_main():
         path, content = args.out / "evaluation.json", json.dumps(result, indent=2, ensure_ascii=False)
         write_text(path, content)
-        print(f"All of it, with its protocol: {path.resolve()}")
+        print(f"The results with their protocol: {path.resolve()}")
 
 
 def main():

@@ -1,6 +1,6 @@
-"""What can be measured on the emoji alone: whether words are drawn as what they name, and how much seeds differ.
+"""What only the emoji allow us to measure: whether pictures match single words, and how much seeds differ.
 
-data/make_emoji.py says which pictures are held out, and why.
+data/make_emoji.py explains which pictures are held out.
 """
 
 import gzip
@@ -19,14 +19,14 @@ from evaluation.features import embed, extract_generated, to_pixels
 from evaluation.metrics import own_caption_first
 from layers import resize
 
-SEEDS = 8  # pictures of each name, of which the variety is measured
-FEWEST = 4  # real pictures of a name, to be compared with
-SIDE = 8  # pixels, at which pictures differ in shapes and colours, and flaws do not count
-WORDS = 400  # names, and tags, that are drawn
+SEEDS = 8  # pictures of each name for the variety
+FEWEST = 4  # real pictures that a name needs for the variety
+SIDE = 8  # pixels: pictures differ in shapes and colours, not in details
+WORDS = 400  # names, and as many tags
 
 
 def read_emoji(path=EMOJI):
-    """→ (facts, svg) of every picture in the shard: what its .json says, and the bytes of its .svg."""
+    """Yields (facts, svg) of each picture in the shard: the content of its .json, and the bytes of its .svg."""
     with gzip.open(path) as file, tarfile.open(fileobj=file) as tar:
         svg = None
         for member in tar:
@@ -37,10 +37,10 @@ def read_emoji(path=EMOJI):
 
 
 def questions(emoji, seed):
-    """The facts of all pictures → (kind, prompt, answer) of what is asked.
+    """The facts of all pictures → [(kind, prompt, answer)].
 
-    Of a prompt's picture, the answer is to be nearer than other answers: of a name and of a tag that one name alone
-    has, the name; of a pair held out, its caption.
+    The picture of a prompt should be nearer to its answer than to other answers. The answer to a name, or to a tag that
+    only one name has, is the name; to the caption of a held-out pair, the caption.
     """
     rng = np.random.default_rng(seed)
     seen = {facts["name"] for facts in emoji if facts["aurora_held_out"] != "name"}
@@ -57,7 +57,7 @@ def questions(emoji, seed):
 
 
 def r_precision(draw, asked, seed, resolution, reader):
-    """{kind: (R-precision, number)} of `questions`. draw: of features.drawing. reader: embeds images and captions."""
+    """`questions` → {kind: (R-precision, number)}. draw: see features.drawing. reader: an Extractor with texts."""
     kinds, prompts, answers = zip(*asked, strict=True)
     images = extract_generated(draw, list(prompts), seed, resolution, {"reader": reader})["reader"]
     hits = own_caption_first(images, embed(reader, answers), list(answers)).double()
@@ -66,18 +66,19 @@ def r_precision(draw, asked, seed, resolution, reader):
 
 
 def small(pixels):
-    """uint8 [B, 3, R, R] → [B, 3 · SIDE²], averaged down: the features that variety is measured in."""
+    """uint8 [B, 3, R, R] → [B, 3 · SIDE²], averaged down: the features for the variety."""
     return resize(pixels.float() / 127.5 - 1, SIDE).flatten(1)
 
 
 def spread(points):
-    """The mean distance between two of some images of `small`, [N, D], as the RMS over pixels and channels."""
+    """Features [N, D] of `small` → the mean distance of all pairs, as the RMS over pixels and channels."""
     return (torch.pdist(points) / points.shape[1] ** 0.5).mean().item()
 
 
 def variety(draw, emoji, seed, names=200):
-    """How much SEEDS pictures of one name differ, as a share of how much real ones differ → the share, and the number
-    of names. emoji: of `read_emoji`, a list.
+    """How much SEEDS pictures of one name differ, divided by how much real ones do → the share, the number of names.
+
+    emoji: the list of read_emoji.
     """
     pictures = defaultdict(list)
     for facts, svg in emoji:

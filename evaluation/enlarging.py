@@ -1,9 +1,9 @@
-"""How well small pictures are enlarged: real ones, averaged down, against what they were.
+"""How well small pictures are enlarged: averages real pictures down, enlarges them and compares with the originals.
 
     python -m evaluation.enlarging models/emoji_upsampler.safetensors --data emoji --count 256
 
-Perceptual distances are means over the pictures, by EfficientNet's maps; a network that learned by that distance has an
-advantage there. The Fréchet distance is between EfficientNet's features at 224×224 of enlarged and of true pictures.
+The perceptual distance is a mean over the pictures, from EfficientNet's feature maps; it favours a network trained with
+this distance. The Fréchet distance is between EfficientNet's features of enlarged and of true pictures at 224×224.
 """
 
 import argparse
@@ -35,7 +35,7 @@ def bicubic(images, captions, resolution):
 
 
 def enlarger(upsampler, text, seed=0):
-    """An Upsampler as a function of small images [B, 3, R, R], captions and the resolution wanted."""
+    """An Upsampler → a function of small images [B, 3, R, R], captions and a resolution that enlarges them."""
     config, rng = upsampler.config, torch.Generator().manual_seed(seed)
 
     def enlarge(images, captions, resolution):
@@ -48,7 +48,7 @@ def enlarger(upsampler, text, seed=0):
 
 
 def enlarged(draw, enlarge, resolution):
-    """A function as of features.drawing, whose images are enlarged to a resolution by another, as of `enlarger`."""
+    """Like features.drawing: `draw`, whose images the function `enlarge` of `enlarger` enlarges to a resolution."""
 
     def draw_large(captions, seed):
         mine = iter(share(captions))
@@ -62,7 +62,7 @@ def enlarged(draw, enlarge, resolution):
 def compare(enlargers, source, small, large, count, device="cpu"):
     """{name: function(images, captions, resolution)} → {name: {"perceptual", "fd"}} over `count` pictures.
 
-    source: of pictures of large × large, of which those held out come first; small: the side they are averaged down to.
+    source: of pictures of large × large, held-out ones first. small: the side that they are averaged down to.
     """
     network, features_of = load_efficientnet(features_only=True).to(device), efficientnet(device).images
     distances, features = {name: [] for name in enlargers}, {name: [] for name in (*enlargers, "true")}

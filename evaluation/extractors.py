@@ -20,18 +20,18 @@ EFFICIENTNET_SIDES = 96, 224  # pixels: of small images, and of those of 224 or 
 
 
 class Extractor(NamedTuple):
-    """A frozen network and how to extract features with it. They are not normalized."""
+    """A frozen network and its functions. The features are not normalized."""
 
-    name: str  # of the network and its weights, and how it resizes
+    name: str  # the network, its weights, and how it resizes
     images: Callable  # uint8 [B, 3, R, R] → features [B, D], float32
     texts: Callable | None  # captions → features [B, D]; None for a network without a text tower
 
 
 def load_extractor(spec, option, device):
-    """The Extractor called `spec`, as the user gave it with `option`. Each resizes as its own library does.
+    """The Extractor called `spec`, the value of an `option` of the user. Each resizes as its own library does.
 
     spec: "efficientnet", "inception", "inception:WEIGHTS.pth", a small CLIP (a name in clip.BUILT_IN, or a file of
-    training/small_clip.py), or "MODEL:WEIGHTS" of open_clip. Raises UserError if the weights cannot be had.
+    training/small_clip.py), or "MODEL:WEIGHTS" of open_clip. Raises UserError if the weights are not available.
     """
     kind, _, path = spec.partition(":")
     if kind == "inception":
@@ -44,7 +44,7 @@ def load_extractor(spec, option, device):
 
 
 def small_clip(spec, device):
-    """A small CLIP. A generator trained against it looks better in its features than in those of another network."""
+    """A small CLIP. It favours generators that were trained against it."""
     clip = load_clip(spec, device)
 
     def images(pixels):
@@ -59,11 +59,11 @@ def small_clip(spec, device):
 
 def efficientnet(device):
     """The 1,280 features of EfficientNet-lite0 before its classifier, averaged over the image."""
-    network = load_efficientnet().to(device, memory_format=torch.channels_last)  # a third of the time on a CPU
+    network = load_efficientnet().to(device, memory_format=torch.channels_last)  # three times as fast on a CPU
     low, high = EFFICIENTNET_SIDES
 
     def images(pixels):
-        side = high if pixels.shape[-1] >= high else low  # the higher one takes five times as long
+        side = high if pixels.shape[-1] >= high else low  # 224 is five times as slow
         pixels = F.interpolate(pixels.to(device).float() / 127.5 - 1, side, mode="bicubic", antialias=True)
         maps = network.forward_features(pixels.contiguous(memory_format=torch.channels_last))
         return network.forward_head(maps, pre_logits=True)
@@ -78,17 +78,17 @@ def inception(path, device):
         raise UserError(f"inception:{path}: there is no such file")
     try:
         network = FeatureExtractorInceptionV3("inception", ["2048"], path or None).to(device)
-    except Exception as error:  # no network, or a foreign file: torch and urllib raise many kinds
+    except Exception as error:  # of many kinds: no network, or a foreign file
         raise UserError(
-            f"inception: the weights cannot be had ({first_line(error)}); get torch-fidelity's "
-            "weights-inception-2015-12-05-6726825d.pth where there is a network, and pass inception:PATH"
+            f"inception: the weights are not available ({first_line(error)}); download torch-fidelity's "
+            "weights-inception-2015-12-05-6726825d.pth and give inception:PATH"
         ) from error
     name = f"Inception v3 of torch-fidelity {torch_fidelity.__version__}, 2048 features, resized to 299 as TensorFlow 1"
     return Extractor(name, lambda pixels: network(pixels.to(device))[0], None)
 
 
 def open_clip_model(spec, option, device):
-    """Any model of open_clip, with its own preprocessing, done with Pillow as open_clip does."""
+    """Any model of open_clip, with its own preprocessing by Pillow."""
     model = create(spec, option).to(device).eval()
     preprocessing = PreprocessCfg(**model.visual.preprocess_cfg)
     prepare = image_transform_v2(preprocessing, is_train=False)

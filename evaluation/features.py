@@ -1,7 +1,7 @@
-"""Features of real and of generated images, by several frozen networks at once, and what is measured with them.
+"""Features of real and of generated images from several frozen networks, and the measures computed from them.
 
-The ranks share the images. Of N images a rank takes those numbered rank, rank + world_size, … All ranks return the
-features of all.
+The ranks share the images: a rank processes the images rank, rank + world_size, …, and all ranks return the features of
+all images.
 """
 
 import collections
@@ -23,20 +23,20 @@ AS_READ = "the same, seen by what reads captions"
 
 
 def own_resolution(generator, resolution):
-    """`resolution` if the generator has an output of that size, else the highest that it has."""
+    """`resolution` if the generator has an output of that size, else its highest."""
     resolutions = [level.resolution for level in generator.config.levels]
     return resolution if resolution in resolutions else resolutions[-1]
 
 
 def to_pixels(images, resolution):
-    """Images [B, 3, R, R] in [−1, 1] → uint8 [B, 3, resolution, resolution], as an image file holds them."""
+    """Images [B, 3, R, R] in [−1, 1] → uint8 [B, 3, resolution, resolution], as in an image file."""
     if images.shape[-1] != resolution:
         images = F.interpolate(images, resolution, mode="bicubic", antialias=True)
     return to_bytes(images)
 
 
 def real_pixels(images, resolution):
-    """As to_pixels, but averaged down as the discriminator's real images are in training."""
+    """Like to_pixels, but averaged down like the discriminator's real images in training."""
     return to_pixels(resize(images, resolution), resolution)
 
 
@@ -51,7 +51,7 @@ def extract(batches, extractors, total=None):
 
 
 def gather(labels, features):
-    """One label for each image of this rank's share, and its features of `extract` → those of all images, by number."""
+    """Labels and features (see `extract`) of this rank's images → those of all images, in order."""
     shares = distributed.collect((labels, features))
     numbers = [rank + i * len(shares) for rank, (share, _) in enumerate(shares) for i in range(len(share))]
     order = torch.tensor(numbers).argsort()
@@ -61,10 +61,9 @@ def gather(labels, features):
 
 
 def extract_real(source, count, resolution, extractors):
-    """Features of the first 2·count images of a source, or of all if it holds fewer; those held out come first.
+    """Features of the first 2·count images of a source, or of all if it has fewer; held-out ones come first.
 
-    → captions, {extractor: features [N, D]}, and how many pairs were skipped, by cause. Raises UserError if there are
-    fewer than `count`.
+    → captions, {extractor: features [N, D]}, {cause: number of skipped pairs}. Raises UserError for fewer than `count`.
     """
     rank, world_size = distributed.rank(), distributed.world_size()
     quota = len(range(rank, 2 * count, world_size))
@@ -84,19 +83,19 @@ def extract_real(source, count, resolution, extractors):
     captions, features = gather(captions, features)
     if len(captions) < count:
         with distributed.together():
-            raise UserError(f"--count {count}: the data holds {len(captions)} usable images; ask for no more")
+            raise UserError(f"--count {count}: the data has {len(captions)} usable images; ask for no more")
     return captions, features, sum(distributed.collect(skipped), collections.Counter())
 
 
 def share(items):
-    """What this rank takes of N items."""
+    """The items that this rank processes."""
     return items[distributed.rank() :: distributed.world_size()]
 
 
 def drawing(generator, clip, resolution, psi=1.0):
-    """A Generator as a function of all captions and a seed, which yields the images of this rank's share in batches.
+    """A Generator → draw(captions, seed), a function of all captions that yields this rank's images in batches.
 
-    They are its own output at `resolution` if it has one, else its highest. psi: the truncation.
+    The images are the output at `resolution` if it has one, else its highest. psi: the truncation.
     """
     own = own_resolution(generator, resolution)
 
@@ -123,16 +122,15 @@ def embed(extractor, captions):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# All measures of a generator. The extractors are called "images", for distances, and "texts", which reads captions.
+# All measures of a generator. The extractor "images" is for distances, "texts" compares images with captions.
 
 
 def measure(draw, captions, real, count, seed, resolution, extractors):
     """Draws an image for each of the first `count` captions → {measure: number}.
 
-    captions, real: of extract_real. The FID is to the real images whose captions are drawn, as in the field. The one to
-    other real images can be compared with that between two sets of real images, which have no captions in common
-    either. It is measured by both networks, since a system that learned through one of them is flattered by it
-    (Kynkäänniemi et al. 2022).
+    captions, real: see extract_real. The FID is to the real images of the same captions, as usual. That to other real
+    images is comparable to the FID between two sets of real images, which have no captions in common either. Both
+    networks measure it, because a network favours generators that were trained with it (Kynkäänniemi et al. 2022).
     """
     own, device = captions[:count], real["images"].device
     made = {name: x.to(device) for name, x in extract_generated(draw, own, seed, resolution, extractors).items()}
@@ -144,7 +142,7 @@ def measure(draw, captions, real, count, seed, resolution, extractors):
 
 
 def measure_real(captions, real, count, extractors):
-    """The same of real images, as far as it can be told: distances are between the two halves of them."""
+    """The measures of real images: distances between their two halves, and how well they match their captions."""
     own = captions[:count]
     texts = embed(extractors["texts"], own).to(real["texts"].device)
     distances = {OTHERS: fid_of_halves(real["images"]), AS_READ: fid_of_halves(real["texts"])}
@@ -152,7 +150,7 @@ def measure_real(captions, real, count, extractors):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The features that training measures its FID in.
+# The features for the FID during training.
 
 
 @torch.no_grad()
@@ -162,18 +160,16 @@ def extract_clip_features(clip, images):
 
 
 def extract_fake_features(generator, clip, captions, resolution, seed, given=()):
-    """CLIP features [N, D] of one generated image for each caption at a resolution; z comes from the seed.
+    """CLIP features [N, D] of one generated image for each caption at a resolution, on all ranks.
 
-    given: of an upsampler, its inputs, see upsampler.given_images.
-
-    Each rank generates a share of the images, and all ranks return the features of all.
+    given: for an Upsampler, its inputs from upsampler.given_images.
     """
     z = latent.noise(generator, len(captions), seed)
     share = -(-len(captions) // distributed.world_size())
-    # Every rank takes an equal share, the last ones wrapping around, so that the features can be gathered.
+    # distributed.gather needs equal shares, so the last ones wrap around.
     mine = torch.arange(distributed.rank() * share, (distributed.rank() + 1) * share) % len(captions)
     captions_of_mine, given = [captions[i] for i in mine], tuple(images[mine] for images in given)
-    batch = max(1, BATCH * 64 // max(64, resolution))  # large images take memory
+    batch = max(1, BATCH * 64 // max(64, resolution))  # large images need memory
     outputs = latent.generate(generator, clip, captions_of_mine, z[mine], resolution, batch=batch, given=given)
     features = [extract_clip_features(clip, output.image.clamp(-1, 1)) for output in outputs]
     return distributed.gather(torch.cat(features))[: len(captions)]

@@ -1,4 +1,4 @@
-"""What is measured: FID, precision, recall, CLIP score and R-precision by formulas of features; shares of experts."""
+"""FID, precision, recall, CLIP score and R-precision, computed from features; counts of points per expert."""
 
 import torch
 import torch.nn.functional as F
@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from common.cli import UserError
 
 NEIGHBOURS = 3  # of precision and recall
-CANDIDATES = 100  # captions of which R-precision asks for the right one
-TIE = 1e-6  # cosines of equal captions differ by less, as float32 is rounded
+CANDIDATES = 100  # captions among which R-precision looks for the right one
+TIE = 1e-6  # rounding in float32 makes cosines of equal captions differ by less
 
 
 def statistics(features):
@@ -34,9 +34,9 @@ def fid(a, b):
 
 
 def fid_of_halves(features):
-    """The Fréchet distance between the first half of features [N, D] and the second: what equal distributions reach.
+    """The Fréchet distance between both halves of features [N, D], N ≥ 4: that of equal distributions.
 
-    It falls as N grows, so it bounds only a distance between sets of N/2 images. N is at least 4.
+    It falls as N grows, so compare it with distances between sets of N/2 images only.
     """
     half = len(features) // 2
     return fid(features[:half], features[half : 2 * half])
@@ -44,19 +44,19 @@ def fid_of_halves(features):
 
 @torch.no_grad()
 def precision_recall(real, fake, neighbours=NEIGHBOURS, block=4096):
-    """Precision: the share of generated images that lie among the real ones. Recall: the share of real images that lie
-    among the generated ones. Both in feature space, real [N, D] and fake [M, D].
+    """Features real [N, D] and fake [M, D] → precision, the share of fake images that lie among the real ones, and
+    recall, the share of real images that lie among the fake ones.
 
-    Each image of a set has a ball around its features. The radius is the distance to its k-th nearest neighbour in the
-    same set, not counting itself. A point lies among the set if it is in any of these balls (Kynkäänniemi et al. 2019,
-    section 2).
+    An image lies among a set if it is in a ball around any image of the set, whose radius is the distance to the k-th
+    nearest other image of the set (Kynkäänniemi et al. 2019, section 2).
     """
     return share_among(fake, real, neighbours, block), share_among(real, fake, neighbours, block)
 
 
 def share_among(points, others, neighbours, block):
-    """The share of `points` that lie among `others`, see precision_recall. In float64: cdist computes distances by
-    products, which cancels half of the digits.
+    """The share of `points` that lie among `others`, see precision_recall.
+
+    In float64, because cdist computes distances from products, which loses half of the digits.
     """
     points, others = points.double(), others.double()
     near = [torch.cdist(part, others).topk(neighbours + 1, largest=False).values for part in others.split(block)]
@@ -71,14 +71,14 @@ def clip_score(images, texts):
 
 
 def own_caption_first(images, texts, captions, candidates=CANDIDATES, seed=0, block=1024):
-    """For each image, whether its own caption is nearer to it than `candidates` − 1 others → bool [N].
+    """For each image, whether its own caption is nearer by cosine than `candidates` − 1 others → bool [N].
 
-    images [N, D], texts [N, D]: the embeddings of N images and of their captions; nearer is by cosine, and a tie is not
-    nearer. The other captions are drawn at random for each image, from those of different text, without repetition. If
-    there are fewer, all of them are taken. The mean is the R-precision of AttnGAN (Xu et al. 2018, section 4).
+    images [N, D], texts [N, D]: the embeddings of N images and of their captions. The other captions have different
+    texts and are drawn at random for each image, without repetition; if there are fewer, all are used. A tie is a miss.
+    The mean is the R-precision of AttnGAN (Xu et al. 2018, section 4).
     """
     rng = torch.Generator().manual_seed(seed)
-    rows = {caption: i for i, caption in enumerate(captions)}  # where each text stands last
+    rows = {caption: i for i, caption in enumerate(captions)}  # the last row of each text
     column_of = {text: column for column, text in enumerate(rows)}
     columns = torch.tensor([column_of[caption] for caption in captions])[:, None]
     choices = F.normalize(texts.double(), dim=1)[list(rows.values())]
@@ -92,9 +92,9 @@ def own_caption_first(images, texts, captions, candidates=CANDIDATES, seed=0, bl
 
 
 def compare_images(real, fake):
-    """Features of both sides, [N, D] and [M, D] → FID, precision and recall. Raises UserError if both are the same."""
+    """Features [N, D] and [M, D] → FID, precision and recall. Raises UserError if both are equal."""
     if real.shape == fake.shape and torch.equal(real, fake):
-        raise UserError("real and generated images are the same, so their distance says nothing; give other --data")
+        raise UserError("real and generated images are the same; give other --data")
     precision, recall = precision_recall(real, fake)
     return {"FID": fid(real, fake), "precision": precision, "recall": recall}
 

@@ -1,3 +1,3 @@
-"""What stands above the commands: ablations, a probe of the experts, nearest training pictures, benchmarks, and a
-comparison with the baselines. Run one as `python -m experiments.NAME`.
+"""Experiments with whole models: ablations, a probe of the experts, nearest training pictures, benchmarks, a comparison
+with the baselines. Run one as `python -m experiments.NAME`.
 """

@@ -1,11 +1,11 @@
-"""Takes one part of Aurora out at a time, and measures what that costs after equal time on one core.
+"""Removes one part of Aurora at a time, and measures the loss of quality after equal training time on one core.
 
     python -m experiments.ablations                                     # the base: every variant, three seeds each
     python -m experiments.ablations --preset emoji-256 --minutes 10     # the second stage
-    python -m experiments.ablations --only full "one expert" --seeds 1  # a look
+    python -m experiments.ablations --only full "one expert" --seeds 1  # a quick look
 
-The model has no switches for this: a variant is another preset, or another class in the place of Aurora's while it
-learns and is measured. What is done is not done again, so two commands can share the variants between two cores.
+The model has no switches for this: a variant is another preset, or replaces a class of Aurora while it is trained and
+measured. Finished runs are not repeated, so two commands can share the variants between two cores.
 """
 
 import argparse
@@ -39,41 +39,41 @@ from text import TextHead
 from weights.perceptual import perceptual_network
 
 CPU = torch.device("cpu")
-COUNT, COUNT_LARGE = 1000, 96  # pictures that are measured, of the base and of the second stage
+COUNT, COUNT_LARGE = 1000, 96  # measured pictures of the base and of the second stage
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The variants.
 
 
 class RouterWithoutW(Router):
-    """Sees the feature point alone: the scales of its channels are learned, and the same under every w."""
+    """Sees the feature point alone: the scales of its channels are learned and do not depend on w."""
 
     def forward(self, u, w):
         return super().forward(u, torch.zeros_like(w))
 
 
 class UndeformedConv2d(ModulatedConv2d):
-    """Stands where a DeformableConv2d did."""
+    """Replaces a DeformableConv2d."""
 
     def __init__(self, in_channels, out_channels, w_dim, num_kernels=1):
         super().__init__(in_channels, out_channels, 3, w_dim, num_kernels)
 
 
 class UnreadText(TextHead):
-    """Makes the same of every caption, so the generator does not know it. Discriminator and CLIP still read it."""
+    """The same output for every caption. Discriminator and CLIP still read the caption."""
 
     def forward(self, tokens, eot):
         return super().forward(torch.zeros_like(tokens), torch.zeros_like(eot))
 
 
 def tied_dot_product_attention(qk, v):
-    """softmax(q·qᵀ/√d)·v, in the place of the discriminator's squared_l2_attention."""
+    """softmax(q·qᵀ/√d)·v, which replaces the discriminator's squared_l2_attention."""
     return (qk @ qk.mT / qk.shape[-1] ** 0.5).softmax(-1) @ v
 
 
 @dataclass
 class Variant:
-    """What is other than in the full model."""
+    """The differences from the full model."""
 
     recipe: dict = field(default_factory=dict)  # fields of the recipe
     generator: dict = field(default_factory=dict)  # fields of the generator's config
@@ -90,7 +90,7 @@ class Variant:
 
     @contextlib.contextmanager
     def in_place(self):
-        """A context in which the substitutes are where Aurora's own were."""
+        """A context in which the substitutes replace Aurora's own."""
         with contextlib.ExitStack() as stack:
             for module, name, substitute in self.replaced:
                 stack.enter_context(mock.patch.object(module, name, substitute))
@@ -124,7 +124,7 @@ VARIANTS = {"emoji": BASE, "emoji-256": SECOND_STAGE}
 
 
 def full_preset(name):
-    """The preset that variants change. Of `emoji` its levels up to 16×16, with adaptive kernels there."""
+    """The preset that variants change. `emoji` ends at 16×16 here, with adaptive kernels at 16×16."""
     preset = PRESETS[name]
     if name != "emoji":
         return preset
@@ -139,13 +139,13 @@ def full_preset(name):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# A run, and what came of it.
+# A run and its results.
 
 
 def learn(preset, seed, minutes):
-    """Learns from the emoji for so many minutes of this process → the Learner, and how many images it saw.
+    """Trains on the emoji for some minutes of processor time → the Learner, and the number of images.
 
-    It grows by its images alone: an FID that ends a phase would make the variants' schedules differ.
+    It grows after a number of images, not by FID, so that all variants have the same schedule.
     """
     clip, recipe = load_clip(preset.clip_model), preset.recipe
     torch.manual_seed(seed)
@@ -174,24 +174,23 @@ def measure_base(generator, clip):
 
 
 def measure_second_stage(upsampler, clip):
-    """Of held-out emoji that are averaged down, and enlarged again."""
+    """On held-out emoji, averaged down and enlarged again."""
     small, large = upsampler.config.input_resolution, upsampler.config.resolutions[-1]
-    source, enlargers = sources.open_data("emoji", large, 0), {"it": enlarging.enlarger(upsampler, clip)}
-    found = enlarging.compare(enlargers, source, small, large, COUNT_LARGE)["it"]
+    source, enlargers = sources.open_data("emoji", large, 0), {"ours": enlarging.enlarger(upsampler, clip)}
+    found = enlarging.compare(enlargers, source, small, large, COUNT_LARGE)["ours"]
     return {"perceptual distance": found["perceptual"], "FD": found["fd"]}
 
 
 def run(variant, full, seed, minutes):
-    """→ what is measured of a variant, and the images that it saw."""
+    """Trains a variant → {measure: number}, with the number of images."""
+    measure_stage = measure_second_stage if isinstance(full.generator, UpsamplerConfig) else measure_base
     with variant.in_place():
         learner, images = learn(variant.preset(full), seed, minutes)
-        second = isinstance(full.generator, UpsamplerConfig)
-        measured = (measure_second_stage if second else measure_base)(learner.ema, learner.clip)
-    return measured | {"images": images}
+        return measure_stage(learner.ema, learner.clip) | {"images": images}
 
 
 def run_all(preset, names, seeds, minutes, out):
-    """→ {variant: [a result for each seed]}; those that `out` holds are not made again."""
+    """→ {variant: [a result for each seed]}. Reads the results that `out` contains, and runs the others."""
     results = {name: [] for name in names}
     jobs = [(name, seed) for seed in range(seeds) for name in names]
     for name, seed in tqdm(jobs, unit="run"):
@@ -220,10 +219,10 @@ def table(results):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=HelpFormatter)
-    parser.add_argument("--preset", choices=VARIANTS, default="emoji", help="emoji, up to 16×16; or the second stage")
+    parser.add_argument("--preset", choices=VARIANTS, default="emoji", help="the base up to 16×16, or the second stage")
     parser.add_argument("--only", nargs="+", help="variants to run (default: all)")
     parser.add_argument("--seeds", type=positive_int, default=3, help="runs of each variant")
-    parser.add_argument("--minutes", type=finite_number, default=20, help="of one core, for each run's training")
+    parser.add_argument("--minutes", type=finite_number, default=20, help="of one core, to train each run")
     parser.add_argument("--out", type=a_path, default=Path("runs/ablations"), help="folder of the results")
     args = parser.parse_args()
     with errors_in_one_line():

@@ -1,11 +1,11 @@
-"""How near Aurora comes to what this machine can do.
+"""How near Aurora comes to the speed of this machine.
 
     python -m experiments.bench                            # every case
     python -m experiments.bench --cases experts attention  # some
 
-Every case stands beside its floor, the time its multiplications would take at the speed of a large matrix product. Of a
-shared machine no two minutes are alike, so product and case take turns, and only ratios mean anything. FLOP are those
-of the plain formulas: what a faster way computes twice is not counted twice.
+Each case is compared with its floor, the time of its multiplications at the speed of a large matrix product. The speed
+of a shared machine varies, so product and case alternate: compare only ratios. FLOP are those of the plain formulas,
+even if a faster implementation computes something twice.
 """
 
 import argparse
@@ -33,12 +33,12 @@ from step import Learner
 from training.cuda_graph import WARM_UP
 from training.plan import FlopCounter
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler that measures memory is chatty
+os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the memory profiler prints too much
 
 TRAINED = {"cpu": {"emoji-gpu": 16, "small-64": 8}, "cuda": {"emoji-gpu": 64, "small-64": 32}}  # presets, batches
-POINTS = {"cpu": 4096, "cuda": 65536}  # that experts take together
-SIDES = 16, 32, 64  # of the images of attention
-LONG = 5  # seconds; what takes longer is not called again
+POINTS = {"cpu": 4096, "cuda": 65536}  # in a batch of experts
+SIDES = 16, 32, 64  # of the feature maps of attention
+LONG = 5  # seconds; a longer call is not repeated
 HEAD = f"{'case':60s} {'GFLOP':>10s} {'floor, ms':>11s} {'ours, ms':>11s} {'ratio':>7s} {'peak, MB':>9s}"
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -46,8 +46,8 @@ HEAD = f"{'case':60s} {'GFLOP':>10s} {'floor, ms':>11s} {'ours, ms':>11s} {'rati
 
 
 def peak_memory(function):
-    """The bytes that PyTorch's CPU allocator held at most during a call, beyond what it held before."""
-    gc.collect()  # or what others left would be freed during the call, and count against it
+    """The peak bytes of PyTorch's CPU allocator during a call, minus those before."""
+    gc.collect()  # otherwise older garbage may be freed during the call
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
         function()
     events = (event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]")
@@ -63,7 +63,7 @@ def peak_memory_of_gpu(function):
 
 
 def processor_seconds(function):
-    """The least that the processor spends on a call, of three or fewer: the time that others use it does not count."""
+    """The minimum processor time of up to three calls; time of other processes does not count."""
     spent = []
     while not spent or (len(spent) < 3 and sum(spent) < LONG):
         started = time.process_time()
@@ -73,7 +73,7 @@ def processor_seconds(function):
 
 
 class Stopwatch:
-    """Times cases on a device beside a large matrix product, each for so many seconds."""
+    """Times cases on a device together with a large matrix product, each for some seconds."""
 
     def __init__(self, device, seconds):
         self.device, self.seconds = device, seconds
@@ -81,14 +81,14 @@ class Stopwatch:
         self.operands = {name: torch.randn(self.side, self.side, device=device, dtype=x) for name, x in DTYPES.items()}
 
     def time(self, function, number=1):
-        """The seconds of a call, the mean of so many; a GPU is waited for."""
+        """The mean seconds of a number of calls, after waiting for the GPU."""
         timer = Timer("function()", globals={"function": function}, num_threads=torch.get_num_threads())
         return timer.timeit(number).mean
 
     def row(self, case, function, dtype, counted=None):
-        """A line under HEAD: FLOP of products, medians of times, the memory allocated at most beyond what was there.
+        """A line under HEAD: FLOP of products, medians of times, peak memory minus that before the call.
 
-        counted: called in the function's place to count its FLOP, where that is a way of its own.
+        counted: a plain implementation of the function, to count its FLOP.
         """
         a, number = self.operands[dtype], 1
         with FlopCounter() as counter:
@@ -98,7 +98,7 @@ class Stopwatch:
         while len(ours) < 2 or sum(ours) * number < self.seconds:
             products.append(self.time(lambda: a @ a))
             ours.append(self.time(function, number))
-            if len(ours) == 1:  # the first call is a warm-up, which says how many to take together
+            if len(ours) == 1:  # a warm-up, which gives the number of calls to time together
                 number = max(1, int(0.1 / ours[0]))
         floor = counter.total / (2 * self.side**3) * statistics.median(products)
         mine = statistics.median(ours[1:])
@@ -112,10 +112,10 @@ class Stopwatch:
 
 @torch.no_grad()
 def sampling(stopwatch):
-    """The synthesis network of the release's sizes, 1,166 M parameters, with random weights."""
+    """The synthesis network at the release's size, 1,166 M parameters, with random weights."""
     with stopwatch.device:
         generator = Generator(PRESETS["aurora-64"].generator)
-    for dtype in DTYPES:  # float32 first; then its weights are rounded where they are
+    for dtype in DTYPES:  # float32 first, then the same weights in bfloat16
         inference.prepare(generator, DTYPES[dtype])
         for batch in (1, 8):
             w = torch.randn(batch, generator.config.w_dim, device=stopwatch.device)
@@ -129,14 +129,14 @@ def sampling(stopwatch):
 
 
 def training(stopwatch):
-    """Steps at the highest resolution, one in 16 of which has R1; the small CLIP stands in for a large one."""
+    """Steps at the highest resolution, with and without R1, with the small CLIP instead of a large one."""
     clip = load_clip("emoji", stopwatch.device)
     for name, batch in TRAINED[stopwatch.device.type].items():
         preset = fitted_to(PRESETS[name], clip.width, clip.map_shapes)
         learner = Learner(preset, clip, stopwatch.device, torch.float32, batch)
         batches = sources.loader(sources.open_data("emoji", learner.resolutions[-1], seed=0), 0, batch, workers=0)
         inputs = learner.prepare(0, 0, [next(batches)])
-        if stopwatch.device.type == "cuda":  # so that a graph is recorded, where train.py takes one
+        if stopwatch.device.type == "cuda":  # records the CUDA graph, as train.py does
             for number in (0, 1) * (WARM_UP + 1):
                 learner.step(number, inputs)
         for number, kind in ((1, ""), (0, ", with R1")):
@@ -150,7 +150,7 @@ def training(stopwatch):
 
 
 def experts(stopwatch):
-    """Forward and backward of routed experts of width 512, beside one dense layer; points are spread evenly."""
+    """Forward and backward of one dense layer and of routed experts, all of width 512, with points spread evenly."""
     device, width = stopwatch.device, 512
     points, dtype = POINTS[device.type], "bf16" if device.type == "cuda" else "fp32"
     x = torch.randn(points, width, device=device, dtype=DTYPES[dtype], requires_grad=True)
@@ -170,12 +170,14 @@ def experts(stopwatch):
 
 
 def attention(stopwatch):
-    """L2 self-attention of one image, 8 heads of 64, in inference and in training."""
+    """L2 self-attention of one image with 8 heads of 64, in inference and in training."""
     dtype = "bf16" if stopwatch.device.type == "cuda" else "fp32"
     for side in SIDES:
         qkv = torch.randn(3, 1, 8, side * side, 64, device=stopwatch.device, dtype=DTYPES[dtype]).unbind()
         leaves = [x.requires_grad_() for x in qkv]
-        unreal = [x.detach().to("meta", torch.float32).requires_grad_() for x in qkv]  # whose maps take no memory
+        unreal = [
+            x.detach().to("meta", torch.float32).requires_grad_() for x in qkv
+        ]  # without memory for the attention maps
 
         @torch.no_grad()
         def infer(leaves=leaves):
@@ -191,7 +193,7 @@ def attention(stopwatch):
 
 
 def whole_maps(q, k, v):
-    """What l2_attention computes, with the whole maps in memory."""
+    """Like l2_attention, with the whole attention maps in memory."""
     return attend(*(x.flatten(0, 1) for x in (q, k, v)))
 
 
@@ -206,7 +208,7 @@ CASES = {"sample": sampling, "train": training, "experts": experts, "attention":
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=HelpFormatter)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), help="which cases")
-    parser.add_argument("--seconds", type=positive_int, default=2, help="to spend on each figure, at least")
+    parser.add_argument("--seconds", type=positive_int, default=2, help="minimum time to measure each case")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     args = parser.parse_args()
     with errors_in_one_line():

@@ -1,11 +1,11 @@
-"""Compares text-to-image systems on the emoji: what they cost, and how good their pictures are.
+"""Compares text-to-image systems on the emoji: their cost and the quality of their pictures.
 
     python -m experiments.compare Aurora=runs/emoji StyleGAN-T=runs/stylegan_t \\
         LadaGAN=runs/ladagan Muse=runs/muse
 
-A system is Aurora, or one of baselines/, as a run's folder or its generator_ema.safetensors. All draw the same
-captions, and are measured by the networks of evaluate.py. Times are those of the processor, so that others who use the
-machine do not count. The table, its numbers as JSON and a picture go to --out.
+A system is Aurora or one of baselines/: a run's folder or its generator_ema.safetensors. All draw the same captions and
+are measured with the networks of evaluate.py. Times are processor time, so other processes do not count. The table, its
+numbers as JSON and a picture go to --out.
 """
 
 import argparse
@@ -35,20 +35,20 @@ from training.plan import FlopCounter
 from weights.generator_file import generator_of, load_generator
 
 PROMPTS = ["red heart", "grinning face", "fox", "hot dog", "red apple", "automobile", "sun", "man astronaut"]
-NAMES = 50  # of which the variety is measured
+NAMES = 50  # for the variety
 
 
 class Entry(NamedTuple):
     """A trained system, ready to draw."""
 
-    draw: Callable  # as of features.drawing
-    sampling: int  # parameters that drawing needs
-    trained: int | None  # parameters that learned, the discriminator's too
+    draw: Callable  # see features.drawing
+    sampling: int  # parameters used for sampling
+    trained: int | None  # trained parameters, with the discriminator's
     notes: dict  # of the run that trained it
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Getting the systems.
+# Loading systems.
 
 
 def open_system(path, resolution):
@@ -88,7 +88,7 @@ def count(*networks):
 
 
 def measure_training(entry, path):
-    """Images and hours until the generator was saved: of the processor where a log is beside it, else of the clock."""
+    """Images and hours until the generator was saved: processor time if its folder has a log, else wall-clock time."""
     notes, log = entry.notes, path.parent / "metrics.jsonl"
     seconds = notes.get("seconds", 0)
     if log.is_file():
@@ -102,7 +102,7 @@ def measure_training(entry, path):
 
 
 def measure_sampling(entry):
-    """What a picture costs, from its caption on."""
+    """The cost of a picture, including reading its caption."""
     few, many = (lambda size=size: list(entry.draw(PROMPTS[:1] * size, 0)) for size in (1, BATCH))
     with FlopCounter() as counter:
         few()
@@ -117,7 +117,7 @@ def measure_sampling(entry):
 
 @functools.cache
 def real_emoji(count, resolution):
-    """→ the networks that measure emoji, and the captions and features that extract_real has of them."""
+    """→ the extractors, and the captions and features of extract_real for the emoji."""
     networks = {"images": "efficientnet", "texts": "judge"}
     extractors = {name: load_extractor(spec, "", torch.device("cpu")) for name, spec in networks.items()}
     captions, real, _ = extract_real(sources.open_data("emoji", resolution, 0), count, resolution, extractors)
@@ -143,22 +143,22 @@ def compare(args):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What is told.
+# The table.
 
 
 def markdown(rows):
-    """Lists of texts → a table, the first row its head."""
+    """Rows of texts → a Markdown table with the first row as its head."""
     rule = ["---"] + ["---:"] * (len(rows[0]) - 1)
     return "\n".join(f"| {' | '.join(row)} |" for row in [rows[0], rule, *rows[1:]])
 
 
 def shown(value):
-    """A number in three digits or more; — for none."""
+    """A number with at least three digits; — for None."""
     return "—" if value is None else f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 def table(columns):
-    """{system: {measure: number}} → markdown, a measure a row."""
+    """{system: {measure: number}} → Markdown, one row for each measure."""
     measures = dict.fromkeys(measure for column in columns.values() for measure in column)
     cells = [[measure, *(shown(column.get(measure)) for column in columns.values())] for measure in measures]
     return markdown([["", *columns], *cells])
@@ -168,7 +168,7 @@ def named_system(text):
     """NAME=PATH → both."""
     name, _, path = text.partition("=")
     if not (name and path):
-        raise argparse.ArgumentTypeError(f"{text}: write NAME=PATH, as StyleGAN-T=runs/stylegan_t")
+        raise argparse.ArgumentTypeError(f"{text}: write NAME=PATH, for example StyleGAN-T=runs/stylegan_t")
     return name, path
 
 
@@ -176,8 +176,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=HelpFormatter)
     add = parser.add_argument
     add("systems", nargs="+", type=named_system, metavar="NAME=PATH", help="a run's folder, or its generator")
-    add("--count", type=positive_int, default=2400, help="pictures of each system, beside twice as many real ones")
-    add("--resolution", type=positive_int, default=32, help="to which all pictures are brought")
+    add("--count", type=positive_int, default=2400, help="pictures of each system; real ones are twice as many")
+    add("--resolution", type=positive_int, default=32, help="to which all pictures are resized")
     add("--out", type=a_path, default=Path("runs/compare"), help="folder for compare.md, compare.json and compare.png")
     args = parser.parse_args()
     with errors_in_one_line():
@@ -190,7 +190,7 @@ def main():
         write_text(args.out / "compare.md", table(columns) + "\n")
         write_text(args.out / "compare.json", numbers)
         atomically(args.out / "compare.png", lambda temporary: picture.save(temporary, "PNG"))
-        print(f"All of it is in {args.out.resolve()}")
+        print(f"The table, its numbers and a picture are in {args.out.resolve()}")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Asks a generator of emoji whether its experts tell the object from the white background.
+"""Measures whether the experts of a generator of emoji separate the object from the white background.
 
     python -m experiments.probe
 
-It prints, in bits, the mutual information between the expert that took a point and what the image shows there, and the
-same with the points of each image shuffled.
+It prints, in bits, the mutual information between the expert that took a point and what the image shows there, and that
+with the points of each image shuffled.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from sampling import latent, views
 from sampling.pipeline import draw
 from weights.generator_file import DEMO, load_generator
 
-UNLIKE = 0.1  # A point is of the object if one of its colors, in [0, 1], is so far from white.
+UNLIKE = 0.1  # a point belongs to the object if a color channel, in [0, 1], differs from white by more
 
 
 def mutual_information(experts, labels):
@@ -33,12 +33,12 @@ def mutual_information(experts, labels):
 
 
 def object_mask(images, side):
-    """Images [B, 3, R, R] → [B, side²], 1 where a point is not of the white background."""
+    """Images [B, 3, R, R] → [B, side²]: 1 for a point of the object, 0 for the white background."""
     return ((1 - F.interpolate(images, side, mode="area")).amax(1) > 2 * UNLIKE).flatten(1).long()
 
 
 def names_of_emoji(count):
-    """The captions of so many emoji of the training data."""
+    """The captions of `count` training emoji."""
     examples = itertools.islice(sources.open_data("emoji", 64, seed=0).examples(), 4 * count)
     return list(dict.fromkeys(captions[0] for _, captions in examples))[:count]
 
@@ -56,8 +56,8 @@ def experts_know(generator, clip, captions):
         experts, labels = routing.expert_index.flatten(), masks.flatten()
         result[name] = {
             "expert and object": mutual_information(experts, labels),
-            "the same, points shuffled": mutual_information(experts, shuffled.flatten()),
-            "at most (what there is to know)": mutual_information(labels, labels),
+            "expert and object, points shuffled": mutual_information(experts, shuffled.flatten()),
+            "at most (entropy of the object)": mutual_information(labels, labels),
         }
     return result
 
@@ -73,7 +73,7 @@ def main():
         for router, bits in experts_know(generator, clip, captions).items():
             print(f"Expert and object or background at {router}, {len(captions)} pictures, bits:")
             for what, value in bits.items():
-                print(f"  {what:32s} {value:.4f}")
+                print(f"  {what:34s} {value:.4f}")
 
 
 if __name__ == "__main__":

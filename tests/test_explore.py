@@ -199,7 +199,7 @@ def test_the_page_is_served_under_names_of_this_machine_alone(server, host, stat
     assert request(server, "POST", "/start", "{}", host)[0] == status
 
 
-def test_mistakes_are_told_in_one_line(run_main, tmp_path):
+def test_mistakes_are_one_line(run_main, tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         free = taken.getsockname()[1]
         status, _, stderr = run_main(explore.main, "--port", free)

@@ -1,4 +1,4 @@
-"""Evaluation against what others wrote: torch-fidelity, open_clip, the definition; and COCO's format end to end."""
+"""Evaluation compared with torch-fidelity, open_clip and the definitions; and COCO's format end to end."""
 
 import functools
 import json
@@ -93,7 +93,7 @@ def test_clip_score_is_open_clips(tmp_path):
 
 
 def test_inception_is_read_from_torch_fidelitys_file(tmp_path, monkeypatch):
-    """Random weights in a file of the true layout: no weights of anyone's come with this repository."""
+    """Random weights in a file of the true layout: the repository does not contain the true ones."""
     monkeypatch.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda *_: None)
     monkeypatch.setattr("torch_fidelity.feature_extractor_inceptionv3.load_state_dict_from_url", lambda *_, **__: {})
     reference = FeatureExtractorInceptionV3("x", ["2048"])
@@ -127,7 +127,7 @@ def test_coco_draws_different_images_and_one_caption_of_each(tmp_path):
     assert coco.Coco(tmp_path / "annotations" / "captions_val2014.json", None, 32, 5, seed=3).pairs == source.pairs
 
 
-def test_mistakes_are_told_in_one_line(run, tmp_path):
+def test_mistakes_are_one_line(run, tmp_path):
     val = write_coco(tmp_path)
     (tmp_path / "train").mkdir()
     train = write_coco(tmp_path / "train", split="train2014")
@@ -148,9 +148,9 @@ def test_mistakes_are_told_in_one_line(run, tmp_path):
         (("--data", tmp_path / "none.json"), "cannot be read"),
         (("--data", tmp_path / "nothing"), "no such file or folder"),
         (("--count", 4, "--features", "inception:/missing.pth"), "there is no such file"),
-        (("--count", 4, "--features", f"inception:{val}"), "weights cannot be had"),
-        (("--count", 4, "--clip", "inception"), "reads no text"),
-        (("--count", 4, "--clip", "efficientnet"), "reads no text"),
+        (("--count", 4, "--features", f"inception:{val}"), "weights are not available"),
+        (("--count", 4, "--clip", "inception"), "cannot read text"),
+        (("--count", 4, "--clip", "efficientnet"), "cannot read text"),
         (("--count", 4, "--features", "nonsense"), "--features nonsense: neither a file nor MODEL:WEIGHTS"),
         (("--count", 4, "--checkpoint", "/missing.safetensors"), "no generator at"),
         (("--count", 4, "--out", tmp_path / "file" / "below"), "a file is where"),
@@ -164,10 +164,10 @@ def test_fewer_images_than_asked_and_identical_sets(run, tmp_path):
         Image.new("RGB", (64, 64), (40 * i, 0, 0)).save(tmp_path / f"{i}.png")
         (tmp_path / f"{i}.txt").write_text("a red square")
     status, _, stderr = run("--data", tmp_path, "--count", 9)
-    assert status == 2 and "holds 5 usable images" in stderr
+    assert status == 2 and "has 5 usable images" in stderr
     (tmp_path / "0.png").write_bytes(b"broken")
-    status, _, stderr = run("--data", tmp_path, "--count", 5)  # no other stands in for it
-    assert status == 2 and "holds 4 usable images" in stderr
+    status, _, stderr = run("--data", tmp_path, "--count", 5)  # no other image replaces it
+    assert status == 2 and "has 4 usable images" in stderr
     status, said, _ = run("--data", tmp_path, "--count", 4)
     assert status == 0 and "1 broken images" in said
     same = torch.randn(8, 3)
@@ -193,8 +193,8 @@ def test_on_emoji_words_and_variety_are_measured_too(run, tmp_path, monkeypatch)
     assert written["generated images"]["ψ"] == 0.5 and written["protocol"]["seed"] == 0
 
 
-def test_what_the_second_stage_makes_is_measured_beside_bicubic(run, tmp_path):
-    """A second stage that has learned nothing interpolates, as bicubic does, nearly."""
+def test_enlarged_images_are_measured_too(run, tmp_path):
+    """An untrained second stage interpolates."""
     path = tmp_path / "upsampler.safetensors"
     save_generator(path, *content(Upsampler(figures.LARGER.generator), load_clip("emoji"), 32, {}))
     status, said, stderr = run("--data", figures.folder(), "--count", 8, "--upsampler", path, "--resolution", 32)

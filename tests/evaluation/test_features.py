@@ -175,11 +175,11 @@ def test_pairs_held_out_are_evaluated_first(shard, monkeypatch):
     assert [int("".join(filter(str.isdigit, caption))) for caption in captions] == [7, 9, 0, 1]
 
 
-def test_too_few_images_are_told_and_skipped_ones_counted(shard, monkeypatch):
+def test_too_few_images_are_refused_and_skipped_ones_counted(shard, monkeypatch):
     source = sources.open_data(str(shard), 16, seed=0)
     for captions, values, skipped in by_ranks(monkeypatch, 2, lambda: features.extract_real(source, 9, 16, MEANS)):
         assert len(captions) == len(values["means"]) == 10 and skipped == {"broken images": 1}
-    with pytest.raises(UserError, match="the data holds 10 usable images"):
+    with pytest.raises(UserError, match="the data has 10 usable images"):
         features.extract_real(source, 12, 16, MEANS)
 
 

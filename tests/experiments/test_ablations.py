@@ -1,4 +1,4 @@
-"""Every variant is what its name says, and a short series of runs ends in a table."""
+"""Every variant does what its name says, and a short series of runs ends in a table."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ def preset(name):
     return ablations.BASE[name].preset(FULL)
 
 
-def test_what_is_left_out_by_recipe_and_by_sizes():
+def test_variants_of_recipes_and_sizes():
     assert preset("no CLIP loss").recipe.clip_weight == 0 < FULL.recipe.clip_weight
     without = preset("no matching loss").recipe
     assert without.matching_weight_discriminator == without.matching_weight_generator == 0
@@ -35,7 +35,7 @@ def test_what_is_left_out_by_recipe_and_by_sizes():
     assert l1_only.adversarial_weight == l1_only.clip_weight == l1_only.perceptual_weight == 0 < l1_only.l1_weight
 
 
-def test_substitutes_are_in_place_for_a_while():
+def test_substitutes_replace_our_own_within_the_context():
     own = aurora.Router, aurora.DeformableConv2d
     u, w = torch.randn(2, 9, 64), torch.randn(2, 128)
     with ablations.BASE["router without w"].in_place():
@@ -57,12 +57,8 @@ def test_substitutes_are_in_place_for_a_while():
 def test_a_second_stage_without_text_makes_the_same_of_every_caption():
     with ablations.SECOND_STAGE["no text"].in_place():
         network = Upsampler(figures.LARGER.generator)
-    image, noise, z, tokens = (
-        torch.randn(1, 3, 8, 8),
-        torch.randn(1, 3, 8, 8),
-        torch.randn(1, 128),
-        torch.randn(2, 1, 24, 384),
-    )
+    image, noise = torch.randn(2, 1, 3, 8, 8)
+    z, tokens = torch.randn(1, 128), torch.randn(2, 1, 24, 384)
     with torch.no_grad():
         first, second = (network.text_head(read, torch.tensor([eot])) for read, eot in zip(tokens, (3, 9), strict=True))
         made = network(image, noise, z, tokens[0], torch.tensor([3])).image
@@ -84,13 +80,13 @@ def test_a_short_series_ends_in_a_table(tmp_path, monkeypatch, run_main, name):
     results = sorted((tmp_path / name / "0.001-minutes" / "full").glob("*.json"))
     written = [path.stat().st_mtime_ns for path in results]
     assert [path.name for path in results] == ["0.json", "1.json"]
-    assert run_main(ablations.main, *options)[1] == said  # what is done is not done again
+    assert run_main(ablations.main, *options)[1] == said  # finished runs are not repeated
     assert [path.stat().st_mtime_ns for path in results] == written
 
 
 @pytest.mark.parametrize(
     ("options", "says"), [("--only nothing", "no variant 'nothing'"), ("--out /proc/x", "error: /proc/x: No such")]
 )
-def test_mistakes_are_told_in_one_line(run_main, options, says):
+def test_mistakes_are_one_line(run_main, options, says):
     status, _, error = run_main(ablations.main, *options.split())
     assert status == 2 and says in error.splitlines()[-1]

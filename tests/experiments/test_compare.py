@@ -76,6 +76,6 @@ def test_a_small_comparison(run, tmp_path, run_main, monkeypatch):
         ([f"Aurora={figures.generator_file()}", "--count", 3], "--count 3"),
     ],
 )
-def test_mistakes_are_told_in_one_line(tmp_path, run_main, arguments, says):
+def test_mistakes_are_one_line(tmp_path, run_main, arguments, says):
     status, _, error = run_main(compare.main, *arguments, "--out", tmp_path)
     assert status == 2 and says in error.splitlines()[-1]

@@ -56,7 +56,7 @@ def test_a_killed_folder_is_completed_with_the_same_pictures(each, tmp_path, mon
     assert all((folder / f"{i:06d}.png").stat().st_mtime_ns == times[f"{i:06d}.png"] for i in (0, 1, 2, 4, 5))
 
 
-def test_mistakes_are_told_in_one_line(each, run_main, tmp_path):
+def test_mistakes_are_one_line(each, run_main, tmp_path):
     assert each("red heart", "--num", 2)[0] == 0
     status, _, stderr = each("whale", "--num", 2)
     assert status == 2 and "contains pictures of another command" in stderr and "\n" not in stderr

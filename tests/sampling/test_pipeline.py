@@ -70,7 +70,7 @@ def test_numpys_numbers_are_numbers_and_what_is_not_finite_is_no_picture():
         (lambda _: Pipeline.load(MODELS), "no generator at"),
     ],
 )
-def test_mistakes_are_told_in_one_line(pipe, call, says):
+def test_mistakes_are_one_line(pipe, call, says):
     with pytest.raises(UserError, match=re.escape(says)):
         call(pipe)
 

@@ -77,17 +77,11 @@ def test_truncation_goes_toward_the_prompts_own_mean(demo):
     torch.testing.assert_close(draw(generator, clip, prompt, 1, seed=1), image, rtol=1e-3, atol=1e-3)
 
 
-def test_prompts_from_a_file_and_several_at_once(run, tmp_path):
+def test_prompts_of_a_file_and_unusual_ones_are_drawn_and_explained(run, tmp_path):
     (tmp_path / "prompts.txt").write_text("a red circle\n\na blue\u2028 star 🐉\n", encoding="utf-8")
     out = tmp_path / "new folder" / "a.png"
-    status, stdout, _ = run("a cyan ring", "--prompts", tmp_path / "prompts.txt", "--num", 2, "--out", out)
-    assert status == 0 and "6 pictures" in stdout and "🐉" in stdout  # said to be unknown
-    assert out.is_file()
-
-
-def test_unusual_prompts_are_answered_and_explained(run, tmp_path):
-    status, stdout, stderr = run("word " * 10_000, "a mauve 🐉", "--num", 1, "--out", tmp_path / "a.png")
-    assert status == 0, stderr
+    status, stdout, stderr = run("word " * 10_000, "--prompts", tmp_path / "prompts.txt", "--num", 2, "--out", out)
+    assert status == 0 and "6 pictures" in stdout and out.is_file(), stderr
     assert "too long" in stdout and "captions show boxes in place of 🐉" in stdout
 
 
@@ -102,7 +96,7 @@ class Hostile:
 
 
 @pytest.mark.parametrize("kind", ["truncated", "foreign", "text", "hostile"])
-def test_a_bad_checkpoint_is_told_in_one_line(run, tmp_path, kind):
+def test_a_bad_checkpoint_is_one_line(run, tmp_path, kind):
     path = tmp_path / ("a.pth" if kind == "hostile" else "a.safetensors")
     if kind == "hostile":
         torch.save({"generator": Hostile(tmp_path / "executed")}, path)
@@ -140,7 +134,7 @@ def test_a_bad_checkpoint_is_told_in_one_line(run, tmp_path, kind):
         (("x", "--device", "abacus"), "use auto, cpu, cuda"),
     ],
 )
-def test_mistakes_are_told_in_one_line(run, tmp_path, monkeypatch, arguments, says):
+def test_mistakes_are_one_line(run, tmp_path, monkeypatch, arguments, says):
     monkeypatch.chdir(tmp_path)
     Path("latin1.txt").write_bytes("ein grüner Kreis".encode("latin-1"))
     status, _, stderr = run(*arguments)

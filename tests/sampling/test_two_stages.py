@@ -1,4 +1,4 @@
-"""Both stages together: pictures of a prompt, views, experts, the page's settings, pictures of one's own."""
+"""Both stages together: pictures of a prompt, views, experts, a user's pictures."""
 
 import types
 
@@ -67,13 +67,13 @@ def test_the_second_stage_enlarges_what_the_first_has_drawn(networks, pipe, file
     assert not torch.allclose(output.image, enlarge(enlarge(image)), atol=0.01)
 
 
-def test_a_resolution_between_and_one_that_is_not(file):
+def test_other_resolutions_are_drawn_or_refused(file):
     assert Pipeline.load(file, device="cpu", resolution=32).sample("whale")[0].size == (32, 32)
     with pytest.raises(UserError, match="--resolution 48: choose one of 8, 16, 32, 64"):
         Pipeline.load(file, device="cpu", resolution=48)
 
 
-def test_what_is_no_second_stage_is_refused(file):
+def test_a_file_of_the_wrong_stage_is_refused(file):
     beside = file.with_name("g_upsampler.safetensors")
     with pytest.raises(UserError, match="is an upsampler"):
         Pipeline.load(beside, device="cpu")
@@ -82,7 +82,7 @@ def test_what_is_no_second_stage_is_refused(file):
 
 
 def test_every_view_draws_both_stages(pipe):
-    """Each frame of the second stage is what it makes of the same z and prompts by itself."""
+    """Each frame of the second stage is that of the same z and prompts for this stage alone."""
     for view, arguments in (
         (views.seeds_by_prompts, (["a", "b"], [1, 2], 0.5)),
         (views.interpolation, (("a", "b"), 1, 1.0, 3, "both", "spherical")),
@@ -101,7 +101,7 @@ def test_layers_are_mixed_through_both_stages(pipe):
     assert len(frames) == sum(layers) + 1
     assert torch.equal(frames[0].w, first.w) and torch.equal(frames[0].large.w, first.large.w)
     assert torch.equal(frames[-1].w, second.w) and torch.equal(frames[-1].large.w, second.large.w)
-    middle = frames[layers[1]]  # all layers of the first stage by the first prompt, those of the second by the other
+    middle = frames[layers[1]]  # the first stage uses the first prompt, the second stage the other
     assert torch.equal(middle.w, first.w) and torch.equal(middle.large.w, second.large.w)
 
 
@@ -123,7 +123,7 @@ def picture(mode, size=(16, 16)):
 
 
 @pytest.mark.parametrize(("mode", "size"), [("RGB", 16), ("RGBA", 16), ("RGB", 50)])
-def test_a_picture_of_ones_own_is_enlarged(file, tmp_path, run_main, mode, size):
+def test_a_users_picture_is_enlarged(file, tmp_path, run_main, mode, size):
     path, out = tmp_path / "own.png", tmp_path / "large.png"
     picture(mode, (size, size)).save(path)
     arguments = ("a red square", "--enlarge", path, "--checkpoint", file, "--out", out, "--device", "cpu")
@@ -132,14 +132,14 @@ def test_a_picture_of_ones_own_is_enlarged(file, tmp_path, run_main, mode, size)
     large = Image.open(out)
     assert large.size == (64, 64) and large.mode == "RGB"
     if mode == "RGBA":
-        assert np.asarray(large)[:8, :8].mean() > 200, "what is transparent is white"
+        assert np.asarray(large)[:8, :8].mean() > 200, "transparent pixels are white"
 
 
 @pytest.mark.parametrize(
     ("size", "says"),
     [((16, 20), "give a square picture of 16×16, or a larger one"), ((8, 8), "give a picture of 16 pixels or more")],
 )
-def test_a_picture_that_cannot_be_enlarged_is_refused_in_one_line(file, tmp_path, run_main, size, says):
+def test_a_picture_that_cannot_be_enlarged_is_one_line(file, tmp_path, run_main, size, says):
     picture("RGB", size).save(tmp_path / "own.png")
     arguments = ("a red square", "--enlarge", tmp_path / "own.png", "--checkpoint", file, "--device", "cpu")
     status, _, error = run_main(sample.main, *arguments, "--out", tmp_path / "large.png")
