@@ -39,9 +39,7 @@ def parse_args(argv=None):
         default=[DEMO],
         help="models to choose from: runs, also of baselines, generator_ema.safetensors, or the authors' aurora_v1.pth",
     )
-    add(
-        "--clip", help="MODEL:WEIGHTS of open_clip, to read a large CLIP from a file; default: what the checkpoint says"
-    )
+    add("--clip", help="MODEL:WEIGHTS of open_clip, to read a large CLIP from a file; default: as in the checkpoint")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add("--dtype", choices=("auto", *inference.DTYPES), default="auto", help="auto: bf16 for large models, if fast")
     add("--host", default="127.0.0.1", help="the address to serve at; 0.0.0.0 allows other machines")

@@ -60,9 +60,9 @@ def ask(server):
 
     def ask(path="/draw", model=0, router="", number=0, **changes):
         sent = {"model": model, "router": router, "number": number, "settings": json.dumps(PLAIN | changes)}
-        status, told = request(server, "POST", path, json.dumps(sent))
+        status, answer = request(server, "POST", path, json.dumps(sent))
         assert status == 200
-        return json.loads(told)
+        return json.loads(answer)
 
     return ask
 
@@ -72,8 +72,8 @@ def opened(url):
 
 
 def test_the_page_and_what_it_shows_first(server):
-    status, said = request(server, "GET", "/")
-    assert status == 200 and "<title>Aurora" in said
+    status, stdout = request(server, "GET", "/")
+    assert status == 200 and "<title>Aurora" in stdout
     start = json.loads(request(server, "POST", "/start", "{}")[1])
     assert start["prompt"] == "red heart" and len(start["models"]) == 3
 
@@ -81,11 +81,11 @@ def test_the_page_and_what_it_shows_first(server):
 @pytest.mark.parametrize("psi", [1, 0.5])
 def test_plain_settings_draw_what_the_pipeline_draws(ask, psi):
     small = Pipeline.load(device="cpu", resolution=64).sample("red heart", num=2, seed=3, psi=psi)
-    told = ask(psi=str(psi))
-    assert all(np.array_equal(opened(url), np.asarray(p)) for url, p in zip(told["pictures"], small, strict=True))
+    answer = ask(psi=str(psi))
+    assert all(np.array_equal(opened(url), np.asarray(p)) for url, p in zip(answer["pictures"], small, strict=True))
     large = Pipeline.load(device="cpu").sample("red heart", num=2, seed=3, psi=psi)[1]
     assert np.abs(opened(ask("/enlarge", number=1, psi=str(psi))) - np.asarray(large)).max() <= 1  # another batch
-    assert told["second_stage"] and told["routers"] == ["8.0.0", "16.0.0"] and not told["note"]
+    assert answer["second_stage"] and answer["routers"] == ["8.0.0", "16.0.0"] and not answer["note"]
 
 
 @pytest.mark.parametrize("part", ["both", "global", "local"])
@@ -142,9 +142,9 @@ def test_points_are_given_to_another_expert_and_released(ask):
 
 
 def test_a_baseline_takes_a_prompt_a_seed_and_a_number(ask):
-    told = ask(model=1)
-    assert [opened(url).shape for url in told["pictures"]] == [(32, 32, 3)] * 2
-    assert told["baseline"] == "StyleGANT" and not told["layers"] and not told["routers"]
+    answer = ask(model=1)
+    assert [opened(url).shape for url in answer["pictures"]] == [(32, 32, 3)] * 2
+    assert answer["baseline"] == "StyleGANT" and not answer["layers"] and not answer["routers"]
 
 
 @pytest.mark.parametrize(
@@ -161,8 +161,8 @@ def test_a_baseline_takes_a_prompt_a_seed_and_a_number(ask):
     ],
 )
 def test_any_error_is_a_sentence_and_the_next_draws(ask, changes, says):
-    told = ask(**changes)
-    assert says in told["error"] and "\n" not in told["error"]
+    answer = ask(**changes)
+    assert says in answer["error"] and "\n" not in answer["error"]
     assert len(ask()["pictures"]) == 2
     assert "too long" in ask(prompt="word " * 500)["note"]
 

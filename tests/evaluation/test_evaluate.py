@@ -28,8 +28,8 @@ def run(run_main, tmp_path, monkeypatch):
     monkeypatch.setattr(extractors, "efficientnet", lambda device: figures.GRID_MEANS)
 
     def run(*arguments):
-        status, said, stderr = run_main(evaluate.main, *COMMON, "--out", tmp_path / "out", *arguments)
-        return status, said, stderr.split("\r")[-1].strip()
+        status, stdout, stderr = run_main(evaluate.main, *COMMON, "--out", tmp_path / "out", *arguments)
+        return status, stdout, stderr.split("\r")[-1].strip()
 
     return run
 
@@ -109,9 +109,9 @@ def test_inception_is_read_from_torch_fidelitys_file(tmp_path, monkeypatch):
 
 
 def test_coco_end_to_end(run, tmp_path):
-    status, said, stderr = run("--data", write_coco(tmp_path), "--count", 6, "--resolution", 96)
+    status, stdout, stderr = run("--data", write_coco(tmp_path), "--count", 6, "--resolution", 96)
     assert status == 0, stderr
-    assert "Pillow's Lanczos" in said and "resized to 96×96" in said and "captions_val2014.json" in said
+    assert "Pillow's Lanczos" in stdout and "resized to 96×96" in stdout and "captions_val2014.json" in stdout
     assert "R-precision" in json.loads((tmp_path / "out" / "evaluation.json").read_text())["generated images"]
 
 
@@ -168,8 +168,8 @@ def test_fewer_images_than_asked_and_identical_sets(run, tmp_path):
     (tmp_path / "0.png").write_bytes(b"broken")
     status, _, stderr = run("--data", tmp_path, "--count", 5)  # no other image replaces it
     assert status == 2 and "has 4 usable images" in stderr
-    status, said, _ = run("--data", tmp_path, "--count", 4)
-    assert status == 0 and "1 broken images" in said
+    status, stdout, _ = run("--data", tmp_path, "--count", 4)
+    assert status == 0 and "1 broken images" in stdout
     same = torch.randn(8, 3)
     with pytest.raises(UserError, match="are the same"):
         metrics.compare_images(same, same)
@@ -180,14 +180,14 @@ def test_on_emoji_words_and_variety_are_measured_too(run, tmp_path, monkeypatch)
     path = figures.write_emoji(tmp_path / "emoji.tar.gz")
     monkeypatch.setattr("data.sources.EMOJI", path)
     monkeypatch.setattr(emoji, "read_emoji", functools.partial(emoji.read_emoji, path))
-    status, said, stderr = run(*["--data", "emoji", "--count", "8", "--resolution", "16", "--truncation", "0.5"])
+    status, stdout, stderr = run(*["--data", "emoji", "--count", "8", "--resolution", "16", "--truncation", "0.5"])
     assert status == 0, stderr
     for words in (
         "8 real ones", "between 8 of them and 8 others", "PyTorch", "seed", "FID", "precision", "R-precision",
         "real images: ", "4×4 grid", "its own output at 16×16", "from 32×32 averaged down", "R-precision of names",
         "R-precision of tags", "Variety", "(emoji_clip.safetensors)",
     ):  # fmt: skip
-        assert words in said
+        assert words in stdout
     written = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     assert written["variety"] > 0 and "FID to other real images" in written["generated images"]
     assert written["generated images"]["ψ"] == 0.5 and written["protocol"]["seed"] == 0
@@ -197,8 +197,8 @@ def test_enlarged_images_are_measured_too(run, tmp_path):
     """An untrained second stage interpolates."""
     path = tmp_path / "upsampler.safetensors"
     save_generator(path, *content(Upsampler(figures.LARGER.generator), load_clip("emoji"), 32, {}))
-    status, said, stderr = run("--data", figures.folder(), "--count", 8, "--upsampler", path, "--resolution", 32)
-    assert status == 0 and "enlarged by the second stage: ψ 1, FID" in said, stderr
+    status, stdout, stderr = run("--data", figures.folder(), "--count", 8, "--upsampler", path, "--resolution", 32)
+    assert status == 0 and "enlarged by the second stage: ψ 1, FID" in stdout, stderr
     written = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     assert written["generated images"].keys() == written["enlarged by the second stage"].keys()
     status, _, stderr = run("--data", figures.folder(), "--count", 8, "--upsampler", figures.generator_file())

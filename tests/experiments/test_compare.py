@@ -57,10 +57,10 @@ def test_a_small_comparison(run, tmp_path, run_main, monkeypatch):
     monkeypatch.setattr(emoji.read_emoji, "__defaults__", (shard,))
     monkeypatch.setattr(extractors, "efficientnet", lambda device: figures.GRID_MEANS)
     systems = [f"Aurora={figures.generator_file()}", f"LadaGAN={run[0]}"]
-    status, said, error = run_main(compare.main, *systems, "--count", 6, "--out", tmp_path)
+    status, stdout, error = run_main(compare.main, *systems, "--count", 6, "--out", tmp_path)
     assert status == 0, error
-    assert "|  | Aurora | LadaGAN | real pictures |" in said and "| variety | " in said
-    assert (tmp_path / "compare.md").read_text() in said
+    assert "|  | Aurora | LadaGAN | real pictures |" in stdout and "| variety | " in stdout
+    assert (tmp_path / "compare.md").read_text() in stdout
     results = json.loads((tmp_path / "compare.json").read_text())
     assert results["Aurora"].keys() == results["LadaGAN"].keys()
     assert results["Aurora"]["training images, thousands"] == 0

@@ -26,6 +26,6 @@ def test_the_mask_is_where_a_picture_is_not_white():
 
 
 def test_the_demos_answer_is_printed(run_main):
-    _, said, _ = run_main(probe.main, "--count", 2)
+    _, stdout, _ = run_main(probe.main, "--count", 2)
     for words in ("at 8.0.0", "shuffled", "entropy of the object"):
-        assert words in said
+        assert words in stdout

@@ -21,15 +21,15 @@ def lines(folder):
 
 
 def test_every_picture_says_how_it_was_made(each, run_main, tmp_path):
-    status, said, stderr = each("red heart", "пингвин 🐧", "--num", 3, "--seed", 5, "--truncation", 0.5)
-    assert status == 0 and "6 new pictures, 6 in all" in said, stderr
+    status, stdout, stderr = each("red heart", "пингвин 🐧", "--num", 3, "--seed", 5, "--truncation", 0.5)
+    assert status == 0 and "6 new pictures, 6 in all" in stdout, stderr
     listed = lines(tmp_path / "all")
     assert [about["file"] for about in listed] == sorted(p.name for p in (tmp_path / "all").glob("*.png"))
     assert [(about["prompt"], about["number"]) for about in listed][3:] == [("пингвин 🐧", n) for n in range(3)]
     assert Image.open(tmp_path / "all" / "000000.png").size == (Pipeline.load(device="cpu").resolution,) * 2
     assert files.how_made(tmp_path / "all" / "000004.png") == listed[4]
-    status, said, _ = run_main(sample.main, "--show", tmp_path / "all" / "000004.png")
-    assert status == 0 and "prompt: пингвин 🐧" in said and "seed: 5" in said and "psi: 0.5" in said
+    status, stdout, _ = run_main(sample.main, "--show", tmp_path / "all" / "000004.png")
+    assert status == 0 and "prompt: пингвин 🐧" in stdout and "seed: 5" in stdout and "psi: 0.5" in stdout
 
 
 def test_a_grid_says_it_too(run_main, tmp_path):

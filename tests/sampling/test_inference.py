@@ -1,4 +1,4 @@
-"""A generator made ready to sample against the one it was, in float32 and in bfloat16."""
+"""A generator made ready to sample draws what it drew before, in float32 and in bfloat16."""
 
 import copy
 import dataclasses
@@ -13,7 +13,7 @@ from sampling import inference
 
 @pytest.fixture
 def generator(generator_config):
-    """With every zero-initialized weight moved, so that no branch is silent, and many channels at the lowest level."""
+    """No weight is zero, so that every branch contributes; the lowest level has many channels."""
     torch.manual_seed(0)
     lowest, *higher = generator_config.levels
     lowest = dataclasses.replace(lowest, channels=64)
@@ -31,7 +31,7 @@ def inputs(config, batch):
 
 @pytest.mark.parametrize("batch", [1, 8], ids=["matrix products", "convolutions"])
 def test_freezing_changes_no_picture(generator, batch):
-    """At batch 1 the lowest maps are small beside the kernels; float64, so that nothing hides in rounding."""
+    """At batch 1 the lowest maps are smaller than the kernels. In float64, so that rounding hides nothing."""
     generator.double()
     arguments = [x.double() if x.is_floating_point() else x for x in inputs(generator.config, batch)]
     before = generator(*arguments)
@@ -85,5 +85,5 @@ def test_no_compiler_is_one_clear_line(monkeypatch, tmp_path):
     with pytest.raises(UserError, match=r"compile failed .*No working C.* compiler") as caught, inference.compiling():
         torch.compile(lambda x: x.sin() + 1)(torch.randn(4))
     assert len(str(caught.value).splitlines()) == 1
-    with pytest.raises(RuntimeError, match="shapes"), inference.compiling():  # what is no fault of the compiler stays
+    with pytest.raises(RuntimeError, match="shapes"), inference.compiling():  # another error is not changed
         torch.ones(2, 3) @ torch.ones(2, 3)

@@ -1,4 +1,4 @@
-"""A picture is fitted: the distance is the one that is said, and it falls."""
+"""Fits to a picture: the perceptual distance is the definition, and it falls."""
 
 import pytest
 import torch

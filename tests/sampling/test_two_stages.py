@@ -11,27 +11,18 @@ import sample
 from aurora import Generator
 from clip import load_minilm
 from common.cli import UserError
-from presets import GeneratorConfig, Level, UpsamplerConfig
 from sampling import latent, views
 from sampling.pipeline import Pipeline
+from tests import figures
 from upsampler import Upsampler, draw_input_noise, enlarge, given_images
 from weights import generator_file
 
 
 @pytest.fixture(scope="module")
 def networks():
-    """A base for 8×8 and 16×16, an upsampler to 32×32 and 64×64, with no weight at zero."""
-    common = dict(
-        z_dim=16, w_dim=20, mapping_layers=2, mapping_dim=28, clip_width=384, text_dim=16, text_layers=1,
-        num_heads=2, head_dim=8, fourier_channels=24,
-    )  # fmt: skip
-    base = (Level(8, 32, num_blocks=1), Level(16, 32, num_blocks=1, attn_depth=1, num_experts=2))
-    up = (
-        Level(8, 32, num_blocks=1, attn_depth=1, num_experts=3),
-        *(Level(r, 32, num_blocks=1) for r in (16, 32, 64)),
-    )
+    """A base for 4×4 and 8×8, an upsampler to 16×16 and 32×32, with no weight at zero."""
     torch.manual_seed(0)
-    made = (Generator(GeneratorConfig(base, **common)), Upsampler(UpsamplerConfig(up, **common, input_resolution=16)))
+    made = Generator(figures.QUICK.generator), Upsampler(figures.LARGER.generator)
     for parameter in (p for network in made for p in network.parameters()):
         parameter.data += 0.1 * torch.randn_like(parameter)
     return made
@@ -43,7 +34,7 @@ def file(networks, tmp_path_factory):
     folder = tmp_path_factory.mktemp("stages")
     clip = types.SimpleNamespace(name="small CLIP", text=load_minilm())
     for network, name in zip(networks, ("g.safetensors", "g_upsampler.safetensors"), strict=True):
-        generator_file.save_generator(folder / name, *generator_file.content(network, clip, 64, {}))
+        generator_file.save_generator(folder / name, *generator_file.content(network, clip, 32, {}))
     return folder / "g.safetensors"
 
 
@@ -55,9 +46,9 @@ def pipe(file):
 def test_the_second_stage_enlarges_what_the_first_has_drawn(networks, pipe, file):
     generator, upsampler = networks
     (picture,) = pipe.sample("red heart", seed=3)
-    (small,) = Pipeline.load(file, device="cpu", resolution=16).sample("red heart", seed=3)
-    assert picture.size == (64, 64) and small.size == (16, 16) and pipe.resolution == 64
-    text, z = load_minilm().read(["red heart"]), torch.randn(1, 16, generator=torch.Generator().manual_seed(3))
+    (small,) = Pipeline.load(file, device="cpu", resolution=8).sample("red heart", seed=3)
+    assert picture.size == (32, 32) and small.size == (8, 8) and pipe.resolution == 32
+    text, z = load_minilm().read(["red heart"]), latent.noise(generator, 1, seed=3)
     with torch.no_grad():
         image = generator(z, text.tokens, text.eot).image.clamp(-1, 1)
         noise = draw_input_noise(upsampler.config, 1, torch.Generator().manual_seed(0))
@@ -68,8 +59,8 @@ def test_the_second_stage_enlarges_what_the_first_has_drawn(networks, pipe, file
 
 
 def test_other_resolutions_are_drawn_or_refused(file):
-    assert Pipeline.load(file, device="cpu", resolution=32).sample("whale")[0].size == (32, 32)
-    with pytest.raises(UserError, match="--resolution 48: choose one of 8, 16, 32, 64"):
+    assert Pipeline.load(file, device="cpu", resolution=16).sample("whale")[0].size == (16, 16)
+    with pytest.raises(UserError, match="--resolution 48: choose one of 4, 8, 16, 32"):
         Pipeline.load(file, device="cpu", resolution=48)
 
 
@@ -91,7 +82,7 @@ def test_every_view_draws_both_stages(pipe):
         frames = pipe.view(view, *arguments)
         expected = view(pipe.upsampler, pipe.clip, *arguments)
         assert all(torch.equal(f.large.w, e.w) for f, e in zip(frames, expected, strict=True))
-        assert pipe.draw(frames).images.shape[-1] == 64
+        assert pipe.draw(frames).images.shape[-1] == 32
 
 
 def test_layers_are_mixed_through_both_stages(pipe):
@@ -109,35 +100,35 @@ def test_pictures_and_their_experts_through_the_command(file, tmp_path, run_main
     common = ("red heart", "--checkpoint", file, "--num", 1, "--device", "cpu", "--out")
     assert run_main(sample.main, *common, tmp_path / "all.png", "--experts")[0] == 0
     assert Image.open(tmp_path / "all.png").width > 3 * 64
-    status, said, _ = run_main(sample.main, *common, tmp_path / "small.png", "--resolution", 16)
-    assert status == 0 and "16×16" in said
+    status, stdout, _ = run_main(sample.main, *common, tmp_path / "small.png", "--resolution", 8)
+    assert status == 0 and "8×8" in stdout
     assert run_main(sample.main, *common[:-1], "--each", tmp_path / "each")[0] == 0
-    assert Image.open(tmp_path / "each" / "000000.png").size == (64, 64)
+    assert Image.open(tmp_path / "each" / "000000.png").size == (32, 32)
 
 
-def picture(mode, size=(16, 16)):
+def picture(mode, size=(8, 8)):
     """A red square on nothing."""
     image = Image.new("RGBA", size, (0, 0, 0, 0))
     image.paste((255, 0, 0, 255), (size[0] // 4, size[1] // 4, size[0] // 2, size[1] // 2))
     return image.convert(mode)
 
 
-@pytest.mark.parametrize(("mode", "size"), [("RGB", 16), ("RGBA", 16), ("RGB", 50)])
+@pytest.mark.parametrize(("mode", "size"), [("RGB", 8), ("RGBA", 8), ("RGB", 50)])
 def test_a_users_picture_is_enlarged(file, tmp_path, run_main, mode, size):
     path, out = tmp_path / "own.png", tmp_path / "large.png"
     picture(mode, (size, size)).save(path)
     arguments = ("a red square", "--enlarge", path, "--checkpoint", file, "--out", out, "--device", "cpu")
-    status, said, error = run_main(sample.main, *arguments)
-    assert status == 0 and "64×64" in said, error
+    status, stdout, error = run_main(sample.main, *arguments)
+    assert status == 0 and "32×32" in stdout, error
     large = Image.open(out)
-    assert large.size == (64, 64) and large.mode == "RGB"
+    assert large.size == (32, 32) and large.mode == "RGB"
     if mode == "RGBA":
-        assert np.asarray(large)[:8, :8].mean() > 200, "transparent pixels are white"
+        assert np.asarray(large)[:4, :4].mean() > 200, "transparent pixels are white"
 
 
 @pytest.mark.parametrize(
     ("size", "says"),
-    [((16, 20), "give a square picture of 16×16, or a larger one"), ((8, 8), "give a picture of 16 pixels or more")],
+    [((8, 10), "give a square picture of 8×8, or a larger one"), ((4, 4), "give a picture of 8 pixels or more")],
 )
 def test_a_picture_that_cannot_be_enlarged_is_one_line(file, tmp_path, run_main, size, says):
     picture("RGB", size).save(tmp_path / "own.png")
