@@ -23,11 +23,12 @@ def check(policy):
 
 
 def augment(pyramid, policy, chances):
-    """Changes a pyramid {r: [B, 3, r, r]} of images in [−1, 1] → a pyramid.
+    """Changes a pyramid {r: [B, 3, r, r]} of images in [−1, 1], or of crops of them → a pyramid.
 
     policy: names from POLICIES, in order. chances: [B, NUM_CHANCES], uniform in [0, 1), which decide how.
     """
-    return {r: _augment(images, policy, chances.to(images), max(pyramid)) for r, images in pyramid.items()}
+    side = pyramid[max(pyramid)].shape[-1]
+    return {r: _augment(images, policy, chances.to(images), side) for r, images in pyramid.items()}
 
 
 def _augment(images, policy, chances, side):
@@ -37,7 +38,7 @@ def _augment(images, policy, chances, side):
 
 
 def translation(images, chances, side):
-    """Shifts by up to MAX_SHIFT of the side, in whole pixels of the pyramid's highest image, whose side is given.
+    """Shifts by up to MAX_SHIFT of the side, in whole pixels of the pyramid's highest image, which has this side.
 
     Lower images move by the same share of their sides, with interpolation.
     """

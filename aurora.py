@@ -1,4 +1,5 @@
-"""Aurora's generator: text and noise become a latent code w; w and the text become a pyramid of images.
+"""Aurora's generator, the first stage (the *base*): text and noise become a latent code w; w and the text become a
+pyramid of images.
 
 Read from the bottom up: Generator, Synthesis, SynthesisLevel, then the blocks. Sizes come from presets.py.
 """
@@ -20,7 +21,7 @@ from text import TextHead
 
 
 class Mapping(nn.Module):
-    """z [B, z_dim] and the global text [B, text_dim], each of unit RMS, → the text-integrated code w [B, w_dim]."""
+    """z [B, z_dim] and the global text [B, text_dim], scaled to unit RMS, → the text-integrated code w [B, w_dim]."""
 
     def __init__(self, config: GeneratorConfig):
         super().__init__()
@@ -108,7 +109,8 @@ class AttentionBlock(nn.Module):
         nn.init.zeros_(self.proj_out.weight)  # the block starts as the identity, times its gain
 
     def forward(self, x, w, local_text):
-        h = full_precision(self.proj_in(self.norm(x).flatten(2).transpose(1, 2)))  # [B, N, C]
+        h = self.proj_in(self.norm(x).flatten(2).transpose(1, 2))  # [B, N, C]
+        h = full_precision(h)  # the blocks add to it in float32
         routings = []
         for block in self.blocks:
             h, routing = block(h, w, local_text)
@@ -128,7 +130,9 @@ class FourierFeatures(nn.Module):
         super().__init__()
         freqs = torch.randn(channels, 2)
         radii = freqs.norm(dim=1, keepdim=True)
-        self.register_buffer("freqs", freqs / (radii * radii.square().exp().pow(0.25)))  # uniform in a disc
+        self.register_buffer(
+            "freqs", freqs / (radii * radii.square().exp().pow(0.25))
+        )  # radius r → exp(−r²/4): uniform in a disc
         self.register_buffer("phases", torch.rand(channels) - 0.5)
         self.affine = Linear(w_dim, 4)
         nn.init.zeros_(self.affine.weight)
@@ -263,10 +267,10 @@ def add_to_upsampled(rgb, image):
 class Synthesis(nn.Module):
     """w and the local text → images at every resolution, each the upsampled one below plus what its level adds."""
 
-    def __init__(self, config: GeneratorConfig, first_block=StartBlock):
+    def __init__(self, config: GeneratorConfig, start=StartBlock):
         super().__init__()
         lowest = config.levels[0]
-        self.levels = nn.ModuleList([SynthesisLevel(config, lowest, first_block(config, lowest))])
+        self.levels = nn.ModuleList([SynthesisLevel(config, lowest, start(config, lowest))])
         for below, level in itertools.pairwise(config.levels):
             self.levels.append(SynthesisLevel(config, level, UpsamplingBlock(config, level, below.channels)))
         self.recompute = False  # gradient checkpointing: whether each level runs again in the backward pass
@@ -288,7 +292,8 @@ class Synthesis(nn.Module):
         """
         ws = w if w.ndim == 3 else w[:, None].expand(-1, self.num_layers, -1)
         pyramid, routings = {}, {}
-        for level, level_ws in zip(self.levels, ws.split([level.num_layers for level in self.levels], 1), strict=True):
+        num_layers = [level.num_layers for level in self.levels]
+        for level, level_ws in zip(self.levels, ws.split(num_layers, dim=1), strict=True):
             inputs = (x, level_ws, local_text, encoded.get(level.resolution) if encoded else None)
             x, rgb, routed = recomputed(level, *inputs) if self.recompute else level(*inputs)
             if rgb is not None:

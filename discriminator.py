@@ -24,8 +24,8 @@ CLIP = "clip"  # the name of a further stage, whose maps come from CLIP's featur
 def squared_l2_attention(qk, v):
     """softmax(−‖q − k‖₂²/√d)·v with q = k, over [B, heads, N, d]: twice differentiable, as R1 needs it.
 
-    The distance itself has an infinite slope at zero, and here every point meets itself. |q|² is the same for all keys
-    and cancels in the softmax. Autograd keeps the whole map in memory.
+    The distance itself has no gradient at zero, and here every point meets itself. |q|² is the same for all keys and
+    cancels in the softmax. Autograd keeps the whole map in memory.
     """
     with float32_region(qk):
         qk = full_precision(qk)
@@ -55,7 +55,7 @@ class TiedSelfAttention(nn.Module):
 
 
 class Flatten(nn.Module):
-    """The last stride: a convolution over the whole map, [B, C, side, side] → [B, D, 1, 1]."""
+    """The last stride: a convolution without padding turns a map into one point, [B, C, side, side] → [B, D, 1, 1]."""
 
     def __init__(self, in_channels, out_channels, side=4):
         super().__init__()
@@ -66,8 +66,8 @@ class Flatten(nn.Module):
 
 
 class Stage(nn.Module):
-    """One φ: self-attention and residual convolutions, as many as the level asks for, then the step to half of it.
-    Discriminator.maps calls its two parts, since other images join between them.
+    """One φ: self-attention and residual convolutions, as many as the level has, then the step to half the resolution.
+    It has no forward: Discriminator.maps calls from_rgb and body, because other images join between them.
     """
 
     def __init__(self, config: DiscriminatorConfig, level, step):
@@ -110,11 +110,11 @@ class Head(nn.Module):
 class Discriminator(nn.Module):
     """Pyramids {resolution: [B, 3, R, R]} and captions → logits {(input, stage): [B, N]}; larger means more like real.
 
-    A smaller pyramid, as while the generator grows, enters at the stages it has images for; that of the upsampler has
-    none for the low stages. `clip_maps` is what CLIP sees in the highest image, clip.see()[1]: feature maps
-    [B, C, side, side] of the shapes config.clip_maps; empty for the upsampler, whose discriminator is not vision-aided.
-    The discriminator's own maps hold no text, so another caption of the same images needs the heads only: maps(), then
-    score() twice.
+    While the generator grows, the pyramid lacks the highest images, and their stages are skipped. An upsampler has
+    no low images: those stages only process maps from above. `clip_maps` are CLIP's feature maps of the
+    highest image, clip.see()[1], [B, C, side, side] of the shapes config.clip_maps; empty for an upsampler, whose
+    discriminator is not vision-aided. The maps do not depend on the text, so a second caption for the same images needs
+    only the heads: call maps() once and score() twice.
     """
 
     def __init__(self, config: DiscriminatorConfig):
@@ -141,16 +141,16 @@ class Discriminator(nn.Module):
         return rms_norm(full_precision(self.text_head(tokens, eot)[0]))
 
     def maps(self, pyramid, clip_maps):
-        """→ {(input, stage): the feature map of that input image after that stage, [B, C, H/2, W/2], or 1×1 at last}.
+        """→ {(input, stage): the feature map of that input image after that stage, [B, C, H/2, W/2] or 1×1 at last}.
 
-        Both are named by their resolution. Each input joins those that entered above it, and all go on as one batch:
+        Both are named by their resolution. Each input joins those that entered above, and all go on as one batch:
 
             stage          16          8           4
             input 16  ──▶ (16, 16) ─▶ (16, 8) ─▶ (16, 4)
             input 8                ──▶ (8, 8) ──▶ (8, 4)
             input 4                           ──▶ (4, 4)
 
-        CLIP is a stage by itself. It yields a feature point for each of its maps: [B, C, number of maps, 1].
+        CLIP is a stage of its own, with one feature point for each of its maps: [B, C, number of maps, 1].
         """
         points = [read(x) for read, x in zip(self.map_readers, clip_maps, strict=True)]
         maps = {(max(pyramid), CLIP): torch.cat(points, dim=2)} if points else {}
@@ -162,19 +162,19 @@ class Discriminator(nn.Module):
             if resolution in pyramid:
                 entered[resolution] = lrelu(stage.from_rgb(pyramid[resolution]))
             outputs = stage.body(torch.cat([*entered.values()])).chunk(len(entered))
-            for image, x in zip(entered, outputs, strict=True):
-                entered[image] = maps[image, resolution] = x
+            for entry, x in zip(entered, outputs, strict=True):
+                entered[entry] = maps[entry, resolution] = x
         return maps
 
     def score(self, maps, text):
         """The maps of B images and text codes [B, text_dim] → logits {(input, stage): [B, N]}."""
         logits = {}
-        for stage in {stage: None for _, stage in maps}:
-            inputs = [entered for entered, its_stage in maps if its_stage == stage]
-            together = torch.cat([maps[entered, stage] for entered in inputs])  # all that passed this stage, one batch
-            outputs = self.heads[str(stage)](together, text.repeat(len(inputs), 1)).chunk(len(inputs))
-            for entered, output in zip(inputs, outputs, strict=True):
-                logits[entered, stage] = output
+        for stage in dict.fromkeys(stage for _, stage in maps):  # each once
+            entries = [entry for entry, its_stage in maps if its_stage == stage]
+            together = torch.cat([maps[entry, stage] for entry in entries])  # all that passed this stage, one batch
+            outputs = self.heads[str(stage)](together, text.repeat(len(entries), 1)).chunk(len(entries))
+            for entry, output in zip(entries, outputs, strict=True):
+                logits[entry, stage] = output
         return logits
 
     def forward(self, pyramid, clip_maps, tokens, eot):

@@ -15,7 +15,8 @@ POINTS_AT_A_TIME = 512  # of one expert on a CPU, so that their 8C activations b
 
 
 class Experts(nn.Module):
-    """E feed-forward networks C → 8C, split into a and g, a·gelu(g) → C, stored as stacks: no expert is a module.
+    """E feed-forward networks: C → 8C, halved into a and g; a·gelu(g) → C. Each weight is one tensor for all experts,
+    so no expert is a module.
 
     forward: points [P, C], expert_index [P], gate [P] → gate · expert(point), [P, C]. The points are sorted by expert,
     so that each expert multiplies one contiguous slice; together this costs as much as one expert over all points. No

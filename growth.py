@@ -79,8 +79,9 @@ class Growth:
         "reference_fid": {resolution: FID}}.
         """
         rank, ranks = distributed.rank(), distributed.world_size()
-        quota = len(range(rank, 2 * self.recipe.fid_samples, ranks))
-        features, captions, given = {r: [] for r in self.resolutions}, [], []
+        quota = len(range(rank, 2 * self.recipe.fid_samples, ranks))  # of pairs, for this rank
+        features, captions = {r: [] for r in self.resolutions}, []
+        given = []  # of an upsampler (small image, noise) for each caption, of the base ()
         noise = torch.Generator().manual_seed(self.seed + rank)
         with distributed.together():
             for batch in source.evaluation_pairs(rank=rank, world_size=ranks):
@@ -95,13 +96,13 @@ class Growth:
         if any(distributed.collect(stopping.asked())):
             raise stopping.Stopped
         captions = [caption for share in distributed.collect(captions) for caption in share]
-        given = [images for share in distributed.collect(given) for images in share]
+        given = [inputs for share in distributed.collect(given) for inputs in share]
         with distributed.together():
             if len(captions) < 4:
                 raise UserError(f"--data has {len(captions)} usable pairs; training needs at least 4")
         half = len(captions) // 2
         kept = {"captions": captions[:half], "statistics": {}, "reference_fid": {}}
-        kept["given"] = tuple(torch.stack(images).cpu() for images in zip(*given[:half], strict=True))
+        kept["given"] = tuple(torch.stack(inputs).cpu() for inputs in zip(*given[:half], strict=True))
         for r in self.resolutions:
             every = torch.cat([part for share in distributed.collect(features[r]) for part in share])
             one, other = every[: 2 * half].split(half)

@@ -1,7 +1,7 @@
 """Every loss of Aurora, in the paper's order: adversarial, matching-aware, R1, multi-level CLIP, mixture of experts.
 
 A pyramid contains an image for each active resolution. The discriminator scores each image after every stage that it
-passes: a *prediction* is named (input, stage), both by their resolution. `scales`, {resolution: weight}, weighs images.
+passes. A *prediction* is named (input, stage), by their resolutions. `scales`, {resolution: weight}, weighs images.
 Losses are means over a rank's images, CLIP's over the global batch. DDP averages gradients over ranks, which gives
 those of the global batch.
 """
@@ -20,7 +20,7 @@ from layers import float32_region, full_precision
 R1_INTERVAL = 16  # R1 is computed in one step of 16, and counts 16 times there (StyleGAN2, section 4.1).
 EARLY_ADVERSARIAL, EARLY_MATCHING = 0.01, 0.05  # weights of predictions before the last stage
 Z_LOSS_WEIGHT = 0.001  # the release's
-SEEN_BY_CLIP = 64  # CLIP sees only the largest of the images above this resolution, because it resizes them all.
+SEEN_BY_CLIP = 64  # Of images above this resolution CLIP sees only the largest, because it resizes them to one size.
 
 
 def scale_weights(resolutions, lower):
@@ -32,7 +32,7 @@ def scale_weights(resolutions, lower):
 def prediction_weights(logits, early, scales):
     """{(input, stage): weight}: that of the image, times `early` before the last stage. CLIP counts as a last one."""
     late = last_stage(logits), CLIP
-    return {(image, stage): scales[image] * (1 if stage in late else early) for image, stage in logits}
+    return {(entry, stage): scales[entry] * (1 if stage in late else early) for entry, stage in logits}
 
 
 def last_stage(logits):
@@ -42,7 +42,7 @@ def last_stage(logits):
 
 def last_prediction(logits):
     """The logits of the highest image after the last stage, [B, N]."""
-    return logits[max(image for image, _ in logits), last_stage(logits)]
+    return logits[max(entry for entry, _ in logits), last_stage(logits)]
 
 
 def logistic_loss(logits, sign, early, scales):
@@ -151,7 +151,7 @@ def pixel_distance(pyramid, real, scales):
 
 
 def moe_loss(output, balance_weight):
-    """The weighted sum of both losses over all routers of an aurora.Output: a scalar."""
+    """The weighted sum of z_loss and load_balancing_loss over all routers of an aurora.Output: a scalar."""
     total = output.w.new_zeros(())  # if there is no router, for example at 4×4
     for routing in output.routings.values():
         total = total + Z_LOSS_WEIGHT * z_loss(routing.logits)

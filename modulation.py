@@ -12,7 +12,9 @@ from torch import nn
 
 from layers import Linear, float32_region, full_precision, in_float32
 
-CHANNELS_PER_POINT = 4  # from which, in sampling, a convolution is computed as a product of matrices
+# In sampling, a convolution is computed as a matrix product if its kernels have at least this many input channels for
+# each point that shares them. In training, this would keep the unfolded input in memory.
+CHANNELS_PER_POINT = 4
 
 
 def multiply(matrices, columns):
@@ -98,7 +100,7 @@ class ModulatedConv2d(nn.Module):
             return torch.linalg.vector_norm(kernels, dim=(-2, -1)).square()
         products = self.kernel_products() if self.products is None else self.products
         if mix is None:
-            return products[0]
+            return products[0]  # [1, D, C]
         pairs = (mix[:, :, None] * mix[:, None]).flatten(1)  # [B, n·n]
         return (pairs @ products.flatten(0, 1).flatten(1)).unflatten(1, products.shape[2:])
 
@@ -139,7 +141,7 @@ class UpsamplingConv2d(ModulatedConv2d):
 
 
 def transposed_convolution(x, kernels):
-    """The plain form: x [B, C, H, W] and kernels [G, D, C, k, k] → [B, D, 2H + 1, 2W + 1], with stride 2."""
+    """The plain form, for tests: x [B, C, H, W] and kernels [G, D, C, k, k] → [B, D, 2H + 1, 2W + 1], with stride 2."""
     batch, groups, (height, width) = len(x), len(kernels), x.shape[2:]
     x = x.reshape(batch // groups, -1, height, width)
     y = F.conv_transpose2d(x, kernels.transpose(1, 2).flatten(0, 1), stride=2, groups=groups)

@@ -102,7 +102,7 @@ class Recipe:
     fid_every: int  # in images
     lr_generator: float = 2.5e-3
     lr_discriminator: float = 2.5e-3
-    momentum_generator: float = 0.0  # Adam's β₁; a distance to the truth, which is no game, is learned faster with some
+    momentum_generator: float = 0.0  # Adam's β₁; more than 0 helps if distances to the true image dominate the loss
     r1_gamma: float = 1.0  # at 64×64; γ at resolution r is r1_gamma · (r/64)²
     lower_scales: float = 0.17 / 0.33  # what each image below the highest resolution counts, relative to that one
     clip_weight: float = 0.1
@@ -222,8 +222,8 @@ PRESETS = {
         (256, 256, 192, 96, 48), (256, 256, 192, 128, 64), w_dim=256, head_dim=32, batch=64, ema_half_life=20_000,
         images_per_phase={4: 0, 8: 0, 16: 96_000, 32: 450_000}, fid_every=64_000,
     ),
-    # The second stage of the paper, which gives no sizes: those of GigaGAN's upsampler, 359 M parameters. Growing buys
-    # nothing, as the input shows the layout already: both lower resolutions pass after a step each.
+    # The second stage. The paper gives no sizes: ours are near those of GigaGAN's upsampler (359 M parameters). Growing
+    # gains nothing, because the input already shows the layout: 0 images end each of the two lower phases after a step.
     "aurora-512": Preset(
         UpsamplerConfig(levels=(
             Level(8, 768, num_blocks=2, attn_depth=1, num_experts=4),
@@ -258,6 +258,7 @@ PRESETS = {
             Level(128, 32, num_blocks=1),
             Level(256, 16, num_blocks=1),
         ), w_dim=128, mapping_dim=128, num_heads=4, head_dim=24, **SMALL_GENERATOR),
+        # The stages end at 8, not at 4: crops are half as wide as pictures, and so are their maps.
         DiscriminatorConfig(levels=(
             DiscriminatorLevel(8, 128, num_blocks=0, takes_images=False),
             DiscriminatorLevel(16, 96, num_blocks=0, attn_depth=1, takes_images=False),

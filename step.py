@@ -182,8 +182,8 @@ class Learner:
         """Adds the gradients of R1, times r1_weight, to the discriminator's → R1.
 
         R1 takes several times the memory of the other losses, and no image affects another's penalty. So it uses
-        smaller batches, and comes first, while no other graph is in memory. It bypasses the DDP wrapper, which averages
-        these gradients together with those of discriminator_step.
+        smaller batches, and comes first, while no other graph is in memory. It bypasses the DDP wrapper and
+        leaves its gradients in .grad; discriminator_step adds its own, and DDP averages the sum.
         """
         scales, total = scale_weights(micro_batches[0].real, self.recipe.lower_scales), 0
         for batch in micro_batches:

@@ -50,22 +50,25 @@ def enlarge(image):
 def add_detail(rgb, image, side):
     """The RGB of a level [B, 3, 2R, 2R] and the image below [B, 3, R, R] → the image at 2R.
 
-    Of the RGB only the detail is added that an image of side × side, the input's resolution, cannot show. So the large
-    picture keeps the colors of the small one. Otherwise early steps of training would shift colors that are right.
+    Adds the RGB without its low frequencies (averaged to side × side, the input's size, and enlarged again): only
+    detail that the input cannot show. So the large picture keeps the colors of the small one. Otherwise early steps of
+    training would shift colors that are right.
     """
     coarse = F.interpolate(resize(rgb, side), rgb.shape[-1], mode="bilinear", align_corners=False)
     return rgb - coarse + enlarge(image)
 
 
 class UNet(Synthesis):
-    """The image, w and the local text → images at every resolution above. Untrained, they are its interpolation."""
+    """The image, w and the local text → images at every resolution above the image's. Before training these are the
+    image, interpolated.
+    """
 
     def __init__(self, config: UpsamplerConfig):
-        super().__init__(config, first_block=ConvBlock)
+        super().__init__(config, start=ConvBlock)
         self.encoder, self.input_noise = Encoder(config), config.input_noise
 
     def forward(self, image, noise, w, local_text, resolution=None):
-        """image, noise: [B, 3, input_resolution, input_resolution]; the rest as in Synthesis.
+        """image, noise: [B, 3, S, S] with S = input_resolution, or the side of a crop; the rest as in Synthesis.
 
         The encoder sees the image with noise added, so that generated pictures do not look different from real ones
         (GigaGAN, section 3.5). The interpolated image has no noise.
@@ -111,12 +114,14 @@ def draw_input_noise(config, count, generator):
     return torch.randn(count, *shape, generator=generator)
 
 
-def crop(images, size, side, places):
-    """Cuts a square from each of images [B, 3, R, R], at the same place of the picture for any R: `side` pixels if R is
-    `size`, side·R/size pixels in general. places [B, 2], uniform in [0, 1), choose the place.
+def crop(images, input_resolution, side, places):
+    """Cuts a square from each of images [B, 3, R, R], at the same place of the picture for any R: `side` pixels of the
+    input, side·R/input_resolution pixels of others. places [B, 2], uniform in [0, 1), choose the place.
+
+    A pyramid keeps its keys: with side 32 of an input of 64 pixels, the image of resolution 256 has 128×128 pixels.
     """
-    scale = images.shape[-1] // size
-    corners = ((places * (size - side + 1)).long() * scale).tolist()
+    scale = images.shape[-1] // input_resolution
+    corners = ((places * (input_resolution - side + 1)).long() * scale).tolist()
     cuts = [image[:, y : y + side * scale, x : x + side * scale] for image, (y, x) in zip(images, corners, strict=True)]
     return torch.stack(cuts)
 
