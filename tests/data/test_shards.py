@@ -81,11 +81,12 @@ def test_the_pairs_of_a_batch_come_from_as_many_shards(tmp_path, undecoded):
     assert (counts * (counts - 1)).sum() / (200 * 199) < 1.5 / 40
 
 
-def test_compressed_shards_are_read_several_in_turn(tmp_path, undecoded, monkeypatch):
-    """If the buffer is smaller than a shard, a batch would otherwise come from a single one."""
+@pytest.mark.parametrize("kind", ["tar", "tar.gz"])
+def test_a_batch_mixes_shards_that_are_larger_than_the_buffer(tmp_path, undecoded, monkeypatch, kind):
     monkeypatch.setattr(shards, "BUFFER", 40)
     for number in range(20):
-        write_tar(tmp_path / f"{number:03d}.tar.gz", named(numbered(100, 100 * number)), "w:gz")
+        files, mode = named(numbered(100, 100 * number)), "w" if kind == "tar" else "w:gz"
+        write_tar(tmp_path / f"{number:03d}.{kind}", files, mode)
     source = source_of(tmp_path)
     assert len({int(caption) // 100 for caption in seen(source, 1, batch=40)}) > 5
 
