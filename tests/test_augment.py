@@ -24,10 +24,11 @@ def changed(image, policy, **values):
     return augment({16: image}, (policy,), chances(**values))[16]
 
 
-def test_translation_moves_by_whole_pixels_and_leaves_grey(image):
-    moved = changed(image, "translation", c0=1.0, c1=0.25)  # two pixels to the right, one up
-    expected = F.pad(image, (2, 0, 0, 1))[..., 1:, :16]
-    torch.testing.assert_close(moved, expected)
+@pytest.mark.parametrize("resolution", (16, 32))  # of a crop, an image is smaller than its resolution
+def test_translation_moves_by_whole_pixels_and_leaves_grey(image, resolution):
+    some = chances(c0=0.9, c1=0.25)  # 1.6 pixels of 16 to the right, one up
+    moved = augment({resolution: image}, ("translation",), some)[resolution]
+    torch.testing.assert_close(moved, F.pad(image, (2, 0, 0, 1))[..., 1:, :16])
 
 
 def test_a_pyramid_moves_as_a_whole():
