@@ -42,15 +42,16 @@ from weights.generator_file import DEMO, load_generator, load_upsampler
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=type("Help", (HelpFormatter, argparse.RawDescriptionHelpFormatter), {})
-    )
+    class Formatter(HelpFormatter, argparse.RawDescriptionHelpFormatter):
+        """Keeps the line breaks of the description."""
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Formatter)
     add = parser.add_argument
     add("--checkpoint", type=a_path, default=DEMO, help="generator_ema.safetensors, or aurora_v1.pth")
     add("--text-clip", help="the large CLIP of the generator, see --clip of sample.py")
     add("--upsampler", type=a_path, help="a second stage, to measure the enlarged images too: a run, or its file")
     add_data(add, ", or COCO's captions_val2014.json")
-    add("--images", type=a_path, help="the folder of COCO's images (default: ../val2014 of the JSON's folder)")
+    add("--images", type=a_path, help="the folder of COCO's images (default: val2014 next to the folder of the JSON)")
     add("--count", type=positive_int, help="generated images (default: 1000, for emoji 2400; for COCO 30000 is usual)")
     add("--resolution", type=positive_int, help="of the compared images (default: that of the last stage)")
     add("--features", default="efficientnet", help="for the FID: efficientnet, inception, inception:FILE, or as --clip")

@@ -36,12 +36,7 @@ def parse_args(argv=None):
     add("--num", type=positive_int, default=4, help="pictures for each prompt")
     add("--seed", type=natural_number, default=0, help="the same seed gives the same pictures")
     add("--truncation", type=finite_number, default=1.0, help="psi: 1 is all variety, 0 each prompt's mean picture")
-    add(
-        "--checkpoint",
-        type=a_path,
-        default=DEMO,
-        help="a run, its generator_ema.safetensors, or the authors' aurora_v1.pth",
-    )
+    add("--checkpoint", type=a_path, default=DEMO, help="a run, its generator, or the authors' aurora_v1.pth")
     add("--clip", help="MODEL:WEIGHTS of open_clip, to read a large CLIP from a file; default: as in the checkpoint")
     add(
         "--upsampler",
@@ -61,19 +56,11 @@ def parse_args(argv=None):
     look.add_argument("--seeds", nargs="+", type=natural_number, help="a column for each seed")
     look.add_argument("--truncation-sweep", action="store_true", help="a column for each of several truncations")
     look.add_argument("--interpolate", nargs=2, metavar=("FROM", "TO"), help="interpolate between two prompts")
-    look.add_argument(
-        "--mix", nargs=2, metavar=("COARSE", "FINE"), help="low layers use one prompt, the others another"
-    )
+    look.add_argument("--mix", nargs=2, metavar=("COARSE", "FINE"), help="low layers use one prompt, others another")
     look.add_argument("--latent-walk", action="store_true", help="one prompt, from seed to seed; best as .gif")
-    look.add_argument(
-        "--like",
-        type=a_path,
-        metavar="PICTURE",
-        help="fit w to a picture that the first prompt describes; further prompts edit it",
-    )
-    look.add_argument(
-        "--enlarge", type=a_path, metavar="PICTURE", help="enlarge a square picture of yours that the prompt describes"
-    )
+    edit = "fit w to a picture that the first prompt describes; further prompts edit it"
+    look.add_argument("--like", type=a_path, metavar="PICTURE", help=edit)
+    look.add_argument("--enlarge", type=a_path, metavar="PICTURE", help="enlarge a square picture of the prompt")
     add("--steps", type=positive_int, default=8, help="frames of --interpolate and --latent-walk")
     add("--part", choices=("both", "global", "local"), default="both", help="which text --interpolate changes")
     add("--path", choices=("spherical", "linear"), default="spherical", help="of --interpolate and --latent-walk")
