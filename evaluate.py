@@ -119,7 +119,7 @@ def describe(args, clip, generator, resolution, resizer, extractors, captions, s
         "CLIP score by": f"{reader}; the mean cosine",
         "R-precision": f"the share of images whose own caption comes first among {candidates}, by the same network",
         OTHERS: f"of real images: between {half} of them and {half} others{fewer}",
-        "passed over": ", ".join(f"{number} {cause}" for cause, number in skipped.items()) or "nothing",
+        "skipped": ", ".join(f"{number} {cause}" for cause, number in skipped.items()) or "nothing",
         "seed": args.seed,
         "versions": f"PyTorch {torch.__version__}, Python {platform.python_version()}",
     }

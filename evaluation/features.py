@@ -19,7 +19,7 @@ from sampling.pictures import to_bytes
 
 BATCH = 64
 OTHERS = "FID to other real images"
-AS_READ = "the same, seen by what reads captions"
+READ_BY_CLIP = f"{OTHERS}, by the network of the CLIP score"
 
 
 def own_resolution(generator, resolution):
@@ -137,7 +137,7 @@ def measure(draw, captions, real, count, seed, resolution, extractors):
     result = compare_images(real["images"][:count], made["images"])
     if len(captions) == 2 * count:
         result[OTHERS] = fid(real["images"][count:], made["images"])
-        result[AS_READ] = fid(real["texts"][count:], made["texts"])
+        result[READ_BY_CLIP] = fid(real["texts"][count:], made["texts"])
     return result | compare_texts(made["texts"], embed(extractors["texts"], own).to(device), own)
 
 
@@ -145,7 +145,7 @@ def measure_real(captions, real, count, extractors):
     """The measures of real images: distances between their two halves, and how well they match their captions."""
     own = captions[:count]
     texts = embed(extractors["texts"], own).to(real["texts"].device)
-    distances = {OTHERS: fid_of_halves(real["images"]), AS_READ: fid_of_halves(real["texts"])}
+    distances = {OTHERS: fid_of_halves(real["images"]), READ_BY_CLIP: fid_of_halves(real["texts"])}
     return distances | compare_texts(real["texts"][:count], texts, own)
 
 
