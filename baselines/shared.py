@@ -137,8 +137,9 @@ def main(system_class):
     add("--seed", type=natural_number, default=0)
     add("--truncation", type=finite_number, default=1.0, help="1: full variety; 0: the mean picture of each prompt")
     add("--edit", type=a_path, help="a picture for Muse to change toward the prompts")
-    add("--checkpoint", type=a_path, default=Path("runs") / name / "generator_ema.safetensors")
-    add("--out", type=a_path, default=Path("sample.png"))
+    generator = Path("runs") / name / "generator_ema.safetensors"
+    add("--checkpoint", type=a_path, default=generator, help="a run's folder or its generator file")
+    add("--out", type=a_path, default=Path("sample.png"), help="the picture to write")
     sampling.set_defaults(run=sample)
     args = parser.parse_args()
     with errors_in_one_line():
@@ -247,7 +248,7 @@ def sample(system_class, name, args):
     captions = [prompt for prompt in args.prompt for _ in range(args.num)]
     picture = grid([to_pil(image) for image in images], captions, columns=args.num)
     save([picture], args.out, as_texts(args))
-    print(f"{len(images)} pictures by {args.checkpoint}, written to {args.out.resolve()}")
+    print(f"{len(images)} picture(s) by {args.checkpoint}, written to {args.out.resolve()}")
 
 
 def system_of(path):
