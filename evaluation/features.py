@@ -145,6 +145,13 @@ def measure_real(captions, real, count, extractors):
     """The measures of real images: distances between their two halves, and how well they match their captions."""
     own = captions[:count]
     texts = embed(extractors["texts"], own).to(real["texts"].device)
+    rows = list({caption: row for row, caption in enumerate(own)}.values())
+    _, counts = F.normalize(texts[rows], dim=1).mul(1e5).round().unique(dim=0, return_counts=True)
+    if alike := int(counts[counts > 1].sum()):
+        distributed.say(
+            f"note: {alike} of {len(rows)} captions look like others to the network of the CLIP score, which may not "
+            "know their language; R-precision counts them as wrong"
+        )
     distances = {OTHERS: fid_of_halves(real["images"]), READ_BY_CLIP: fid_of_halves(real["texts"])}
     return distances | compare_texts(real["texts"][:count], texts, own)
 

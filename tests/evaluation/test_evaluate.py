@@ -175,6 +175,16 @@ def test_fewer_images_than_asked_and_identical_sets(run, tmp_path):
         metrics.compare_images(same, same)
 
 
+def test_captions_that_the_judge_cannot_tell_apart_are_noted(run, tmp_path):
+    """MiniLM reads English; of these it knows no sign but the last."""
+    for i, caption in enumerate(("猫", "狐", "狐", "狸", "心")):
+        Image.new("RGB", (64, 64), (40 * i, 0, 0)).save(tmp_path / f"{i}.png")
+        (tmp_path / f"{i}.txt").write_text(caption, "utf-8")
+    status, stdout, stderr = run("--data", tmp_path, "--count", 5)
+    assert status == 0 and "note: 3 of 4 captions look like others" in stdout, stderr
+    assert "look like others" not in run("--data", figures.folder(), "--count", 5)[1]
+
+
 def test_on_emoji_words_and_variety_are_measured_too(run, tmp_path, monkeypatch):
     """The real command on some of the emoji, at a lower output of the generator."""
     path = figures.write_emoji(tmp_path / "emoji.tar.gz")
