@@ -1,4 +1,5 @@
-"""The kernels as compiled for GPUs fit into the shared memory of a multiprocessor, and no registers spill.
+"""The kernels as compiled for GPUs fit into the shared memory of a multiprocessor, no registers spill, and no product is
+rounded to TF32.
 
 Triton's own ptxas compiles them, so this machine needs no GPU. The test runs this file as a script, without Triton's
 interpreter.
@@ -73,6 +74,7 @@ class Compiled:
         for self.driver.capability in SHARED:
             dtypes = [x.dtype if isinstance(x, torch.Tensor) else x for x in args]
             compiled = self.kernel.warmup(*dtypes, grid=None, **options)
+            assert "tf32" not in compiled.asm["ptx"]
             dtype = str(dtypes[0]).removeprefix("torch.")
             shared, stack = compiled.metadata.shared, stack_of(compiled.asm["cubin"])
             print(self.kernel.__name__, dtype, self.driver.capability, shared, stack, flush=True)
