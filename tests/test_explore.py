@@ -169,13 +169,12 @@ def test_any_error_is_a_sentence_and_the_next_draws(ask, changes, says):
 
 def test_what_the_page_sends_is_held_within_bounds(server):
     for sent in (10**7, -5, None, 1e300, float("nan"), "x", [1]):
-        wanted = page.read_settings(
-            json.dumps(
-                PLAIN | dict.fromkeys(("seed", "num", "psi", "amount", "walk"), sent) | {"prompt": "word " * 9999}
-            )
-        )
+        fields = dict.fromkeys(("seed", "num", "psi", "amount", "walk"), sent)
+        fields |= dict.fromkeys(("prompt", "second"), "word " * 9999)
+        wanted = page.read_settings(json.dumps(PLAIN | fields))
         assert 1 <= wanted.num <= page.MOST and 0 <= wanted.psi <= 1.5 and 0 <= wanted.walk <= page.MOST_SEED
-        assert 0 <= wanted.seed <= page.MOST_SEED and 0 <= wanted.amount <= 1 and len(wanted.prompt) <= 1000
+        assert 0 <= wanted.seed <= page.MOST_SEED and 0 <= wanted.amount <= 1
+        assert len(wanted.prompt) <= 1000 and len(wanted.second) <= 1000
     assert [page.within(sent, 1, 9) for sent in ("5", 5)] == [5, 5]
     for body in ("[", "[]", "{}", '{"model": -9}'):
         assert "error" in json.loads(request(server, "POST", "/draw", body)[1])

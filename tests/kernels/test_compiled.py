@@ -1,5 +1,5 @@
-"""The kernels as compiled for GPUs fit into the shared memory of a multiprocessor, no registers spill, and no product is
-rounded to TF32.
+"""The kernels as compiled for GPUs fit into the shared memory of a multiprocessor, no registers spill, and no product
+is rounded to TF32.
 
 Triton's own ptxas compiles them, so this machine needs no GPU. The test runs this file as a script, without Triton's
 interpreter.
