@@ -1,6 +1,6 @@
-"""Attention by L2 distance, which can be Lipschitz where dot products cannot (Kim et al. 2021; GigaGAN, section 3.1).
+"""Attention by L2 distance. Unlike dot products it can be Lipschitz (Kim et al. 2021; GigaGAN, section 3.1).
 
-The proof needs squares and q = k, as discriminator.squared_l2_attention has them. The released generator has neither.
+The proof needs squared distances and q = k, as discriminator.squared_l2_attention has them. The release has neither.
 """
 
 import math

@@ -12,7 +12,7 @@ class Level:
 
     resolution: int
     channels: int
-    num_blocks: int  # convolutional blocks; each is followed by an attention block where attn_depth > 0
+    num_blocks: int  # convolutional blocks; each is followed by an attention block if attn_depth > 0
     num_kernels: int = 1  # adaptive kernels of every convolution, mixed by w
     attn_depth: int = 0  # transformer blocks in an attention block; 0: this resolution has no attention
     num_experts: int = 0  # in each transformer block
@@ -128,9 +128,9 @@ class Preset:
     clip_model: str = OPENAI_CLIP  # the default of --clip
 
 
-# What the small presets share. Attention and experts stand where layout is decided. Under the release's gains features
-# shrink from block to block; under these they keep their scale. The discriminator learned more in the same time without
-# residual convolutions.
+# What the small presets share. Attention and experts are at the resolutions that decide the layout. With the release's
+# gains, features would shrink from block to block; with these they keep their scale. The discriminator learned more in
+# the same time without residual convolutions.
 SMALL_RECIPE = dict(
     lr_generator=5e-3, lr_discriminator=8e-3, lower_scales=0.02, clip_weight=0.2, matching_weight_generator=0.1
 )

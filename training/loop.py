@@ -23,9 +23,7 @@ from data.pairs import CAUSES
 from layers import pyramid
 from upsampler import draw_input_noise, given_images
 
-MOST_REJECTED = (
-    20  # A run ends after this number of updates in a row with non-finite gradients; a step has two updates.
-)
+MOST_REJECTED = 20  # A run ends after this number of updates in a row without finite gradients; a step has two.
 LASTING = 500  # A symptom is reported after this number of steps in a row.
 WATCHED = 128  # images of each kind that overfitting is measured with, shared by the ranks
 AT_ONCE = 16  # of these images
