@@ -1,4 +1,4 @@
-"""COCO's captions for evaluation. The field takes one caption for each of 30,000 images of the 2014 validation set."""
+"""COCO for evaluation. The field uses one caption of each of 30,000 images of the 2014 validation set."""
 
 import collections
 import json
@@ -16,11 +16,11 @@ RESIZER = f"centre crop, then Pillow's Lanczos (Pillow {Image.__version__})"
 
 
 class Coco(Source):
-    """Images of COCO 2014 val with a caption each, both drawn by a seed: `count` different images in random order, then
-    up to as many others, for the distance between two sets of real images. For evaluation alone.
+    """Random images of COCO 2014 val with one random caption each: `count` different images, then up to as many others,
+    for the distance between two sets of real images. For evaluation only.
 
-    annotations: captions_val2014.json. folder: of the images, by default val2014 beside the folder of the JSON. Raises
-    UserError for a file of another kind or split, for fewer than `count` images, and for images that are not there.
+    annotations: captions_val2014.json. folder: of the images, by default val2014 next to the folder of the JSON. Raises
+    UserError for a file of another kind or split, for fewer than `count` images, and for missing images.
     """
 
     def __init__(self, annotations, folder, resolution, count, seed):
@@ -28,7 +28,7 @@ class Coco(Source):
         images, captions = read_annotations(annotations)
         if others := [name for name in images.values() if "val2014" not in name]:
             raise UserError(
-                f"--data {annotations} is not of COCO 2014 val: it lists {others[0]}; take captions_val2014.json"
+                f"--data {annotations} is not of COCO 2014 val: it lists {others[0]}; use captions_val2014.json"
             )
         if len(captions) < count:
             raise UserError(
@@ -39,7 +39,7 @@ class Coco(Source):
         chosen = rng.permutation(sorted(captions))[: 2 * count]
         self.pairs = [(folder / images[i], str(rng.choice(captions[i]))) for i in chosen]
         if missing := next((path for path, _ in self.pairs if not path.is_file()), None):
-            raise UserError(f"no image {missing}; say with --images where the folder val2014 lies")
+            raise UserError(f"no image {missing}; name the folder val2014 with --images")
 
     def examples(self, held_out=False, rank=0, world_size=1):
         for path, caption in () if held_out else self.pairs[rank::world_size]:
@@ -64,10 +64,10 @@ def read_annotations(path):
 
 
 def read_image(path, resolution):
-    """An image file → its centre square [3, R, R] in [−1, 1]. Smaller ones are enlarged, as in the field."""
+    """An image file → its centre square [3, R, R] in [−1, 1]. Smaller images are enlarged, as in the field."""
     try:
         with Image.open(path, formats=FORMATS) as image:
             square = center_crop(image.convert("RGB"), min(image.size))
-    except Exception as error:  # Pillow stumbles over broken files in every way there is
-        raise UserError(f"{path} cannot be read as an image ({first_line(error)}); get it again") from error
+    except Exception as error:  # on broken files Pillow raises errors of every kind
+        raise UserError(f"{path} cannot be read as an image ({first_line(error)}); download it again") from error
     return to_tensor(square.resize((resolution, resolution), Image.Resampling.LANCZOS))

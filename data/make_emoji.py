@@ -1,13 +1,13 @@
-"""Makes `emoji.tar.gz` from npm packages: one shard of captioned vector pictures, laid out as img2dataset writes it.
+"""Makes `emoji.tar.gz` from npm packages: one shard of captioned vector pictures, in the layout of img2dataset.
 
     npm pack emojibase-data @iconify-json/{noto,noto-v1,twemoji,fluent-emoji-flat,emojione,fxemoji,streamline-emojis}
     python data/make_emoji.py FOLDER      # the folder with the .tgz files
 
 Every picture is `key.svg` with `key.txt` and `key.json`. Each use of a picture draws one line of its `.txt`: the name,
-what people call it, or a short phrase; one line in five names the style. In the `.json`, `aurora_weight` is the chance
-that a pass over the shard uses the picture, so that every name is equally frequent although people come in up to 26
-skin tones. `aurora_held_out` marks what training never sees: "tone" and "style" are pairs whose parts are seen in other
-pictures, "name" is a name that is seen in no picture.
+another word for it, or a short phrase; one line in five names the style. In the `.json`, `aurora_weight` is the chance
+that a pass over the shard uses the picture. It makes every name equally frequent although people have up to 26 skin
+tones. `aurora_held_out` marks the pictures that training never sees: "tone" and "style" are pairs whose parts occur in
+other pictures, "name" is a name that occurs in no other picture.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 
 NAMES = "emojibase-data"  # Unicode's names and tags, in English
-# npm's name of a set: its name in captions. Fluent's other set, in colour gradients, takes ten times as long to draw.
+# npm's name of a set: its name in captions. Fluent's other set has colour gradients, which take ten times as long.
 STYLES = {
     "noto": "noto",
     "noto-v1": "old noto",
@@ -33,26 +33,26 @@ STYLES = {
     "streamline-emojis": "streamline",
 }
 GROUPS = ("smileys", "people", "component", "nature", "food", "travel", "activities", "objects", "symbols", "flags")
-IMAGINABLE = ("smileys", "nature", "food", "travel", "activities", "objects")  # whose held-out names can be made up
+IMAGINABLE = ("smileys", "nature", "food", "travel", "activities", "objects")  # whose names say how they look
 TONES = ("light", "medium-light", "medium", "medium-dark", "dark")
 HELD_OUT_TONES, HELD_OUT_STYLES, HELD_OUT_NAMES = 60, 40, 60
-MAX_TAGS = 5  # of an emoji that are drawn as captions
-COMMON = 40  # names; a tag that more of them share, such as "flag" or "person", says too little
+MAX_TAGS = 5  # of an emoji that captions use
+COMMON = 40  # names; a tag that more names share, such as "flag" or "person", is left out
 
 
 @dataclass
 class Emoji:
-    """One character of Unicode, in one skin tone."""
+    """One emoji of Unicode, in one skin tone."""
 
     name: str  # in plain words, without the tone
     tone: str  # "dark skin tone", or "" for the yellow default
     tags: tuple[str, ...]  # other words for it
     group: str
-    code: str  # as "1f469-1f3ff-200d-1f680"
+    code: str  # such as "1f469-1f3ff-200d-1f680"
 
 
 def read_package(folder, name, *paths):
-    """JSON files of a .tgz that npm packed → their contents, {} for a missing one, and the version."""
+    """JSON files of a .tgz from npm pack → their contents, {} for a missing file, and the package with its version."""
     (archive,) = folder.glob(f"{name}-[0-9]*.tgz")
     with tarfile.open(archive) as tar:
         there = set(tar.getnames())
@@ -61,7 +61,7 @@ def read_package(folder, name, *paths):
 
 
 def plain(label):
-    """A name of Unicode as one would say it: "flag: Côte d’Ivoire" → "flag of côte d'ivoire"."""
+    """A name of Unicode in spoken words: "flag: Côte d’Ivoire" → "flag of côte d'ivoire"."""
     label = label.lower().replace("’", "'").replace("“", "").replace("”", "").replace("!", "")
     label = re.sub(r"^flag: ", "flag of ", label).replace("keycap: ", "keycap ")
     if re.search(r"o'clock$|-thirty$", label):
@@ -70,18 +70,18 @@ def plain(label):
 
 
 def tone_of(label, base):
-    """What the label of a variation adds to its base: the skin tones, in words."""
+    """The skin tones, in words, that the label of a variation adds to its base."""
     tones = re.findall(r"(medium-light|medium-dark|light|medium|dark) skin tone", label.removeprefix(base))
     return " and ".join(tones) + " skin tone" if tones else ""
 
 
 def code_of(hexcode):
-    """A sequence of code points without the selector of emoji presentation, which the sets write differently."""
+    """A sequence of code points without U+FE0F, which not all sets write."""
     return hexcode.lower().replace("-fe0f", "")
 
 
 def read_emoji(entries):
-    """The entries of emojibase-data → {code: Emoji}, and {slug: code} by their names."""
+    """The entries of emojibase-data → {code: Emoji} and {slug of its name: code}."""
     emoji, code_of_slug = {}, {}
     shared = Counter(tag for entry in entries for tag in entry.get("tags", ()))
     for entry in entries:
@@ -89,7 +89,7 @@ def read_emoji(entries):
             continue
         name = plain(entry["label"])
         tags = [tag for tag in entry.get("tags", ()) if tag != name and shared[tag] <= COMMON]
-        tags = tuple(tag for tag in tags if re.fullmatch(r"[a-z][a-z' -]{2,}", tag))  # no signs, no country codes
+        tags = tuple(tag for tag in tags if re.fullmatch(r"[a-z][a-z' -]{2,}", tag))  # no symbols, no country codes
         for variation in (entry, *entry.get("skins", ())):
             code, tone = code_of(variation["hexcode"]), tone_of(variation["label"], entry["label"])
             emoji[code] = Emoji(name, tone, tags, GROUPS[entry["group"]], code)
@@ -98,13 +98,13 @@ def read_emoji(entries):
 
 
 def slug_of(name):
-    """What the sets' names of an emoji have in common: "Flag: Japan", "flag-for-japan" → "flagjapan"."""
+    """A name in the form that all sets share: "Flag: Japan", "flag-for-japan" → "flagjapan"."""
     name = re.sub(r"-\d+$", "", name.lower()).replace("flag-for-flag", "flag").replace("flag-for", "flag")
     return re.sub(r"skin.tone|[^a-z0-9]", "", name)
 
 
 def draw_set(icons):
-    """The icons.json of a set → {its name of a picture: the picture as SVG}."""
+    """The icons.json of a set → {name: SVG}."""
     pictures = {}
     for name, icon in icons["icons"].items():
         box = [icon.get(side, icons.get(side, default)) for side, default in BOX.items()]
@@ -121,7 +121,7 @@ def with_article(phrase):
 
 
 def captions(emoji, style, rng):
-    """The lines of a .txt: of ten, eight leave the style open, and four of these are not the name."""
+    """The ten lines of a .txt: eight do not name the style, and four of these do not contain the whole name."""
     tags = list(rng.permutation(emoji.tags))[:MAX_TAGS] or [emoji.name]
     head = emoji.name.split()[-1]  # "grinning face": a happy face
     phrases = [with_article(f"{tag} {head}") for tag in tags if head not in tag and head.isalpha()] or tags
@@ -132,7 +132,7 @@ def captions(emoji, style, rng):
 
 
 def hold_out(pairs, rng):
-    """Pairs (Emoji, style) → {(code, style): "tone", "style" or "name"} of those that training never sees."""
+    """Pairs (Emoji, style) → {(code, style): "tone", "style" or "name"} of the held-out pairs."""
     styles, variations = defaultdict(list), defaultdict(set)
     for e, style in pairs:
         styles[e.code].append(style)
@@ -152,7 +152,7 @@ def hold_out(pairs, rng):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="with the .tgz files of the packages")
+    parser.add_argument("folder", type=Path, help="contains the .tgz files of the packages")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "emoji.tar.gz")
     args = parser.parse_args()
     (entries,), _ = read_package(args.folder, NAMES, "en/data.json")
@@ -162,7 +162,7 @@ def main():
         (icons, chars), source = read_package(args.folder, f"iconify-json-{package}", "icons.json", "chars.json")
         code_of_slug |= {slug_of(name): code_of(code) for code, name in chars.items() if code_of(code) in emoji}
         sets[style] = draw_set(icons), source
-    pictures = {}  # (code, style): the first picture of the set that has this name
+    pictures = {}  # (code, style): SVG, the first in the set with this name
     for style, (drawn, _) in sets.items():
         for name, svg in sorted(drawn.items()):
             if code := code_of_slug.get(slug_of(name)):

@@ -1,5 +1,6 @@
-"""Pictures as SVG, rendered with resvg, which runs no scripts and fetches nothing from the web, but would read local
-files, expand what refers to itself a million times, and end the process where a drawing is nested too deeply.
+"""Renders SVGs with resvg, which runs no scripts and fetches nothing from the web. But it would read local files, draw
+an element a million times by nested references, and end the process if elements are nested too deeply; `check` refuses
+such SVGs.
 """
 
 import collections
@@ -12,9 +13,9 @@ import resvg_py
 from PIL import Image
 
 MAX_BYTES = 2**20
-MAX_DEPTH = 100  # of elements within elements
-MAX_ELEMENTS = 50_000  # with those that are drawn again by reference
-MAX_ASPECT = 16  # of the longer side to the shorter one
+MAX_DEPTH = 100  # of nested elements
+MAX_ELEMENTS = 50_000  # including those that references draw again
+MAX_ASPECT = 16  # longer side / shorter side
 REFERENCE = re.compile(r"""url\(\s*["']?\s*([^)"']*)""")
 
 
@@ -23,8 +24,8 @@ class Refused(ValueError):
 
 
 def check(svg):
-    """Raises Refused for the bytes of an SVG that refer to anything but its own parts, hold letters, whose fonts are
-    not there, or would take long to draw. Raises ExpatError where they are no XML.
+    """Raises Refused if an SVG, given as bytes, refers to anything except its own parts, contains text, for which no
+    font is available, or would take long to draw. Raises ExpatError if it is not XML.
     """
     if len(svg) > MAX_BYTES:
         raise Refused("too large")
@@ -55,7 +56,7 @@ def check(svg):
 
     parser = expat.ParserCreate()
     parser.StartElementHandler, parser.EndElementHandler = start, lambda _: inside.pop()
-    parser.CharacterDataHandler = lambda text: refer(REFERENCE.findall(text))  # of <style>
+    parser.CharacterDataHandler = lambda text: refer(REFERENCE.findall(text))  # in <style>
     parser.EntityDeclHandler = refuse_entities
     try:
         parser.Parse(svg, True)
@@ -66,12 +67,12 @@ def check(svg):
 
 
 def render(svg, resolution):
-    """The bytes of an SVG → RGB on white, its shorter side at the resolution. Raises ValueError."""
+    """The bytes of an SVG → an RGB image on white whose shorter side is the resolution. Raises ValueError."""
     check(svg)
     draw = functools.partial(resvg_py.svg_to_bytes, svg.decode("utf-8-sig"), background="white", skip_system_fonts=True)
-    image = Image.open(io.BytesIO(draw(width=resolution, height=resolution)), formats=["PNG"])  # the longer side
+    image = Image.open(io.BytesIO(draw(width=resolution, height=resolution)), formats=["PNG"])  # of the longer side
     if min(image.size) < resolution <= MAX_ASPECT * min(image.size):
-        side = -(-2 * resolution**2 // (2 * min(image.size) - 1))  # as the shorter side was rounded
+        side = -(-2 * resolution**2 // (2 * min(image.size) - 1))  # because resvg rounds the shorter side
         image = Image.open(io.BytesIO(draw(width=side, height=side)), formats=["PNG"])
     if min(image.size) < resolution:
         raise Refused("too narrow")

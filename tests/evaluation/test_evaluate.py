@@ -141,7 +141,7 @@ def test_mistakes_are_one_line(run, tmp_path):
         (("--data", train), "is not of COCO 2014 val"),
         (("--data", val, "--count", 7), "has 6 images"),
         (("--data", val, "--count", 1), "need 4 images"),
-        (("--data", val, "--count", 5, "--images", tmp_path / "nowhere"), "say with --images"),
+        (("--data", val, "--count", 5, "--images", tmp_path / "nowhere"), "with --images"),
         (("--data", tmp_path / "other.json"), "not a captions file in COCO's format"),
         (("--data", tmp_path / "ids.json"), "not a captions file in COCO's format"),
         (("--data", tmp_path / "names.json"), "is not of COCO 2014 val"),
