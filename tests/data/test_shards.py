@@ -264,8 +264,8 @@ def test_captions_in_a_field_of_the_json(tmp_path, place):
     assert source.skips.counts == {FIELD: 7, EMPTY: 1, ENCODING: 1}
     with pytest.raises(UserError, match=r"fields prompt.*--caption-key"):
         opened(place, tmp_path, files)
-    with pytest.raises(UserError, match=r"\.json files without the caption's field \(first: .*0"):
-        next(opened(place, tmp_path, files, caption_key="caption").examples())
+    with pytest.raises(UserError, match=r"\.json files without the caption's field \(first: .*0.* has prompt"):
+        opened(place, tmp_path / "other", files[:8], caption_key="caption")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -386,6 +386,7 @@ BAD = {
     "json alone": lambda path: write_tar(path, [("a.json", b"{}")]),
     "pixels too few": lambda path: write_tar(path, [("a.jpg", jpeg((1, 2, 3), size=(4, 4))), ("a.txt", b"1")]),
     "a folder": lambda path: path.mkdir(),
+    "a pipe": os.mkfifo,
     "a dangling link": lambda path: path.symlink_to(path.with_name("nowhere")),
 }
 
