@@ -93,7 +93,7 @@ def lost_ranks_reported():
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise
         raise UserError(
-            "another rank was lost; torchrun --max-restarts 3 starts all of them again, and the run goes on from its "
+            "another rank was lost; torchrun --max-restarts 3 starts all of them again, and the run resumes from its "
             "last checkpoint"
         ) from error
 

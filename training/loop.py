@@ -205,13 +205,13 @@ class Loop:
             say(f"{p.rejected} updates were skipped, because a gradient was not finite.")
         self.check_saved()
         if self.out_of_time:
-            ended = f"Its {self.minutes} minutes are over; give more by --minutes to go on."
+            ended = f"Its {self.minutes} minutes are over; give more with --minutes to resume."
         elif p.step < self.last_step:
             ended = "Stopped and saved; the same command resumes the run."
         elif p.step == self.last_step:
             ended = "Done."
         else:
-            ended = f"Nothing was left to do for --steps {self.last_step}; give more to go on. The run has"
+            ended = f"Nothing was left to do for --steps {self.last_step}; give more to resume. The run has"
         say(f"{ended} {p.step} steps. The generator: {self.folder.generator}")
         if p.step < self.last_step and not self.out_of_time:
             raise stopping.Stopped

@@ -244,7 +244,7 @@ def count(learner, meter, images):
 
 
 def empty_batch(learner, size):
-    """A MicroBatch of so many images, without content."""
+    """A MicroBatch of `size` images, without content."""
     side, clip, config = learner.active[-1], learner.clip, learner.generator.config
     text = clip.encode_text(torch.zeros(size, clip.text.context_length, dtype=torch.long))
     images, wrong = torch.empty(size, 3, side, side), torch.zeros(size, dtype=torch.long)
