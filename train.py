@@ -22,7 +22,6 @@ from common.cli import (
     a_path,
     add_data,
     errors_in_one_line,
-    first_line,
     natural_number,
     positive_int,
     with_fields,
@@ -142,7 +141,8 @@ def start_from(args, learner):
     try:
         missing = learner.load_weights(checkpoint.load_weights(args.init))
     except (RuntimeError, KeyError) as error:
-        raise UserError(f"--init {args.init} does not fit preset {args.preset}: {first_line(error)}") from error
+        message = f"--init {args.init} does not fit preset {args.preset}, whose networks have other sizes"
+        raise UserError(f"{message}; give the preset that it was trained with") from error
     say(f"Starting from the weights of {args.init}{'; new: ' if missing else ''}{', '.join(missing)}.")
 
 

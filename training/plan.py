@@ -314,8 +314,8 @@ def print_plan(args, preset):
     peak = (work["bfloat16"] + work["float32"]) / hardware.bfloat16 / hardware.seconds(work)
     print(
         f"Measured on one H200: a step takes as long as its products and traffic at {SHARE_OF_PEAK:.0%} of the peak\n"
-        f"rates. Assumed: the same here, which is {peak:.1%} of the bfloat16 peak; {RESERVED / 1e9:.0f} GB left free.\n"
-        "Not counted: waiting for data and for other GPUs. Checkpoints are written by a thread meanwhile."
+        f"rates. Assumed: this holds here too. Then {peak:.1%} of this GPU's bfloat16 peak is reached.\n"
+        f"{RESERVED / 1e9:.0f} GB are left free. Checkpoints cost no time. Not counted: waiting for data or other GPUs."
     )
 
 

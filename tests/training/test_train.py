@@ -24,7 +24,7 @@ from tests.data.files import good, write_shard
 from tests.training.runs import COMMON, SHORT, build, identical, run, state_of
 from tests.training.test_distributed import torchrun
 from weights import checkpoint
-from weights.generator_file import load_generator
+from weights.generator_file import DEMO, load_generator
 
 
 def log_of(out):
@@ -271,6 +271,7 @@ def test_a_run_stopped_while_its_small_clip_learns_leaves_no_half_file(tmp_path,
         (("--clip", "nonsense"), "neither a file nor"),
         (("--out", "/proc/run"), "cannot be written"),
         (("--set", "augment=('blur', 'color')"), "there is no blur; choose from color, translation"),
+        (("--init", DEMO), "give the preset that it was trained with"),
     ],
 )
 def test_errors_are_one_line(tmp_path, run_main, arguments, says):
