@@ -313,8 +313,8 @@ def print_plan(args, preset):
         print("".join(f"{value:13.3g}" for value in row))
     peak = (work["bfloat16"] + work["float32"]) / hardware.bfloat16 / hardware.seconds(work)
     print(
-        f"Measured on one H200: a step takes as long as its products and traffic at {SHARE_OF_PEAK:.0%} of the peak\n"
-        f"rates. Assumed: this holds here too. Then {peak:.1%} of this GPU's bfloat16 peak is reached.\n"
+        f"Measured on one H200: a step takes {1 / SHARE_OF_PEAK:.1f} times as long as its products and traffic would "
+        f"at the peak rates.\nAssumed: this holds here too. Then {peak:.1%} of this GPU's bfloat16 peak is reached.\n"
         f"{RESERVED / 1e9:.0f} GB are left free. Checkpoints cost no time. Not counted: waiting for data or other GPUs."
     )
 
