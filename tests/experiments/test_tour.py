@@ -36,4 +36,4 @@ def run(code, timeout):
 @pytest.mark.tour
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_experiment_takes_less_than_a_minute(name):
-    print(f"\n{name}\n{run(EXPERIMENTS[name], timeout=240)}")
+    print(f"\n{name}\n{run(EXPERIMENTS[name], timeout=60)}")
