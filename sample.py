@@ -145,7 +145,9 @@ def lay_out(pipe, frames, columns, title, with_experts, animated, picture):
 def enlarge(args, pipe, prompts):
     """Writes a user's picture, enlarged by the second stage."""
     if pipe.upsampler is None:
-        raise UserError("--enlarge needs an upsampler; name one with --upsampler")
+        raise UserError(
+            "--enlarge needs an upsampler: name one with --upsampler, and give no --resolution of the first stage"
+        )
     small = files.read_small(args.enlarge, pipe.upsampler.config.input_resolution)
     picture = pipe.enlarge(small, prompts[0], args.seed)
     about = {"prompts": prompts, "enlarged": args.enlarge.name, "seed": args.seed}
@@ -163,7 +165,7 @@ def main():
         prompts = read_prompts(args)
         check_view(args, prompts)
         if not args.each:
-            files.check_picture(args.out)
+            files.check_picture(args.out, args.enlarge or args.like)
         elif args.each.exists() and not args.each.is_dir():
             raise UserError(f"--each {args.each} is a file; name a folder")
         stages = args.upsampler, args.resolution

@@ -235,7 +235,7 @@ def generator_file(system, notes):
 @torch.no_grad()
 def sample(system_class, name, args):
     latent.check(args.prompt)
-    check_picture(args.out)
+    check_picture(args.out, args.edit)
     system, _ = load(system_class, args.checkpoint)
     options = {"truncation": args.truncation} if args.truncation != 1 else {}
     if args.edit:

@@ -78,7 +78,7 @@ def signals(*names):
 def reason(error):
     """The message of an OSError, to print after a file's name."""
     if isinstance(error, (FileExistsError, NotADirectoryError)):
-        return "a file is where a folder is needed"
+        return "a file or a broken link is where a folder is needed"
     return error.strerror or first_line(error)
 
 
@@ -163,9 +163,9 @@ def with_fields(settings, option, assignments):
 
 
 def is_like(value, former):
-    """Whether a value can replace another: the same type, the same keys if it has any, and not negative."""
+    """Whether a value can replace another: the same type, the same keys, and neither negative nor infinite."""
     if type(value) is not type(former):
         return False
     if isinstance(former, dict):
         return value.keys() == former.keys() and all(is_like(value[key], former[key]) for key in former)
-    return not isinstance(former, int | float) or value >= 0  # NaN is not
+    return not isinstance(former, int | float) or 0 <= value < math.inf  # NaN is not

@@ -50,8 +50,9 @@ class Folder(Source):
     def fields(self):
         """The names of the fields of one .json next to an image without a caption."""
         for image in self.problems.get(ALONE, [])[:100]:
-            if (path := image.with_suffix(".json")).is_file():
-                return ", ".join(sorted(facts_of(read_start(path))))
+            path = image.with_suffix(".json")
+            if path.is_file() and (facts := facts_of(read_start(path))):
+                return ", ".join(sorted(facts))
         return ""
 
     @functools.lru_cache(maxsize=2)  # noqa: B019 - a source lives as long as the run

@@ -67,7 +67,7 @@ class Shards(Source):
                 self.sizes[url] = os.path.getsize(url)
         self.missing = [url for url in self.urls if url not in self.sizes]
         if 2 * len(self.missing) > len(urls):
-            raise UserError(f"--data: no such shard: {self.missing[0]}")
+            raise UserError(f"--data: no such shard: {self.missing[0]}; write several as data/{{00000..00041}}.tar")
         name = urls[0] if len(urls) == 1 else f"{urls[0]} … {urls[-1]}"
         super().__init__(name, resolution, seed, caption_key, num_shards=len(self.sizes))
         self.check(self.look())

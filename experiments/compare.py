@@ -183,6 +183,8 @@ def main():
     with errors_in_one_line():
         if args.count <= NEIGHBOURS:
             raise UserError(f"--count {args.count}: precision and recall need {NEIGHBOURS + 1} pictures or more")
+        if len(dict(args.systems)) < len(args.systems):
+            raise UserError("two systems have the same NAME; give each its own")
         args.out.mkdir(parents=True, exist_ok=True)
         columns, picture = compare(args)
         print(table(columns))

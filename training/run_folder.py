@@ -141,7 +141,8 @@ class RunFolder:
         changed = [name for name, now in self.identity.items() if then.get(name) != now and name not in may_differ]
         if changed:
             options = ", ".join(f"--{name} {shlex.quote(str(then.get(name)))}" for name in changed)
-            moved = "; if these files only moved, give --resume moved" if set(changed) <= MAY_MOVE.keys() else ""
+            may_move = set(changed) <= MAY_MOVE.keys() and "system" not in self.identity  # a baseline has no --resume
+            moved = "; if these files only moved, give --resume moved" if may_move else ""
             raise UserError(f"the run in {path} was started with {options}; repeat that, or give another --out{moved}")
         then = state.get("sharing", {})
         if changed := [name for name in then if name in self.sharing and then[name] != self.sharing[name]]:

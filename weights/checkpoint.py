@@ -82,6 +82,8 @@ def load(path, verify=True):
     """
     path = Path(path)
     name = NAME.fullmatch(path.name)
+    if not name and not (path / STATE).exists():
+        raise UserError(f"{path} is no checkpoint; a run's checkpoints are the folders in its checkpoints/")
     try:
         if verify and name and name[2] != digest(path / STATE):
             raise Damaged(f"{path} is damaged")

@@ -107,7 +107,7 @@ def load_ours(path):
     metadata, state = read_safetensors(path)
     stage = next((stage for stage in STAGES if stage in metadata), None)
     if not stage:
-        raise UserError(f"{path} contains no generator of Aurora; a run's is its generator_ema.safetensors")
+        raise UserError(f"{path} contains no generator of Aurora; give the generator_ema.safetensors of a train.py run")
     try:
         generator = new_generator(STAGES[stage].from_dict(json.loads(metadata[stage])))
         generator.load_state_dict(without_prefix(state, "generator."))

@@ -87,7 +87,9 @@ def test_a_run_resumes_to_the_last_bit_and_draws(tmp_path, data, learn, draw, sy
     assert identical(load_file(whole / generator.name), load_file(generator))
     status, output, error = draw(system, generator)
     assert status == 0 and output.startswith("2 picture(s)") and picture.is_file(), error
-    accepted, refused = (("--truncation", 0.5), ("--edit", picture))[:: -1 if system is Muse else 1]
+    assert_one_line(draw(system, generator, "--edit", picture), "is the picture that you gave; name another file")
+    own = shutil.copy(picture, tmp_path / "own.png")
+    accepted, refused = (("--truncation", 0.5), ("--edit", own))[:: -1 if system is Muse else 1]
     assert draw(system, generator, *accepted)[0] == 0
     assert_one_line(draw(system, generator, *refused), f"{refused[0]}: {system.__name__} does not have this option")
 

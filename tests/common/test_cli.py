@@ -46,7 +46,7 @@ def test_a_console_without_these_characters_shows_question_marks(encoding, argum
             "error: a.png could not be written: No space left; make room",
         ),
         (OSError(errno.EROFS, "Read-only file system", "out/a.png"), "error: out/a.png: Read-only file system\n"),
-        (OSError(errno.ENOTDIR, "Not a directory", "out/a.png"), "error: out/a.png: a file is where a folder"),
+        (OSError(errno.ENOTDIR, "Not a directory", "out/a.png"), "error: out/a.png: a file or a broken link is where"),
         (UserError("--data a\nb: no such folder"), "error: --data a b: no such folder\n"),  # a legal path
     ],
 )

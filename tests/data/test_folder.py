@@ -73,7 +73,7 @@ def test_a_folder_describes_what_it_contains(tmp_path):
 
 def test_captions_in_json_are_suggested(tmp_path):
     for i in range(5):
-        pair(tmp_path, str(i), '{"caption": "a cat", "url": "x"}', text=".json")
+        pair(tmp_path, str(i), '{"caption": "a cat", "url": "x"}' if i else "damaged", text=".json")
     with pytest.raises(UserError, match=r"The .json files have the fields caption, url; .*--caption-key"):
         source_of(tmp_path)
     assert "5 images have a caption in the field" in described(tmp_path, caption_key="caption")

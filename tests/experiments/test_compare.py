@@ -74,6 +74,7 @@ def test_a_small_comparison(run, tmp_path, run_main, monkeypatch):
         (["Aurora=nothing"], "no generator at nothing"),
         ([f"Aurora={BUILT_IN['emoji']}"], "contains no generator of Aurora"),
         ([f"Aurora={figures.generator_file()}", "--count", 3], "--count 3"),
+        ([f"Aurora={figures.generator_file()}"] * 2, "two systems have the same NAME"),
     ],
 )
 def test_mistakes_are_one_line(tmp_path, run_main, arguments, says):

@@ -1,6 +1,7 @@
 """Both stages together: pictures of a prompt, views, experts, a user's pictures."""
 
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -138,6 +139,17 @@ def test_a_picture_that_cannot_be_enlarged_is_one_line(file, tmp_path, run_main,
     assert not (tmp_path / "large.png").exists()
 
 
+@pytest.mark.parametrize("option", ["--enlarge", "--like"])
+def test_a_users_picture_is_not_overwritten(file, tmp_path, run_main, monkeypatch, option):
+    """For example by the default of --out, if the picture's name is sample.png."""
+    monkeypatch.chdir(tmp_path)
+    picture("RGB").save("sample.png")
+    before = Path("sample.png").read_bytes()
+    status, _, error = run_main(sample.main, "a red square", option, tmp_path / "sample.png", "--checkpoint", file)
+    assert status and "--out sample.png is the picture that you gave" in error
+    assert Path("sample.png").read_bytes() == before
+
+
 def test_enlarging_needs_a_second_stage_and_one_caption(file, tmp_path, run_main):
     alone = tmp_path / "alone.safetensors"
     alone.write_bytes(file.read_bytes())
@@ -146,6 +158,8 @@ def test_enlarging_needs_a_second_stage_and_one_caption(file, tmp_path, run_main
     for prompts, given, says in ((("a",), alone, "needs an upsampler"), (("a", "b"), file, "needs one prompt")):
         status, _, error = run_main(sample.main, *prompts, *arguments, "--checkpoint", given)
         assert status and says in error
+    status, _, error = run_main(sample.main, "a", *arguments, "--checkpoint", file, "--resolution", 8)
+    assert status and "no --resolution of the first stage" in error
 
 
 def test_more_pictures_than_are_drawn_at_a_time(pipe):

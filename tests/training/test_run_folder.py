@@ -101,6 +101,12 @@ def test_a_run_that_is_refused_changes_nothing(tmp_path, resume, identity, says)
     assert contents(tmp_path) == before
 
 
+def test_a_baselines_run_is_not_advised_an_option_that_it_lacks(tmp_path):
+    made(tmp_path, identity={"system": "Muse"})
+    with pytest.raises(UserError, match=r"started with .*; repeat that, or give another --out$"):
+        opened(tmp_path, identity={"system": "Muse", "data": "/after"})
+
+
 @pytest.mark.parametrize("name", ["config.json", "metrics.jsonl", "generator_ema.safetensors"])
 def test_a_new_run_overwrites_no_file_of_another_program(tmp_path, name):
     """For example if --out is the folder of another model, or of a run of a former version."""
