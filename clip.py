@@ -96,6 +96,12 @@ class MiniLM(nn.Module):
         """The number of tokens that do not fit."""
         return sum(len(more.ids) - more.ids.count(0) - 2 for more in self.tokenizer.encode(caption).overflowing)
 
+    def unknown(self, caption):
+        """The parts of a caption that the vocabulary lacks, for example emoji."""
+        read = self.tokenizer.encode(caption)
+        parts = zip(read.tokens, read.offsets, strict=True)
+        return [caption[start:end] for token, (start, end) in parts if token == "[UNK]"]
+
     def encode(self, ids):
         exists = ids != 0  # [B, T]
         length = exists.sum(1)
@@ -182,6 +188,10 @@ class ClipText(nn.Module):
     def num_tokens_cut(self, caption):
         """The number of tokens that do not fit between those of start and end."""
         return max(0, len(self.tokenizer.encode(caption)) + 2 - self.context_length)
+
+    def unknown(self, _):
+        """The vocabulary contains every byte."""
+        return []
 
     def encode(self, ids):
         m = self.model

@@ -130,9 +130,8 @@ def captions_of(data):
         raise Unusable(ENCODING) from error
     if "\0" in text:  # UTF-16 without a byte order mark: every other byte of English is zero
         raise Unusable(ENCODING)
-    lines = [
-        " ".join(line.split())[:MAX_CAPTION] for line in re.split(r"\r\n|\r|\n", text)
-    ]  # no other character ends a line
+    lines = re.split(r"\r\n|\r|\n", text)  # no other character ends a line
+    lines = [" ".join(line.split())[:MAX_CAPTION] for line in lines]
     if not (captions := [line for line in lines if shows_something(line)]):
         raise Unusable(EMPTY)
     return captions

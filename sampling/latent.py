@@ -37,17 +37,19 @@ def read(generator, clip, prompts):
     return Prompt(*generator.text_head(text.tokens, text.eot))
 
 
-def note_of_length(clip, prompt):
-    """A sentence about the end of a prompt that the text encoder leaves out, or "" if it reads all of it."""
+def notes(clip, prompt):
+    """Yields sentences about the parts of a prompt that the text encoder does not read."""
     shown = prompt if len(prompt) <= 60 else prompt[:60] + "…"
-    cut = clip.num_tokens_cut(prompt)
-    return f'"{shown}" is {cut} tokens too long for this text encoder, which ignores its end.' if cut else ""
+    if cut := clip.num_tokens_cut(prompt):
+        yield f'"{shown}" is {cut} tokens too long for this text encoder, which ignores its end.'
+    if unknown := clip.unknown(prompt):
+        yield f'In "{shown}" this text encoder does not know {" ".join(unknown)[:60]}; use English words.'
 
 
 def print_notes(clip, prompts):
-    """Prints which prompts are too long for the text encoder, and which characters the font of captions lacks."""
+    """Prints what the text encoder does not read of the prompts, and which characters the font of captions lacks."""
     for prompt in prompts:
-        if note := note_of_length(clip, prompt):
+        for note in notes(clip, prompt):
             print(f"note: {note}")
         if unknown := boxes(prompt):
             print(f"note: captions show boxes in place of {' '.join(unknown[:10])}")

@@ -174,7 +174,7 @@ def answer(model, settings, router):
     is_aurora = isinstance(model, Pipeline)
     clip = model.clip if is_aurora else model.clip.text
     prompts = [settings.prompt, settings.second] if settings.second else [settings.prompt]
-    notes = [latent.note_of_length(clip, prompt) for prompt in prompts]
+    notes = [note for prompt in prompts for note in latent.notes(clip, prompt)]
     result = {"pictures": [data_url(picture) for picture in drawn.pictures], "note": " ".join(notes)}
     if not is_aurora:
         return result | {"baseline": type(model).__name__, "layers": [], "routers": []}

@@ -138,6 +138,9 @@ def test_any_text_is_safe(small, large):
         assert text.tokens.isfinite().all() and text.embedding.isfinite().all()
         assert clip.text.num_tokens_cut("word " * 10_000) == 10_002 - clip.text.context_length
         assert clip.text.num_tokens_cut("a red circle") == 0
+    assert small.text.unknown('a cat, "ünïcode" [UNK]') == []
+    assert small.text.unknown("a 猫 for 🍕x") == ["猫", "🍕x"]
+    assert large.text.unknown("🍕") == []
     assert ((ids == ids.max()).sum(1) == 1).all()  # one end of text each
     exists = (small.tokenize(texts) != 0).long()
     assert (exists.diff() <= 0).all()  # padding only at the end

@@ -164,7 +164,7 @@ def test_any_error_is_a_sentence_and_the_next_draws(ask, changes, says):
     answer = ask(**changes)
     assert says in answer["error"] and "\n" not in answer["error"]
     assert len(ask()["pictures"]) == 2
-    assert "too long" in ask(prompt="word " * 500)["note"]
+    assert "too long" in ask(prompt="word " * 500)["note"] and "does not know 🍕" in ask(prompt="🍕")["note"]
 
 
 def test_what_the_page_sends_is_held_within_bounds(server):

@@ -82,7 +82,7 @@ def test_prompts_of_a_file_and_unusual_ones_are_drawn_and_explained(run, tmp_pat
     out = tmp_path / "new folder" / "a.png"
     status, stdout, stderr = run("word " * 10_000, "--prompts", tmp_path / "prompts.txt", "--num", 2, "--out", out)
     assert status == 0 and "6 pictures" in stdout and out.is_file(), stderr
-    assert "too long" in stdout and "captions show boxes in place of 🐉" in stdout
+    assert "too long" in stdout and "does not know 🐉" in stdout and "captions show boxes in place of 🐉" in stdout
 
 
 class Hostile:
