@@ -298,6 +298,14 @@ def test_true_causes_in_a_shard_that_is_cut_short(tmp_path, capsys):
     assert len(set(captions_of(batches))) >= 7
 
 
+def test_a_shard_cut_within_a_header_is_reported(tmp_path, capsys):
+    shard = write_tar(tmp_path / "0.tar", named([good(i) for i in range(8)]))
+    os.truncate(shard, (tmp_path / "0.tar").read_bytes().index(b"000005.jpg") + 100)
+    source = source_of(shard)
+    assert len(all_captions(source)) == 4  # the last one may lack files
+    assert f"{SHARD} (first: {shard}: unexpected end" in capsys.readouterr().out
+
+
 def test_missing_shards_are_reported_unless_they_are_most(tmp_path, undecoded):
     for number in (0, 2, 3):
         write_tar(tmp_path / f"{number}.tar", named(numbered(10, 10 * number)))
