@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from augment import augment
 from common import distributed
 from discriminator import CLIP
-from layers import float32_region, full_precision
+from layers import float32_region, full_precision, resize
 
 R1_INTERVAL = 16  # R1 is computed in one step of 16, and counts 16 times there (StyleGAN2, section 4.1).
 EARLY_ADVERSARIAL, EARLY_MATCHING = 0.01, 0.05  # weights of predictions before the last stage
@@ -129,9 +129,11 @@ def load_balancing_loss(logits, expert_index):
 def mode_seeking_loss(first, second):
     """1 / mean |first − second| of images [B, 3, R, R] of the same captions under other z (Mao et al. 2019).
 
-    The authors divide by the distance between the z. It is nearly the same for all pairs, so we do not.
+    The authors divide by the distance between the z. It is nearly the same for all pairs, so we do not. Images are
+    averaged down to 8×8, so that shapes and colors are to differ, not details.
     """
-    return 1 / (full_precision(first - second).abs().mean() + 1e-3)
+    difference = full_precision(first - second)
+    return 1 / (resize(difference, min(8, difference.shape[-1])).abs().mean() + 1e-3)
 
 
 def perceptual_distance(maps, others):
@@ -210,7 +212,7 @@ def generator_loss(output, other, text, wrong, chances, discriminator, clip, rec
     upsampler also the L1 and perceptual distances to the true image. → {name: scalar}; `loss` is to be minimized.
 
     output: aurora.Output for the captions `text`.
-    other: a low-resolution Output for the same captions and other z; None if the recipe has no mode-seeking loss.
+    other: an Output for the first of these captions and other z; None if the recipe has no mode-seeking loss.
     wrong [B]: from wrong_captions, for these captions. chances [B, NUM_CHANCES]: for the augmentation.
     discriminator, clip: both frozen.
     real: the pyramid of the true images. perceptual: a frozen network, images [B, 3, R, R] → feature maps. The
@@ -232,8 +234,7 @@ def generator_loss(output, other, text, wrong, chances, discriminator, clip, rec
         weights["g_adversarial"] = recipe.adversarial_weight
         weights["g_matching"] = recipe.adversarial_weight * recipe.matching_weight_generator
     if other is not None:
-        r = max(other.pyramid)
-        losses["g_mode_seeking"] = mode_seeking_loss(output.pyramid[r], other.pyramid[r])
+        losses["g_mode_seeking"] = mode_seeking_loss(output.image[: len(other.image)], other.image)
         weights["g_mode_seeking"] = recipe.mode_seeking_weight
     if recipe.l1_weight:
         losses["g_l1"] = pixel_distance(output.pyramid, real, scales)

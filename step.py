@@ -6,6 +6,7 @@ This file knows nothing of files, progress or signals: training/loop.py repeats 
 import contextlib
 import functools
 import gc
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -33,7 +34,6 @@ from upsampler import crop, draw_input_noise, given_images, new_generator
 
 NETWORKS = ("generator", "discriminator", "ema")
 OPTIMIZERS = ("optimizer_g", "optimizer_d")
-MODE_SEEKING_RESOLUTION = 8
 
 
 class MicroBatch(NamedTuple):
@@ -43,7 +43,7 @@ class MicroBatch(NamedTuple):
     text: Text  # of their captions
     wrong: torch.Tensor  # [b], from wrong_captions: indices into the captions of this micro-batch on all ranks
     z: torch.Tensor  # [b, z_dim]
-    other_z: torch.Tensor  # [b, z_dim], for the mode-seeking loss: their images are to differ from those of z
+    other_z: torch.Tensor  # [b/4, z_dim], for the mode-seeking loss: their images are to differ from those of z
     chances: torch.Tensor  # [b, 2, NUM_CHANCES], for the augmentation of real images and of fake ones
     given: tuple[torch.Tensor, ...]  # for the second stage: the small images, and noise of their shape; () for the base
 
@@ -143,7 +143,8 @@ class Learner:
         ids = distributed.gather(self.clip.tokenize(batch.captions))
         wrong = wrong_captions(ids).unflatten(0, (distributed.world_size(), -1))[distributed.rank()]
         text = self.clip.read(batch.captions)
-        return MicroBatch(real, text, wrong, z=z[:, 0], other_z=z[:, 1], chances=chances, given=given)
+        other_z = z[: math.ceil(len(z) / 4), 1]  # a quarter of the captions, because it is drawn for this loss alone
+        return MicroBatch(real, text, wrong, z=z[:, 0], other_z=other_z, chances=chances, given=given)
 
     def step(self, number, micro_batches):
         """One step of both networks → {name: scalar}. `rejected` counts updates skipped for non-finite gradients."""
@@ -164,7 +165,7 @@ class Learner:
         if adversarial and r1_weight:
             report["r1"] = self.penalize(micro_batches, r1_weight)
         with torch.set_grad_enabled(len(micro_batches) == 1):
-            outputs = [self.draw(batch, batch.z, self.active[-1]) for batch in micro_batches]
+            outputs = [self.draw(batch, batch.z) for batch in micro_batches]
         d_report = self.discriminator_step(micro_batches, outputs) if adversarial else {"rejected": 0}
         with frozen(self.discriminator):
             g_report = self.generator_step(micro_batches, outputs)
@@ -173,10 +174,12 @@ class Learner:
         w = torch.stack([full_precision(output.w.detach()).mean(0) for output in outputs]).mean(0)
         return report, w
 
-    def draw(self, batch, z, resolution):
-        """The generator's Output for the captions of a MicroBatch and z, up to a resolution."""
+    def draw(self, batch, z):
+        """The generator's Output for z [n, z_dim] and the first n captions of a MicroBatch."""
+        n = len(z)
+        given, tokens, eot = [x[:n] for x in batch.given], batch.text.tokens[:n], batch.text.eot[:n]
         with self.autocast():
-            return self.parallel_generator(*batch.given, z, batch.text.tokens, batch.text.eot, resolution)
+            return self.parallel_generator(*given, z, tokens, eot, self.active[-1])
 
     def penalize(self, micro_batches, r1_weight):
         """Adds the gradients of R1, times r1_weight, to the discriminator's → R1.
@@ -215,10 +218,10 @@ class Learner:
         for batch, output in zip(micro_batches, outputs, strict=True):
             with averaging(self.parallel_generator, batch is micro_batches[-1]):
                 if len(micro_batches) > 1:
-                    output = self.draw(batch, batch.z, self.active[-1])
+                    output = self.draw(batch, batch.z)
                 other = None
-                if self.recipe.mode_seeking_weight:  # a low resolution, where shapes and colors are decided already
-                    other = self.draw(batch, batch.other_z, min(MODE_SEEKING_RESOLUTION, self.active[-1]))
+                if self.recipe.mode_seeking_weight:
+                    other = self.draw(batch, batch.other_z)
                 with self.autocast():
                     report = generator_loss(
                         output, other, batch.text, batch.wrong, batch.chances[:, 1],

@@ -167,10 +167,25 @@ def test_the_losses_of_a_router_are_their_formulas():
     torch.testing.assert_close(losses.load_balancing_loss(logits, index), balance)
 
 
-def test_mode_seeking_is_the_inverse_of_the_distance():
-    first, second = torch.randn(2, 3, 4, 4, dtype=torch.float64), torch.randn(2, 3, 4, 4, dtype=torch.float64)
-    distance = sum(abs(a - b) for a, b in zip(first.flatten().tolist(), second.flatten().tolist(), strict=True)) / 96
+def test_mode_seeking_is_the_inverse_of_the_distance_at_8x8():
+    first, second = torch.randn(2, 2, 3, 16, 16, dtype=torch.float64)
+    small = [x.numpy().reshape(2, 3, 8, 2, 8, 2).mean((3, 5)) for x in (first, second)]
+    distance = np.abs(small[0] - small[1]).mean()
     assert losses.mode_seeking_loss(first, second).item() == pytest.approx(1 / (distance + 1e-3))
+
+
+def test_mode_seeking_compares_the_finished_images():
+    """A low resolution of the pyramid may differ while the higher ones take the difference back."""
+    generator, discriminator, clip, _, _, captions, z = objectives()
+    recipe = dataclasses.replace(TINY.recipe, mode_seeking_weight=2.0, adversarial_weight=0.0, clip_weight=0.0)
+    text = clip.read(captions)
+    output = generator(z, text.tokens, text.eot, 8)
+    other = generator(-z[:2], text.tokens[:2], text.eot[:2], 8)
+    options = text, torch.arange(6), CHANCES[:, 1], discriminator, clip, recipe
+    report = losses.generator_loss(output, other, *options)
+    expected = 1 / ((output.image[:2] - other.image).abs().mean().item() + 1e-3)
+    assert report["g_mode_seeking"].item() == pytest.approx(expected, rel=1e-5)
+    assert (report["loss"] - report["g_moe"]).item() == pytest.approx(2 * expected, rel=1e-5)
 
 
 def test_balanced_routing_costs_one():
