@@ -95,8 +95,9 @@ def r1_penalty(discriminator, clip, pyramid, tokens, eot, gamma, scales):
 def clip_loss(clip, embeddings, text_embedding, scales):
     """Symmetric InfoNCE between captions and images over the global batch, a weighted sum over the resolutions.
 
-    embeddings: {resolution: CLIP's embeddings of the images [B, D]}, not normalized. Gradients pass through the gather.
-    Otherwise an image would learn only from its own rank's captions, and the step would depend on the number of ranks.
+    embeddings: {resolution: CLIP's embeddings [≤ B, D] of the first images}, not normalized; text_embedding [B, D].
+    Gradients pass through the gather. Otherwise an image would learn only from its own rank's captions, and the step
+    would depend on the number of ranks.
     """
     info_nce = open_clip.ClipLoss(
         gather_with_grad=True, rank=distributed.rank(), world_size=distributed.world_size(), cache_labels=False
@@ -105,7 +106,7 @@ def clip_loss(clip, embeddings, text_embedding, scales):
         total = 0
         for r, embedding in embeddings.items():
             embedding = F.normalize(full_precision(embedding), dim=-1)
-            total = total + scales[r] * info_nce(embedding, text_embedding, clip.logit_scale)
+            total = total + scales[r] * info_nce(embedding, text_embedding[: len(embedding)], clip.logit_scale)
         return total
 
 
@@ -219,10 +220,12 @@ def generator_loss(output, other, text, wrong, chances, discriminator, clip, rec
     upsampler's recipes need both.
     """
     scales = scale_weights(output.pyramid, recipe.lower_scales)
-    seen = {r: image for r, image in output.pyramid.items() if r <= SEEN_BY_CLIP or r == max(output.pyramid)}
+    highest, some = max(output.pyramid), max(1, round(recipe.clip_lower_share * len(wrong)))
+    seen = {r: image[:some] for r, image in output.pyramid.items() if r <= SEEN_BY_CLIP}
+    seen[highest] = output.pyramid[highest]
     embeddings, clip_maps = clip.see(*seen.values())  # one pass for all; the highest images come last
     clip_maps = [x[-len(wrong) :] for x in clip_maps]
-    embeddings = dict(zip(seen, embeddings.chunk(len(seen)), strict=True))
+    embeddings = dict(zip(seen, embeddings.split([len(image) for image in seen.values()]), strict=True))
     losses = {
         "g_clip": clip_loss(clip, embeddings, text.embedding, scale_weights(seen, recipe.lower_scales)),
         "g_moe": moe_loss(output, recipe.balance_weight),

@@ -283,6 +283,20 @@ def test_both_objectives_are_the_sum_of_their_parts():
     assert math.isfinite(report["loss"].item())
 
 
+@pytest.mark.parametrize(("share", "some"), ((1.0, 6), (0.34, 2), (0.01, 1)))
+def test_clip_sees_a_share_of_the_lower_images(share, some):
+    generator, discriminator, clip, _, _, captions, z = objectives()
+    recipe = dataclasses.replace(TINY.recipe, lower_scales=0.5, clip_lower_share=share, adversarial_weight=0.0)
+    text = clip.read(captions)
+    output = generator(z, text.tokens, text.eot, 8)
+    options = text, torch.arange(6), CHANCES[:, 1], discriminator, clip, recipe
+    report = losses.generator_loss(output, None, *options)
+    high = losses.clip_loss(clip, {8: clip.encode_image(output.image)}, text.embedding, {8: 2 / 3})
+    lower = {4: clip.encode_image(output.pyramid[4][:some])}
+    expected = high + losses.clip_loss(clip, lower, text.embedding[:some], {4: 1 / 3})
+    assert report["g_clip"].item() == pytest.approx(expected.item(), rel=1e-5)
+
+
 def test_clip_sees_the_small_images_and_the_largest(monkeypatch):
     """At 128×128 and 256×256 an image looks alike to it; the largest is always shown."""
     clip, shown = load_clip("emoji"), []

@@ -40,7 +40,7 @@ from weights.perceptual import perceptual_network
 # multiplied 76 TFLOP in bfloat16 and 8.5 TFLOP in float32, and moved 1.7 TB, at this share of the peak rates.
 SHARE_OF_PEAK = 0.40
 RESERVED = 10e9  # assumed: bytes for CUDA's context, NCCL's buffers and fragmentation
-REHEARSED = 2, 4  # images of the counted steps; the counts of other numbers are on a line through these two
+REHEARSED = 4, 8  # images of the counted steps, of which a quarter is whole; other counts are on a line through these
 
 
 class Hardware(NamedTuple):
@@ -237,7 +237,7 @@ def count(learner, meter, images):
     batch = empty_batch(learner, images)
     r1 = meter.measure(lambda: learner.penalize([batch], R1_INTERVAL))
     with torch.no_grad():
-        drawing = meter.measure(lambda: learner.draw(batch, batch.z, learner.active[-1]))
+        drawing = meter.measure(lambda: learner.draw(batch, batch.z))
         inputs = *batch.given, batch.z, batch.text.tokens, batch.text.eot
         evaluation = meter.measure(lambda: learner.clip.encode_image(learner.ema(*inputs).image))
     return {"step": step, "r1": r1, "drawing": drawing, "evaluation": evaluation}

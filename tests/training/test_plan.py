@@ -92,7 +92,7 @@ def test_parameters_and_state_are_those_of_a_run(both):
         assert rehearsal.kept[name] == sum(t.numel() * t.element_size() for t in tensors), name
 
 
-@pytest.mark.parametrize("images", [2, 3])
+@pytest.mark.parametrize("images", [4, 6])
 def test_the_counts_are_those_of_a_step(both, images, monkeypatch):
     """FLOP, except what grows with the square of the batch; memory to 10 %. The profiler counts what a step allocates;
     before the step, the state exists except the gradients.
