@@ -27,8 +27,22 @@ from sampling.pictures import animation, expert_map, grid, to_pil
 from sampling.pipeline import Pipeline
 from weights.generator_file import DEMO
 
+# The options that each view uses, of those that not all use.
+VIEWS = {
+    "each": {"num", "seed", "truncation"},
+    "seeds": {"truncation", "experts", "out"},
+    "truncation_sweep": {"seed", "experts", "out"},
+    "interpolate": {"seed", "truncation", "steps", "part", "path", "experts", "out"},
+    "mix": {"seed", "truncation", "experts", "out"},
+    "latent_walk": {"seed", "truncation", "steps", "path", "experts", "out"},
+    "like": {"experts", "out"},
+    "enlarge": {"seed", "out"},
+    "": {"num", "seed", "truncation", "experts", "out"},
+}
+
 
 def parse_args(argv=None):
+    """Raises UserError for an option that the view does not use."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add = parser.add_argument
     add("prompt", nargs="*", help="one or more texts, each in quotes")
@@ -46,13 +60,14 @@ def parse_args(argv=None):
     )
     add("--resolution", type=positive_int, help="of the pictures (default: the highest; 64: without the second stage)")
     add("--out", type=a_path, default=Path("sample.png"), help="the picture to write; .gif: an animation")
-    add("--each", type=a_path, metavar="DIR", help="a folder for one file per picture; run again to complete it")
     add("--show", type=a_path, metavar="FILE.png", help="only print how a picture of this command was made")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add("--dtype", choices=("auto", *inference.DTYPES), default="auto", help="auto: bf16 for large models, if fast")
     add("--compile", action="store_true", help="torch.compile: takes minutes; pays off for thousands of pictures")
     add("--experts", action="store_true", help="next to each picture, which expert took each feature point")
     look = parser.add_argument_group("views, one at a time").add_mutually_exclusive_group()
+    each = "a folder for one file per picture; run again to complete it"
+    look.add_argument("--each", type=a_path, metavar="DIR", help=each)
     look.add_argument("--seeds", nargs="+", type=natural_number, help="a column for each seed")
     look.add_argument("--truncation-sweep", action="store_true", help="a column for each of several truncations")
     look.add_argument("--interpolate", nargs=2, metavar=("FROM", "TO"), help="interpolate between two prompts")
@@ -64,7 +79,13 @@ def parse_args(argv=None):
     add("--steps", type=positive_int, default=8, help="frames of --interpolate and --latent-walk")
     add("--part", choices=("both", "global", "local"), default="both", help="which text --interpolate changes")
     add("--path", choices=("spherical", "linear"), default="spherical", help="of --interpolate and --latent-walk")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    view = next((name for name in VIEWS if name and getattr(args, name)), "")
+    for name in sorted(set.union(*VIEWS.values()) - VIEWS[view]):
+        if getattr(args, name) != parser.get_default(name):
+            where = f"with --{view.replace('_', '-')}" if view else "without a view"
+            raise UserError(f"{where} --{name} is not used; leave it out")
+    return args
 
 
 def read_prompts(args):
@@ -114,9 +135,6 @@ def check_view(args, prompts):
         raise UserError("--interpolate and --mix use their own two prompts; give no others")
     if args.interpolate and args.steps < 2:
         raise UserError("--steps 1: interpolation needs both ends; give 2 or more")
-    others = args.seeds, args.truncation_sweep, args.interpolate, args.mix, args.latent_walk, args.like, args.enlarge
-    if args.each and any((*others, args.experts)):
-        raise UserError("--each only draws pictures of prompts; leave out the other view")
     if args.enlarge and len(prompts) > 1:
         raise UserError(f"--enlarge needs one prompt, which describes the picture; {len(prompts)} were given")
     if args.latent_walk and len(prompts) > 1:
@@ -156,8 +174,8 @@ def enlarge(args, pipe, prompts):
 
 
 def main():
-    args = parse_args()
     with errors_in_one_line():
+        args = parse_args()
         if args.show:
             for name, value in files.how_made(args.show).items():
                 print(f"{name}: {value}")

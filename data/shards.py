@@ -73,7 +73,7 @@ class Shards(Source):
         self.check(self.look())
 
     def look(self):
-        """Reads the first samples of some shards to learn what they contain → whether a sample is usable."""
+        """Reads the first samples of some shards to learn what they contain → whether one is usable for training."""
         self.kinds, self.fields, self.complete = collections.Counter(), set(), 0
         number, size, reached_ends, usable = 0, 0, True, False
         without_caption, without_image = set(), set()
@@ -92,7 +92,8 @@ class Shards(Source):
                     self.complete += 1
                 else:
                     without_caption.add(sample.place)
-                usable = usable or self.example(sample) is not None
+                is_for_training = not sample.facts.get("aurora_held_out")
+                usable = usable or (is_for_training and self.example(sample) is not None)
             number += count
             reached_ends = reached_ends and count < SAMPLES_TRIED
         if len(without_caption & without_image) > self.complete / 10:

@@ -399,6 +399,14 @@ BAD = {
 }
 
 
+def test_a_shard_whose_pairs_are_all_held_out_is_refused(tmp_path):
+    """Training would look for a pair without an end."""
+    samples = numbered(3, picture=PICTURE, json=b'{"aurora_held_out": "name"}')
+    write_tar(tmp_path / "0.tar", named(samples))
+    with pytest.raises(UserError, match="all are held out"):
+        source_of(tmp_path / "0.tar")
+
+
 @pytest.mark.parametrize("content", BAD)
 def test_what_is_no_shard_is_one_clear_line(tmp_path, content):
     for name in ("0.tar", "0.tgz"):

@@ -66,7 +66,7 @@ def test_mistakes_are_one_line(each, run_main, tmp_path):
         status, _, stderr = run_main(sample.main, "--show", tmp_path / name)
         assert status == 2 and says in stderr and "\n" not in stderr
     status, _, stderr = each("red heart", "--seeds", 1, 2)
-    assert status == 2 and "leave out the other view" in stderr
+    assert status == 2 and "not allowed with argument" in stderr
     status, _, stderr = run_main(sample.main, "red heart", "--each", tmp_path / "text.png")
     assert status == 2 and "is a file" in stderr
 

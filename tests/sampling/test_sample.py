@@ -132,6 +132,11 @@ def test_a_bad_checkpoint_is_one_line(run, tmp_path, kind):
         (("x", "--num", "2.5"), "'2.5' is not a whole number"),
         (("x", "--truncation", "much"), "'much' is not a number"),
         (("x", "--device", "abacus"), "use auto, cpu, cuda"),
+        (("x", "--steps", "9"), "without a view --steps is not used; leave it out"),
+        (("x", "--seeds", "1", "2", "--num", "2"), "with --seeds --num is not used"),
+        (("x", "--truncation-sweep", "--truncation", "0"), "with --truncation-sweep --truncation is not used"),
+        (("x", "--enlarge", "a.png", "--experts"), "with --enlarge --experts is not used"),
+        (("x", "--each", "all", "--out", "a.png"), "with --each --out is not used"),
     ],
 )
 def test_mistakes_are_one_line(run, tmp_path, monkeypatch, arguments, says):
