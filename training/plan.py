@@ -299,8 +299,9 @@ def print_plan(args, preset):
         none, one = (rehearsal.of(kind, images)["memory"] / 1e9 for images in (0, 1))
         print(f"  peak of {kind + ',':12s} GB: {none:.3g}, and {one - none:.3g} an image")
     work = rehearsal.work(32, 1)
-    counts = {name: work[name] for name in ("bfloat16", "float32", "moved")}
-    print("  mean step on 32 images, with R1 in every 16th, TFLOP and TB: " + figures(counts, 1e12))
+    bfloat16, float32, moved = (work[name] / 1e12 for name in ("bfloat16", "float32", "moved"))
+    print("  mean step on 32 images, with R1 in every 16th: ", end="")
+    print(f"bfloat16 {bfloat16:.4g} TFLOP, float32 {float32:.4g} TFLOP, memory traffic {moved:.4g} TB")
     names = "GPUs", "--accumulate", "R1 of", "memory, GB", "a step, s", "days"
     print("".join(f"{name:>13s}" for name in names))
     for gpus in sorted(n for n in {1, 8, 64, args.gpus or 1} if batch % n == 0):
@@ -313,8 +314,9 @@ def print_plan(args, preset):
         print("".join(f"{value:13.3g}" for value in row))
     peak = (work["bfloat16"] + work["float32"]) / hardware.bfloat16 / hardware.seconds(work)
     print(
-        f"Measured on one H200: a step takes {1 / SHARE_OF_PEAK:.1f} times as long as its products and traffic would "
-        f"at the peak rates.\nAssumed: this holds here too. Then {peak:.1%} of this GPU's bfloat16 peak is reached.\n"
+        f"Measured on one H200: a step takes {1 / SHARE_OF_PEAK:.1f} times as long as its matrix products and memory "
+        f"traffic would at the peak rates.\n"
+        f"Assumed: this holds here too. Then {peak:.1%} of this GPU's bfloat16 peak is reached.\n"
         f"{RESERVED / 1e9:.0f} GB are left free. Checkpoints cost no time. Not counted: waiting for data or other GPUs."
     )
 
