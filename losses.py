@@ -1,9 +1,10 @@
-"""Every loss of Aurora, in the paper's order: adversarial, matching-aware, R1, multi-level CLIP, mixture of experts.
+"""Every loss of Aurora, in the paper's order: adversarial, matching-aware, R1, multi-level CLIP, mixture of experts;
+then those that only some recipes use.
 
 A pyramid contains an image for each active resolution. The discriminator scores each image after every stage that it
 passes. A *prediction* is named (input, stage), by their resolutions. `scales`, {resolution: weight}, weighs images.
-Losses are means over a rank's images, CLIP's over the global batch. DDP averages gradients over ranks, which gives
-those of the global batch.
+Losses are means over a rank's images, CLIP's and the mode-seeking loss over the global batch. DDP averages gradients
+over ranks, which gives those of the global batch.
 """
 
 import open_clip
@@ -20,6 +21,7 @@ from layers import float32_region, full_precision, resize
 R1_INTERVAL = 16  # R1 is computed in one step of 16, and counts 16 times there (StyleGAN2, section 4.1).
 EARLY_ADVERSARIAL, EARLY_MATCHING = 0.01, 0.05  # weights of predictions before the last stage
 Z_LOSS_WEIGHT = 0.001  # the release's
+MODE_SEEKING_EVERY = 4  # The mode-seeking loss compares every fourth image: it needs a second one, drawn for it alone.
 SEEN_BY_CLIP = 64  # Of images above this resolution CLIP sees only the largest, because it resizes them to one size.
 
 
@@ -30,7 +32,9 @@ def scale_weights(resolutions, lower):
 
 
 def prediction_weights(logits, early, scales):
-    """{(input, stage): weight}: that of the image, times `early` before the last stage. CLIP counts as a last one."""
+    """{(input, stage): weight}: the weight of the image, times `early` for predictions before the last stage. CLIP
+    counts as a last stage.
+    """
     late = last_stage(logits), CLIP
     return {(entry, stage): scales[entry] * (1 if stage in late else early) for entry, stage in logits}
 
@@ -57,7 +61,7 @@ def logistic_loss(logits, sign, early, scales):
 def wrong_captions(ids):
     """For each caption the index of the next different one, in a circle; its own index if all are equal.
 
-    ids: token ids [B, T] of the captions of a micro-batch on all ranks → indices [B].
+    ids: token ids [B, T] of the captions of a micro-batch on all ranks → indices [B]. Captions a, b, a give 1, 2, 1.
     """
     batch, position = len(ids), torch.arange(len(ids), device=ids.device)
     differs = torch.cdist(ids.float(), ids.float(), p=0) > 0  # [B, B], without the host sync that unique needs
@@ -69,7 +73,8 @@ def wrong_captions(ids):
 
 def feature_maps(discriminator, clip, pyramid):
     """Discriminator.maps of a pyramid. The base's discriminator also reads CLIP's maps of the highest image: it is
-    vision-aided (GigaGAN, section 3.4). The upsampler's is not (section 3.5 there).
+    vision-aided (GigaGAN, section 3.4). The upsampler's is not (section 3.5 there). The generator's loss does not call
+    this: CLIP has already seen its images, for the CLIP loss.
     """
     return discriminator.maps(pyramid, clip.see(pyramid[max(pyramid)])[1] if discriminator.map_readers else ())
 
@@ -77,14 +82,15 @@ def feature_maps(discriminator, clip, pyramid):
 def r1_penalty(discriminator, clip, pyramid, tokens, eot, gamma, scales):
     """R1 (Mescheder et al. 2018) on real images with their captions, in float32: a scalar.
 
-    Each image of the pyramid adds scale · γ_r/2 · ‖gradient of its predictions by its pixels‖², γ_r = gamma · (r/64)².
+    Each image of the pyramid adds scale · γ_r/2 · ‖gradient by its pixels‖², γ_r = gamma · (r/64)²: the gradient of the
+    sum of its predictions, in which those before the last stage have weight EARLY_ADVERSARIAL.
     No image affects the predictions of another, so one backward pass gives all gradients.
     """
     with float32_region(tokens), sdpa_kernel(SDPBackend.MATH):  # fused attention, as in CLIP, has no second derivative
         pyramid = {r: full_precision(x.detach()).requires_grad_() for r, x in pyramid.items()}
         code = discriminator.encode_text(full_precision(tokens), eot)
         logits = discriminator.score(feature_maps(discriminator, clip, pyramid), code)
-        # `early` weighs predictions before the gradient is squared; `scales` weigh the images after that.
+        # The scales, here 1, weigh the images after the gradient is squared.
         weights = prediction_weights(logits, EARLY_ADVERSARIAL, dict.fromkeys(pyramid, 1))
         score = sum(weights[key] * x.mean(1).sum() for key, x in logits.items())
         gradients = torch.autograd.grad(score, list(pyramid.values()), create_graph=True)
@@ -92,12 +98,12 @@ def r1_penalty(discriminator, clip, pyramid, tokens, eot, gamma, scales):
         return sum(scales[r] * gamma * (r / 64) ** 2 / 2 * norm for r, norm in norms.items())
 
 
-def clip_loss(clip, embeddings, text_embedding, scales):
+def clip_loss(clip, embeddings, text_embedding, scales, lower_every=1):
     """Symmetric InfoNCE between captions and images over the global batch, a weighted sum over the resolutions.
 
-    embeddings: {resolution: CLIP's embeddings [≤ B, D] of the first images}, not normalized; text_embedding [B, D].
-    Gradients pass through the gather. Otherwise an image would learn only from its own rank's captions, and the step
-    would depend on the number of ranks.
+    embeddings: {resolution: CLIP's embeddings [B, D]}, not normalized; below the highest resolution, of every n-th
+    image, n = lower_every. text_embedding [B, D]. Gradients pass through the gather. Otherwise an image would learn
+    only from its own rank's captions, and the step would depend on the number of ranks.
     """
     info_nce = open_clip.ClipLoss(
         gather_with_grad=True, rank=distributed.rank(), world_size=distributed.world_size(), cache_labels=False
@@ -106,7 +112,8 @@ def clip_loss(clip, embeddings, text_embedding, scales):
         total = 0
         for r, embedding in embeddings.items():
             embedding = F.normalize(full_precision(embedding), dim=-1)
-            total = total + scales[r] * info_nce(embedding, text_embedding[: len(embedding)], clip.logit_scale)
+            captions = text_embedding[:: 1 if r == max(embeddings) else lower_every]
+            total = total + scales[r] * info_nce(embedding, captions, clip.logit_scale)
         return total
 
 
@@ -131,10 +138,11 @@ def mode_seeking_loss(first, second):
     """1 / mean |first − second| of images [B, 3, R, R] of the same captions under other z (Mao et al. 2019).
 
     The authors divide by the distance between the z. It is nearly the same for all pairs, so we do not. Images are
-    averaged down to 8×8, so that shapes and colors are to differ, not details.
+    averaged down to 8×8, so that shapes and colors are to differ, not details. The mean is over all ranks.
     """
     difference = full_precision(first - second)
-    return 1 / (resize(difference, min(8, difference.shape[-1])).abs().mean() + 1e-3)
+    distances = resize(difference, min(8, difference.shape[-1])).abs().mean((1, 2, 3))
+    return 1 / (distributed.gather(distances).mean() + 1e-3)
 
 
 def perceptual_distance(maps, others):
@@ -213,21 +221,23 @@ def generator_loss(output, other, text, wrong, chances, discriminator, clip, rec
     upsampler also the L1 and perceptual distances to the true image. → {name: scalar}; `loss` is to be minimized.
 
     output: aurora.Output for the captions `text`.
-    other: an Output for the first of these captions and other z; None if the recipe has no mode-seeking loss.
+    other: an Output for every fourth caption and other z (MODE_SEEKING_EVERY); None without a mode-seeking loss.
     wrong [B]: from wrong_captions, for these captions. chances [B, NUM_CHANCES]: for the augmentation.
     discriminator, clip: both frozen.
     real: the pyramid of the true images. perceptual: a frozen network, images [B, 3, R, R] → feature maps. The
     upsampler's recipes need both.
     """
     scales = scale_weights(output.pyramid, recipe.lower_scales)
-    highest, some = max(output.pyramid), max(1, round(recipe.clip_lower_share * len(wrong)))
-    seen = {r: image[:some] for r, image in output.pyramid.items() if r <= SEEN_BY_CLIP}
+    highest = max(output.pyramid)
+    seen = {r: x[:: recipe.clip_lower_every] for r, x in output.pyramid.items() if r <= SEEN_BY_CLIP and r < highest}
     seen[highest] = output.pyramid[highest]
     embeddings, clip_maps = clip.see(*seen.values())  # one pass for all; the highest images come last
     clip_maps = [x[-len(wrong) :] for x in clip_maps]
     embeddings = dict(zip(seen, embeddings.split([len(image) for image in seen.values()]), strict=True))
     losses = {
-        "g_clip": clip_loss(clip, embeddings, text.embedding, scale_weights(seen, recipe.lower_scales)),
+        "g_clip": clip_loss(
+            clip, embeddings, text.embedding, scale_weights(seen, recipe.lower_scales), recipe.clip_lower_every
+        ),
         "g_moe": moe_loss(output, recipe.balance_weight),
     }
     weights = {"g_clip": recipe.clip_weight, "g_moe": 1}
@@ -237,7 +247,7 @@ def generator_loss(output, other, text, wrong, chances, discriminator, clip, rec
         weights["g_adversarial"] = recipe.adversarial_weight
         weights["g_matching"] = recipe.adversarial_weight * recipe.matching_weight_generator
     if other is not None:
-        losses["g_mode_seeking"] = mode_seeking_loss(output.image[: len(other.image)], other.image)
+        losses["g_mode_seeking"] = mode_seeking_loss(output.image[::MODE_SEEKING_EVERY], other.image)
         weights["g_mode_seeking"] = recipe.mode_seeking_weight
     if recipe.l1_weight:
         losses["g_l1"] = pixel_distance(output.pyramid, real, scales)

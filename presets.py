@@ -106,7 +106,7 @@ class Recipe:
     r1_gamma: float = 1.0  # at 64×64; γ at resolution r is r1_gamma · (r/64)²
     lower_scales: float = 0.17 / 0.33  # what each image below the highest resolution counts, relative to that one
     clip_weight: float = 0.1
-    clip_lower_share: float = 1.0  # of the images below the highest resolution, how many the CLIP loss sees
+    clip_lower_every: int = 1  # the CLIP loss sees every n-th of the images below the highest resolution
     adversarial_weight: float = 1.0  # of what the discriminator says; at 0 it neither scores nor learns
     matching_weight_discriminator: float = 1.0
     matching_weight_generator: float = 1.0
@@ -189,7 +189,7 @@ PRESETS = {
         )),
         Recipe(
             steps=500_000, batch=2048, images_per_phase={4: 2_000_000, 8: 5_000_000, 16: 20_000_000, 32: 60_000_000},
-            ema_half_life=640_000, fid_samples=10_000, fid_every=500_000, clip_lower_share=0.25, recompute=True,
+            ema_half_life=640_000, fid_samples=10_000, fid_every=500_000, clip_lower_every=4, recompute=True,
         ),
     ),
     # One GPU: the same scheme at about 100 M parameters.

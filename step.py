@@ -6,7 +6,6 @@ This file knows nothing of files, progress or signals: training/loop.py repeats 
 import contextlib
 import functools
 import gc
-import math
 from typing import NamedTuple
 
 import numpy as np
@@ -20,6 +19,7 @@ from discriminator import Discriminator
 from evaluation.metrics import expert_counts
 from layers import full_precision, parameter_groups, pyramid
 from losses import (
+    MODE_SEEKING_EVERY,
     R1_INTERVAL,
     DiscriminatorLoss,
     feature_maps,
@@ -43,7 +43,7 @@ class MicroBatch(NamedTuple):
     text: Text  # of their captions
     wrong: torch.Tensor  # [b], from wrong_captions: indices into the captions of this micro-batch on all ranks
     z: torch.Tensor  # [b, z_dim]
-    other_z: torch.Tensor  # [b/4, z_dim], for the mode-seeking loss: their images are to differ from those of z
+    other_z: torch.Tensor  # [b/4, z_dim], for the mode-seeking loss: images under z and other_z are to differ
     chances: torch.Tensor  # [b, 2, NUM_CHANCES], for the augmentation of real images and of fake ones
     given: tuple[torch.Tensor, ...]  # for the second stage: the small images, and noise of their shape; () for the base
 
@@ -121,7 +121,8 @@ class Learner:
         """This rank's batches of step `number` → a list of MicroBatch.
 
         The random numbers depend only on the seed and the step's number. They are drawn for the global batch, and each
-        rank uses its share: so a step is the same on any number of ranks.
+        rank uses its share, cut as sources.loader cuts the images: so a step is the same on any number of ranks. If a
+        loss uses every fourth image, a rank needs a multiple of four of them for this.
         """
         config, rng = self.generator.config, rng_of(seed, number)
         z = torch.randn(self.batch, 2, config.z_dim, generator=rng)  # two for each caption
@@ -143,7 +144,7 @@ class Learner:
         ids = distributed.gather(self.clip.tokenize(batch.captions))
         wrong = wrong_captions(ids).unflatten(0, (distributed.world_size(), -1))[distributed.rank()]
         text = self.clip.read(batch.captions)
-        other_z = z[: math.ceil(len(z) / 4), 1]  # a quarter of the captions, because it is drawn for this loss alone
+        other_z = z[::MODE_SEEKING_EVERY, 1]
         return MicroBatch(real, text, wrong, z=z[:, 0], other_z=other_z, chances=chances, given=given)
 
     def step(self, number, micro_batches):
@@ -161,7 +162,7 @@ class Learner:
         twice: keeping the graphs of all would take the memory that micro-batches are to save.
         """
         report, adversarial = {}, self.recipe.adversarial_weight > 0
-        self.optimizer_d.zero_grad(set_to_none=True)
+        self.optimizer_d.zero_grad(set_to_none=True)  # here, because R1 adds its gradients first
         if adversarial and r1_weight:
             report["r1"] = self.penalize(micro_batches, r1_weight)
         with torch.set_grad_enabled(len(micro_batches) == 1):
@@ -174,10 +175,9 @@ class Learner:
         w = torch.stack([full_precision(output.w.detach()).mean(0) for output in outputs]).mean(0)
         return report, w
 
-    def draw(self, batch, z):
-        """The generator's Output for z [n, z_dim] and the first n captions of a MicroBatch."""
-        n = len(z)
-        given, tokens, eot = [x[:n] for x in batch.given], batch.text.tokens[:n], batch.text.eot[:n]
+    def draw(self, batch, z, every=1):
+        """The generator's Output for a MicroBatch, or for every n-th of its captions, and z."""
+        given, tokens, eot = [x[::every] for x in batch.given], batch.text.tokens[::every], batch.text.eot[::every]
         with self.autocast():
             return self.parallel_generator(*given, z, tokens, eot, self.active[-1])
 
@@ -217,11 +217,11 @@ class Learner:
         reports = []
         for batch, output in zip(micro_batches, outputs, strict=True):
             with averaging(self.parallel_generator, batch is micro_batches[-1]):
-                if len(micro_batches) > 1:
+                if len(micro_batches) > 1:  # outputs without a graph
                     output = self.draw(batch, batch.z)
                 other = None
                 if self.recipe.mode_seeking_weight:
-                    other = self.draw(batch, batch.other_z)
+                    other = self.draw(batch, batch.other_z, MODE_SEEKING_EVERY)
                 with self.autocast():
                     report = generator_loss(
                         output, other, batch.text, batch.wrong, batch.chances[:, 1],
@@ -231,11 +231,11 @@ class Learner:
             reports.append(report)
         return {"g_loss": mean_of(reports, "loss"), **update(self.optimizer_g, reports, "g")}
 
-    def score(self, images, text):
+    def score(self, pyramid, text):
         """The mean over points of the last prediction for the highest images of a pyramid with their captions, [B]."""
         with self.autocast():
             code = self.discriminator.encode_text(text.tokens, text.eot)
-            logits = self.discriminator.score(feature_maps(self.discriminator, self.clip, images), code)
+            logits = self.discriminator.score(feature_maps(self.discriminator, self.clip, pyramid), code)
         return last_prediction(logits).mean(1)
 
     def autocast(self):

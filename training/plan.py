@@ -29,7 +29,7 @@ from common.cli import UserError, positive_int
 from common.disk import write_text
 from common.distributed import say
 from layers import pyramid
-from losses import R1_INTERVAL
+from losses import MODE_SEEKING_EVERY, R1_INTERVAL
 from presets import fitted_to
 from sampling.latent import BATCH as DRAWN
 from step import Learner, MicroBatch
@@ -40,7 +40,8 @@ from weights.perceptual import perceptual_network
 # multiplied 76 TFLOP in bfloat16 and 8.5 TFLOP in float32, and moved 1.7 TB, at this share of the peak rates.
 SHARE_OF_PEAK = 0.40
 RESERVED = 10e9  # assumed: bytes for CUDA's context, NCCL's buffers and fragmentation
-REHEARSED = 4, 8  # images of the counted steps, of which a quarter is whole; other counts are on a line through these
+# Images of the counted steps: multiples of four, as some losses use every fourth. Others are on a line through these.
+REHEARSED = 4, 8
 
 
 class Hardware(NamedTuple):
@@ -253,7 +254,8 @@ def empty_batch(learner, size):
         cut = config.input_resolution, learner.recipe.crop, torch.zeros(size, 2)
         real = {r: crop(x, *cut) for r, x in real.items()}
         given = tuple(crop(x, *cut) for x in given)
-    return MicroBatch(real, text, wrong, *torch.empty(2, size, config.z_dim), torch.empty(size, 2, NUM_CHANCES), given)
+    z, chances = torch.empty(size, config.z_dim), torch.empty(size, 2, NUM_CHANCES)
+    return MicroBatch(real, text, wrong, z, z[::MODE_SEEKING_EVERY], chances, given)
 
 
 def parameters_and_memory(learner):

@@ -16,7 +16,11 @@ from data import sources
 from tests import figures
 from tests.training.runs import build
 
-CASES = ("--preset tiny", "--preset tiny --accumulate 2", "--preset tiny-larger")
+CASES = (
+    "--preset tiny --set mode_seeking_weight=0.1 clip_lower_every=4",
+    "--preset tiny --accumulate 2",
+    "--preset tiny-larger",
+)
 
 
 def main(path):
