@@ -47,7 +47,7 @@ def l2_attention(q, k, v):
 
 def blockwise_l2_attention(q, k, v):
     """Computes the map one block after another, in float32, and each block again in the backward pass."""
-    batch, n, t = q.shape[:2], q.shape[2], k.shape[2]
+    leading, n, t = q.shape[:2], q.shape[2], k.shape[2]  # B, heads: a map for each
     entries = MAP_ENTRIES[q.device.type]
     maps, rows = max(1, entries // (n * t)), max(1, entries // t)  # in a block: whole maps, or rows of one
     results = []
@@ -58,7 +58,7 @@ def blockwise_l2_attention(q, k, v):
             for q_rows in some_q.split(rows, dim=1):
                 parts.append(recomputed(attend, q_rows, some_k, some_v))
             results.append(torch.cat(parts, dim=1))
-    return torch.cat(results).unflatten(0, batch).to(v.dtype)
+    return torch.cat(results).unflatten(0, leading).to(v.dtype)
 
 
 def attend(q, k, v):

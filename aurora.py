@@ -73,7 +73,9 @@ class CrossAttention(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Self-attention, cross-attention to the text, sparse mixture of experts: pre-norm residuals over [B, N, C]."""
+    """Self-attention, cross-attention to the text, sparse mixture of experts: pre-norm residuals over [B, N, C] → the
+    same shape, and the Routing.
+    """
 
     def __init__(self, config: GeneratorConfig, num_experts):
         super().__init__()
@@ -96,7 +98,9 @@ class TransformerBlock(nn.Module):
 
 
 class AttentionBlock(nn.Module):
-    """GroupNorm, a projection to the attention width, transformer blocks, and one back: [B, C, H, W] → the same."""
+    """GroupNorm, a projection to the attention width, transformer blocks, and one back: [B, C, H, W] → the same shape,
+    and the Routing of each transformer block.
+    """
 
     def __init__(self, config: GeneratorConfig, level):
         super().__init__()
@@ -129,10 +133,10 @@ class FourierFeatures(nn.Module):
     def __init__(self, channels, size, w_dim):
         super().__init__()
         freqs = torch.randn(channels, 2)
+        # For a normal vector of length r, exp(−r²/2) is uniform in [0, 1]. As the square of the new length exp(−r²/4),
+        # it makes the frequencies uniform in a disc.
         radii = freqs.norm(dim=1, keepdim=True)
-        self.register_buffer(
-            "freqs", freqs / (radii * radii.square().exp().pow(0.25))
-        )  # radius r → exp(−r²/4): uniform in a disc
+        self.register_buffer("freqs", freqs / (radii * radii.square().exp().pow(0.25)))
         self.register_buffer("phases", torch.rand(channels) - 0.5)
         self.affine = Linear(w_dim, 4)
         nn.init.zeros_(self.affine.weight)
@@ -193,8 +197,8 @@ class ConvBlock(nn.Module):
 
 
 class UpsamplingBlock(ConvBlock):
-    """The first block of every other level: conv1 and the skip double the resolution, [B, in_channels, H, W] →
-    [B, C, 2H, 2W].
+    """The first block of each level above the lowest: conv1 and the skip double the resolution, [B, in_channels, H, W]
+    → [B, C, 2H, 2W].
     """
 
     def __init__(self, config: GeneratorConfig, level, in_channels):
@@ -245,7 +249,7 @@ class SynthesisLevel(nn.Module):
 
         encoded: the features of the upsampler's encoder at this resolution, which are added after the first block.
         """
-        codes, routings = iter(ws.unbind(1)), {}
+        codes, routings = iter(ws.unbind(1)), {}  # a code for a block, one for its attention, one for the next block, …
         for i, block in enumerate(self.blocks):
             w = next(codes)
             x = block(x, w)
@@ -288,7 +292,7 @@ class Synthesis(nn.Module):
         function (rgb, image) → image.
 
         Only the upsampler gives x, the encoder's features at the lowest level; encoded, {resolution: its features}, of
-        the other levels; and image, the picture to enlarge.
+        the other levels; and image, the picture to enlarge, from which the images grow.
         """
         ws = w if w.ndim == 3 else w[:, None].expand(-1, self.num_layers, -1)
         pyramid, routings = {}, {}

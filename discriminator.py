@@ -55,7 +55,9 @@ class TiedSelfAttention(nn.Module):
 
 
 class Flatten(nn.Module):
-    """The last stride: a convolution without padding turns a map into one point, [B, C, side, side] → [B, D, 1, 1]."""
+    """The last stride: a convolution without padding turns a map into one point, [B, C, side, side] → [B, D, 1, 1].
+    From pictures larger than training's crops it makes several points.
+    """
 
     def __init__(self, in_channels, out_channels, side=4):
         super().__init__()
@@ -91,7 +93,7 @@ class MapReader(nn.Sequential):
 
 
 class Head(nn.Module):
-    """One ψ with its unconditional companion: D = ψ(map, t) + conv1×1(map), for every feature point."""
+    """One ψ with its unconditional companion: D = LOGIT_GAIN · (ψ(map, t) + conv1×1(map)), for every feature point."""
 
     def __init__(self, channels, text_dim, num_layers):
         super().__init__()
@@ -99,9 +101,9 @@ class Head(nn.Module):
         self.last = ModulatedLinear(channels, 1, text_dim)
         self.unconditional = Linear(channels, 1)
 
-    def forward(self, maps, text):
-        """maps [B, C, H, W], text [B, text_dim] → logits [B, H·W]."""
-        points = h = maps.flatten(2).transpose(1, 2).contiguous()
+    def forward(self, x, text):
+        """Feature maps x [B, C, H, W], text codes [B, text_dim] → logits [B, H·W]."""
+        points = h = x.flatten(2).transpose(1, 2).contiguous()
         for conv in self.convs:
             h = lrelu(conv(h, text))
         return LOGIT_GAIN * full_precision(self.last(h, text) + self.unconditional(points)).squeeze(-1)
@@ -128,7 +130,7 @@ class Discriminator(nn.Module):
             below = levels.get(resolution // 2)
             step = Downsample(level.channels, below.channels) if below else Flatten(level.channels, level.channels)
             stages[str(resolution)] = Stage(config, level, step)
-            width = below.channels if below else level.channels
+            width = below.channels if below else level.channels  # after the stage's step
             heads[str(resolution)] = Head(width, config.text_dim, config.head_layers)
         if config.clip_maps:
             heads[CLIP] = Head(config.clip_channels, config.text_dim, config.head_layers)

@@ -12,8 +12,8 @@ from torch import nn
 
 from layers import Linear, float32_region, full_precision, in_float32
 
-# In sampling, a convolution is computed as a matrix product if its kernels have at least this many input channels for
-# each point that shares them. In training, this would keep the unfolded input in memory.
+# In sampling, a convolution is computed as a matrix product if the input channels are at least this many times the
+# points that share a kernel. In training, this would keep the unfolded input in memory.
 CHANNELS_PER_POINT = 4
 
 
@@ -32,7 +32,9 @@ class Affine(Linear):
 
 
 class ModulatedLinear(nn.Module):
-    """A modulated, demodulated 1×1 convolution over feature points: [B, N, C] and w [B, w_dim] → [B, N, D]."""
+    """A modulated, demodulated 1×1 convolution over feature points: [B, N, C] and w [B, w_dim] → [B, N, D]. It scales
+    the activations or each sample's kernel, with the same result.
+    """
 
     def __init__(self, in_features, out_features, w_dim):
         super().__init__()
@@ -60,7 +62,7 @@ class ModulatedConv2d(nn.Module):
     The weights are drawn from N(0, 1) without a scale for fan-in, because demodulation divides any scale out.
     """
 
-    products = None  # kernel_products(), computed once for sampling, where the weights do not change
+    products = None  # kernel_products(), which sampling/inference.py computes once, as the weights do not change
 
     def __init__(self, in_channels, out_channels, kernel_size, w_dim, num_kernels=1):
         super().__init__()
@@ -93,8 +95,8 @@ class ModulatedConv2d(nn.Module):
     def energy(self, kernels, mix):
         """|Σ mₙKₙ|², summed over the taps: [G, D, C].
 
-        This equals Σ mₙmₗ⟨Kₙ, Kₗ⟩, which is faster if there are more samples than pairs of kernels, or in sampling,
-        which computes the products once.
+        It is computed from the mixed kernels, or as Σ mₙmₗ⟨Kₙ, Kₗ⟩. The latter is faster if there are more samples than
+        pairs of kernels, and in sampling, which computes the products ⟨Kₙ, Kₗ⟩ once.
         """
         if self.products is None and len(kernels) <= len(self.weight) ** 2:
             return torch.linalg.vector_norm(kernels, dim=(-2, -1)).square()
@@ -178,6 +180,7 @@ class TransformationField(ModulatedConv2d):
     """The modulated transformation (MTM): a demodulated convolution with learned scales, which start at zero.
 
     [B, C, H, W] → offsets [B, 18, H, W], the (dy, dx) pairs that torchvision takes, and masks [B, 9, H, W] in (0, 2).
+    At the start offsets are 0 and masks 1, which makes an ordinary convolution.
     """
 
     def __init__(self, in_channels, w_dim):
@@ -195,8 +198,8 @@ class TransformationField(ModulatedConv2d):
 class DeformableConv2d(ModulatedConv2d):
     """A modulated 3×3 convolution that reads its input at positions that a transformation field predicts from x and w.
 
-    Modulated deformable convolution (Zhu et al. 2019) with padding 1. torchvision.ops.deform_conv2d computes the same,
-    but on one CPU thread only; here it is grid_sample, for bilinear samples, and one matrix product.
+    It is a deformable convolution with masks (Zhu et al. 2019) and padding 1. torchvision.ops.deform_conv2d computes
+    the same, but on one CPU thread only; here it is grid_sample, for bilinear samples, and one matrix product.
     """
 
     def __init__(self, in_channels, out_channels, w_dim, num_kernels=1):

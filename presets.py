@@ -192,7 +192,7 @@ PRESETS = {
             ema_half_life=640_000, fid_samples=10_000, fid_every=500_000, clip_lower_every=4, recompute=True,
         ),
     ),
-    # One GPU: the same scheme at about 100 M parameters.
+    # One to eight GPUs: the same scheme at about 100 M parameters.
     "small-64": Preset(
         GeneratorConfig(levels=(
             Level(4, 512, num_blocks=2, deformable=True),
@@ -218,7 +218,7 @@ PRESETS = {
         (192, 128, 96, 48, 24), (128, 160, 96, 48, 24), w_dim=192, head_dim=24, batch=32, ema_half_life=10_000,
         images_per_phase={4: 0, 8: 0, 16: 96_000, 32: 256_000}, fid_every=16_000,
     ),
-    # One GPU for half an hour: the same with about twice the channels.
+    # One GPU for 15 to 30 minutes: the same with about twice the channels.
     "emoji-gpu": emoji(
         (256, 256, 192, 96, 48), (256, 256, 192, 128, 64), w_dim=256, head_dim=32, batch=64, ema_half_life=20_000,
         images_per_phase={4: 0, 8: 0, 16: 96_000, 32: 450_000}, fid_every=64_000,

@@ -330,7 +330,7 @@ def rng_of(*numbers):
 
 def adam(network, lr, momentum=0.0):
     """capturable: a CUDA graph can record its step. It also records the learning rates: after changing them, call
-    Learner.forget().
+    Learner.forget(). docs/extend.md shows a schedule.
     """
     on_gpu = next(network.parameters()).is_cuda
     return torch.optim.Adam(parameter_groups(network, lr), betas=(momentum, 0.99), fused=True, capturable=on_gpu)

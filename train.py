@@ -87,7 +87,7 @@ class Run(NamedTuple):
 
 def build(args, device):
     """Builds a new run, or one from its last checkpoint → Run. Raises UserError; Stopped while a small CLIP learns."""
-    with distributed.together():
+    with distributed.together():  # an error on one rank ends all
         preset = preset_of(args)
         recipe, clip = preset.recipe, args.clip or clip_for(args.data, preset)
         batch, dtype = args.batch or recipe.batch, dtype_of(args.dtype, device)
@@ -100,7 +100,7 @@ def build(args, device):
     state = folder.state(args.resume)
     if clip == "train":
         clip = folder.path / "clip.safetensors"
-        if state:
+        if state:  # the checkpoint may be another run's, with --resume PATH
             clip_of_resumed_run(folder.last_good.parent.parent / clip.name, clip)
         else:
             clip_of_new_run(clip, args.data, args.caption_key, args.seed, device)
@@ -194,7 +194,9 @@ def draw_samples(learner, growth):
 
 
 def save(run):
-    """Writes a checkpoint and the generator's file, unless a weight is not finite."""
+    """Writes a checkpoint, unless a weight is not finite: the generator's file, which is the moving average, and
+    state.pt with the networks, the optimizers, the phase of growth, the progress and what identifies the run.
+    """
     _, learner, growth, _, loop = run
     if learner.weights_are_finite():
         resolution = growth.active[-1]

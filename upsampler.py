@@ -74,14 +74,14 @@ class UNet(Synthesis):
         (GigaGAN, section 3.5). The interpolated image has no noise.
         """
         encoded = self.encoder(image + self.input_noise * noise)
-        x = encoded.pop(min(encoded))
+        x = encoded.pop(min(encoded))  # the lowest features go up; the others join them on the way
         add = functools.partial(add_detail, side=image.shape[-1])
-        return self.up(w, local_text, resolution, x, encoded, image, add)
+        return self.up(w, local_text, resolution, x=x, encoded=encoded, image=image, add=add)
 
 
 class Upsampler(Generator):
-    """The second stage. forward: image [B, 3, 64, 64] in [−1, 1]; noise ~ N(0, 1) of its shape; then as Generator
-    → Output, whose pyramid contains the resolutions above the image's.
+    """The second stage. forward: image [B, 3, S, S] in [−1, 1], as in UNet; noise ~ N(0, 1) of its shape; then as
+    Generator → Output, whose pyramid contains the resolutions above the image's.
     """
 
     def __init__(self, config: UpsamplerConfig):
@@ -107,8 +107,9 @@ def given_images(config, images, noise):
 
 
 def draw_input_noise(config, count, generator):
-    """N(0, 1) for `count` input images of an upsampler, from a torch.Generator on the CPU; empty for the base. Sampling
-    uses the same noise for all pictures, see sampling/pipeline.py.
+    """N(0, 1) for `count` input images of an upsampler, from a torch.Generator on the CPU. For the base [count, 0],
+    so that callers can share it out to ranks in the same way. Sampling uses the same noise for all pictures, see
+    sampling/pipeline.py.
     """
     shape = (3, config.input_resolution, config.input_resolution) if isinstance(config, UpsamplerConfig) else (0,)
     return torch.randn(count, *shape, generator=generator)
