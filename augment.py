@@ -18,8 +18,9 @@ CUTOUT = 1 / 2  # the side of the grey square, as a share of the image's
 
 def check(policy):
     """Raises UserError for names that are not in POLICIES."""
-    if unknown := [name for name in policy if name not in POLICIES]:
-        raise UserError(f"--set augment: there is no {', '.join(map(str, unknown))}; choose from {', '.join(POLICIES)}")
+    for name in policy:
+        if name not in POLICIES:
+            raise UserError(f"--set augment: there is no {name}; choose from {', '.join(POLICIES)}")
 
 
 def augment(pyramid, policy, chances):
@@ -42,13 +43,17 @@ def translation(images, chances, side):
 
     Lower images move by the same share of their sides, with interpolation.
     """
-    shift = ((2 * chances[:, 0:2] - 1) * MAX_SHIFT * side).round() / side
-    return warp(images, shift, torch.ones_like(shift[:, 0]))
+    share = (2 * chances[:, 0:2] - 1) * MAX_SHIFT
+    shift = (share * side).round() / side
+    factor = torch.ones_like(shift[:, 0])
+    return warp(images, shift, factor)
 
 
 def scale(images, chances, _):
     """Enlarges or shrinks by up to MAX_SCALE, with equal probability."""
-    return warp(images, torch.zeros_like(chances[:, 0:2]), MAX_SCALE ** (2 * chances[:, 2] - 1))
+    shift = torch.zeros_like(chances[:, 0:2])
+    factor = MAX_SCALE ** (2 * chances[:, 2] - 1)
+    return warp(images, shift, factor)
 
 
 def warp(images, shift, factor):
@@ -73,8 +78,11 @@ def color(images, chances, _):
 def cutout(images, chances, _):
     """Draws a grey square of CUTOUT of the side. Its centre can be anywhere."""
     centres = (torch.arange(images.shape[-1], device=images.device) + 0.5) / images.shape[-1]
-    inside_x, inside_y = ((centres - chances[:, n, None]).abs() < CUTOUT / 2 for n in (6, 7))  # [B, side]
-    return images * ~(inside_y[:, :, None] & inside_x[:, None])[:, None]
+    x, y = chances[:, 6, None], chances[:, 7, None]
+    inside_x = (centres - x).abs() < CUTOUT / 2  # [B, side]
+    inside_y = (centres - y).abs() < CUTOUT / 2
+    inside = inside_y[:, :, None] & inside_x[:, None]
+    return images * ~inside[:, None]
 
 
 POLICIES = {"color": color, "translation": translation, "scale": scale, "cutout": cutout}

@@ -28,7 +28,8 @@ SEEN_BY_CLIP = 64  # Of images above this resolution CLIP sees only the largest,
 def scale_weights(resolutions, lower):
     """{resolution: weight}: each below the highest weighs `lower` times as much as that one; they sum to one."""
     weights = {r: 1 if r == max(resolutions) else lower for r in resolutions}
-    return {r: weight / sum(weights.values()) for r, weight in weights.items()}
+    total = sum(weights.values())
+    return {r: weight / total for r, weight in weights.items()}
 
 
 def prediction_weights(logits, early, scales):
@@ -46,7 +47,8 @@ def last_stage(logits):
 
 def last_prediction(logits):
     """The logits of the highest image after the last stage, [B, N]."""
-    return logits[max(entry for entry, _ in logits), last_stage(logits)]
+    highest = max(entry for entry, _ in logits)
+    return logits[highest, last_stage(logits)]
 
 
 def logistic_loss(logits, sign, early, scales):
@@ -55,7 +57,10 @@ def logistic_loss(logits, sign, early, scales):
     logits: {(input, stage): [B, N]}. sign, a number or [B, 1]: −1 if the images are to look real, +1 if fake.
     """
     weights = prediction_weights(logits, early, scales)
-    return sum(weights[key] * F.softplus(sign * x).mean(1) for key, x in logits.items())
+    total = 0
+    for key, x in logits.items():
+        total = total + weights[key] * F.softplus(sign * x).mean(1)
+    return total
 
 
 def wrong_captions(ids):
@@ -76,7 +81,10 @@ def feature_maps(discriminator, clip, pyramid):
     vision-aided (GigaGAN, section 3.4). The upsampler's is not (section 3.5 there). The generator's loss does not call
     this: CLIP has already seen its images, for the CLIP loss.
     """
-    return discriminator.maps(pyramid, clip.see(pyramid[max(pyramid)])[1] if discriminator.map_readers else ())
+    clip_maps = ()
+    if discriminator.map_readers:
+        _, clip_maps = clip.see(pyramid[max(pyramid)])
+    return discriminator.maps(pyramid, clip_maps)
 
 
 def r1_penalty(discriminator, clip, pyramid, tokens, eot, gamma, scales):
@@ -94,8 +102,11 @@ def r1_penalty(discriminator, clip, pyramid, tokens, eot, gamma, scales):
         weights = prediction_weights(logits, EARLY_ADVERSARIAL, dict.fromkeys(pyramid, 1))
         score = sum(weights[key] * x.mean(1).sum() for key, x in logits.items())
         gradients = torch.autograd.grad(score, list(pyramid.values()), create_graph=True)
-        norms = {r: g.square().sum((1, 2, 3)).mean() for r, g in zip(pyramid, gradients, strict=True)}
-        return sum(scales[r] * gamma * (r / 64) ** 2 / 2 * norm for r, norm in norms.items())
+        total = 0
+        for r, gradient in zip(pyramid, gradients, strict=True):
+            squared_norm = gradient.square().sum((1, 2, 3)).mean()
+            total = total + scales[r] * gamma * (r / 64) ** 2 / 2 * squared_norm
+        return total
 
 
 def clip_loss(clip, embeddings, text_embedding, scales, lower_every=1):
@@ -131,7 +142,8 @@ def load_balancing_loss(logits, expert_index):
     num_experts = logits.shape[-1]
     share = F.one_hot(expert_index, num_experts).to(logits.dtype).mean(1)
     probability = logits.softmax(-1).mean(1)
-    return num_experts * (share * probability).sum(-1).mean()
+    balance = num_experts * (share * probability).sum(-1)
+    return balance.mean()
 
 
 def mode_seeking_loss(first, second):
@@ -152,13 +164,17 @@ def perceptual_distance(maps, others):
     distances = []
     for a, b in zip(maps, others, strict=True):
         a, b = F.normalize(full_precision(a), dim=1), F.normalize(full_precision(b), dim=1)
-        distances.append((a - b).square().sum(1).mean((1, 2)))
+        distance = (a - b).square().sum(1)  # [B, h, w]
+        distances.append(distance.mean((1, 2)))
     return torch.stack(distances).mean(0)
 
 
 def pixel_distance(pyramid, real, scales):
     """L1 between two pyramids, a weighted sum over the resolutions: a scalar."""
-    return sum(scales[r] * F.l1_loss(full_precision(image), real[r]) for r, image in pyramid.items())
+    total = 0
+    for r, image in pyramid.items():
+        total = total + scales[r] * F.l1_loss(full_precision(image), real[r])
+    return total
 
 
 def moe_loss(output, balance_weight):
@@ -202,7 +218,8 @@ class DiscriminatorLoss(nn.Module):
 
         # Dividing by half of the images gives the mean over real ones plus the mean over fake ones.
         adversarial = logistic_loss(right_logits, sign, EARLY_ADVERSARIAL, scales).sum() / batch
-        matching = (logistic_loss(wrong_logits, 1, EARLY_MATCHING, scales) * is_wrong.repeat(2)).sum() / batch
+        matching = logistic_loss(wrong_logits, 1, EARLY_MATCHING, scales) * is_wrong.repeat(2)
+        matching = matching.sum() / batch
         loss = adversarial + self.recipe.matching_weight_discriminator * matching
 
         last = last_prediction(right_logits).detach()
@@ -273,12 +290,14 @@ def fooling_losses(output, text, wrong, chances, clip_maps, discriminator, clip,
     if recipe.augment:  # the CLIP loss uses the images themselves, the discriminator CLIP's maps of augmented ones
         clip_maps = clip.see(pyramid[max(pyramid)])[1]
     maps = discriminator.maps(pyramid, clip_maps if discriminator.map_readers else ())
-    adversarial = logistic_loss(discriminator.score(maps, code), -1, EARLY_ADVERSARIAL, scales).mean()
+    right_logits = discriminator.score(maps, code)
+    adversarial = logistic_loss(right_logits, -1, EARLY_ADVERSARIAL, scales).mean()
     # The discriminator learns that these images are fake under a wrong caption, too; this term is the generator's
     # answer. A wrong caption does not describe the image, so here the generator only learns to look real. Results get
     # worse with the matching loss in the discriminator alone, and better with it in both (GigaGAN, table 1).
     wrong_logits = discriminator.score(maps, wrong_code)
-    return adversarial, (logistic_loss(wrong_logits, -1, EARLY_MATCHING, scales) * is_wrong).mean()
+    matching = logistic_loss(wrong_logits, -1, EARLY_MATCHING, scales) * is_wrong
+    return adversarial, matching.mean()
 
 
 def wrong_codes(code, wrong):
