@@ -123,7 +123,7 @@ def build(args, device):
         if args.init and state:
             say(f"note: --init {args.init} is not used, because the run in {args.out} is resumed")
         elif args.init:
-            start_from(args, learner)
+            start_from(args, learner, growth)
     learner.learn_at(growth.active)
     return Run(args, learner, growth, source, loop)
 
@@ -136,14 +136,20 @@ def preset_of(args):
     return dataclasses.replace(preset, recipe=recipe)
 
 
-def start_from(args, learner):
-    """Loads the weights that --init names. Raises UserError."""
+def start_from(args, learner, growth):
+    """Loads the weights that --init names, and starts at the highest resolution that they draw. Raises UserError."""
+    weights = checkpoint.load_weights(args.init)
     try:
-        missing = learner.load_weights(checkpoint.load_weights(args.init))
+        missing = learner.load_weights(weights)
     except (RuntimeError, KeyError) as error:
         message = f"--init {args.init} does not fit preset {args.preset}, whose networks have other sizes"
         raise UserError(f"{message}; give the preset that it was trained with") from error
-    say(f"Starting from the weights of {args.init}{'; new: ' if missing else ''}{', '.join(missing)}.")
+    for i, level in enumerate(learner.generator.config.levels):
+        if f"synthesis.levels.{i}.to_rgb.weight" in weights["ema"]:
+            growth.phase = Phase(learner.resolutions.index(level.resolution))
+    resolution = growth.active[-1]
+    new = f"; new: {', '.join(missing)}" if missing else ""
+    say(f"Starting at {resolution}×{resolution} from the weights of {args.init}{new}.")
 
 
 def train(run):

@@ -182,7 +182,12 @@ def test_a_new_run_starts_from_the_weights_of_another(undisturbed, tmp_path, kin
     started_from = first["generator" if kind == "checkpoint" else "ema"]
     assert torch.equal(second.learner.generator.get_parameter(name), started_from[name])
     assert torch.equal(second.learner.ema.get_parameter(name), first["ema"][name])
-    assert second.loop.progress.step == 0 and second.growth.active == [4]
+    assert second.loop.progress.step == 0 and second.growth.active == [4, 8]
+
+
+def test_it_starts_at_the_highest_resolution_of_the_weights(stopped_after, tmp_path):
+    path = stopped_after(1) / "generator_ema.safetensors"
+    assert build(*SHORT, "--out", tmp_path / "second", "--init", path).growth.active == [4]
 
 
 def test_a_resumed_run_notes_options_that_it_cannot_use(stopped_after, capsys):
