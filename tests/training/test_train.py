@@ -186,7 +186,7 @@ def test_a_new_run_starts_from_the_weights_of_another(undisturbed, tmp_path, kin
 
 
 def test_it_starts_at_the_highest_resolution_of_the_weights(stopped_after, tmp_path):
-    path = stopped_after(1) / "generator_ema.safetensors"
+    path = checkpoint.checkpoints(stopped_after(1) / "checkpoints")[0]
     assert build(*SHORT, "--out", tmp_path / "second", "--init", path).growth.active == [4]
 
 
