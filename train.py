@@ -138,14 +138,13 @@ def preset_of(args):
 
 def start_from(args, learner, growth):
     """Loads the weights that --init names, and starts at the highest resolution that they draw. Raises UserError."""
-    weights = checkpoint.load_weights(args.init)
     try:
-        missing = learner.load_weights(weights)
+        missing = learner.load_weights(checkpoint.load_weights(args.init))
     except (RuntimeError, KeyError) as error:
         message = f"--init {args.init} does not fit preset {args.preset}, whose networks have other sizes"
         raise UserError(f"{message}; give the preset that it was trained with") from error
-    for i, level in enumerate(learner.generator.config.levels):
-        if f"synthesis.levels.{i}.to_rgb.weight" in weights["ema"]:
+    for level in learner.ema.synthesis.levels:
+        if level.to_rgb and level.to_rgb.weight.any():  # zero until it learns
             growth.phase = Phase(learner.resolutions.index(level.resolution))
     resolution = growth.active[-1]
     new = f"; new: {', '.join(missing)}" if missing else ""
