@@ -32,6 +32,7 @@ from presets import PRESETS
 from sampling import inference
 from sampling.pictures import grid, to_pil
 from training.plan import FlopCounter
+from training.run_folder import step_of
 from weights.generator_file import generator_of, load_generator
 
 PROMPTS = ["red heart", "grinning face", "fox", "hot dog", "red apple", "automobile", "sun", "man astronaut"]
@@ -92,8 +93,9 @@ def measure_training(entry, path):
     notes, log = entry.notes, path.parent / "metrics.jsonl"
     seconds = notes.get("seconds", 0)
     if log.is_file():
-        rows = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
-        seconds = sum(row["cpu_seconds"] for row in rows if row["step"] <= notes["step"])
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+        known = [line for line in lines if 0 < step_of(line) <= notes["step"]]  # without a line that was cut off
+        seconds = sum(json.loads(line)["cpu_seconds"] for line in known)
     return {
         "training images, thousands": notes.get("images", 0) / 1e3,
         "training, hours": seconds / 3600,

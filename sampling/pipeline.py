@@ -187,7 +187,8 @@ def forced(generator, name, points, expert):
     """A context in which a router sends feature points, a mask [B, N] or [N], to one expert. Raises UserError."""
     if name not in (known := routers(generator)):
         raise UserError(f"there is no router {name}; choose one of {', '.join(known) or 'none'}")
-    if not 0 <= expert < (count := len(known[name].to_logits.weight)):
+    count = len(known[name].to_logits.weight)
+    if not 0 <= expert < count:
         raise UserError(f"there is no expert {expert}; router {name} has {count}")
 
     def redirect(_, inputs, routing):

@@ -98,6 +98,10 @@ def test_a_forced_expert_takes_the_marked_points_and_no_others(pipe):
     torch.testing.assert_close(routing.gate[0, :20], before.logits.softmax(-1)[0, :20, 2])
     assert not torch.equal(drawn.images, free.images)
     assert torch.equal(pipe.draw(frames).images, free.images)  # and after it all is as before
-    for name, expert, says in (("4.0.0", 0, "no router 4.0.0"), ("8.0.0", 9, "no expert 9")):
+    for name, expert, says in (
+        ("4.0.0", 0, "no router 4.0.0"),
+        ("8.0.0", 9, "no expert 9"),
+        ("8.0.0", -1, "no expert -1"),
+    ):
         with pytest.raises(UserError, match=says), forced(pipe.generator, name, points, expert):
             pass
