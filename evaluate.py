@@ -88,7 +88,10 @@ def open_source(args, generator, resolution):
     highest = generator.config.levels[-1].resolution
     averaged = own_resolution(generator, resolution) == resolution < highest
     size = highest if averaged else resolution
-    if args.data.endswith(".json"):
+    is_coco = args.data.endswith(".json")
+    if args.caption_key if is_coco else args.images:
+        raise UserError("--images is for COCO's captions, --caption-key for other data; leave it out")
+    if is_coco:
         source, resizer = Coco(args.data, args.images, size, args.count, args.seed), RESIZER
     else:
         source = sources.open_data(args.data, size, args.seed, args.caption_key)

@@ -10,7 +10,7 @@ import torch
 
 from common import distributed, stopping
 from common.cli import UserError
-from common.disk import atomically, load_tensors, write_tensors
+from common.disk import Damaged, atomically, load_tensors, write_tensors
 from evaluation.features import extract_clip_features, extract_fake_features
 from evaluation.metrics import fid, frechet_distance, statistics
 from layers import resize
@@ -36,6 +36,8 @@ class Growth:
         """config: the generator's; an upsampler also needs input images."""
         if missing := [r for r in resolutions[:-1] if r not in recipe.images_per_phase]:
             raise UserError(f"the preset's images_per_phase does not say when to grow from {missing[0]}×{missing[0]}")
+        if recipe.fid_samples < 2:
+            raise UserError(f"--set fid_samples={recipe.fid_samples}: give 2 or more")
         self.recipe, self.resolutions, self.clip, self.seed, self.config = recipe, resolutions, clip, seed, config
         self.phase = Phase()
 
@@ -68,7 +70,10 @@ class Growth:
         """The result of an earlier start of this run; None if it was made from other data or with another CLIP."""
         if not path.is_file():
             return None
-        kept = load_tensors(path)
+        try:
+            kept = load_tensors(path)
+        except Damaged as error:
+            raise UserError(f"{error}; delete it, and it is made again") from error
         if not isinstance(kept, dict) or "reference_fid" not in kept:
             raise UserError(f"{path} is not a reference FID of train.py; move it elsewhere")
         return kept if kept.get("made from") == made_from else None

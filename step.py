@@ -273,13 +273,11 @@ class Learner:
         return state
 
     def load_state_dict(self, state):
-        """Loads a state_dict → the learning rates that differ from the recipe's, {optimizer: (then, now)}.
-
-        The recipe's rates are used, so that a run whose losses were not finite can be resumed with lower ones.
+        """Loads a state_dict, but keeps the recipe's learning rates: a run whose losses were not finite can be resumed
+        with lower ones.
         """
         if state["clip"] != self.clip.name:
             raise ValueError(f"it learned with {state['clip']}, and this is {self.clip.name}")
-        changed = {}
         for name in NETWORKS:
             getattr(self, name).load_state_dict(state[name])
         for name in OPTIMIZERS:
@@ -290,14 +288,10 @@ class Learner:
                 omitted = {"exp_avg": torch.zeros_like(of_parameter["exp_avg_sq"])}  # see state_dict
                 adam_state[number] = omitted | of_parameter
             optimizer.load_state_dict(state[name] | {"state": adam_state})
-            then, now = max(g["lr"] for g in optimizer.param_groups), max(g["lr"] for g in wanted)
-            if then != now:
-                changed[name] = then, now
             for group, rates in zip(optimizer.param_groups, wanted, strict=True):
                 # A checkpoint from a CPU has capturable=False, which a CUDA graph does not allow.
                 group |= rates | {"capturable": self.device.type == "cuda"}
         self.forget()
-        return changed
 
     def load_weights(self, weights):
         """Loads weights of some networks, {name: state dict} → what was missing, in words; it stays as initialized.

@@ -69,7 +69,7 @@ def parse_args(argv=None):
     add("--tensorboard", action="store_true", help="also write files for `tensorboard --logdir OUT`")
     add("--plan", action="store_true", help="do not train; compute what training takes on GPUs, see training/plan.py")
     add("--gpus", type=positive_int, help="for --plan, in addition to 1, 8 and 64")
-    add("--hardware", choices=HARDWARE, default="a100", help="for --plan")
+    add("--hardware", choices=HARDWARE, help="for --plan (default: a100)")
     args = parser.parse_args(argv)
     args.out = args.out or Path("runs") / args.preset
     return args
@@ -118,8 +118,10 @@ def build(args, device):
             with loop.resuming(state):
                 growth.phase = Phase(**state["phase"])
                 state["ema"] = checkpoint.moving_average(state)
-                for name, (then, now) in learner.load_state_dict(state).items():
-                    say(f"note: the learning rate of {name} was {then:g}; now it is the recipe's, {now:g}")
+                learner.load_state_dict(state)
+            for name, then in state.get("recipe", {}).items():
+                if (now := getattr(recipe, name, then)) != then:
+                    say(f"note: {name} was {then}; now it is the recipe's, {now}")
         if args.init and state:
             say(f"note: --init {args.init} is not used, because the run in {args.out} is resumed")
         elif args.init:
@@ -131,6 +133,9 @@ def build(args, device):
 def preset_of(args):
     """The preset, its recipe changed by --set. Raises UserError."""
     preset = PRESETS[args.preset]
+    for name in ("steps", "batch"):
+        if getattr(args, name) and any(field.startswith(f"{name}=") for field in args.set):
+            raise UserError(f"--{name} and --set {name}=… contradict each other; give one of them")
     recipe = with_fields(preset.recipe, "--set", args.set)
     check_augment(recipe.augment)
     return dataclasses.replace(preset, recipe=recipe)
@@ -200,14 +205,15 @@ def draw_samples(learner, growth):
 
 def save(run):
     """Writes a checkpoint, unless a weight is not finite: the generator's file, which is the moving average, and
-    state.pt with the networks, the optimizers, the phase of growth, the progress and what identifies the run.
+    state.pt with the networks, the optimizers, the phase of growth, the recipe, the progress and what identifies the
+    run.
     """
     _, learner, growth, _, loop = run
     if learner.weights_are_finite():
         resolution = growth.active[-1]
         notes = loop.notes(learner.device) | {"resolution": resolution}
         generator = generator_file.content(learner.ema, learner.clip, resolution, notes)
-        state = {"phase": dict(vars(growth.phase)), **learner.state_dict()}
+        state = {"phase": dict(vars(growth.phase)), "recipe": vars(learner.recipe), **learner.state_dict()}
         del state["ema"]  # it is in the generator's file
         loop.save(state, generator)
 
@@ -217,6 +223,8 @@ def main():
     with errors_in_one_line():
         if args.plan:
             return print_plan(args, preset_of(args))
+        if args.gpus or args.hardware:
+            raise UserError("--gpus and --hardware are for --plan; add it, or leave them out")
         device = distributed.start(args.device)
         try:
             with distributed.lost_ranks_reported(), stopping.listening():

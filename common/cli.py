@@ -96,11 +96,20 @@ def check_file(path):
         path.unlink()
 
 
+def a_name(text):
+    """An argument's type: the name of data. "~" is the home folder."""
+    try:
+        text.encode()  # what is written about it, such as JSON, is in UTF-8
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError("the name has bytes that are not UTF-8; rename it") from None
+    return os.path.expanduser(text)
+
+
 def a_path(text):
     """An argument's type: the path of a file or a folder. "~" is the home folder; an empty path is an error."""
     if not text.strip():
         raise argparse.ArgumentTypeError("an empty path; name a file or a folder")
-    path = Path(text).expanduser()
+    path = Path(a_name(text))
     with contextlib.suppress(OSError):
         if path.exists() and not (path.is_file() or path.is_dir()):
             raise argparse.ArgumentTypeError(f"{text} is neither a file nor a folder")
@@ -110,7 +119,7 @@ def a_path(text):
 def add_data(add, also=""):
     """Adds --data and --caption-key. add: a parser's add_argument. also: another kind of data that it accepts."""
     names = f"emoji, a folder of images with captions, .tar shards{also}"
-    add("--data", type=os.path.expanduser, default="emoji", help=names)
+    add("--data", type=a_name, default="emoji", help=names)
     add("--caption-key", help="the field of each .json that contains the caption, if there is no .txt")
 
 

@@ -44,8 +44,8 @@ CAUSES = (
     ENCODING := "captions that are not in UTF-8",
     NO_CAPTION := "images without a caption",
     NO_IMAGE := "captions without an image",
-    FIELD := ".json files without the caption's field",
-    LINK := "links to other files of a shard",
+    FIELD := ".json files whose field for the caption is missing or is no text",
+    LINK := "links to other files, or sparse files, in a shard",
     REFUSED := "drawings that refer to other files, contain text, or take too long",
 )
 

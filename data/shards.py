@@ -102,7 +102,7 @@ class Shards(Source):
         self.number = number * len(self.urls) // len(tried) if reached_ends else math.inf  # estimate of all samples
         self.json_holds_out = "aurora_held_out" in self.fields
         self.holds_out = self.json_holds_out or self.number >= FEWEST
-        self.are_plain = all(is_plain_tar(url) for url in tried)
+        self.are_plain = all(is_plain_tar(url) for url in tried if command_of(url) or os.access(url, os.R_OK))
         self.stretch = STRETCH * size // max(number, 1)  # bytes
         return usable
 
@@ -277,7 +277,8 @@ def members(url, start=0, stop=math.inf):
     """Yields (key, suffix, bytes) of the files in a shard. Raises one of ERRORS.
 
     The key is the name without its last suffix; but after a file of the key 0, such as 0.jpg, 0.mask.png also has the
-    key 0. The bytes are None for a link, and for a file that is no image, caption or .json; they are cut at LIMITS.
+    key 0. The bytes are None for a link or a sparse file, and for a file that is no image, caption or .json; they are
+    cut at LIMITS.
 
     start, stop: yield the samples after that of the first file at byte `start`, up to that of the first file at `stop`.
     So each sample belongs to one of consecutive stretches, and is whole.
@@ -288,7 +289,7 @@ def members(url, start=0, stop=math.inf):
         for info in iter(tar.next, None):
             tar.members = []  # else it keeps all in memory
             folder, _, name = info.name.rpartition("/")
-            is_link = info.islnk() or info.issym()
+            is_link = info.islnk() or info.issym() or info.issparse()  # a sparse file's bytes are not in one piece
             if info.offset < start or not (info.isfile() or is_link) or name.startswith(".") or "__MACOSX" in folder:
                 continue
             stem, _, suffix = name.rpartition(".")

@@ -129,7 +129,8 @@ class Source:
 
     def describe(self):
         """The findings, and what is held out, in lines for the user."""
-        yield from self.findings()
+        for line in self.findings():
+            yield line.encode("utf-8", "backslashreplace").decode()  # names of files need not be UTF-8
         if self.json_holds_out:
             yield "The .json files say which pairs are held out for evaluation."
         elif self.holds_out:
@@ -232,6 +233,8 @@ def open_data(spec, resolution, seed, caption_key=None):
     from data.shards import Shards
 
     if spec == "emoji":
+        if caption_key:
+            raise UserError("--caption-key: the emoji have captions; leave it out")
         return Shards([str(EMOJI)], resolution, seed)
     is_folder = os.path.isdir(spec)
     shards = shards_in(spec) if is_folder else expand_shards(spec)

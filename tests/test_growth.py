@@ -129,6 +129,9 @@ def test_a_reference_of_other_data_samples_clip_or_seed_is_measured_again(tmp_pa
         monkeypatch.setattr(Pictures, name, value)
         measure(samples=6, clip="another", seed=1)
     assert len(set(made)) == 6
+    path.write_bytes(b"damaged")
+    with pytest.raises(UserError, match="delete it"):
+        measure()
 
 
 @pytest.mark.parametrize("phase", [0, 2])

@@ -293,7 +293,7 @@ def print_plan(args, preset):
     batch, steps = args.batch or recipe.batch, args.steps or recipe.steps
     if batch % (args.gpus or 1):
         raise UserError(f"--batch {batch} cannot be shared by --gpus {args.gpus}; choose a multiple")
-    hardware, rehearsal = HARDWARE[args.hardware], Rehearsal(preset, clip)
+    hardware, rehearsal = HARDWARE[args.hardware or "a100"], Rehearsal(preset, clip)
     print(f"{args.preset} on {hardware.name}, global batch {batch}, CLIP {clip}. Counted, with shapes alone:")
     print("  parameters, M:       " + figures(rehearsal.parameters, 1e6))
     print("  memory kept, GB:     " + figures(rehearsal.kept, 1e9))

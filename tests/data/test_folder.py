@@ -54,6 +54,12 @@ def test_links_that_lead_out_are_not_followed_but_reported(tmp_path):
     assert len(all_captions(source_of(tmp_path / "link"))) == 6
 
 
+def test_names_that_are_not_utf8_are_described(tmp_path):
+    filled(tmp_path, 20)
+    (tmp_path / os.fsdecode(b"caf\xe9.jpg")).write_bytes(PICTURE)
+    assert r"caf\udce9.jpg" in "\n".join(source_of(tmp_path).describe())
+
+
 def test_a_folder_describes_what_it_contains(tmp_path):
     filled(tmp_path, 20)
     for i in range(8):

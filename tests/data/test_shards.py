@@ -5,6 +5,8 @@ import hashlib
 import itertools
 import json
 import os
+import shutil
+import subprocess
 import tarfile
 import threading
 from collections import Counter
@@ -34,6 +36,7 @@ from tests.data.files import (
     seen,
     source_of,
     take,
+    write_folder,
     write_tar,
 )
 
@@ -264,12 +267,23 @@ def test_captions_in_a_field_of_the_json(tmp_path, place):
     assert source.skips.counts == {FIELD: 7, EMPTY: 1, ENCODING: 1}
     with pytest.raises(UserError, match=r"fields prompt.*--caption-key"):
         opened(place, tmp_path, files)
-    with pytest.raises(UserError, match=r"\.json files without the caption's field \(first: .*0.* has prompt"):
+    with pytest.raises(UserError, match=rf"{FIELD} \(first: .*0.* has prompt"):
         opened(place, tmp_path / "other", files[:8], caption_key="caption")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Broken shards.
+
+
+@pytest.mark.skipif(shutil.which("tar") is None, reason="no tar")
+def test_sparse_files_are_skipped_and_counted(tmp_path):
+    """tar -S stores the parts of a file without its holes."""
+    write_folder(tmp_path / "pairs", named([good(0), good(1)]))
+    with (tmp_path / "pairs" / "000001.jpg").open("ab") as file:
+        file.truncate(2**20)
+    subprocess.run(["tar", "-S", "--sort=name", "-cf", tmp_path / "0.tar", "-C", tmp_path / "pairs", "."], check=True)
+    (batch,) = source_of(tmp_path / "0.tar").evaluation()
+    assert batch.captions == ["picture 0"] and batch.skipped == {LINK: 1}
 
 
 def test_true_causes_in_a_shard_that_is_cut_short(tmp_path, capsys):

@@ -163,13 +163,15 @@ def test_two_ranks_resume_a_run_of_one(stopped_after):
 
 
 def test_a_new_learning_rate_is_used_on_resume_and_noted(stopped_after, capsys):
-    learner = build(*SHORT, "--out", stopped_after(3), "--set", "lr_generator=1e-4").learner
+    learner = build(*SHORT, "--out", stopped_after(3), "--set", "lr_generator=1e-4", "r1_gamma=3").learner
     fresh = Learner(figures.QUICK, learner.clip, learner.device, torch.float32, 4)
     factor = 1e-4 / figures.QUICK.recipe.lr_generator
     groups = zip(learner.optimizer_g.param_groups, fresh.optimizer_g.param_groups, strict=True)
     assert all(new["lr"] == pytest.approx(factor * old["lr"]) for new, old in groups)
     assert learner.optimizer_d.param_groups[0]["lr"] == fresh.optimizer_d.param_groups[0]["lr"]
-    assert "learning rate of optimizer_g was" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"lr_generator was {figures.QUICK.recipe.lr_generator}; now it is the recipe's" in said
+    assert "r1_gamma was" in said and said.count("now it is the recipe's") == 2
 
 
 @pytest.mark.parametrize("kind", ["generator", "checkpoint"])
@@ -279,6 +281,12 @@ def test_a_run_stopped_while_its_small_clip_learns_leaves_no_half_file(tmp_path,
         (("--out", "/proc/run"), "cannot be written"),
         (("--set", "augment=('blur', 'color')"), "there is no blur; choose from color, translation"),
         (("--init", DEMO), "give the preset that it was trained with"),
+        (("--gpus", "8"), "--gpus and --hardware are for --plan"),
+        (("--set", "steps=7", "--steps", "5"), "--steps and --set steps=… contradict each other"),
+        (("--set", "fid_samples=1"), "give 2 or more"),
+        (("--data", "emoji", "--caption-key", "text"), "the emoji have captions; leave it out"),
+        (("--data", os.fsdecode(b"caf\xe9")), "bytes that are not UTF-8"),
+        (("--out", os.fsdecode(b"caf\xe9")), "bytes that are not UTF-8"),
     ],
 )
 def test_errors_are_one_line(tmp_path, run_main, arguments, says):
