@@ -142,6 +142,8 @@ def test_mistakes_are_one_line(run, tmp_path):
         (("--data", val, "--count", 7), "has 6 images"),
         (("--data", val, "--count", 1), "need 4 images"),
         (("--data", val, "--count", 5, "--images", tmp_path / "nowhere"), "with --images"),
+        (("--data", val, "--caption-key", "text"), "--caption-key for other data; leave it out"),
+        (("--data", "emoji", "--images", tmp_path), "--images is for COCO's captions"),
         (("--data", tmp_path / "other.json"), "not a captions file in COCO's format"),
         (("--data", tmp_path / "ids.json"), "not a captions file in COCO's format"),
         (("--data", tmp_path / "names.json"), "is not of COCO 2014 val"),
