@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 
+from common.cli import UserError
 from sampling import latent, pipeline, views
 from sampling.pictures import in_range
 from sampling.pipeline import Drawn, Pipeline, routers
@@ -51,7 +52,7 @@ def read_settings(text):
     fields = json.loads(text)
     forced = fields["forced"]
     if forced:
-        points = tuple((picture, index) for picture, index in forced["points"])
+        points = tuple((natural(picture), natural(index)) for picture, index in forced["points"])
         forced = Forced(forced["router"], points, forced["expert"])
     return Settings(
         prompt=str(fields["prompt"])[:MOST_TEXT].strip(),
@@ -61,7 +62,7 @@ def read_settings(text):
         second=str(fields["second"])[:MOST_TEXT].strip(),
         amount=within(fields["amount"], 0, 1),
         part=fields["part"],
-        layers=tuple(fields["layers"]),
+        layers=tuple(map(natural, fields["layers"])),
         walk=within(fields["walk"], 0, MOST_SEED),
         centre=tuple(fields["centre"]),
         forced=forced,
@@ -75,6 +76,13 @@ def within(value, least, most):
     except (TypeError, ValueError):
         number = math.nan
     return min(max(number, least), most) if math.isfinite(number) else least
+
+
+def natural(index):
+    """Raises UserError for a negative index, which Python would count from the end."""
+    if index < 0:
+        raise UserError(f"the index {index} is negative; indices are from 0 on")
+    return index
 
 
 # ----------------------------------------------------------------------------------------------------------------------

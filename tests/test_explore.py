@@ -158,6 +158,11 @@ def test_a_baseline_takes_a_prompt_a_seed_and_a_number(ask):
         ({"forced": {"router": "8.0.0", "points": [[0, 9999]], "expert": 0}}, "out of bounds"),
         ({"centre": [1.0, 2.0]}, "must match"),
         ({"layers": "x"}, "not supported"),
+        ({"layers": [-1]}, "index -1 is negative"),
+        ({"model": -1}, "index -1 is negative"),
+        ({"path": "/enlarge", "number": -1}, "index -1 is negative"),
+        ({"forced": {"router": "8.0.0", "points": [[0, -1]], "expert": 0}}, "index -1 is negative"),
+        ({"forced": {"router": "8.0.0", "points": [[0, 0]], "expert": -1}}, "no expert -1"),
     ],
 )
 def test_any_error_is_a_sentence_and_the_next_draws(ask, changes, says):
@@ -196,6 +201,19 @@ def test_what_the_page_sends_is_held_within_bounds(server):
 def test_the_page_is_served_under_names_of_this_machine_alone(server, host, status):
     assert request(server, "GET", "/", host=host)[0] == status
     assert request(server, "POST", "/start", "{}", host)[0] == status
+
+
+@pytest.mark.parametrize(
+    ("path", "length", "status"),
+    [("/draw", None, 411), ("/draw", "-1", 400), ("/draw", "x", 400), ("/draw", "", 400), ("/none", "0", 404)],
+)
+def test_a_request_of_unknown_length_or_path_is_refused(server, path, length, status):
+    connection = http.client.HTTPConnection(*server.server_address, timeout=9)
+    connection.putrequest("POST", path)
+    if length is not None:
+        connection.putheader("Content-Length", length)
+    connection.endheaders()
+    assert connection.getresponse().status == status
 
 
 def test_mistakes_are_one_line(run_main, tmp_path):
