@@ -104,6 +104,8 @@ def search(path, caption_key=None):
             if kind == suffix:
                 if name.stem not in images:
                     problems["captions have no image"].append(folder / name)
+                elif captions[name.stem] != name:  # cat.TXT next to cat.txt
+                    problems["captions belong to an image that has another"].append(folder / name)
             elif kind not in IMAGE_SUFFIXES:
                 others[kind or "no suffix"] += 1
             elif name.stem in captions:

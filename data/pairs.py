@@ -204,6 +204,8 @@ def centre_square(data, resolution):
             raise Unusable(FORMAT)  # with 32 bits it is unknown which value is white
         if is_16_bit:
             image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+        if image.format == "BMP" and image.mode == "RGBA" and image.getextrema()[3] == (0, 0):
+            image = image.convert("RGB")  # many programs leave the fourth byte of a pixel at zero
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

@@ -70,10 +70,12 @@ def test_a_folder_describes_what_it_contains(tmp_path):
     (tmp_path / "sub" / "backup.tar").write_bytes(b"x")
     (tmp_path / "odd.jpg").write_bytes(PICTURE)
     (tmp_path / "odd.txt").mkdir()
+    (tmp_path / "5.TXT").write_text("a second caption")
     text = described(tmp_path)
     for part in ("20 images have a", "10 images have no caption, such as", "2 .heic", "1 .tar", "1 no suffix"):
         assert part in text
     assert "1 captions have no image, such as " in text and "lonely.txt." in text
+    assert f"1 captions belong to an image that has another, such as {tmp_path / '5.TXT'}." in text
     assert "hidden" not in text and "None is held out for evaluation" in text
 
 

@@ -31,6 +31,13 @@ def drawing(inside="", box="0 0 20 50", head=""):
     return f'{start}<rect width="100%" height="100%" fill="#c8c8c8"/>{inside}</svg>'.encode()
 
 
+def bmp_with_alpha(pixel):
+    """A BMP of one color, four bytes: blue, green, red and alpha."""
+    masks = struct.pack("<4I", 0xFF0000, 0xFF00, 0xFF, 0xFF000000)
+    header = struct.pack("<IiiHHIIiiII", 108, 20, 50, 1, 32, 3, 4000, 0, 0, 0, 0) + masks + bytes(52)
+    return struct.pack("<2sIII", b"BM", 4122, 0, 122) + header + pixel * 1000
+
+
 KINDS = {
     "L": encoded(Image.new("L", (20, 50), 200)),
     "16 bits": encoded(Image.fromarray(np.full((20, 50), 200 * 257, np.uint16))),
@@ -39,6 +46,8 @@ KINDS = {
     "animation": encoded(Image.new("L", (20, 50), 200), "GIF", save_all=True, append_images=[Image.new("L", (20, 50))]),
     "WebP": encoded(Image.new("RGB", (20, 50), (200,) * 3), "WEBP", lossless=True),
     "12 megapixels": encoded(Image.new("L", (4000, 3000), 200), "JPEG"),
+    "BMP whose alpha is unused": bmp_with_alpha(b"\xc8\xc8\xc8\0"),
+    "BMP": bmp_with_alpha(b"\xc8\xc8\xc8\xff"),
     "SVG": drawing('<g id="a"/><use href="#a"/>', head='<?xml version="1.0"?><!DOCTYPE svg>\n'),
     "wide SVG": drawing(box="0 0 100 20"),
 }
