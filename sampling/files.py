@@ -8,8 +8,9 @@ from PIL import Image, PngImagePlugin
 from tqdm import tqdm
 
 from common.cli import UserError, check_file, first_line
-from common.disk import atomically
-from data.pairs import FORMATS, Unusable, read_image
+from common.disk import Damaged, atomically
+from data import svg
+from data.pairs import FORMATS, IMAGE, SMALL, Unusable, read_image
 from sampling import latent
 from sampling.pipeline import Pipeline
 
@@ -38,7 +39,13 @@ def read_picture(path, resolution):
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
     except Unusable as error:
-        raise UserError(f"{path} cannot be used ({error}); give a picture of {resolution} pixels or more") from error
+        if str(error) == SMALL:
+            says = f"is too small; give a picture of {resolution} pixels or more"
+        elif str(error) == IMAGE:
+            says = "is no picture that can be read; give another file, such as a PNG or JPEG"
+        else:
+            says = f"cannot be used ({error}); give another picture, such as a PNG or JPEG"
+        raise UserError(f"{path} {says}") from error
 
 
 def read_small(path, resolution):
@@ -47,10 +54,14 @@ def read_small(path, resolution):
         with Image.open(path, formats=FORMATS) as picture:
             width, height = picture.size
     except (OSError, ValueError):
-        return read_picture(path, resolution)  # an SVG; for anything else its error is precise
+        try:
+            width, height = svg.render(path.read_bytes(), resolution).size
+        except Exception:  # of any kind, because it is no SVG either
+            return read_picture(path, resolution)  # its error is precise
     if width != height:
         raise UserError(
-            f"{path} is {width}×{height}; give a square picture of {resolution}×{resolution}, or a larger one"
+            f"{path} is not square ({width}×{height}); give a square picture of {resolution}×{resolution}, "
+            "or a larger one"
         )
     return read_picture(path, resolution)
 
@@ -73,7 +84,7 @@ def save(pictures, path, about):
 
 
 def how_made(path):
-    """The `about` of a PNG that `save` wrote, {name: value}. Raises UserError."""
+    """The `about` of a PNG that `save` wrote, {name: value}. Raises UserError; Damaged if it is no whole picture."""
     try:
         with Image.open(path, formats=FORMATS) as picture:
             picture.load()
@@ -84,7 +95,7 @@ def how_made(path):
     except (AttributeError, KeyError):
         raise UserError(f"--show {path} does not say how it was made; give a PNG file of sample.py") from None
     except (OSError, ValueError, SyntaxError) as error:
-        raise UserError(f"--show {path} cannot be read ({first_line(error)})") from error
+        raise Damaged(f"--show {path} cannot be read ({first_line(error)})") from error
     return about
 
 
@@ -103,16 +114,20 @@ def write_each(pipe: Pipeline, prompts, num, seed, psi, folder: Path, checkpoint
     ]
     lines = [json.dumps(about, ensure_ascii=False).encode() + b"\n" for about in abouts]
     index, missing = folder / INDEX, set()
-    if index.exists() and not set(index.read_bytes().splitlines(keepends=True)) <= set(lines):
+    listed = set(index.read_bytes().splitlines(keepends=True)) if index.exists() else set()
+    if not listed <= set(lines):
         raise UserError(f"--each {folder} contains pictures of another command; name another folder")
-    for about in abouts:
+    for about, line in zip(abouts, lines, strict=True):
         path = folder / about["file"]
         if not path.exists():
             missing.add(path.name)
             continue
         try:
             same = how_made(path) == about
-        except UserError:  # not a picture of ours
+        except UserError as error:  # not a picture of ours, or no longer
+            if isinstance(error, Damaged) and line in listed:
+                again = "delete this file, and give the same command again"
+                raise UserError(f"--each {folder}: {path.name} is damaged; {again}") from error
             same = False
         if not same:
             raise UserError(f"--each {folder} contains a foreign {path.name}; name another folder")

@@ -82,6 +82,18 @@ def test_a_folder_with_files_of_the_users_is_refused_and_left_alone(each, tmp_pa
     assert [path.name for path in (tmp_path / "all").iterdir()] == [name]
 
 
+def test_a_damaged_picture_of_the_folder_is_to_be_deleted(each, tmp_path):
+    assert each("red heart", "--num", 2)[0] == 0
+    path = tmp_path / "all" / "000001.png"
+    whole = path.read_bytes()
+    for size in (0, 60, len(whole) // 2):
+        path.write_bytes(whole[:size])
+        status, _, stderr = each("red heart", "--num", 2)
+        assert status == 2 and "000001.png is damaged; delete this file" in stderr and "\n" not in stderr
+    path.unlink()
+    assert each("red heart", "--num", 2)[0] == 0 and path.read_bytes() == whole
+
+
 def test_a_folder_that_may_not_be_written_is_one_line(each, tmp_path):
     (tmp_path / "all" / files.INDEX).mkdir(parents=True)
     status, _, stderr = each("red heart", "--num", 2)

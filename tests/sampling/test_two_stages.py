@@ -129,10 +129,17 @@ def test_a_users_picture_is_enlarged(file, tmp_path, run_main, mode, size):
 
 @pytest.mark.parametrize(
     ("size", "says"),
-    [((8, 10), "give a square picture of 8×8, or a larger one"), ((4, 4), "give a picture of 8 pixels or more")],
+    [
+        ((8, 10), "give a square picture of 8×8, or a larger one"),
+        ((4, 4), "give a picture of 8 pixels or more"),
+        ("20 50", "give a square picture of 8×8, or a larger one"),
+    ],
 )
 def test_a_picture_that_cannot_be_enlarged_is_one_line(file, tmp_path, run_main, size, says):
-    picture("RGB", size).save(tmp_path / "own.png")
+    if isinstance(size, str):
+        (tmp_path / "own.png").write_text(f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {size}"/>')
+    else:
+        picture("RGB", size).save(tmp_path / "own.png")
     arguments = ("a red square", "--enlarge", tmp_path / "own.png", "--checkpoint", file, "--device", "cpu")
     status, _, error = run_main(sample.main, *arguments, "--out", tmp_path / "large.png")
     assert status and says in error and len(error.splitlines()) == 1
