@@ -22,6 +22,8 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".t
 # Passed to every Image.open. Without it, Pillow detects an EPS by its content and starts Ghostscript on it.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", *["AVIF"] * features.check("avif"))
 PNG = b"\x89PNG\r\n\x1a\n"  # its first bytes
+# Those of JPEG 2000 and JPEG XL (both as a file, each as a stream), icons, Photoshop, EPS, PPM and compressed SVGs.
+FOREIGN = (b"\0\0\0\x0c", b"\xff\x4f\xff\x51", b"\xff\x0a", b"\0\0\1\0", b"8BPS", b"%!PS", b"P6", b"\x1f\x8b")
 MAX_FILE = 2**28  # bytes of an image that are read
 MAX_PIXELS = 2**26  # of an image; more is a mistake or an attack
 MAX_CAPTION = 1000  # characters; no CLIP reads more, and tokenizing a novel takes minutes
@@ -37,7 +39,7 @@ CAUSES = (
     DUPLICATE := "repeated file names in a shard",
     FILE := "files that could not be read",
     IMAGE := "broken images",
-    FORMAT := "images in a format that this Pillow cannot read",
+    FORMAT := "images of a kind that is not read, such as JPEG 2000 or 32 bits: convert them to PNG",
     SMALL := "images that are too small",
     LARGE := "images that are too large",
     EMPTY := "empty captions",
@@ -46,7 +48,7 @@ CAUSES = (
     NO_IMAGE := "captions without an image",
     FIELD := ".json files whose field for the caption is missing or is no text",
     LINK := "links to other files, or sparse files, in a shard",
-    REFUSED := "drawings that refer to other files, contain text, or take too long",
+    REFUSED := "drawings that are not in UTF-8, refer to other files, contain text, or take too long",
 )
 
 
@@ -146,7 +148,8 @@ def read_image(file, resolution):
     """An image file → its centre square [3, R, R] in [−1, 1]. Raises Unusable."""
     data = file.read()
     try:
-        if data[:MAX_HEAD].lstrip(b"\xef\xbb\xbf \t\r\n").startswith((b"<svg", b"<?xml", b"<!DOCTYPE svg", b"<!--")):
+        head = data[:MAX_HEAD].replace(b"\0", b"").lstrip(b"\xef\xbb\xbf\xfe\xff \t\r\n")  # in UTF-8 or UTF-16
+        if head.startswith((b"<svg", b"<?xml", b"<!DOCTYPE svg", b"<!--")):
             image = ImageOps.fit(svg.render(data, resolution), (resolution, resolution), Image.Resampling.LANCZOS)
         else:
             image = decode(data, resolution)
@@ -156,8 +159,8 @@ def read_image(file, resolution):
         raise Unusable(REFUSED) from error
     except Exception as error:  # on broken files Pillow raises errors of every kind
         is_avif = data[8:12] in (b"avif", b"avis")  # HEIC files have other values here
-        is_readable = data[4:8] != b"ftyp" or (is_avif and "AVIF" in FORMATS)
-        raise Unusable(IMAGE if is_readable else FORMAT) from error
+        is_unread = data[4:8] == b"ftyp" and not (is_avif and "AVIF" in FORMATS)
+        raise Unusable(FORMAT if is_unread or data.startswith(FOREIGN) else IMAGE) from error
     return to_tensor(image)
 
 

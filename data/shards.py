@@ -311,5 +311,5 @@ def members(url, start=0, stop=math.inf):
                 if len(data) < size:
                     raise tarfile.ReadError("unexpected end of data")
             yield key, suffix, data
-    if is_plain_tar(url) and os.path.getsize(url) % tarfile.BLOCKSIZE:  # tarfile takes half a header for the end
-        raise tarfile.ReadError("unexpected end of data")
+        if tar.fileobj.tell() % tarfile.BLOCKSIZE:  # tarfile takes half a header for the end
+            raise tarfile.ReadError("unexpected end of data")

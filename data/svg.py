@@ -68,8 +68,12 @@ def check(svg):
 
 def render(svg, resolution):
     """The bytes of an SVG → an RGB image on white whose shorter side is the resolution. Raises ValueError."""
+    try:
+        text = svg.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise Refused("not UTF-8") from error
     check(svg)
-    draw = functools.partial(resvg_py.svg_to_bytes, svg.decode("utf-8-sig"), background="white", skip_system_fonts=True)
+    draw = functools.partial(resvg_py.svg_to_bytes, text, background="white", skip_system_fonts=True)
     image = Image.open(io.BytesIO(draw(width=resolution, height=resolution)), formats=["PNG"])  # of the longer side
     if min(image.size) < resolution <= MAX_ASPECT * min(image.size):
         side = -(-2 * resolution**2 // (2 * min(image.size) - 1))  # because resvg rounds the shorter side

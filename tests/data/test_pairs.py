@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import gzip
 import io
 import struct
 import zlib
@@ -153,9 +154,12 @@ def clear_gray_of_16_bits():
         (encoded(Image.fromarray(np.full((20, 20), 0.5, np.float32)), "TIFF"), FORMAT),
         (clear_gray_of_16_bits(), FORMAT),
         (b"\0\0\0\x18ftypheic" + bytes(99), FORMAT),
-        (encoded(Image.new("RGB", (20, 20)), "EPS"), IMAGE),  # Pillow would start Ghostscript on it
-        (encoded(Image.new("RGB", (20, 20)), "PPM"), IMAGE),
+        (encoded(Image.new("RGB", (20, 20)), "EPS"), FORMAT),  # Pillow would start Ghostscript on it
+        *((encoded(Image.new("RGB", (20, 20)), kind), FORMAT) for kind in ("PPM", "ICO", "JPEG2000")),
+        (gzip.compress(drawing()), FORMAT),
         (b"<svg", IMAGE),
+        *((drawing("<g id='é'/>").decode().encode(code), REFUSED) for code in ("latin-1", "utf-16")),
+        (drawing("<g id='é'/>", head='<?xml version="1.0" encoding="latin-1"?>').decode().encode("latin-1"), REFUSED),
     ],
 )
 def test_unusable_images_have_their_true_cause(content, cause, monkeypatch):

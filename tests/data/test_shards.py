@@ -312,9 +312,13 @@ def test_true_causes_in_a_shard_that_is_cut_short(tmp_path, capsys):
     assert len(set(captions_of(batches))) >= 7
 
 
-def test_a_shard_cut_within_a_header_is_reported(tmp_path, capsys):
+@pytest.mark.parametrize("kind", ["tar", "tar.gz", "pipe"])
+def test_a_shard_cut_within_a_header_is_reported(tmp_path, capsys, kind):
     shard = write_tar(tmp_path / "0.tar", named([good(i) for i in range(8)]))
     os.truncate(shard, (tmp_path / "0.tar").read_bytes().index(b"000005.jpg") + 100)
+    if kind == "tar.gz":
+        (tmp_path / "0.tar.gz").write_bytes(gzip.compress((tmp_path / "0.tar").read_bytes()))
+    shard = {"tar": shard, "tar.gz": f"{shard}.gz", "pipe": f"pipe:cat {shard}"}[kind]
     source = source_of(shard)
     assert len(all_captions(source)) == 4  # the last one may lack files
     assert f"{SHARD} (first: {shard}: unexpected end" in capsys.readouterr().out
