@@ -21,6 +21,7 @@ import torch
 from common import distributed
 from common.cli import (
     HelpFormatter,
+    Parser,
     UserError,
     a_path,
     add_data,
@@ -45,7 +46,7 @@ def parse_args(argv=None):
     class Formatter(HelpFormatter, argparse.RawDescriptionHelpFormatter):
         """Keeps the line breaks of the description."""
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Formatter)
+    parser = Parser(description=__doc__, formatter_class=Formatter)
     add = parser.add_argument
     add("--checkpoint", type=a_path, default=DEMO, help="generator_ema.safetensors, or aurora_v1.pth")
     add("--text-clip", help="the large CLIP of the generator, see --clip of sample.py")

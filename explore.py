@@ -4,7 +4,6 @@ Prompts and interpolation between them, layers, noise, walks, and which expert t
 open the page, unless --host allows others. It needs no network.
 """
 
-import argparse
 import contextlib
 import functools
 import ipaddress
@@ -18,7 +17,7 @@ from pathlib import Path
 
 from baselines import shared
 from common import distributed
-from common.cli import HelpFormatter, UserError, a_path, errors_in_one_line, first_line, positive_int
+from common.cli import Parser, UserError, a_path, errors_in_one_line, first_line, positive_int
 from sampling import inference, page
 from sampling.pictures import COLORS
 from sampling.pipeline import Pipeline
@@ -30,7 +29,7 @@ REQUESTS = ("/start", "/draw", "/enlarge")
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add("prompt", nargs="?", default="red heart", help="what the page draws first")
     add(

@@ -4,7 +4,6 @@ Also shows the latent space: several seeds or truncations, interpolation between
 prompts, a walk as GIF, and which expert took which point.
 """
 
-import argparse
 import shlex
 import sys
 from pathlib import Path
@@ -14,7 +13,7 @@ import torch
 from PIL import Image, ImageOps
 
 from common.cli import (
-    HelpFormatter,
+    Parser,
     UserError,
     a_path,
     errors_in_one_line,
@@ -43,7 +42,7 @@ VIEWS = {
 
 def parse_args(argv=None):
     """Raises UserError for an option that the view does not use."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add("prompt", nargs="*", help="one or more texts, each in quotes")
     add("--prompts", type=a_path, help="a UTF-8 text file with a prompt on each line")

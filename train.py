@@ -17,7 +17,7 @@ from augment import check as check_augment
 from clip import load_clip
 from common import distributed, stopping
 from common.cli import (
-    HelpFormatter,
+    Parser,
     UserError,
     a_path,
     add_data,
@@ -45,7 +45,7 @@ NUM_PICTURES = 24
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add("--preset", choices=PRESETS, default="emoji", help="network sizes and training recipe, see presets.py")
     add_data(add)

@@ -4,7 +4,6 @@ python baselines/stylegan_t.py train --data emoji --minutes 60
 python baselines/stylegan_t.py sample "red heart" --num 6
 """
 
-import argparse
 import copy
 import importlib
 import inspect
@@ -19,7 +18,7 @@ from torch import nn
 from clip import Text, load_clip
 from common import distributed, stopping
 from common.cli import (
-    HelpFormatter,
+    Parser,
     UserError,
     a_path,
     add_data,
@@ -113,9 +112,10 @@ class System:
 
 def main(system_class):
     name = Path(sys.argv[0]).stem
-    parser = argparse.ArgumentParser(description=system_class.__doc__, formatter_class=HelpFormatter)
+    parser = Parser(description=system_class.__doc__)
     commands = parser.add_subparsers(required=True)
-    training = commands.add_parser("train", formatter_class=HelpFormatter, help="learn from captioned images")
+    commands.type = str  # it receives all arguments of its command, which names the empty one
+    training = commands.add_parser("train", help="learn from captioned images")
     add = training.add_argument
     add_data(add)
     add("--clip", default="emoji", help="emoji, a file of training/small_clip.py, or MODEL:WEIGHTS of open_clip")
@@ -130,7 +130,7 @@ def main(system_class):
     add("--sample-every", type=positive_int, default=250, help="steps between sample grids")
     add("--keep", type=positive_int, default=3, help="checkpoints to keep")
     training.set_defaults(run=train)
-    sampling = commands.add_parser("sample", formatter_class=HelpFormatter, help="draw pictures")
+    sampling = commands.add_parser("sample", help="draw pictures")
     add = sampling.add_argument
     add("prompt", nargs="+", help="one or more texts, each in quotes")
     add("--num", type=positive_int, default=4, help="pictures for each prompt")

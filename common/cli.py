@@ -70,6 +70,14 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if action.default is None else super()._get_help_string(action)
 
 
+class Parser(argparse.ArgumentParser):
+    """Shows defaults in its help, and refuses empty values."""
+
+    def __init__(self, formatter_class=HelpFormatter, **options):
+        super().__init__(formatter_class=formatter_class, **options)
+        self.register("type", None, a_text)
+
+
 def signals(*names):
     """The signals of these names that this system has; Windows has no SIGUSR1 and no SIGCHLD."""
     return [getattr(signal, name) for name in names if hasattr(signal, name)]
@@ -96,19 +104,24 @@ def check_file(path):
         path.unlink()
 
 
-def a_name(text):
-    """An argument's type: the name of data. "~" is the home folder."""
+def a_text(text):
+    """The type of an argument without a type: a text that is not empty, in UTF-8."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("it is empty; give a value, or leave it out")
     try:
         text.encode()  # what is written about it, such as JSON, is in UTF-8
     except UnicodeEncodeError:
-        raise argparse.ArgumentTypeError("the name has bytes that are not UTF-8; rename it") from None
-    return os.path.expanduser(text)
+        raise argparse.ArgumentTypeError("it has bytes that are not UTF-8; rename it") from None
+    return text
+
+
+def a_name(text):
+    """An argument's type: the name of data. "~" is the home folder."""
+    return os.path.expanduser(a_text(text))
 
 
 def a_path(text):
-    """An argument's type: the path of a file or a folder. "~" is the home folder; an empty path is an error."""
-    if not text.strip():
-        raise argparse.ArgumentTypeError("an empty path; name a file or a folder")
+    """An argument's type: the path of a file or a folder. "~" is the home folder."""
     path = Path(a_name(text))
     with contextlib.suppress(OSError):
         if path.exists() and not (path.is_file() or path.is_dir()):

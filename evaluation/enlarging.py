@@ -6,7 +6,6 @@ The perceptual distance is a mean over the pictures, from EfficientNet's feature
 this distance. The Fréchet distance is between EfficientNet's features of enlarged and of true pictures at 224×224.
 """
 
-import argparse
 import itertools
 
 import torch
@@ -15,7 +14,7 @@ from tqdm import tqdm
 
 from clip import load_minilm
 from common import distributed
-from common.cli import HelpFormatter, a_path, add_data, errors_in_one_line, positive_int
+from common.cli import Parser, a_path, add_data, errors_in_one_line, positive_int
 from data import sources
 from evaluation.extractors import efficientnet
 from evaluation.features import share, to_pixels
@@ -83,7 +82,7 @@ def compare(enlargers, source, small, large, count, device="cpu"):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("upsampler", type=a_path, nargs="+", help="runs, or their generator_ema.safetensors")
     add_data(parser.add_argument)
     parser.add_argument("--count", type=positive_int, default=256)

@@ -8,7 +8,6 @@ The model has no switches for this: a variant is another preset, or replaces a c
 measured. Finished runs are not repeated, so two commands can share the variants between two cores.
 """
 
-import argparse
 import contextlib
 import dataclasses
 import json
@@ -25,7 +24,7 @@ from tqdm import tqdm
 import aurora
 import discriminator
 from clip import load_clip
-from common.cli import HelpFormatter, UserError, a_path, errors_in_one_line, finite_number, positive_int
+from common.cli import Parser, UserError, a_path, errors_in_one_line, finite_number, positive_int
 from common.disk import write_text
 from data import sources
 from evaluation import enlarging
@@ -218,7 +217,7 @@ def table(results):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=HelpFormatter)
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--preset", choices=VARIANTS, default="emoji", help="the base up to 16×16, or the second stage")
     parser.add_argument("--only", nargs="+", help="variants to run (default: all)")
     parser.add_argument("--seeds", type=positive_int, default=3, help="runs of each variant")

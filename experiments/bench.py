@@ -8,7 +8,6 @@ of a shared machine varies, so product and case alternate: compare only ratios. 
 even if a faster implementation computes something twice.
 """
 
-import argparse
 import gc
 import itertools
 import os
@@ -22,7 +21,7 @@ from attention import attend, l2_attention
 from aurora import Generator
 from clip import load_clip
 from common import distributed
-from common.cli import HelpFormatter, errors_in_one_line, positive_int
+from common.cli import Parser, errors_in_one_line, positive_int
 from data import sources
 from experts import Experts, expert
 from losses import R1_INTERVAL
@@ -206,7 +205,7 @@ CASES = {"sample": sampling, "train": training, "experts": experts, "attention":
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=HelpFormatter)
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), help="which cases")
     parser.add_argument("--seconds", type=positive_int, default=2, help="minimum time to measure each case")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")

@@ -19,7 +19,7 @@ import torch
 
 from aurora import Generator
 from baselines.shared import load, system_of
-from common.cli import HelpFormatter, UserError, a_path, errors_in_one_line, positive_int
+from common.cli import Parser, UserError, a_path, errors_in_one_line, positive_int
 from common.disk import atomically, write_text
 from data import sources
 from discriminator import Discriminator
@@ -175,7 +175,7 @@ def named_system(text):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=HelpFormatter)
+    parser = Parser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("systems", nargs="+", type=named_system, metavar="NAME=PATH", help="a run's folder, or its generator")
     add("--count", type=positive_int, default=2400, help="pictures of each system; real ones are twice as many")

@@ -5,14 +5,13 @@
 Nearness is the cosine between features of EfficientNet-lite0. A picture that equals its neighbour is memorized.
 """
 
-import argparse
 import itertools
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-from common.cli import HelpFormatter, UserError, a_path, add_data, errors_in_one_line, natural_number
+from common.cli import Parser, UserError, a_path, add_data, errors_in_one_line, natural_number
 from data import sources
 from evaluation.extractors import load_extractor
 from evaluation.features import BATCH, real_pixels, to_pixels
@@ -56,7 +55,7 @@ def panels(generator, clip, prompts, source, seed, extractor):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=HelpFormatter)
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("prompt", nargs="+", help="one or more texts, each in quotes")
     parser.add_argument("--checkpoint", type=a_path, default=DEMO, help="generator_ema.safetensors of a run")
     add_data(parser.add_argument)

@@ -6,14 +6,13 @@ It prints, in bits, the mutual information between the expert that took a point 
 with the points of each image shuffled.
 """
 
-import argparse
 import itertools
 import math
 
 import torch
 import torch.nn.functional as F
 
-from common.cli import HelpFormatter, a_path, errors_in_one_line, positive_int
+from common.cli import Parser, a_path, errors_in_one_line, positive_int
 from data import sources
 from sampling import latent, views
 from sampling.pipeline import draw
@@ -63,7 +62,7 @@ def experts_know(generator, clip, captions):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=HelpFormatter)
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--checkpoint", type=a_path, default=DEMO, help="generator_ema.safetensors of a run")
     parser.add_argument("--count", type=positive_int, default=200, help="pictures")
     args = parser.parse_args()

@@ -7,7 +7,6 @@ This is locked-image tuning (Zhai et al. 2022) with the roles of the towers exch
 words that no caption contains.
 """
 
-import argparse
 import contextlib
 import itertools
 import math
@@ -20,7 +19,7 @@ from tqdm import tqdm
 from clip import BUILT_IN, load_minilm, made_from, new_small, save_small
 from common import distributed, stopping
 from common.cli import (
-    HelpFormatter,
+    Parser,
     UserError,
     a_path,
     add_data,
@@ -189,7 +188,7 @@ def at_all_resolutions(images):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=HelpFormatter)
+    parser = Parser(description=__doc__.splitlines()[0])
     add_data(parser.add_argument)
     parser.add_argument("--out", type=a_path, required=True, help="the file to write, for --clip of train.py")
     parser.add_argument("--steps", type=positive_int, default=4000)

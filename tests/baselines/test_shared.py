@@ -191,7 +191,7 @@ def test_prompts_and_generators_that_cannot_be_drawn_are_one_line(tmp_path, draw
     system = LadaGAN(load_clip(str(clip)), 32, torch.device("cpu"))
     next(system.networks.ema.parameters()).fill_(torch.nan)
     generator_file.save_generator(path, *shared.generator_file(system, {"clip": str(clip)}))
-    assert_one_line(draw(LadaGAN, path, prompt=" "), "is empty")
+    assert_one_line(draw(LadaGAN, path, prompt="\u200b"), "is empty")
     result = draw(LadaGAN, path, prompt="red heart " * 50)
     assert "too long" in result[1]
     assert_one_line(result, "not finite")

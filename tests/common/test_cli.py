@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from common.cli import UserError, a_path, add_data, errors_in_one_line, signals
+from common.cli import Parser, UserError, a_path, add_data, errors_in_one_line, signals
 
 ROOT = Path(__file__).parent.parent.parent
 
 SCRIPT = """
 import argparse
-from common.cli import HelpFormatter, UserError, errors_in_one_line
-parser = argparse.ArgumentParser(description="ψ and × …", formatter_class=HelpFormatter)
+from common.cli import Parser, UserError, errors_in_one_line
+parser = Parser(description="ψ and × …")
 parser.add_argument("--size", help="in 4×4 …")
 parser.parse_args()
 with errors_in_one_line():
@@ -64,14 +64,13 @@ def test_another_error_keeps_its_traceback():
 def test_a_path_expands_the_home_folder_and_refuses_what_is_no_file(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     assert a_path("~/runs/new") == tmp_path / "runs" / "new"
-    parser = argparse.ArgumentParser()
+    parser = Parser()
     add_data(parser.add_argument)
     args = parser.parse_args(["--data=~/x", "--caption-key", "text"])  # a shell does not expand "~" after "="
     assert (args.data, args.caption_key) == (f"{tmp_path}/x", "text")
     os.mkfifo(tmp_path / "pipe")
-    for text in ("", "  ", str(tmp_path / "pipe")):
-        with pytest.raises(argparse.ArgumentTypeError):
-            a_path(text)
+    with pytest.raises(argparse.ArgumentTypeError):
+        a_path(str(tmp_path / "pipe"))
 
 
 def test_signals_that_a_system_lacks_are_left_out(monkeypatch):
@@ -79,14 +78,28 @@ def test_signals_that_a_system_lacks_are_left_out(monkeypatch):
     assert signals("SIGTERM", "SIGUSR1") == [signal.SIGTERM]
 
 
+@pytest.mark.parametrize("text", ["", " ", os.fsdecode(b"caf\xe9")])
+@pytest.mark.parametrize("option", ["--clip", "--data", "--caption-key", "--out", "prompt"])
+def test_an_empty_value_is_refused_and_not_taken_as_the_default(capsys, option, text):
+    parser = Parser()
+    add_data(parser.add_argument)
+    parser.add_argument("--clip", default="emoji")
+    parser.add_argument("--out", type=a_path)
+    parser.add_argument("prompt", nargs="*")
+    with pytest.raises(SystemExit):
+        parser.parse_args([option, text] if option[0] == "-" else [text])
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert (f"{option}: it " in said and "leave it out" in said) or "rename it" in said
+
+
 def test_every_command_uses_a_path_and_add_data():
-    """So all of them handle "~", "" and a FIFO, read captions from a field, and open no picture with a part of Pillow
-    that starts another program.
+    """So all of them handle "~", "" and a FIFO, also in options without a type, read captions from a field, and open no
+    picture with a part of Pillow that starts another program.
     """
     for path in [*ROOT.glob("*.py"), *ROOT.glob("[!.]*/*.py")]:
         if path.parent.name != "tests" and path.name not in ("cli.py", "make_emoji.py"):
             text = path.read_text(encoding="utf-8")
-            assert "type=Path" not in text and 'add("--data"' not in text, path
+            assert "type=Path" not in text and 'add("--data"' not in text and "= argparse.Arg" not in text, path
             assert not re.search(r"open_data\(args\.data(?!.*, args\.caption_key\))", text), path
             assert not re.search(r"clip_of_new_run\(clip(?!.*, args\.caption_key,)", text), path
             assert not re.search(r"Image\.open\((?!.*, formats=)", text), path
