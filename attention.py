@@ -46,10 +46,12 @@ def l2_attention(q, k, v):
 
 
 def blockwise_l2_attention(q, k, v):
-    """Computes the map one block after another, in float32, and each block again in the backward pass."""
+    """Computes the map one block after another, in float32, and each block again in the backward pass. A block is
+    several whole maps if they fit, else some rows of one map.
+    """
     leading, n, t = q.shape[:2], q.shape[2], k.shape[2]  # B, heads: a map for each
     entries = MAP_ENTRIES[q.device.type]
-    maps, rows = max(1, entries // (n * t)), max(1, entries // t)  # in a block: whole maps, or rows of one
+    maps, rows = max(1, entries // (n * t)), max(1, entries // t)
     results = []
     with float32_region(q):
         groups = zip(*(full_precision(x).flatten(0, 1).split(maps) for x in (q, k, v)), strict=True)

@@ -136,7 +136,7 @@ class FourierFeatures(nn.Module):
         # For a normal vector of length r, exp(−r²/2) is uniform in [0, 1]. As the square of the new length exp(−r²/4),
         # it makes the frequencies uniform in a disc.
         radii = freqs.norm(dim=1, keepdim=True)
-        self.register_buffer("freqs", freqs / (radii * radii.square().exp().pow(0.25)))
+        self.register_buffer("freqs", freqs / radii * (-radii.square() / 4).exp())
         self.register_buffer("phases", torch.rand(channels) - 0.5)
         self.affine = Linear(w_dim, 4)
         nn.init.zeros_(self.affine.weight)
@@ -148,7 +148,8 @@ class FourierFeatures(nn.Module):
     @in_float32
     def forward(self, w):
         transform = self.affine(w)
-        cos, sin, *shift = (transform / transform[:, :2].norm(dim=1, keepdim=True)).unbind(1)
+        transform = transform / transform[:, :2].norm(dim=1, keepdim=True)  # the shift too, as in StyleGAN3
+        cos, sin, *shift = transform.unbind(1)
         rotation = torch.stack([cos, -sin, sin, cos], dim=1).unflatten(1, (2, 2))  # [B, 2, 2]
         freqs = self.freqs @ rotation  # [B, C, 2]
         phases = self.phases - (freqs @ torch.stack(shift, dim=1)[..., None])[..., 0]  # [B, C]
@@ -295,10 +296,10 @@ class Synthesis(nn.Module):
         the other levels; and image, the picture to enlarge, from which the images grow.
         """
         ws = w if w.ndim == 3 else w[:, None].expand(-1, self.num_layers, -1)
-        pyramid, routings = {}, {}
+        pyramid, routings, encoded = {}, {}, encoded or {}
         num_layers = [level.num_layers for level in self.levels]
         for level, level_ws in zip(self.levels, ws.split(num_layers, dim=1), strict=True):
-            inputs = (x, level_ws, local_text, encoded.get(level.resolution) if encoded else None)
+            inputs = (x, level_ws, local_text, encoded.get(level.resolution))
             x, rgb, routed = recomputed(level, *inputs) if self.recompute else level(*inputs)
             if rgb is not None:
                 image = rgb if image is None else add(rgb, image)

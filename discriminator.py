@@ -163,9 +163,11 @@ class Discriminator(nn.Module):
             stage = self.stages[str(resolution)]
             if resolution in pyramid:
                 entered[resolution] = lrelu(stage.from_rgb(pyramid[resolution]))
-            outputs = stage.body(torch.cat([*entered.values()])).chunk(len(entered))
-            for entry, x in zip(entered, outputs, strict=True):
-                entered[entry] = maps[entry, resolution] = x
+            together = torch.cat(list(entered.values()))  # [inputs · B, C, H, W]
+            outputs = stage.body(together).chunk(len(entered))
+            entered = dict(zip(entered, outputs, strict=True))
+            for entry, x in entered.items():
+                maps[entry, resolution] = x
         return maps
 
     def score(self, maps, text):
@@ -173,11 +175,12 @@ class Discriminator(nn.Module):
         logits = {}
         for stage in dict.fromkeys(stage for _, stage in maps):  # each once
             entries = [entry for entry, its_stage in maps if its_stage == stage]
-            together = torch.cat([maps[entry, stage] for entry in entries])  # all that passed this stage, one batch
+            together = torch.cat([maps[entry, stage] for entry in entries])  # [inputs · B, C, H, W]
             outputs = self.heads[str(stage)](together, text.repeat(len(entries), 1)).chunk(len(entries))
             for entry, output in zip(entries, outputs, strict=True):
                 logits[entry, stage] = output
         return logits
 
     def forward(self, pyramid, clip_maps, tokens, eot):
+        """The logits of images with their captions. Training calls the parts: a second caption needs only `score`."""
         return self.score(self.maps(pyramid, clip_maps), self.encode_text(tokens, eot))

@@ -50,7 +50,7 @@ class Growth:
         """Draws two disjoint sets of real images. Samples use the captions of the first, and are compared with the
         statistics of the second.
 
-        Held-out pairs come first. The ranks share the work. The run keeps the result in the file `path`. Raises
+        Each rank measures its share, held-out pairs first. The run keeps the result in the file `path`. Raises
         UserError, and Stopped if a rank was asked to stop.
         """
         made_from = {"data": list(source.describe()), "samples": self.recipe.fid_samples}
@@ -86,7 +86,7 @@ class Growth:
         rank, ranks = distributed.rank(), distributed.world_size()
         quota = len(range(rank, 2 * self.recipe.fid_samples, ranks))  # of pairs, for this rank
         features, captions = {r: [] for r in self.resolutions}, []
-        given = []  # of an upsampler (small image, noise) for each caption, of the base ()
+        given = []  # of an upsampler: (small image, noise) for each caption; empty for the base
         noise = torch.Generator().manual_seed(self.seed + rank)
         with distributed.together():
             for batch in source.evaluation_pairs(rank=rank, world_size=ranks):
@@ -144,4 +144,5 @@ class Growth:
         return f"FID {measured}, reference {self.reference_fid[self.active[-1]]:.3g}"
 
     def grow(self):
+        """Makes the next resolution active. Learner.learn_at lets its parameters learn, from a ToRGB of zero."""
         self.phase = Phase(self.phase.number + 1)

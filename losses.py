@@ -69,7 +69,7 @@ def wrong_captions(ids):
     ids: token ids [B, T] of the captions of a micro-batch on all ranks → indices [B]. Captions a, b, a give 1, 2, 1.
     """
     batch, position = len(ids), torch.arange(len(ids), device=ids.device)
-    differs = torch.cdist(ids.float(), ids.float(), p=0) > 0  # [B, B], without the host sync that unique needs
+    differs = torch.cdist(ids.float(), ids.float(), p=0) > 0  # [B, B]; p=0 counts the tokens that differ
     steps = (position - position[:, None]) % batch  # [B, B]: how many places caption j comes after caption i
     steps = steps.masked_fill(~differs, batch + 1)  # equal captions come last
     steps.fill_diagonal_(batch)  # the caption itself comes after all different ones, and before its copies
@@ -79,7 +79,7 @@ def wrong_captions(ids):
 def feature_maps(discriminator, clip, pyramid):
     """Discriminator.maps of a pyramid. The base's discriminator also reads CLIP's maps of the highest image: it is
     vision-aided (GigaGAN, section 3.4). The upsampler's is not (section 3.5 there). The generator's loss does not call
-    this: CLIP has already seen its images, for the CLIP loss.
+    this without augmentation: CLIP has already seen its images, for the CLIP loss.
     """
     clip_maps = ()
     if discriminator.map_readers:
@@ -113,8 +113,8 @@ def clip_loss(clip, embeddings, text_embedding, scales, lower_every=1):
     """Symmetric InfoNCE between captions and images over the global batch, a weighted sum over the resolutions.
 
     embeddings: {resolution: CLIP's embeddings [B, D]}, not normalized; below the highest resolution, of every n-th
-    image, n = lower_every. text_embedding [B, D]. Gradients pass through the gather. Otherwise an image would learn
-    only from its own rank's captions, and the step would depend on the number of ranks.
+    image, n = lower_every. text_embedding [B, D], of unit length. Gradients pass through the gather. Otherwise an image
+    would learn only from its own rank's captions, and the step would depend on the number of ranks.
     """
     info_nce = open_clip.ClipLoss(
         gather_with_grad=True, rank=distributed.rank(), world_size=distributed.world_size(), cache_labels=False
@@ -123,7 +123,8 @@ def clip_loss(clip, embeddings, text_embedding, scales, lower_every=1):
         total = 0
         for r, embedding in embeddings.items():
             embedding = F.normalize(full_precision(embedding), dim=-1)
-            captions = text_embedding[:: 1 if r == max(embeddings) else lower_every]
+            every = 1 if r == max(embeddings) else lower_every
+            captions = text_embedding[::every]
             total = total + scales[r] * info_nce(embedding, captions, clip.logit_scale)
         return total
 
@@ -208,7 +209,8 @@ class DiscriminatorLoss(nn.Module):
         d, batch, scales = self.discriminator, len(wrong), scale_weights(real, self.recipe.lower_scales)
         code = d.encode_text(text.tokens, text.eot)
         wrong_code, is_wrong = wrong_codes(code, wrong)
-        real, fake = (augment(x, self.recipe.augment, chances[:, n]) for n, x in enumerate((real, fake)))
+        real = augment(real, self.recipe.augment, chances[:, 0])
+        fake = augment(fake, self.recipe.augment, chances[:, 1])
 
         maps = feature_maps(d, self.clip, {r: torch.cat([real[r], fake[r]]) for r in real})
         right_logits = d.score(maps, code.repeat(2, 1))
@@ -246,7 +248,8 @@ def generator_loss(output, other, text, wrong, chances, discriminator, clip, rec
     """
     scales = scale_weights(output.pyramid, recipe.lower_scales)
     highest = max(output.pyramid)
-    seen = {r: x[:: recipe.clip_lower_every] for r, x in output.pyramid.items() if r <= SEEN_BY_CLIP and r < highest}
+    lower = [r for r in output.pyramid if r < highest and r <= SEEN_BY_CLIP]
+    seen = {r: output.pyramid[r][:: recipe.clip_lower_every] for r in lower}
     seen[highest] = output.pyramid[highest]
     embeddings, clip_maps = clip.see(*seen.values())  # one pass for all; the highest images come last
     clip_maps = [x[-len(wrong) :] for x in clip_maps]
@@ -288,8 +291,9 @@ def fooling_losses(output, text, wrong, chances, clip_maps, discriminator, clip,
     wrong_code, is_wrong = wrong_codes(code, wrong)
     pyramid = augment(output.pyramid, recipe.augment, chances)
     if recipe.augment:  # the CLIP loss uses the images themselves, the discriminator CLIP's maps of augmented ones
-        clip_maps = clip.see(pyramid[max(pyramid)])[1]
-    maps = discriminator.maps(pyramid, clip_maps if discriminator.map_readers else ())
+        maps = feature_maps(discriminator, clip, pyramid)
+    else:
+        maps = discriminator.maps(pyramid, clip_maps if discriminator.map_readers else ())
     right_logits = discriminator.score(maps, code)
     adversarial = logistic_loss(right_logits, -1, EARLY_ADVERSARIAL, scales).mean()
     # The discriminator learns that these images are fake under a wrong caption, too; this term is the generator's

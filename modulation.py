@@ -101,10 +101,11 @@ class ModulatedConv2d(nn.Module):
         It is computed from the mixed kernels, or as Σ mₙmₗ⟨Kₙ, Kₗ⟩. The latter is faster if there are more samples than
         pairs of kernels, and in sampling, which computes the products ⟨Kₙ, Kₗ⟩ once.
         """
-        if self.products is None and len(kernels) <= len(self.weight) ** 2:
+        is_sampling = self.products is not None
+        if not is_sampling and len(kernels) <= len(self.weight) ** 2:
             norm = torch.linalg.vector_norm(kernels, dim=(-2, -1))
             return norm.square()
-        products = self.kernel_products() if self.products is None else self.products
+        products = self.products if is_sampling else self.kernel_products()
         if mix is None:
             return products[0]  # [1, D, C]
         pairs = mix[:, :, None] * mix[:, None]  # [B, n, n]
@@ -125,7 +126,7 @@ class ModulatedConv2d(nn.Module):
         points = batch // groups * height * width  # that share a kernel
         if is_sampling and x.shape[1] >= CHANNELS_PER_POINT * points:
             return unfolded_convolution(x, kernels)
-        x = x.reshape(batch // groups, -1, height, width)
+        x = x.reshape(batch // groups, -1, height, width)  # [1, B·C, H, W] if each sample has its kernel
         padding = kernels.shape[-1] // 2
         h = F.conv2d(x, kernels.flatten(0, 1), padding=padding, groups=groups)
         return h.reshape(batch, -1, height, width)

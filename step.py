@@ -121,8 +121,8 @@ class Learner:
         """This rank's batches of step `number` → a list of MicroBatch.
 
         The random numbers depend only on the seed and the step's number. They are drawn for the global batch, and each
-        rank uses its share, cut as sources.loader cuts the images: so a step is the same on any number of ranks. If a
-        loss uses every fourth image, a rank needs a multiple of four of them for this.
+        rank uses its share, cut as sources.loader cuts the images: so a step is the same on any number of ranks. Losses
+        that use every fourth image of a rank are the same only if each rank has a multiple of four images.
         """
         config, rng = self.generator.config, rng_of(seed, number)
         z = torch.randn(self.batch, 2, config.z_dim, generator=rng)  # two for each caption
@@ -130,8 +130,9 @@ class Learner:
         noise = draw_input_noise(config, self.batch, rng)
         places = torch.rand(self.batch, 2, generator=rng)  # y, x of the crops
         shape = len(batches), distributed.world_size(), -1  # micro-batches, ranks, images of one
-        mine = [x.unflatten(0, shape)[:, distributed.rank()] for x in (z, chances, noise, places)]
-        return [self.micro_batch(*drawn) for drawn in zip(batches, *mine, strict=True)]
+        drawn = [x.unflatten(0, shape) for x in (z, chances, noise, places)]
+        mine = [x[:, distributed.rank()] for x in drawn]  # of each micro-batch, this rank's images
+        return [self.micro_batch(*parts) for parts in zip(batches, *mine, strict=True)]
 
     def micro_batch(self, batch, z, chances, noise, places):
         """A data.sources.Batch and its random numbers, on the CPU → MicroBatch. places [b, 2]: of the crops."""
@@ -170,8 +171,9 @@ class Learner:
         d_report = self.discriminator_step(micro_batches, outputs) if adversarial else {"rejected": 0}
         with frozen(self.discriminator):
             g_report = self.generator_step(micro_batches, outputs)
-        report |= d_report | g_report | {"rejected": d_report["rejected"] + g_report["rejected"]}
-        report["expert_min_share"] = torch.stack([self.least_used_expert(output) for output in outputs]).min()
+        report |= d_report | g_report
+        report["rejected"] = d_report["rejected"] + g_report["rejected"]
+        report["expert_min_share"] = torch.stack([least_share(output) for output in outputs]).min()
         w = torch.stack([full_precision(output.w.detach()).mean(0) for output in outputs]).mean(0)
         return report, w
 
@@ -186,17 +188,17 @@ class Learner:
 
         R1 takes several times the memory of the other losses, and no image affects another's penalty. So it uses
         smaller batches, and comes first, while no other graph is in memory. It bypasses the DDP wrapper and
-        leaves its gradients in .grad; discriminator_step adds its own, and DDP averages the sum.
+        leaves its gradients in .grad. discriminator_step adds its own, and DDP averages the sum, as after no_sync().
         """
         scales, total = scale_weights(micro_batches[0].real, self.recipe.lower_scales), 0
         for batch in micro_batches:
-            real = augment(batch.real, self.recipe.augment, batch.chances[:, 0])
-            for first in range(0, len(batch.wrong), self.r1_images):
+            real, size = augment(batch.real, self.recipe.augment, batch.chances[:, 0]), len(batch.wrong)
+            for first in range(0, size, self.r1_images):
                 some = slice(first, first + self.r1_images)
                 some_real = {r: x[some] for r, x in real.items()}
                 tokens, eot = batch.text.tokens[some], batch.text.eot[some]
                 r1 = r1_penalty(self.discriminator, self.clip, some_real, tokens, eot, self.recipe.r1_gamma, scales)
-                r1 = r1 * len(eot) / (len(micro_batches) * len(batch.wrong))
+                r1 = r1 * len(eot) / (len(micro_batches) * size)
                 (r1_weight * r1).backward()
                 total += r1.detach()
         return total
@@ -252,13 +254,6 @@ class Learner:
         torch._foreach_lerp_(list(self.ema.parameters()), list(self.generator.parameters()), weight)
         self.ema.w_avg.copy_(self.generator.w_avg)
 
-    def least_used_expert(self, output):
-        """The smallest number of points that any expert of any router got in this batch, as a share of the mean; 1 if
-        all got the same.
-        """
-        counts = expert_counts(output.routings).values()
-        return torch.stack([output.w.new_ones(()), *(count.min() / count.float().mean() for count in counts)]).min()
-
     # ------------------------------------------------------------------------------------------------------------------
 
     def state_dict(self):
@@ -267,9 +262,10 @@ class Learner:
         for name in OPTIMIZERS:
             if has_momentum(getattr(self, name)):
                 continue
-            adam_state = state[name]["state"]
-            for number, of_parameter in adam_state.items():
+            adam_state = {}
+            for number, of_parameter in state[name]["state"].items():
                 adam_state[number] = {key: x for key, x in of_parameter.items() if key != "exp_avg"}
+            state[name]["state"] = adam_state
         return state
 
     def load_state_dict(self, state):
@@ -290,7 +286,7 @@ class Learner:
             optimizer.load_state_dict(state[name] | {"state": adam_state})
             for group, rates in zip(optimizer.param_groups, wanted, strict=True):
                 # A checkpoint from a CPU has capturable=False, which a CUDA graph does not allow.
-                group |= rates | {"capturable": self.device.type == "cuda"}
+                group.update(rates, capturable=self.device.type == "cuda")
         self.forget()
 
     def load_weights(self, weights):
@@ -346,6 +342,16 @@ def update(optimizer, reports, prefix):
     optimizer.step()
     means = {name: mean_of(reports, name) for name in reports[0] if name != "loss"}
     return {**means, f"{prefix}_grad_norm": norm, "rejected": optimizer.found_inf}
+
+
+def least_share(output):
+    """The smallest number of points that any expert of any router got in this batch, as a share of the mean; 1 if all
+    got the same, or if there is no router.
+    """
+    shares = [output.w.new_ones(())]
+    for count in expert_counts(output.routings).values():
+        shares.append(count.min() / count.float().mean())
+    return torch.stack(shares).min()
 
 
 def mean_of(reports, name):

@@ -117,7 +117,7 @@ def draw_input_noise(config, count, generator):
 
 def crop(images, input_resolution, side, places):
     """Cuts a square from each of images [B, 3, R, R], at the same place of the picture for any R: `side` pixels of the
-    input, side·R/input_resolution pixels of others. places [B, 2], uniform in [0, 1), choose the place.
+    input, side·R/input_resolution pixels of others. places [B, 2], on the CPU, uniform in [0, 1), choose it.
 
     A pyramid keeps its keys: with side 32 of an input of 64 pixels, the image of resolution 256 has 128×128 pixels.
     """
