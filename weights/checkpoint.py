@@ -107,11 +107,12 @@ def moving_average(state):
 
 
 def load_weights(path):
-    """Reads the weights that a new run starts from → {"generator", "ema" and, of a checkpoint, "discriminator"}, as
+    """Reads the weights that a new run starts from → {"generator", "ema" and, if there is one, "discriminator"}, as
     state_dicts on the CPU.
 
-    path: a checkpoint, a generator's file, or the authors' aurora_v1.pth. Of a single generator, "generator" and "ema"
-    are the same. Raises UserError.
+    path: a checkpoint, a generator's file, or the authors' aurora_v1.pth. Next to the file NAME.safetensors, the
+    discriminator may be in NAME_discriminator.safetensors. Of a single generator, "generator" and "ema" are the same.
+    Raises UserError.
     """
     path = Path(path)
     if path.is_dir():
@@ -122,4 +123,8 @@ def load_weights(path):
     if not path.is_file():
         raise UserError(f"no checkpoint and no generator at {path}")
     generator = load_ours(path)[0] if is_safetensors(path) else load_official_file(path)
-    return {"generator": generator.state_dict(), "ema": generator.state_dict()}
+    weights = {"generator": generator.state_dict(), "ema": generator.state_dict()}
+    discriminator = path.with_name(f"{path.stem}_discriminator.safetensors")
+    if discriminator.is_file():
+        weights["discriminator"] = read_safetensors(discriminator)[1]
+    return weights

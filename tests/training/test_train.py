@@ -4,10 +4,12 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import signal
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train
@@ -174,13 +176,18 @@ def test_a_new_learning_rate_is_used_on_resume_and_noted(stopped_after, capsys):
     assert "r1_gamma was" in said and said.count("now it is the recipe's") == 2
 
 
-@pytest.mark.parametrize("kind", ["generator", "checkpoint"])
+@pytest.mark.parametrize("kind", ["generator", "generator and discriminator", "checkpoint"])
 def test_a_new_run_starts_from_the_weights_of_another(undisturbed, tmp_path, kind):
-    path = undisturbed / "generator_ema.safetensors"
-    if kind == "checkpoint":
-        path = checkpoint.checkpoints(undisturbed / "checkpoints")[0]
+    path = checkpoint.checkpoints(undisturbed / "checkpoints")[0]
+    first = checkpoint.load_weights(path)
+    if kind != "checkpoint":
+        path = shutil.copy(undisturbed / "generator_ema.safetensors", tmp_path / "mine.safetensors")
+    if kind == "generator and discriminator":
+        save_file(first["discriminator"], tmp_path / "mine_discriminator.safetensors")
     second, name = build(*SHORT, "--out", tmp_path / "second", "--init", path, "--seed", 9), "mapping.layers.0.weight"
-    first = checkpoint.load_weights(checkpoint.checkpoints(undisturbed / "checkpoints")[0])
+    state = second.learner.discriminator.state_dict()
+    same = all(torch.equal(state[each], value) for each, value in first["discriminator"].items())
+    assert same == (kind != "generator")
     started_from = first["generator" if kind == "checkpoint" else "ema"]
     assert torch.equal(second.learner.generator.get_parameter(name), started_from[name])
     assert torch.equal(second.learner.ema.get_parameter(name), first["ema"][name])
