@@ -25,6 +25,7 @@ from common.cli import (
     UserError,
     a_path,
     add_data,
+    check_file,
     errors_in_one_line,
     finite_number,
     natural_number,
@@ -78,7 +79,7 @@ def check(args):
         raise UserError(f"--count {args.count}: FID, precision and recall need {NEIGHBOURS + 1} images or more")
     if args.clip.partition(":")[0] in ("inception", "efficientnet"):
         raise UserError(f"--clip {args.clip} cannot read text; give judge or MODEL:WEIGHTS of open_clip")
-    args.out.mkdir(parents=True, exist_ok=True)
+    check_file(args.out / "evaluation.json")
 
 
 def open_source(args, generator, resolution):

@@ -128,6 +128,17 @@ class Preset:
     recipe: Recipe
     clip_model: str = OPENAI_CLIP  # the default of --clip
 
+    @property
+    def unused(self):
+        """The names of the recipe's fields that change nothing."""
+        unused = {"clip_lower_every"} if isinstance(self.generator, UpsamplerConfig) else {"crop"}
+        if not self.recipe.perceptual_weight:
+            unused |= {"perceptual_network"}
+        if not self.recipe.adversarial_weight:
+            unused |= {"lr_discriminator", "r1_gamma", "augment"}
+            unused |= {"matching_weight_discriminator", "matching_weight_generator"}
+        return unused
+
 
 # What the small presets share. Attention and experts are at the resolutions that decide the layout. With the release's
 # gains, features would shrink from block to block; with these they keep their scale. The discriminator learned more in

@@ -187,11 +187,11 @@ def main():
             raise UserError(f"--each {args.each} is a file; name a folder")
         stages = args.upsampler, args.resolution
         pipe = Pipeline.load(args.checkpoint, args.device, args.dtype, args.clip, args.compile, *stages)
+        latent.print_notes(pipe.clip, prompts)
         if args.enlarge:
             return enlarge(args, pipe, prompts)
         if args.experts and not any(level.attn_depth for level in pipe.generator.config.levels):
             raise UserError(f"--experts: {args.checkpoint} has no experts; leave it out")
-        latent.print_notes(pipe.clip, prompts)
         if args.each:
             new = files.write_each(pipe, prompts, args.num, args.seed, args.truncation, args.each, args.checkpoint.name)
             print(f"{new} new pictures, {len(prompts) * args.num} in all, in {args.each.resolve()}")

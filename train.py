@@ -116,6 +116,7 @@ def build(args, device):
         loop = Loop(folder, args, batch, micro_batches, args.steps or recipe.steps)
         if state:
             with loop.resuming(state):
+                source.holds_out = state.get("holds_out", source.holds_out)  # also if a small folder grew meanwhile
                 growth.phase = Phase(**state["phase"])
                 state["ema"] = checkpoint.moving_average(state)
                 learner.load_state_dict(state)
@@ -138,7 +139,10 @@ def preset_of(args):
             raise UserError(f"--{name} and --set {name}=… contradict each other; give one of them")
     recipe = with_fields(preset.recipe, "--set", args.set)
     check_augment(recipe.augment)
-    return dataclasses.replace(preset, recipe=recipe)
+    preset = dataclasses.replace(preset, recipe=recipe)
+    for name in preset.unused & {field.partition("=")[0] for field in args.set}:
+        raise UserError(f"--set {name} has no effect on {args.preset} with this recipe; leave it out")
+    return preset
 
 
 def start_from(args, learner, growth):
@@ -208,12 +212,13 @@ def save(run):
     state.pt with the networks, the optimizers, the phase of growth, the recipe, the progress and what identifies the
     run.
     """
-    _, learner, growth, _, loop = run
+    _, learner, growth, source, loop = run
     if learner.weights_are_finite():
         resolution = growth.active[-1]
         notes = loop.notes(learner.device) | {"resolution": resolution}
         generator = generator_file.content(learner.ema, learner.clip, resolution, notes)
-        state = {"phase": dict(vars(growth.phase)), "recipe": vars(learner.recipe), **learner.state_dict()}
+        state = {"phase": dict(vars(growth.phase)), "recipe": vars(learner.recipe), "holds_out": source.holds_out}
+        state |= learner.state_dict()
         del state["ema"]  # it is in the generator's file
         loop.save(state, generator)
 

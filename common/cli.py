@@ -87,6 +87,8 @@ def reason(error):
     """The message of an OSError, to print after a file's name."""
     if isinstance(error, (FileExistsError, NotADirectoryError)):
         return "a file or a broken link is where a folder is needed"
+    if isinstance(error, IsADirectoryError):
+        return "a folder is where a file is needed; move it, or name another file"
     return error.strerror or first_line(error)
 
 
@@ -101,7 +103,7 @@ def check_file(path):
     existed = path.exists()
     path.open("ab").close()
     if not existed:
-        path.unlink()
+        path.unlink(missing_ok=True)  # another rank may have done so
 
 
 def a_text(text):

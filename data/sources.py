@@ -136,7 +136,8 @@ class Source:
         elif self.holds_out:
             yield f"One pair in {HELD_OUT_OF}, by a hash of its picture, is held out for evaluation."
         else:
-            yield f"None is held out for evaluation, as there are fewer than {FEWEST}: evaluation uses training pairs."
+            why = f"there are fewer than {FEWEST}, or were when the run began"
+            yield f"None is held out for evaluation, which uses training pairs: {why}."
 
     def check(self, usable):
         """Raises UserError unless a usable pair was found. What was skipped until now is not counted again."""

@@ -19,7 +19,7 @@ import torch
 
 from aurora import Generator
 from baselines.shared import load, system_of
-from common.cli import Parser, UserError, a_path, errors_in_one_line, positive_int
+from common.cli import Parser, UserError, a_path, check_file, errors_in_one_line, positive_int
 from common.disk import atomically, write_text
 from data import sources
 from discriminator import Discriminator
@@ -187,7 +187,8 @@ def main():
             raise UserError(f"--count {args.count}: precision and recall need {NEIGHBOURS + 1} pictures or more")
         if len(dict(args.systems)) < len(args.systems):
             raise UserError("two systems have the same NAME; give each its own")
-        args.out.mkdir(parents=True, exist_ok=True)
+        for name in ("compare.md", "compare.json", "compare.png"):
+            check_file(args.out / name)
         columns, picture = compare(args)
         print(table(columns))
         numbers = json.dumps(columns, indent=1, ensure_ascii=False)

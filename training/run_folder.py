@@ -91,12 +91,17 @@ class RunFolder:
 
     def find(self, resume):
         """→ the path of the checkpoint to resume from, and its state; (None, None) for a new run."""
+        if self.identity.get("clip") == "judge":
+            raise UserError("--clip judge is for evaluation, which would then favour this run; take another, or emoji")
         try:
             for folder in (self.checkpoints, self.path / "samples"):
                 folder.mkdir(parents=True, exist_ok=True)
             self.lock()
         except OSError as error:
             raise UserError(f"--out {self.path} cannot be written: {reason(error)}") from error
+        for name in ("config.json", "metrics.jsonl", generator_file.FILE, "reference.pt", "clip.safetensors"):
+            if (self.path / name).is_dir():
+                raise UserError(f"{self.path / name} is a folder, and a run writes a file there; move the folder")
         own = checkpoint.checkpoints(self.checkpoints)
         for name in ("config.json", "metrics.jsonl", generator_file.FILE):
             if not own and (self.path / name).exists():  # a run writes its first checkpoint before these
@@ -112,7 +117,7 @@ class RunFolder:
         else:
             path, state = Path(resume), checkpoint.load(resume)
         if state:
-            self.compare(path, state, MAY_MOVE if resume == "moved" else ())
+            self.compare(path, state, resume == "moved")
         if path in own:
             self.saved_step = state["progress"]["step"]
             self.write_generator(path)  # the run may have been killed before it did
@@ -131,19 +136,22 @@ class RunFolder:
         except OSError:
             say(f"note: the disk of {self.path} has no locks, so a second run in it would not be noticed")
 
-    def compare(self, path, state, may_differ=()):
+    def compare(self, path, state, moved=False):
         """Compares a checkpoint's identity and sharing with this run's. Raises UserError for an identity that differs,
-        except in the options that may; prints a note for a sharing that differs.
+        except in the names of files if these moved; prints a note for a sharing that differs.
         """
         then = state["identity"]
         if then.get("system") != self.identity.get("system"):
             raise UserError(f"the run in {path} is not of this command; give another --out")
-        changed = [name for name, now in self.identity.items() if then.get(name) != now and name not in may_differ]
+        changed = {name: {then.get(name), now} for name, now in self.identity.items() if then.get(name) != now}
+        files = {name for name, values in changed.items() if name in MAY_MOVE and not values & set(MAY_MOVE[name])}
+        for name in files if moved else ():
+            del changed[name]
         if changed:
             options = ", ".join(f"--{name} {shlex.quote(str(then.get(name)))}" for name in changed)
-            may_move = set(changed) <= MAY_MOVE.keys() and "system" not in self.identity  # a baseline has no --resume
-            moved = "; if these files only moved, give --resume moved" if may_move else ""
-            raise UserError(f"the run in {path} was started with {options}; repeat that, or give another --out{moved}")
+            may_move = changed.keys() == files and "system" not in self.identity  # a baseline has no --resume
+            advice = "; if these files only moved, give --resume moved" if may_move else ""
+            raise UserError(f"the run in {path} was started with {options}; repeat that, or give another --out{advice}")
         then = state.get("sharing", {})
         if changed := [name for name in then if name in self.sharing and then[name] != self.sharing[name]]:
             changes = ", ".join(f"{name} {self.sharing[name]} instead of {then[name]}" for name in changed)

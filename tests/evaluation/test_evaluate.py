@@ -137,6 +137,7 @@ def test_mistakes_are_one_line(run, tmp_path):
         content = {"images": listed, "annotations": [{"image_id": 1, "caption": "a dog"}]}
         (tmp_path / name).write_text(json.dumps(content))
     (tmp_path / "file").touch()
+    (tmp_path / "taken" / "evaluation.json").mkdir(parents=True)
     for arguments, says in (
         (("--data", train), "is not of COCO 2014 val"),
         (("--data", val, "--count", 7), "has 6 images"),
@@ -156,6 +157,7 @@ def test_mistakes_are_one_line(run, tmp_path):
         (("--count", 4, "--features", "nonsense"), "--features nonsense: neither a file nor MODEL:WEIGHTS"),
         (("--count", 4, "--checkpoint", "/missing.safetensors"), "no generator at"),
         (("--count", 4, "--out", tmp_path / "file" / "below"), "a file or a broken link is where"),
+        (("--count", 4, "--out", tmp_path / "taken"), "evaluation.json: a folder is where a file is needed; move it"),
     ):
         status, _, stderr = run(*arguments)
         assert status == 2 and says in stderr and len(stderr.splitlines()) == 1, (arguments, stderr)

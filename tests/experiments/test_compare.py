@@ -74,9 +74,12 @@ def test_a_small_comparison(run, tmp_path, run_main, monkeypatch):
         (["Aurora=nothing"], "no generator at nothing"),
         ([f"Aurora={BUILT_IN['emoji']}"], "contains no generator of Aurora"),
         ([f"Aurora={figures.generator_file()}", "--count", 3], "--count 3"),
+        ([f"Aurora={figures.generator_file()}", "--out", "taken"], "compare.png: a folder is where a file is needed"),
         ([f"Aurora={figures.generator_file()}"] * 2, "two systems have the same NAME"),
     ],
 )
-def test_mistakes_are_one_line(tmp_path, run_main, arguments, says):
-    status, _, error = run_main(compare.main, *arguments, "--out", tmp_path)
+def test_mistakes_are_one_line(tmp_path, monkeypatch, run_main, arguments, says):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "taken" / "compare.png").mkdir(parents=True)
+    status, _, error = run_main(compare.main, "--out", tmp_path, *arguments)
     assert status == 2 and says in error.splitlines()[-1]

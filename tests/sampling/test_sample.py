@@ -126,6 +126,7 @@ def test_a_bad_checkpoint_is_one_line(run, tmp_path, kind):
         (("x", "--prompts", "latin1.txt"), "not UTF-8"),
         (("x", "--out", "/proc/a.png"), "error: /proc/a.png: No such"),
         (("x", "--out", "picture.xyz"), "unknown picture format"),
+        (("x", "--out", "folder.png"), "error: folder.png: a folder is where a file is needed"),
         (("x", "--out", "latin1.txt/a.png"), "a file or a broken link is where a folder is needed"),
         (("x", "--checkpoint", MODELS / "judge_clip.safetensors"), "of Aurora; give the generator_ema.safetensors"),
         (("x", "--num", "0"), "not a positive number"),
@@ -141,6 +142,7 @@ def test_a_bad_checkpoint_is_one_line(run, tmp_path, kind):
 )
 def test_mistakes_are_one_line(run, tmp_path, monkeypatch, arguments, says):
     monkeypatch.chdir(tmp_path)
+    Path("folder.png").mkdir()
     Path("latin1.txt").write_bytes("ein grüner Kreis".encode("latin-1"))
     status, _, stderr = run(*arguments)
     assert status == 2 and says in stderr.splitlines()[-1] and "Traceback" not in stderr

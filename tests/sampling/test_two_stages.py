@@ -118,9 +118,9 @@ def picture(mode, size=(8, 8)):
 def test_a_users_picture_is_enlarged(file, tmp_path, run_main, mode, size):
     path, out = tmp_path / "own.png", tmp_path / "large.png"
     picture(mode, (size, size)).save(path)
-    arguments = ("a red square", "--enlarge", path, "--checkpoint", file, "--out", out, "--device", "cpu")
+    arguments = ("a red ❤️", "--enlarge", path, "--checkpoint", file, "--out", out, "--device", "cpu")
     status, stdout, error = run_main(sample.main, *arguments)
-    assert status == 0 and "32×32" in stdout, error
+    assert status == 0 and "32×32" in stdout and "does not know ❤; use English words" in stdout, error
     large = Image.open(out)
     assert large.size == (32, 32) and large.mode == "RGB"
     if mode == "RGBA":

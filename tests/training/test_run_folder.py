@@ -18,7 +18,7 @@ from training import run_folder
 from training.run_folder import RunFolder
 from weights import checkpoint
 
-IDENTITY = {"preset": "tiny", "data": "/my pictures", "batch": 4, "seed": 0, "clip": "judge"}
+IDENTITY = {"preset": "tiny", "data": "/my pictures", "batch": 4, "seed": 0, "clip": "emoji"}
 PICTURE = Image.new("RGB", (4, 4))
 
 
@@ -90,6 +90,8 @@ def test_a_run_killed_before_the_generator_had_its_name_gives_it(tmp_path):
         ("auto", {"system": "muse"}, "not of this command"),
         ("auto", {"data": "emoji", "batch": 8}, "started with --data '/my pictures', --batch 4"),
         ("auto", {"data": "/after"}, "--data '/my pictures'.*--resume moved"),
+        ("auto", {"data": "emoji"}, "give another --out$"),
+        ("moved", {"data": "emoji"}, "give another --out$"),
         ("moved", {"data": "/after", "seed": 1}, r"started with --seed 0; repeat that, or give another --out$"),
     ],
 )
@@ -114,6 +116,15 @@ def test_a_new_run_overwrites_no_file_of_another_program(tmp_path, name):
     with pytest.raises(UserError, match="give another --out"):
         opened(tmp_path)
     assert (tmp_path / name).read_text() == '{"model_type": "bert"}\n'
+
+
+@pytest.mark.parametrize("name", ["generator_ema.safetensors", "reference.pt", "clip.safetensors", "config.json"])
+def test_a_folder_in_place_of_a_file_is_named_as_the_run_starts(tmp_path, name):
+    made(tmp_path)
+    (tmp_path / name).unlink(missing_ok=True)
+    (tmp_path / name).mkdir()
+    with pytest.raises(UserError, match=f"{name} is a folder, and a run writes a file there"):
+        opened(tmp_path)
 
 
 def test_a_run_that_starts_from_a_checkpoint_of_another_folder_has_its_own_at_once(tmp_path):

@@ -265,6 +265,16 @@ def test_an_interrupt_loses_nothing(undisturbed, stopped_after, monkeypatch, run
     assert identical(state_of(out), state_of(undisturbed))
 
 
+def test_a_run_that_held_nothing_out_holds_nothing_out_after_its_folder_grew(tmp_path, monkeypatch):
+    """It has learned from all the first pairs, so none of them is new to it."""
+    options = (*SHORT, "--data", figures.write(tmp_path / "data", count=12), "--out", tmp_path / "run")
+    run(*options, "--steps", 1)
+    figures.write(tmp_path / "data", count=16)
+    monkeypatch.setattr("data.folder.FEWEST", 16)
+    assert not build(*options).source.holds_out
+    assert build(*options[:-1], tmp_path / "new").source.holds_out
+
+
 def test_a_run_stopped_while_its_small_clip_learns_leaves_no_half_file(tmp_path, monkeypatch, run_main):
     monkeypatch.setattr("training.small_clip.learn", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     options = ("--preset", "quick", "--data", figures.folder(), "--device", "cpu", "--out", tmp_path / "run")
@@ -288,6 +298,11 @@ def test_a_run_stopped_while_its_small_clip_learns_leaves_no_half_file(tmp_path,
         (("--out", "/proc/run"), "cannot be written"),
         (("--set", "augment=('blur', 'color')"), "there is no blur; choose from color, translation"),
         (("--init", DEMO), "give the preset that it was trained with"),
+        (("--clip", "judge"), "--clip judge is for evaluation"),
+        (("--set", "crop=33"), "--set crop has no effect on quick"),
+        (("--set", "perceptual_network=vgg19"), "--set perceptual_network has no effect"),
+        (("--set", "adversarial_weight=0", "r1_gamma=2"), "--set r1_gamma has no effect"),
+        (("--preset", "emoji-256", "--set", "clip_lower_every=2"), "--set clip_lower_every has no effect on emoji-256"),
         (("--gpus", "8"), "--gpus and --hardware are for --plan"),
         (("--set", "steps=7", "--steps", "5"), "--steps and --set steps=… contradict each other"),
         (("--set", "fid_samples=1"), "give 2 or more"),
