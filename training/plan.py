@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import open_clip
 import torch
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -28,6 +29,7 @@ from common import distributed
 from common.cli import UserError, positive_int
 from common.disk import write_text
 from common.distributed import say
+from experts import Experts
 from layers import pyramid
 from losses import MODE_SEEKING_EVERY, R1_INTERVAL
 from presets import fitted_to
@@ -260,9 +262,10 @@ def empty_batch(learner, size):
 
 def parameters_and_memory(learner):
     """→ {network: number of parameters}, and {what: bytes kept from step to step}. All parameters learn in float32."""
-    networks = {"generator": learner.generator, "discriminator": learner.discriminator, "frozen CLIP": learner.clip}
+    experts = [module for module in learner.generator.modules() if isinstance(module, Experts)]
+    networks = {"generator": learner.generator, "its experts": nn.ModuleList(experts)}
+    networks |= {"discriminator": learner.discriminator, "frozen CLIP": learner.clip}
     numbers = {name: sum(p.numel() for p in network.parameters()) for name, network in networks.items()}
-    numbers["experts"] = sum(p.numel() for name, p in learner.generator.named_parameters() if ".experts." in name)
     learning = numbers["generator"] + numbers["discriminator"]
     kept = {"networks": 4 * learning, "gradients": 4 * learning, "Adam": 8 * learning}
     kept["moving average"] = 4 * numbers["generator"]
@@ -295,16 +298,16 @@ def print_plan(args, preset):
         raise UserError(f"--batch {batch} cannot be shared by --gpus {args.gpus}; choose a multiple")
     hardware, rehearsal = HARDWARE[args.hardware or "a100"], Rehearsal(preset, clip)
     print(f"{args.preset} on {hardware.name}, global batch {batch}, CLIP {clip}. Counted, with shapes alone:")
-    print("  parameters, M:       " + figures(rehearsal.parameters, 1e6))
-    print("  memory kept, GB:     " + figures(rehearsal.kept, 1e9))
+    print("  parameters, M:           " + figures(rehearsal.parameters, 1e6))
+    print("  memory kept, GB:         " + figures(rehearsal.kept, 1e9))
     for kind in ("step", "r1", "evaluation"):
         none, one = (rehearsal.of(kind, images)["memory"] / 1e9 for images in (0, 1))
-        print(f"  peak of {kind + ',':12s} GB: {none:.3g}, and {one - none:.3g} an image")
+        print(f"  peak of {kind + ', GB:':16s} {none:.3g} + {one - none:.3g} for each image")
     work = rehearsal.work(32, 1)
     bfloat16, float32, moved = (work[name] / 1e12 for name in ("bfloat16", "float32", "moved"))
     print("  mean step on 32 images, with R1 in every 16th: ", end="")
     print(f"bfloat16 {bfloat16:.4g} TFLOP, float32 {float32:.4g} TFLOP, memory traffic {moved:.4g} TB")
-    names = "GPUs", "--accumulate", "R1 of", "memory, GB", "a step, s", "days"
+    names = "GPUs", "--accumulate", "R1 images", "memory, GB", "a step, s", "days"
     print("".join(f"{name:>13s}" for name in names))
     for gpus in sorted(n for n in {1, 8, 64, args.gpus or 1} if batch % n == 0):
         micro_batches, r1_images = rehearsal.divide(batch // gpus, hardware.memory)
