@@ -325,7 +325,7 @@ def create(spec, option):
     except Exception as error:  # open_clip and the hub raise many types if there are no weights
         raise UserError(
             f"{option} {spec}: the weights are not available ({first_line(error)}). Download them on another machine "
-            f"and pass the file as {option} {model_name}:PATH, or use a small CLIP: {option} emoji"
+            f"and pass the file as {option} {model_name}:PATH, or train with a small CLIP: train.py --clip emoji"
         ) from error
     finally:
         logging.disable(logging.NOTSET)

@@ -139,6 +139,12 @@ class Preset:
             unused |= {"matching_weight_discriminator", "matching_weight_generator"}
         return unused
 
+    @property
+    def crops(self):
+        """The sides of the upsampler's crops for which no map of a network ends in a half, or below 4×4."""
+        side, lowest = self.generator.input_resolution, self.discriminator.levels[0].resolution
+        return range(4 * side // lowest, side + 1, side // self.generator.levels[0].resolution)
+
 
 # What the small presets share. Attention and experts are at the resolutions that decide the layout. With the release's
 # gains, features would shrink from block to block; with these they keep their scale. The discriminator learned more in

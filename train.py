@@ -142,6 +142,8 @@ def preset_of(args):
     preset = dataclasses.replace(preset, recipe=recipe)
     for name in preset.unused & {field.partition("=")[0] for field in args.set}:
         raise UserError(f"--set {name} has no effect on {args.preset} with this recipe; leave it out")
+    if recipe.crop and recipe.crop not in preset.crops:
+        raise UserError(f"--set crop={recipe.crop}: choose 0, or one of {', '.join(map(str, preset.crops))}")
     return preset
 
 

@@ -7,6 +7,7 @@ import dataclasses
 import errno
 import math
 import os
+import re
 import signal
 import sys
 from pathlib import Path
@@ -53,6 +54,14 @@ def errors_in_one_line():
             print(f"error: {error.filename}: {reason(error)}", file=sys.stderr)
         else:
             raise
+        sys.exit(2)
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not re.search("(out of|allocate) memory", str(error)):
+            raise
+        print(
+            "error: too little memory; ask for less at a time, such as fewer pictures or a smaller batch",
+            file=sys.stderr,
+        )
         sys.exit(2)
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)

@@ -47,6 +47,9 @@ def test_a_console_without_these_characters_shows_question_marks(encoding, argum
         ),
         (OSError(errno.EROFS, "Read-only file system", "out/a.png"), "error: out/a.png: Read-only file system\n"),
         (OSError(errno.ENOTDIR, "Not a directory", "out/a.png"), "error: out/a.png: a file or a broken link is where"),
+        (MemoryError(), "error: too little memory; ask for less"),
+        (RuntimeError("CUDA out of memory. Tried"), "error: too little memory; ask for less"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "error: too little memory; ask for less"),
         (UserError("--data a\nb: no such folder"), "error: --data a b: no such folder\n"),  # a legal path
     ],
 )
