@@ -59,6 +59,8 @@ def load_model(args, number):
 class Server(ThreadingHTTPServer):
     """Serves the page and draws. It answers one request at a time, because a forced expert changes the model."""
 
+    request_queue_size = 128  # connections that wait; by default 5, and the system resets further ones
+
     def __init__(self, args):
         try:
             super().__init__((args.host, args.port), Handler)
@@ -113,6 +115,8 @@ class Handler(BaseHTTPRequestHandler):
             if (length := int(length)) > MAX_BYTES:
                 raise UserError("the request is too long")
             result = self.server.answer(self.path, json.loads(self.rfile.read(length)))
+        except (LookupError, TypeError, AttributeError) as error:  # not from this page
+            result = {"error": f"the request is wrong ({first_line(error)}); reload the page"}
         except Exception as error:  # of any kind: the page shows it and can draw again
             result = {"error": first_line(error)}
         self.reply("application/json", json.dumps(result).encode())

@@ -176,6 +176,8 @@ def main():
     with errors_in_one_line():
         args = parse_args()
         if args.show:
+            if args.prompt or args.prompts:
+                raise UserError("--show draws nothing; give no prompt")
             for name, value in files.how_made(args.show).items():
                 print(f"{name}: {value}")
             return

@@ -162,9 +162,9 @@ def positive_int(text):
 
 
 def natural_number(text):
-    """An argument's type: a whole number from 0."""
-    if not 0 <= (number := whole_number(text)) < 2**63:
-        raise argparse.ArgumentTypeError(f"{text} is negative or too large")
+    """An argument's type: a whole number from 0. Of a seed, PyTorch's generators use 32 bits."""
+    if not 0 <= (number := whole_number(text)) < 2**32:
+        raise argparse.ArgumentTypeError(f"{text} is negative or too large; give 0 to {2**32 - 1}")
     return number
 
 

@@ -102,21 +102,22 @@ def how_made(path):
 def write_each(pipe: Pipeline, prompts, num, seed, psi, folder: Path, checkpoint: str):
     """Writes `num` pictures of each prompt, at their own resolution, into a folder → how many are new.
 
-    The files are 000000.png and so on. Each contains its prompt, seed and psi, as does a line of pictures.jsonl, which
-    is written last. A folder that contains some of the pictures is completed: every call draws the same batches, so
-    the pictures are identical. Raises UserError if the folder contains pictures of another command.
+    The files are 000000.png and so on. Each contains how it was made, as does a line of pictures.jsonl, which is
+    written last. A folder that contains some of the pictures is completed: every call draws the same batches, so the
+    pictures are identical. Raises UserError if the folder contains pictures of another command or model.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    weights = pipe.digest()
     abouts = [
         {"file": f"{i:06d}.png", "prompt": prompt, "number": n, "seed": seed, "psi": psi, "checkpoint": checkpoint}
-        | {"resolution": pipe.resolution}
+        | {"weights": weights, "resolution": pipe.resolution}
         for i, (prompt, n) in enumerate(itertools.product(prompts, range(num)))
     ]
     lines = [json.dumps(about, ensure_ascii=False).encode() + b"\n" for about in abouts]
     index, missing = folder / INDEX, set()
     listed = set(index.read_bytes().splitlines(keepends=True)) if index.exists() else set()
     if not listed <= set(lines):
-        raise UserError(f"--each {folder} contains pictures of another command; name another folder")
+        raise UserError(f"--each {folder} contains pictures of another command or model; name another folder")
     for about, line in zip(abouts, lines, strict=True):
         path = folder / about["file"]
         if not path.exists():

@@ -21,10 +21,12 @@ class Prompt(NamedTuple):
 
 def check(prompts):
     """Raises UserError unless this is a list of texts, none of them empty."""
-    if not isinstance(prompts, list | tuple) or not prompts:
+    if not prompts:
         raise UserError('nothing to draw; give one or more prompts, for example "red heart"')
     for prompt in prompts:
-        if not isinstance(prompt, str) or not shows_something(prompt):
+        if not isinstance(prompt, str):
+            raise UserError(f"the prompt {prompt!r} is no text; give a string")
+        if not shows_something(prompt):
             raise UserError("a prompt is empty; say what to draw")
         if "\0" in prompt or prompt != prompt.encode("utf-8", "replace").decode():
             raise UserError("a prompt is not UTF-8 text; remove its special characters")

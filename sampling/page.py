@@ -18,7 +18,7 @@ from sampling.pictures import in_range
 from sampling.pipeline import Drawn, Pipeline, routers
 
 MOST = latent.BATCH  # pictures of a request: one batch, whose points `pipeline.forced` numbers
-MOST_PSI, MOST_SEED, MOST_TEXT = 1.5, 2**53, 1000  # the last: characters of a prompt
+MOST_PSI, MOST_SEED, MOST_TEXT = 1.5, 2**32 - 1, 1000  # the last: characters of a prompt
 SPREAD = 0.25  # "More like this" moves z by this share of the way to other noise
 
 

@@ -7,6 +7,8 @@ pictures = pipe.sample("red heart", num=4, seed=0)
 
 import contextlib
 import dataclasses
+import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from numbers import Integral
 from pathlib import Path
@@ -44,7 +46,7 @@ class Pipeline:
     """A generator and its text encoder, ready to draw; with an upsampler, the second stage enlarges the pictures.
 
     On one machine the same prompts, seed and psi give bit-identical pictures. psi: the truncation; 1 is all variety, 0
-    each prompt's mean picture. Methods raise UserError for an invalid argument.
+    each prompt's mean picture. Methods raise UserError for a value that cannot be drawn.
     """
 
     def __init__(self, generator: torch.nn.Module, clip: torch.nn.Module, notes: dict, upsampler=None):
@@ -58,19 +60,23 @@ class Pipeline:
         dtype="auto",
         clip: str | None = None,
         compiled=False,
-        upsampler: str | Path | None = None,
+        upsampler: str | Path | bool | None = None,
         resolution: int | None = None,
     ):
         """A generator_ema.safetensors of a run, or the authors' aurora_v1.pth → Pipeline. Raises UserError.
 
         dtype: "fp32", "bf16", or "auto", see inference.sampling_dtype. clip: MODEL:WEIGHTS of open_clip, instead of the
-        one that the file names. upsampler: the file of a second stage, by default what upsampler_of finds. resolution:
-        of the pictures, by default the highest; the second stage is not used for resolutions of the first.
+        one that the file names. upsampler: the file of a second stage, by default what upsampler_of finds; False for
+        none. resolution: of the pictures, by default the highest; the second stage is not used for resolutions of the
+        first.
         """
-        device = distributed.start(device)
+        if dtype not in ("auto", *inference.DTYPES):
+            raise UserError(f"dtype={dtype!r}: choose one of auto, {', '.join(inference.DTYPES)}")
+        device = distributed.start(str(device))
         generator, clip, notes = load_generator(Path(checkpoint), device, clip)
-        upsampler = load_upsampler(path, clip, device) if (path := upsampler or upsampler_of(checkpoint)) else None
-        if resolution:
+        path = upsampler_of(checkpoint) if upsampler is None else upsampler
+        upsampler = load_upsampler(path, clip, device) if path else None
+        if resolution is not None:
             generator, upsampler = up_to(resolution, generator, upsampler)
         pipe = cls(generator, clip, notes, upsampler)
         for stage in pipe.stages:
@@ -85,18 +91,26 @@ class Pipeline:
     def resolution(self) -> int:
         return self.stages[-1].config.resolutions[-1]
 
+    def digest(self) -> str:
+        """Identifies the weights of both stages."""
+        sha256 = hashlib.sha256()
+        for stage in self.stages:
+            for value in stage.state_dict().values():
+                sha256.update(value.cpu().flatten().view(torch.uint8).numpy())
+        return sha256.hexdigest()[:16]
+
     def sample(self, prompts: str | list[str], num=1, seed=0, psi=1.0) -> list[Image.Image]:
         """`num` PIL images of each prompt, one prompt after another. The noise depends on the seed alone."""
         return self.experts(prompts, num, seed, psi).pictures
 
     @torch.no_grad()
-    def frames(self, prompts: str | list[str], num=1, seed=0, psi=1.0, numbers=None) -> list[views.Frame]:
+    def frames(self, prompts: str | Iterable[str], num=1, seed=0, psi=1.0, numbers=None) -> list[views.Frame]:
         """What `sample` draws, so that w can be changed before `draw`. numbers: only these of the `num`."""
-        prompts = [prompts] if isinstance(prompts, str) else prompts
+        prompts = list(prompts) if isinstance(prompts, Iterable) and not isinstance(prompts, str | bytes) else [prompts]
         latent.check(prompts)
-        for name, value, least in (("num", num, 1), ("seed", seed, 0)):
-            if not isinstance(value, Integral) or not least <= value < 2**63:
-                raise UserError(f"{name}={value!r}: give a whole number, {least} or more")
+        if not isinstance(num, Integral) or num < 1:
+            raise UserError(f"num={num!r}: give a whole number, 1 or more")
+        check_seed(seed)
         return self.view(views.samples, prompts, int(num), int(seed), psi, numbers)
 
     def view(self, view, *arguments) -> list[views.Frame]:
@@ -125,8 +139,18 @@ class Pipeline:
         """An image [3, R, R] in [−1, 1] of the second stage's input resolution, and its caption → a PIL image."""
         if self.upsampler is None:
             raise UserError("this generator has no upsampler; name one with --upsampler")
+        check_seed(seed)
+        side = self.upsampler.config.input_resolution
+        if image.shape != (3, side, side) or image.abs().max() > 1:
+            raise UserError(f"the image has to be a tensor [3, {side}, {side}] with values from −1 to 1")
         frames = views.samples(self.upsampler, self.clip, [caption], 1, seed, 1.0)
         return enlarge(self.upsampler, image[None].to(frames[0].w.device), frames).pictures[0]
+
+
+def check_seed(seed):
+    """Raises UserError. Of a larger seed, PyTorch's generators use the last 32 bits alone."""
+    if not isinstance(seed, Integral) or not 0 <= seed < 2**32:
+        raise UserError(f"seed={seed!r}: give a whole number from 0 to {2**32 - 1}")
 
 
 def up_to(resolution, generator, upsampler):

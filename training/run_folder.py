@@ -113,7 +113,8 @@ class RunFolder:
         elif resume == "no":
             path, state = None, None
         elif not Path(resume).is_dir():
-            raise UserError(f"--resume {resume}: no such checkpoint; use auto to resume in --out, or no to start anew")
+            what = "a file; give --init to start from a generator's" if Path(resume).is_file() else "no such checkpoint"
+            raise UserError(f"--resume {resume}: {what}; use auto to resume in --out, or no to start anew")
         else:
             path, state = Path(resume), checkpoint.load(resume)
         if state:

@@ -1,6 +1,7 @@
 """Pictures that say how they were made, and folders of thousands."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
@@ -8,6 +9,7 @@ from PIL import Image
 import sample
 from sampling import files
 from sampling.pipeline import Pipeline
+from weights.generator_file import DEMO, content, load_generator, save_generator
 
 
 @pytest.fixture
@@ -60,11 +62,19 @@ def test_mistakes_are_one_line(each, run_main, tmp_path):
     assert each("red heart", "--num", 2)[0] == 0
     status, _, stderr = each("whale", "--num", 2)
     assert status == 2 and "contains pictures of another command" in stderr and "\n" not in stderr
+    other = tmp_path / DEMO.name
+    generator, clip, _ = load_generator(DEMO)
+    generator.w_avg += 1
+    save_generator(other, *content(generator, SimpleNamespace(text=clip, name=""), 64, {}))
+    status, _, stderr = each("red heart", "--num", 2, "--checkpoint", other)
+    assert status == 2 and "or model" in stderr and "\n" not in stderr
     Image.new("RGB", (4, 4)).save(tmp_path / "mine.png")
     (tmp_path / "text.png").write_text("no picture")
     for name, says in (("mine.png", "does not say"), ("text.png", "cannot be read"), ("none.png", "no such file")):
         status, _, stderr = run_main(sample.main, "--show", tmp_path / name)
         assert status == 2 and says in stderr and "\n" not in stderr
+    status, _, stderr = run_main(sample.main, "red heart", "--show", tmp_path / "mine.png")
+    assert status == 2 and "give no prompt" in stderr
     status, _, stderr = each("red heart", "--seeds", 1, 2)
     assert status == 2 and "not allowed with argument" in stderr
     status, _, stderr = run_main(sample.main, "red heart", "--each", tmp_path / "text.png")

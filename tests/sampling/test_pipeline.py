@@ -59,15 +59,21 @@ def test_numpys_numbers_are_numbers_and_what_is_not_finite_is_no_picture():
     ("call", "says"),
     [
         (lambda pipe: pipe.sample([]), "nothing to draw"),
-        (lambda pipe: pipe.sample(3), "nothing to draw"),
-        (lambda pipe: pipe.sample(["red heart", 3]), "a prompt is empty"),
+        (lambda pipe: pipe.sample(3), "the prompt 3 is no text"),
+        (lambda pipe: pipe.sample(b"red heart"), "is no text"),
+        (lambda pipe: pipe.sample(["red heart", 3]), "the prompt 3 is no text"),
         (lambda pipe: pipe.sample(" "), "a prompt is empty"),
         (lambda pipe: pipe.sample("\u200b"), "a prompt is empty"),  # which nobody sees
         (lambda pipe: pipe.sample("red heart", num=0), "num=0: give a whole number, 1 or more"),
         (lambda pipe: pipe.experts("red heart", num=1.5), "num=1.5: give a whole number"),
         (lambda pipe: pipe.sample("red heart", seed="a"), "seed='a': give a whole number"),
-        (lambda pipe: pipe.sample("red heart", seed=2**70), "give a whole number, 0 or more"),
+        (lambda pipe: pipe.sample("red heart", seed=2**32), "give a whole number from 0 to 4294967295"),
+        (lambda pipe: pipe.enlarge(torch.zeros(3, 32, 32), "red heart"), "a tensor [3, 64, 64]"),
+        (lambda pipe: pipe.enlarge(torch.full((3, 64, 64), 200.0), "red heart"), "values from −1 to 1"),
+        (lambda pipe: pipe.enlarge(torch.zeros(3, 64, 64), "red heart", seed=-1), "seed=-1"),
         (lambda _: Pipeline.load(MODELS), "no generator at"),
+        (lambda _: Pipeline.load(dtype="fp16"), "dtype='fp16': choose one of auto, fp32, bf16"),
+        (lambda _: Pipeline.load(resolution=0), "--resolution 0: choose one of"),
     ],
 )
 def test_mistakes_are_one_line(pipe, call, says):
