@@ -12,9 +12,10 @@ import numpy as np
 
 from common.cli import UserError
 from data.pairs import FILE, IMAGE_SUFFIXES, LIMITS, Sample, facts_of
-from data.sources import FEWEST, Source, leads_out, sample_indices
+from data.sources import FEWEST, SHARD_SUFFIXES, TXT_UNREAD, Source, leads_out, sample_indices
 
 ALONE = "images have no caption"
+BELOW = "shard(s) in subfolders are not read: name a pattern or their folder"
 
 
 class Folder(Source):
@@ -44,6 +45,8 @@ class Folder(Source):
             yield f"{len(paths)} {problem}, such as {paths[0]}."
         if self.others:
             yield f"Not read: {', '.join(f'{number} {kind}' for kind, number in self.others.most_common(6))}."
+        if self.caption_key and self.others[".txt"]:
+            yield TXT_UNREAD
         if not self.caption_key and (fields := self.fields()):
             yield f"The .json files have the fields {fields}; name the one with the caption with --caption-key."
 
@@ -106,6 +109,8 @@ def search(path, caption_key=None):
                     problems["captions have no image"].append(folder / name)
                 elif captions[name.stem] != name:  # cat.TXT next to cat.txt
                     problems["captions belong to an image that has another"].append(folder / name)
+            elif folder != Path(path) and name.name.lower().endswith(SHARD_SUFFIXES):
+                problems[BELOW].append(folder)
             elif kind not in IMAGE_SUFFIXES:
                 others[kind or "no suffix"] += 1
             elif name.stem in captions:

@@ -43,7 +43,7 @@ CAUSES = (
     SMALL := "images that are too small",
     LARGE := "images that are too large",
     EMPTY := "empty captions",
-    ENCODING := "captions that are not in UTF-8",
+    ENCODING := "captions that are not in UTF-8, or contain a NUL character",
     NO_CAPTION := "images without a caption",
     NO_IMAGE := "captions without an image",
     FIELD := ".json files whose field for the caption is missing or is no text",
@@ -123,14 +123,14 @@ def captions_in(facts, key):
 def captions_of(data):
     """The bytes of a text → its captions, one a line, each of at most MAX_CAPTION characters.
 
-    A repeated line is drawn more often. Raises Unusable if the text is not in UTF-8 or contains nothing visible.
+    A repeated line is drawn more often. Raises Unusable if the text is not in UTF-8, contains a NUL or nothing visible.
     """
     whole = len(data) < MAX_TEXT  # else the last character may be cut
     try:
         text = codecs.getincrementaldecoder("utf-8-sig")().decode(data[:MAX_TEXT], final=whole)
     except UnicodeDecodeError as error:
         raise Unusable(ENCODING) from error
-    if "\0" in text:  # UTF-16 without a byte order mark: every other byte of English is zero
+    if "\0" in text:  # such as UTF-16 without a byte order mark: every other byte of English is zero
         raise Unusable(ENCODING)
     lines = re.split(r"\r\n|\r|\n", text)  # no other character ends a line
     lines = [" ".join(line.split())[:MAX_CAPTION] for line in lines]

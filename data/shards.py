@@ -19,8 +19,9 @@ import zlib
 import numpy as np
 
 from common.cli import UserError, first_line
+from data.folder import BELOW
 from data.pairs import DUPLICATE, LIMITS, SHARD, Sample
-from data.sources import FEWEST, Source
+from data.sources import FEWEST, TXT_UNREAD, Source
 
 TRIED, SAMPLES_TRIED = 5, 300  # shards, and samples of each, that are read when a source is opened
 STRETCH = 3  # samples, on average, that are read from one random place of a tar
@@ -55,9 +56,12 @@ class Shards(Source):
     Shards that cannot be read or contain no usable sample are skipped. In our emoji, `aurora_held_out` says which
     samples are held out, and `aurora_weight` how likely a sample is used when it is read. In other data a hash of the
     picture holds out one in 50; of fewer than 200 samples, none.
+
+    below: for each shard in a subfolder, which is not read, its folder.
     """
 
-    def __init__(self, urls, resolution, seed, caption_key=None):
+    def __init__(self, urls, resolution, seed, caption_key=None, below=()):
+        self.below = below
         self.urls = [url.removeprefix("file://") for url in urls]
         self.sizes = {}  # {shard: bytes} of those that exist; 0 for a command
         for url in self.urls:
@@ -114,6 +118,10 @@ class Shards(Source):
             yield f"{len(self.missing)} shard(s) do not exist, such as {self.missing[0]}."
         if others := [kind for kind in self.kinds if kind not in LIMITS]:
             yield f"Not read: {', '.join(others[:8])}."
+        if self.below:
+            yield f"{len(self.below)} {BELOW}, such as {self.below[0]}."
+        if self.caption_key and self.kinds[".txt"]:
+            yield TXT_UNREAD
         if not self.complete and self.fields:
             fields = ", ".join(sorted(self.fields)[:20])
             yield f"The .json files have the fields {fields}; name the one with the caption with --caption-key."

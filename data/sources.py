@@ -21,7 +21,8 @@ from data.pairs import FIELD, IMAGE_SUFFIXES, Unusable, read_pair
 
 EMOJI = Path(__file__).parent / "emoji.tar.gz"
 NAMES = ("emoji",)  # of the built-in data
-SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz")
+SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
+TXT_UNREAD = "The .txt files are not read, because --caption-key names a field of the .json files."
 HELD_OUT_OF = 50  # one pair in this number is held out for evaluation
 FEWEST = 200  # pairs; of fewer none is held out
 WINDOW, WINDOW_SHARDS = 1000, 10  # pairs in a row, and their shards; if most of these are unusable, the run ends
@@ -119,7 +120,7 @@ class Source:
 
     def examples(self, held_out=False, rank=0, world_size=1):
         """For evaluation: yields a rank's share of the pairs once, as (image [3, R, R], all its captions): the held-out
-        pairs, or those of training.
+        pairs, or those of training. `report(self.skips)` then prints what was skipped.
         """
         raise NotImplementedError
 
@@ -194,12 +195,12 @@ class Source:
         for held_out in (True, False):
             yield from self.evaluation(batch, held_out, rank, world_size)
 
-    def report(self, batch):
-        """Prints on the main rank why pairs were skipped, each cause once → the batch."""
-        for cause in batch.first.keys() - self.reported:
-            distributed.say(f"note: skipped and counted: {cause} (first: {batch.first[cause]})")
-        self.reported |= batch.first.keys()
-        return batch
+    def report(self, counted):
+        """Prints on the main rank why pairs were skipped, each cause once → what was passed: a Batch, or self.skips."""
+        for cause in counted.first.keys() - self.reported:
+            distributed.say(f"note: skipped and counted: {cause} (first: {counted.first[cause]})")
+        self.reported |= counted.first.keys()
+        return counted
 
 
 def is_held_out(image, facts):
@@ -227,10 +228,10 @@ def open_data(spec, resolution, seed, caption_key=None):
     """The Source that --data names: "emoji", a folder of images with captions, or shards (a folder, a file, a pattern,
     URLs, or pipe:COMMAND).
 
-    caption_key: the field of each .json that contains the caption, if no .txt does. Raises UserError if nothing usable
-    is found, and if a folder contains both kinds.
+    caption_key: the field of each .json that contains the caption; by default a .txt contains it. Raises UserError if
+    nothing usable is found, and if a folder contains both kinds.
     """
-    from data.folder import Folder, search  # here, because both kinds are built on Source
+    from data.folder import BELOW, Folder, search  # here, because both kinds are built on Source
     from data.shards import Shards
 
     if spec == "emoji":
@@ -241,12 +242,13 @@ def open_data(spec, resolution, seed, caption_key=None):
     shards = shards_in(spec) if is_folder else expand_shards(spec)
     if not shards:
         return Folder(spec, resolution, seed, caption_key)
-    if is_folder and (pairs := search(spec, caption_key)[0]):
+    pairs, problems, _ = search(spec, caption_key) if is_folder else ([], {}, {})
+    if pairs:
         raise UserError(
             f"--data {spec} contains {len(pairs)} images with captions and {len(shards)} shard(s), such as "
             f"{Path(shards[0]).name}: name a shard or a pattern of them, or move them away to train on the images"
         )
-    return Shards(shards, resolution, seed, caption_key)
+    return Shards(shards, resolution, seed, caption_key, problems.get(BELOW, []))
 
 
 def shards_in(folder):

@@ -73,10 +73,13 @@ def render(svg, resolution):
     except UnicodeDecodeError as error:
         raise Refused("not UTF-8") from error
     check(svg)
-    draw = functools.partial(resvg_py.svg_to_bytes, text, background="white", skip_system_fonts=True)
+    options = {"background": "white", "skip_system_fonts": True, "dpi": 96}  # with 0, the default, a size in mm is zero
+    draw = functools.partial(resvg_py.svg_to_bytes, text, **options)
     image = Image.open(io.BytesIO(draw(width=resolution, height=resolution)), formats=["PNG"])  # of the longer side
-    if min(image.size) < resolution <= MAX_ASPECT * min(image.size):
-        side = -(-2 * resolution**2 // (2 * min(image.size) - 1))  # because resvg rounds the shorter side
+    side = resolution
+    while min(image.size) < resolution and side < MAX_ASPECT * resolution:
+        larger = -(-2 * side * resolution // (2 * min(image.size) - 1))  # because resvg rounds the shorter side up
+        side = min(larger, MAX_ASPECT * resolution)
         image = Image.open(io.BytesIO(draw(width=side, height=side)), formats=["PNG"])
     if min(image.size) < resolution:
         raise Refused("too narrow")

@@ -40,6 +40,7 @@ def panels(generator, clip, prompts, source, seed, extractor):
     z = latent.noise(generator, len(prompts), seed)
     made = in_range(torch.cat([output.image for output in latent.generate(generator, clip, prompts, z)]))
     examples = list(itertools.islice(source.examples(), MOST))
+    source.report(source.skips)
     if not examples:
         raise UserError("none of the training pictures can be used; give other --data")
     pixels = torch.cat([real_pixels(image[None], resolution) for image, _ in examples])

@@ -53,6 +53,7 @@ def train_small_clip(source, steps=None, batch=128, seed=0, device="cpu"):
     captions alone would teach it to tell a face from a flag, but not skin tones and styles.
     """
     pairs = list(until_stopped(itertools.islice(source.examples(), MAX_PAIRS)))
+    source.report(source.skips)
     if len({line for _, captions in pairs for line in captions}) < 2:
         raise UserError("all captions are the same, and a small CLIP learns from differences; give other captions")
     steps = steps or min(max(len(pairs), STEPS[0]), STEPS[1])

@@ -1,6 +1,7 @@
 """Folders as people have them: every readable pair is read, and the source describes what it found."""
 
 import os
+import re
 
 import pytest
 
@@ -66,13 +67,11 @@ def test_a_folder_describes_what_it_contains(tmp_path):
         pair(tmp_path, f"alone{i}")
     for name in ("a.heic", "b.heic", "c.svg", "README", ".hidden.jpg", "._0.jpg", ".DS_Store", "lonely.txt"):
         (tmp_path / name).write_bytes(b"x")
-    (tmp_path / "sub").mkdir()
-    (tmp_path / "sub" / "backup.tar").write_bytes(b"x")
     (tmp_path / "odd.jpg").write_bytes(PICTURE)
     (tmp_path / "odd.txt").mkdir()
     (tmp_path / "5.TXT").write_text("a second caption")
     text = described(tmp_path)
-    for part in ("20 images have a", "10 images have no caption, such as", "2 .heic", "1 .tar", "1 no suffix"):
+    for part in ("20 images have a", "10 images have no caption, such as", "2 .heic", "1 no suffix"):
         assert part in text
     assert "1 captions have no image, such as " in text and "lonely.txt." in text
     assert f"1 captions belong to an image that has another, such as {tmp_path / '5.TXT'}." in text
@@ -97,6 +96,25 @@ def test_pairs_and_shards_in_one_folder_are_refused_but_not_images_alone(tmp_pat
         filled(data, 30)
         with pytest.raises(UserError, match=rf"30 images with captions and 1 shard\(s\), such as {name}:"):
             source_of(data)
+
+
+@pytest.mark.parametrize("beside", ["nothing", "pairs", "a shard"])
+def test_shards_in_subfolders_are_not_read_but_reported(tmp_path, beside):
+    shard = named([{"jpg": PICTURE, "txt": b"x"}] * 6)
+    for part in ("train", "val"):
+        (tmp_path / part).mkdir()
+        write_tar(tmp_path / part / "0.tar.xz", shard, "w:xz")
+    message = f"2 shard(s) in subfolders are not read: name a pattern or their folder, such as {tmp_path / 'train'}."
+    if beside == "nothing":
+        with pytest.raises(UserError, match=re.escape(message)):
+            source_of(tmp_path)
+        return
+    if beside == "pairs":
+        filled(tmp_path)
+    else:
+        write_tar(tmp_path / "0.tar", shard)
+    source = source_of(tmp_path)
+    assert message in list(source.findings()) and len(all_captions(source)) == 6
 
 
 def test_only_exact_suffixes_are_shards_and_braces_and_brackets_may_be_in_real_names(tmp_path):

@@ -203,8 +203,19 @@ def test_svgs_that_refer_to_files_or_expand_are_refused(content):
 
 def test_the_emoji_refer_to_nothing_and_large_numbers_need_no_memory():
     torch.testing.assert_close(read(drawing(uses(2))), read(drawing('<rect width="1" height="1"/>')))
-    for head in ('width="1e9" height="1e9"', 'width="100%"'):
+    for head in ('width="1e9" height="1e9"', 'width="1e9in" height="1e9in"', 'width="100%"', 'width="4" height="15"'):
         assert read(drawing().replace(b'viewBox="0 0 20 50"', head.encode())).shape == (3, 8, 8)
+
+
+UNITS = {"mm": 96 / 25.4, "cm": 96 / 2.54, "in": 96, "pt": 96 / 72, "pc": 16, "em": 16}  # in pixels
+
+
+@pytest.mark.parametrize("unit", UNITS)
+def test_an_svg_with_a_size_in_any_unit_is_the_same_drawing_as_in_pixels(unit):
+    content, size = drawing('<circle cx="9" cy="20" r="8" fill="red"/>'), UNITS[unit]
+    sized = content.replace(b"<svg", f'<svg width="8{unit}" height="20{unit}"'.encode())
+    pixels = content.replace(b"<svg", f'<svg width="{8 * size}" height="{20 * size}"'.encode())
+    assert torch.equal(read(sized, 32), read(pixels, 32)) and len(read(sized, 32).unique()) > 9
 
 
 def test_a_format_that_this_pillow_cannot_read_is_not_called_broken(monkeypatch):
@@ -253,8 +264,11 @@ def test_captions_are_cleaned_and_cut():
         with pytest.raises(Unusable, match=f"^{EMPTY}$"):
             captions_of(content)
     marked, unmarked = "red heart".encode("utf-16"), ["red heart".encode(f"utf-16-{end}") for end in ("le", "be")]
-    for content in (b"\xff\xfe\xff", b"caf\xe9", b"cut \xe6\x97", marked, *unmarked):
+    for content in (b"\xff\xfe\xff", b"caf\xe9", b"cut \xe6\x97", marked):
         with pytest.raises(Unusable, match=f"^{ENCODING}$"):
+            captions_of(content)
+    for content in (b"a cat\0", *unmarked):
+        with pytest.raises(Unusable, match=r"^captions .* NUL"):
             captions_of(content)
 
 

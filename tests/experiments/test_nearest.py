@@ -22,10 +22,13 @@ def test_the_nearest_are_those_of_the_largest_cosine():
 
 
 def test_the_picture_has_a_row_for_each_prompt(tmp_path, monkeypatch, run_main):
-    """Of so few training pictures that each is near; the file is what its name says."""
+    """Of so few training pictures that each is near; the file is what its name says. Broken pictures are reported."""
     monkeypatch.setattr(nearest, "MOST", 2)
-    options = ["--data", figures.folder(), "--checkpoint", figures.generator_file(), "--out", tmp_path / "nearest.jpg"]
-    status, _, error = run_main(nearest.main, *options, "red circle", "large blue square")
-    assert status == 0, error
+    data = figures.write(tmp_path / "data")
+    for path in sorted(data.glob("*.png"))[3:]:
+        path.write_bytes(b"broken")
+    options = ["--data", data, "--checkpoint", figures.generator_file(), "--out", tmp_path / "nearest.jpg"]
+    status, printed, error = run_main(nearest.main, *options, "red circle", "large blue square")
+    assert status == 0 and printed.count("note: skipped and counted: broken images (first: ") == 1, error
     picture = Image.open(tmp_path / "nearest.jpg")
     assert picture.format == "JPEG" and 4 * 128 > picture.width > 3 * 128 and picture.height > 2 * 128

@@ -99,10 +99,12 @@ def test_half_of_the_batches_are_neighbours_in_the_alphabet():
     assert sum(count <= 3 for count in letters) == 32  # of eight letters, drawn equally often
 
 
-def test_captions_that_are_all_the_same_are_refused(tmp_path):
+def test_captions_that_are_all_the_same_are_refused_and_broken_pictures_reported(tmp_path, capsys):
     source = write_pictures(tmp_path / "data", ["red"] * 4)
+    (tmp_path / "data" / "0.jpg").write_bytes(b"broken")
     with pytest.raises(UserError, match="all captions are the same"):
         train_small_clip(source, steps=2)
+    assert f"note: skipped and counted: broken images (first: {tmp_path / 'data' / '0.jpg'})" in capsys.readouterr().out
 
 
 def test_a_clip_of_other_data_is_made_again(tmp_path, monkeypatch):
