@@ -15,13 +15,13 @@ POINTS_AT_A_TIME = 512  # of one expert on a CPU, so that their 8C activations b
 
 
 class Experts(nn.Module):
-    """E feed-forward networks: C → 8C, halved into a and g; a·gelu(g) → C. Each weight is one tensor for all experts,
-    so no expert is a module.
+    """E feed-forward networks: C → 8C, halved into a and g; a·gelu(g) → C.
 
     forward: points [P, C], expert_index [P], gate [P] → gate · expert(point), [P, C]. The points are sorted by expert,
     so that each expert multiplies one contiguous slice; together this costs as much as one expert over all points. No
-    point is ever dropped. An expert without points multiplies an empty slice: then its gradient is zero. A missing
-    gradient would make DDP wait. On a GPU, Triton kernels run all experts at once; tests compare both.
+    point is ever dropped. An expert without points multiplies an empty slice, and its gradient is zero. As each weight
+    is one tensor for all experts, DDP never waits for the gradient of a single one. On a GPU, Triton kernels run all
+    experts at once; tests compare both.
     For top-k routing call this once for each choice, and add the results. An assertion refuses several experts a point.
     """
 
