@@ -144,7 +144,7 @@ def add_data(add, also=""):
     """Adds --data and --caption-key. add: a parser's add_argument. also: another kind of data that it accepts."""
     names = f"emoji, a folder of images with captions, .tar shards{also}"
     add("--data", type=a_name, default="emoji", help=names)
-    add("--caption-key", help="the field of each .json that contains the caption, if there is no .txt")
+    add("--caption-key", help="the field of each .json that contains the caption; .txt files are then not read")
 
 
 def whole_number(text):

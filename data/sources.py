@@ -189,6 +189,7 @@ class Source:
         examples = self.examples(held_out, rank, world_size)
         while some := list(itertools.islice(examples, batch)):
             yield self.report(self.collate(some))
+        self.report(self.skips)
 
     def evaluation_pairs(self, batch=64, rank=0, world_size=1):
         """Batches of the pairs for evaluation: the held-out pairs, then those of training."""

@@ -195,6 +195,14 @@ def test_of_few_pairs_none_is_held_out_and_this_is_reported(tmp_path, undecoded,
     assert any(line.startswith("None is held out") for line in source.describe())
 
 
+@pytest.mark.parametrize("kind", ["folder", "tar"])
+def test_what_is_skipped_after_the_last_whole_batch_is_reported_too(tmp_path, capsys, kind):
+    samples = [{"jpg": PICTURE, "txt": b"good"} for _ in range(4)] + [{"jpg": b"broken", "txt": b"bad"}]
+    source = opened(kind, tmp_path, named(samples))
+    assert len(captions_of(source.evaluation(batch=4))) == 4
+    assert "broken images" in capsys.readouterr().out
+
+
 def test_aurora_held_out_in_the_json_decides_alone(tmp_path, undecoded):
     samples = numbered(600)
     for i, parts in enumerate(samples):
