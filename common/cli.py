@@ -106,10 +106,14 @@ def first_line(error):
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
-def check_file(path):
-    """Makes the folder of a file, and fails before the work if the file cannot be written. Raises OSError."""
+def check_file(path, data=""):
+    """Makes the folder of a file, and fails before the work if the file cannot be written. Raises OSError; UserError if
+    the file exists in the folder `data`.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     existed = path.exists()
+    if existed and data and path.resolve().is_relative_to(Path(data).resolve()):
+        raise UserError(f"--out {path} is a file of --data; name another")
     path.open("ab").close()
     if not existed:
         path.unlink(missing_ok=True)  # another rank may have done so

@@ -37,7 +37,7 @@ class Coco(Source):
         folder = Path(folder or Path(annotations).parent.parent / "val2014")
         rng = np.random.default_rng(seed)
         chosen = rng.permutation(sorted(captions))[: 2 * count]
-        self.pairs = [(folder / images[i], str(rng.choice(captions[i]))) for i in chosen]
+        self.pairs = [(folder / Path(images[i]).name, str(rng.choice(captions[i]))) for i in chosen]
         if missing := next((path for path, _ in self.pairs if not path.is_file()), None):
             raise UserError(f"no image {missing}; name the folder val2014 with --images")
 
@@ -53,6 +53,8 @@ def read_annotations(path):
         images = {int(image["id"]): str(image["file_name"]) for image in content["images"]}
         captions = collections.defaultdict(list)
         for annotation in content["annotations"]:
+            if not isinstance(annotation["caption"], str):
+                raise ValueError(f"an annotation of image {annotation['image_id']} has no caption")
             captions[int(annotation["image_id"])].append(" ".join(annotation["caption"].split()))
         if unknown := captions.keys() - images.keys():
             raise ValueError(f"image {min(unknown)} is not listed")

@@ -20,7 +20,7 @@ import numpy as np
 
 from common.cli import UserError, first_line
 from data.folder import BELOW
-from data.pairs import DUPLICATE, LIMITS, SHARD, Sample
+from data.pairs import DUPLICATE, IMAGE_SUFFIXES, LIMITS, SHARD, Sample
 from data.sources import FEWEST, TXT_UNREAD, Source
 
 TRIED, SAMPLES_TRIED = 5, 300  # shards, and samples of each, that are read when a source is opened
@@ -135,9 +135,11 @@ class Shards(Source):
             for key, files in itertools.groupby(members(url, start, stop), operator.itemgetter(0)):
                 parts = {}
                 for _, suffix, data in files:
-                    if suffix in parts:
+                    another = suffix in IMAGE_SUFFIXES and not parts.keys().isdisjoint(IMAGE_SUFFIXES)
+                    if suffix in parts or another:
                         self.skips.skip(DUPLICATE, f"{key}{suffix}", url)
-                    parts.setdefault(suffix, data)
+                    else:
+                        parts[suffix] = data
                 self.skips.failures = 0
                 yield Sample(f"{key} in {url}", parts, url)
         except ERRORS as error:

@@ -98,7 +98,7 @@ def measure_training(entry, path):
         seconds = sum(json.loads(line)["cpu_seconds"] for line in known)
     return {
         "training images, thousands": notes.get("images", 0) / 1e3,
-        "training, hours": seconds / 3600,
+        "training, hours (of a processor, if logged)": seconds / 3600,
         "parameters trained, M": entry.trained and entry.trained / 1e6,
     }
 

@@ -64,7 +64,7 @@ def main():
     parser.add_argument("--out", type=a_path, default=Path("nearest.png"))
     args = parser.parse_args()
     with errors_in_one_line():
-        files.check_picture(args.out)
+        files.check_picture(args.out, data=args.data)
         generator, clip, _ = load_generator(args.checkpoint)
         source = sources.open_data(args.data, generator.config.levels[-1].resolution, args.seed, args.caption_key)
         extractor = load_extractor("efficientnet", "", torch.device("cpu"))

@@ -19,16 +19,16 @@ INDEX = "pictures.jsonl"  # in the folder of write_each: a line for each picture
 FRAME_MS = 80  # milliseconds per frame of an animation
 
 
-def check_picture(path, given=None):
+def check_picture(path, given=None, data=""):
     """Checks that a picture can be written to a path. Raises UserError for an unknown suffix, OSError.
 
-    given: the user's own picture, which must not be overwritten.
+    given, data: the user's own picture or folder, in which nothing may be overwritten.
     """
     if Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:
         raise UserError(f"--out {path}: unknown picture format {path.suffix!r}; use .png or .jpg")
     if given and given.exists() and path.exists() and path.samefile(given):
         raise UserError(f"--out {path} is the picture that you gave; name another file with --out")
-    check_file(path)
+    check_file(path, data)
 
 
 def read_picture(path, resolution):

@@ -103,9 +103,9 @@ class RunFolder:
             if (self.path / name).is_dir():
                 raise UserError(f"{self.path / name} is a folder, and a run writes a file there; move the folder")
         own = checkpoint.checkpoints(self.checkpoints)
-        for name in ("config.json", "metrics.jsonl", generator_file.FILE):
-            if not own and (self.path / name).exists():  # a run writes its first checkpoint before these
-                raise UserError(f"{self.path} has a {name} and no checkpoint to resume from; give another --out")
+        for name in ("config.json", "metrics.jsonl", generator_file.FILE, "samples/step_*"):
+            if not own and any(self.path.glob(name)):  # a run writes its first checkpoint before these
+                raise UserError(f"{self.path} has {name} and no checkpoint to resume from; give another --out")
         if resume in ("auto", "moved"):
             path, state = checkpoint.newest(self.checkpoints)
         elif own:

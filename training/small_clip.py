@@ -196,7 +196,7 @@ def main():
     parser.add_argument("--seed", type=natural_number, default=0)
     args = parser.parse_args()
     with errors_in_one_line():
-        check_file(args.out)
+        check_file(args.out, args.data)
         source = sources.open_data(args.data, 32, args.seed, args.caption_key)
         clip = train_small_clip(source, args.steps, seed=args.seed)
         save_small(clip, args.out, {"data": args.data, "seed": str(args.seed), "steps": str(args.steps)})

@@ -39,9 +39,9 @@ def test_a_systems_cost_is_counted_up_to_its_generator_and_as_pytorch_does(run):
     learned = [*system.networks["generator"].parameters(), *system.networks["discriminator"].parameters()]
     assert measured["parameters trained, M"] == sum(p.numel() for p in learned) / 1e6
     assert measured["training images, thousands"] == 0.064
-    assert measured["training, hours"] == pytest.approx((90 + 18) / 3600)
+    assert measured["training, hours (of a processor, if logged)"] == pytest.approx((90 + 18) / 3600)
     (folder / "metrics.jsonl").unlink()
-    assert compare.measure_training(entry, path)["training, hours"] == 2
+    assert compare.measure_training(entry, path)["training, hours (of a processor, if logged)"] == 2
     (images,) = entry.draw(["red heart", "sun"], 3)
     assert torch.equal(images, system.sample(system.clip.read(["red heart", "sun"]), 3, 1))
     with FlopCounterMode(display=False) as counter:

@@ -7,6 +7,7 @@ from PIL import Image
 
 from experiments import nearest
 from tests import figures
+from training import small_clip
 
 
 def test_the_nearest_are_those_of_the_largest_cosine():
@@ -30,5 +31,9 @@ def test_the_picture_has_a_row_for_each_prompt(tmp_path, monkeypatch, run_main):
     options = ["--data", data, "--checkpoint", figures.generator_file(), "--out", tmp_path / "nearest.jpg"]
     status, printed, error = run_main(nearest.main, *options, "red circle", "large blue square")
     assert status == 0 and printed.count("note: skipped and counted: broken images (first: ") == 1, error
+    for main in (nearest.main, small_clip.main):  # a picture of the data is not overwritten
+        own = sorted(data.glob("*.png"))[0]
+        status, _, error = run_main(main, "--data", data, "--out", own, *["red circle"] * (main == nearest.main))
+        assert status == 2 and "is a file of --data; name another" in error and Image.open(own).format == "PNG"
     picture = Image.open(tmp_path / "nearest.jpg")
     assert picture.format == "JPEG" and 4 * 128 > picture.width > 3 * 128 and picture.height > 2 * 128

@@ -109,9 +109,12 @@ def test_a_baselines_run_is_not_advised_an_option_that_it_lacks(tmp_path):
         opened(tmp_path, identity={"system": "Muse", "data": "/after"})
 
 
-@pytest.mark.parametrize("name", ["config.json", "metrics.jsonl", "generator_ema.safetensors"])
+@pytest.mark.parametrize(
+    "name", ["config.json", "metrics.jsonl", "generator_ema.safetensors", "samples/step_0000001.png"]
+)
 def test_a_new_run_overwrites_no_file_of_another_program(tmp_path, name):
     """For example if --out is the folder of another model, or of a run of a former version."""
+    (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_text('{"model_type": "bert"}\n')
     with pytest.raises(UserError, match="give another --out"):
         opened(tmp_path)
