@@ -321,7 +321,7 @@ def print_plan(args, preset):
     print(
         f"Measured on one H200: a step takes {1 / SHARE_OF_PEAK:.1f} times as long as its matrix products and memory "
         f"traffic would at the peak rates.\n"
-        f"Assumed: the same on {hardware.name}. Then {peak:.1%} of its bfloat16 peak is reached.\n"
+        f"Assumed: the same factor on {hardware.name}. Then {peak:.1%} of its bfloat16 peak is reached.\n"
         f"{RESERVED / 1e9:.0f} GB are left free. Checkpoints cost no time. Not counted: waiting for data or other GPUs."
     )
 
