@@ -59,14 +59,15 @@ def test_a_killed_folder_is_completed_with_the_same_pictures(each, tmp_path, mon
 
 
 def test_mistakes_are_one_line(each, run_main, tmp_path):
-    assert each("red heart", "--num", 2)[0] == 0
-    status, _, stderr = each("whale", "--num", 2)
+    small = "--num", 2, "--resolution", 64  # without the second stage
+    assert each("red heart", *small)[0] == 0
+    status, _, stderr = each("whale", *small)
     assert status == 2 and "contains pictures of another command" in stderr and "\n" not in stderr
     other = tmp_path / DEMO.name
     generator, clip, _ = load_generator(DEMO)
     generator.w_avg += 1
     save_generator(other, *content(generator, SimpleNamespace(text=clip, name=""), 64, {}))
-    status, _, stderr = each("red heart", "--num", 2, "--checkpoint", other)
+    status, _, stderr = each("red heart", *small, "--checkpoint", other)
     assert status == 2 and "or model" in stderr and "\n" not in stderr
     Image.new("RGB", (4, 4)).save(tmp_path / "mine.png")
     (tmp_path / "text.png").write_text("no picture")
