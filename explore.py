@@ -115,8 +115,6 @@ class Handler(BaseHTTPRequestHandler):
             if (length := int(length)) > MAX_BYTES:
                 raise UserError("the request is too long")
             result = self.server.answer(self.path, json.loads(self.rfile.read(length)))
-        except (LookupError, TypeError, AttributeError) as error:  # not from this page
-            result = {"error": f"the request is wrong ({first_line(error)}); reload the page"}
         except Exception as error:  # of any kind: the page shows it and can draw again
             result = {"error": first_line(error)}
         self.reply("application/json", json.dumps(result).encode())

@@ -36,9 +36,6 @@ class Growth:
         """config: the generator's; an upsampler also needs input images."""
         if missing := [r for r in resolutions[:-1] if r not in recipe.images_per_phase]:
             raise UserError(f"the preset's images_per_phase does not say when to grow from {missing[0]}×{missing[0]}")
-        for name, least in (("fid_samples", 2), ("clip_lower_every", 1)):
-            if (value := getattr(recipe, name)) < least:
-                raise UserError(f"--set {name}={value}: give {least} or more")
         self.recipe, self.resolutions, self.clip, self.seed, self.config = recipe, resolutions, clip, seed, config
         self.phase = Phase()
 

@@ -143,7 +143,7 @@ class Preset:
     def crops(self):
         """The sides of the upsampler's crops for which no map of a network ends in a half, or below 4×4."""
         side, lowest = self.generator.input_resolution, self.discriminator.levels[0].resolution
-        return range(4 * side // lowest, side + 1, side // self.generator.levels[0].resolution)
+        return range(4 * side // lowest, side + 1, side // min(lowest, self.generator.levels[0].resolution))
 
 
 # What the small presets share. Attention and experts are at the resolutions that decide the layout. With the release's

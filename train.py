@@ -116,7 +116,9 @@ def build(args, device):
         loop = Loop(folder, args, batch, micro_batches, args.steps or recipe.steps)
         if state:
             with loop.resuming(state):
-                source.holds_out = state.get("holds_out", source.holds_out)  # also if a small folder grew meanwhile
+                if source.holds_out and not state.get("holds_out", True):
+                    say("note: when this run began, its data had too few pairs to hold any out; so none is now")
+                    source.holds_out = False
                 growth.phase = Phase(**state["phase"])
                 state["ema"] = checkpoint.moving_average(state)
                 learner.load_state_dict(state)
@@ -142,6 +144,9 @@ def preset_of(args):
     preset = dataclasses.replace(preset, recipe=recipe)
     for name in preset.unused & {field.partition("=")[0] for field in args.set}:
         raise UserError(f"--set {name} has no effect on {args.preset} with this recipe; leave it out")
+    for name, least in (("fid_samples", 2), ("clip_lower_every", 1)):
+        if (value := getattr(recipe, name)) < least:
+            raise UserError(f"--set {name}={value}: give {least} or more")
     if recipe.crop and recipe.crop not in preset.crops:
         raise UserError(f"--set crop={recipe.crop}: choose 0, or one of {', '.join(map(str, preset.crops))}")
     return preset

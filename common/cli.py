@@ -32,8 +32,8 @@ def print_on_any_console():
 
 @contextlib.contextmanager
 def errors_in_one_line():
-    """Prints a UserError, or an OSError that names a file, as one line on stderr and exits with status 2. Any other
-    exception is a bug and keeps its traceback.
+    """Prints a UserError, an OSError that names a file, or too little memory as one line on stderr, and exits with
+    status 2. Any other exception is a bug and keeps its traceback.
     """
     print_on_any_console()
     try:
@@ -58,10 +58,7 @@ def errors_in_one_line():
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not re.search("(out of|allocate) memory", str(error)):
             raise
-        print(
-            "error: too little memory; ask for less at a time, such as fewer pictures or a smaller batch",
-            file=sys.stderr,
-        )
+        print("error: too little memory; ask for fewer pictures or a smaller batch", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
@@ -111,12 +108,17 @@ def check_file(path, data=""):
     the file exists in the folder `data`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    existed = path.exists()
-    if existed and data and path.resolve().is_relative_to(Path(data).resolve()):
-        raise UserError(f"--out {path} is a file of --data; name another")
-    path.open("ab").close()
-    if not existed:
-        path.unlink(missing_ok=True)  # another rank may have done so
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if path.exists() and data and path.resolve().is_relative_to(Path(data).resolve()):
+        raise UserError(f"--out {path} exists in the folder of --data; name a file elsewhere")
+    probe = path.with_name(f".{path.name[:50]}.{os.getpid()}")  # of this rank
+    try:
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        error.filename = str(path)
+        raise
 
 
 def a_text(text):
@@ -126,7 +128,9 @@ def a_text(text):
     try:
         text.encode()  # what is written about it, such as JSON, is in UTF-8
     except UnicodeEncodeError:
-        raise argparse.ArgumentTypeError("it has bytes that are not UTF-8; rename it") from None
+        raise argparse.ArgumentTypeError(
+            "it has bytes that are not UTF-8; give UTF-8 text, or rename the file"
+        ) from None
     return text
 
 

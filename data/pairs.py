@@ -36,7 +36,7 @@ Image.MAX_IMAGE_PIXELS = None  # centre_square checks the size itself, before a 
 
 CAUSES = (
     SHARD := "shards that are cut off or unreadable",
-    DUPLICATE := "repeated file names in a shard",
+    DUPLICATE := "repeated names, or further images, of a sample in a shard",
     FILE := "files that could not be read",
     IMAGE := "broken images",
     FORMAT := "images of a kind that is not read, such as JPEG 2000 or 32 bits: convert them to PNG",

@@ -137,7 +137,7 @@ class Shards(Source):
                 for _, suffix, data in files:
                     another = suffix in IMAGE_SUFFIXES and not parts.keys().isdisjoint(IMAGE_SUFFIXES)
                     if suffix in parts or another:
-                        self.skips.skip(DUPLICATE, f"{key}{suffix}", url)
+                        self.skips.note(DUPLICATE, f"{key}{suffix} in {url}")
                     else:
                         parts[suffix] = data
                 self.skips.failures = 0

@@ -60,9 +60,13 @@ class Skips:
         self.used += 1
         self.check_window(shard)
 
-    def skip(self, cause, place, shard=""):
+    def note(self, cause, place):
+        """Counts what is left out of a pair; the rest of the pair may be usable."""
         self.first.setdefault(cause, place)
         self.counts[cause] += 1
+
+    def skip(self, cause, place, shard=""):
+        self.note(cause, place)
         self.unusable[cause] += 1
         self.check_window(shard)
 
@@ -137,8 +141,7 @@ class Source:
         elif self.holds_out:
             yield f"One pair in {HELD_OUT_OF}, by a hash of its picture, is held out for evaluation."
         else:
-            why = f"there are fewer than {FEWEST}, or were when the run began"
-            yield f"None is held out for evaluation, which uses training pairs: {why}."
+            yield f"None is held out for evaluation, as there are fewer than {FEWEST}: evaluation uses training pairs."
 
     def check(self, usable):
         """Raises UserError unless a usable pair was found. What was skipped until now is not counted again."""

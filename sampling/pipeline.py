@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from numbers import Integral
 from pathlib import Path
+from typing import Literal
 
 import torch
 from PIL import Image
@@ -60,7 +61,7 @@ class Pipeline:
         dtype="auto",
         clip: str | None = None,
         compiled=False,
-        upsampler: str | Path | bool | None = None,
+        upsampler: str | Path | Literal[False] | None = None,
         resolution: int | None = None,
     ):
         """A generator_ema.safetensors of a run, or the authors' aurora_v1.pth → Pipeline. Raises UserError.
@@ -141,7 +142,8 @@ class Pipeline:
             raise UserError("this generator has no upsampler; name one with --upsampler")
         check_seed(seed)
         side = self.upsampler.config.input_resolution
-        if image.shape != (3, side, side) or image.abs().max() > 1:
+        is_image = isinstance(image, torch.Tensor) and image.is_floating_point() and image.shape == (3, side, side)
+        if not is_image or not image.abs().max() <= 1:  # NaN is not
             raise UserError(f"the image has to be a tensor [3, {side}, {side}] with values from −1 to 1")
         frames = views.samples(self.upsampler, self.clip, [caption], 1, seed, 1.0)
         return enlarge(self.upsampler, image[None].to(frames[0].w.device), frames).pictures[0]

@@ -109,7 +109,7 @@ class Loop:
                 raise UserError(
                     f"{self.rejected_in_a_row} updates in a row had gradients that are not finite. The same command "
                     f"goes on from the last good checkpoint: {self.folder.last_good or 'none'}. If this happens again, "
-                    "lower the learning rates: --set lr_generator=… lr_discriminator=…"
+                    "lower the learning rates, for example with --set lr_generator=…"
                 )
         return report
 

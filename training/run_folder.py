@@ -91,7 +91,7 @@ class RunFolder:
 
     def find(self, resume):
         """→ the path of the checkpoint to resume from, and its state; (None, None) for a new run."""
-        if self.identity.get("clip") == "judge":
+        if self.identity.get("clip") in ("judge", os.path.realpath(BUILT_IN["judge"])):
             raise UserError("--clip judge is for evaluation, which would then favour this run; take another, or emoji")
         try:
             for folder in (self.checkpoints, self.path / "samples"):

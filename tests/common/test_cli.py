@@ -16,7 +16,6 @@ from common.cli import Parser, UserError, a_path, add_data, errors_in_one_line, 
 ROOT = Path(__file__).parent.parent.parent
 
 SCRIPT = """
-import argparse
 from common.cli import Parser, UserError, errors_in_one_line
 parser = Parser(description="ψ and × …")
 parser.add_argument("--size", help="in 4×4 …")
@@ -47,9 +46,9 @@ def test_a_console_without_these_characters_shows_question_marks(encoding, argum
         ),
         (OSError(errno.EROFS, "Read-only file system", "out/a.png"), "error: out/a.png: Read-only file system\n"),
         (OSError(errno.ENOTDIR, "Not a directory", "out/a.png"), "error: out/a.png: a file or a broken link is where"),
-        (MemoryError(), "error: too little memory; ask for less"),
-        (RuntimeError("CUDA out of memory. Tried"), "error: too little memory; ask for less"),
-        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "error: too little memory; ask for less"),
+        (MemoryError(), "error: too little memory; ask for fewer"),
+        (RuntimeError("CUDA out of memory. Tried"), "error: too little memory; ask for fewer"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "error: too little memory; ask for fewer"),
         (UserError("--data a\nb: no such folder"), "error: --data a b: no such folder\n"),  # a legal path
     ],
 )
@@ -59,9 +58,10 @@ def test_errors_of_the_user_and_of_files_are_one_line(error, says, capsys):
     assert ended.value.code == 2 and capsys.readouterr().err.startswith(says)
 
 
-def test_another_error_keeps_its_traceback():
-    with pytest.raises(OSError, match="Input/output"), errors_in_one_line():
-        raise OSError(errno.EIO, "Input/output error")
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "Input/output error"), RuntimeError("shapes do not match")])
+def test_another_error_keeps_its_traceback(error):
+    with pytest.raises(type(error), match=str(error.args[-1])), errors_in_one_line():
+        raise error
 
 
 def test_a_path_expands_the_home_folder_and_refuses_what_is_no_file(tmp_path, monkeypatch):
@@ -92,7 +92,7 @@ def test_an_empty_value_is_refused_and_not_taken_as_the_default(capsys, option, 
     with pytest.raises(SystemExit):
         parser.parse_args([option, text] if option[0] == "-" else [text])
     said = capsys.readouterr().err.splitlines()[-1]
-    assert (f"{option}: it " in said and "leave it out" in said) or "rename it" in said
+    assert (f"{option}: it " in said and "leave it out" in said) or "rename the file" in said
 
 
 def test_every_command_uses_a_path_and_add_data():

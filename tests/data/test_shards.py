@@ -294,6 +294,13 @@ def test_sparse_files_are_skipped_and_counted(tmp_path):
     assert batch.captions == ["picture 0"] and batch.skipped == {LINK: 1}
 
 
+def test_a_shard_with_two_images_of_each_key_is_usable(tmp_path, undecoded, monkeypatch):
+    monkeypatch.setattr(sources, "WINDOW", 20)
+    samples = [{"jpg": b"a", "png": b"b", "txt": b"%d" % i} for i in range(60)]
+    source = opened("tar", tmp_path, named(samples))
+    assert len(all_captions(source)) == 60 and len(seen(source, 20)) == 80
+
+
 def test_true_causes_in_a_shard_that_is_cut_short(tmp_path, capsys):
     files = named([good(i) for i in range(6)])
     files += [("alone.jpg", PICTURE), ("alone2.txt", b"text"), ("empty.jpg", PICTURE), ("empty.txt", b"")]

@@ -70,6 +70,8 @@ def test_numpys_numbers_are_numbers_and_what_is_not_finite_is_no_picture():
         (lambda pipe: pipe.sample("red heart", seed=2**32), "give a whole number from 0 to 4294967295"),
         (lambda pipe: pipe.enlarge(torch.zeros(3, 32, 32), "red heart"), "a tensor [3, 64, 64]"),
         (lambda pipe: pipe.enlarge(torch.full((3, 64, 64), 200.0), "red heart"), "values from −1 to 1"),
+        (lambda pipe: pipe.enlarge(torch.full((3, 64, 64), torch.nan), "red heart"), "values from −1 to 1"),
+        (lambda pipe: pipe.enlarge(Image.new("RGB", (64, 64)), "red heart"), "a tensor [3, 64, 64]"),
         (lambda pipe: pipe.enlarge(torch.zeros(3, 64, 64), "red heart", seed=-1), "seed=-1"),
         (lambda _: Pipeline.load(MODELS), "no generator at"),
         (lambda _: Pipeline.load(dtype="fp16"), "dtype='fp16': choose one of auto, fp32, bf16"),
