@@ -46,9 +46,10 @@ CAUSES = (
     ENCODING := "captions that are not in UTF-8, or contain a NUL character",
     NO_CAPTION := "images without a caption",
     NO_IMAGE := "captions without an image next to them",
+    CLEAR := "images that are fully transparent",
     FIELD := ".json files whose field for the caption is missing or is no text",
     LINK := "links to other files, or sparse files, in a shard",
-    REFUSED := "drawings that are not in UTF-8, refer to other files, contain text, or take too long",
+    REFUSED := "drawings that are not in UTF-8, refer to other files, contain text, show nothing, or take too long",
 )
 
 
@@ -211,6 +212,8 @@ def centre_square(data, resolution):
             image = image.convert("RGB")  # many programs leave the fourth byte of a pixel at zero
         if image.has_transparency_data:
             image = image.convert("RGBA")
+            if image.getextrema()[3] == (0, 0):
+                raise Unusable(CLEAR)
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         if image.mode not in ("L", "CMYK"):
             image = image.convert("RGB")

@@ -4,9 +4,12 @@ webdataset's own reader is not used: it reads each tar whole from its front, end
 and does not count what it skips.
 """
 
+import bz2
 import collections
 import contextlib
+import gzip
 import itertools
+import lzma
 import math
 import operator
 import os
@@ -30,7 +33,8 @@ BUFFER, BUFFER_BYTES = 2048, 2**27  # most samples in the shuffle buffer, and th
 BLOCK = 2**14  # samples after which a stream starts anew; more than there are emoji
 FIRST_BYTE = 60  # seconds until a command must start to write
 LONG_NAME = 8 * tarfile.BLOCKSIZE  # most bytes that a name of over 100 characters adds before its file's header
-ERRORS = (OSError, EOFError, tarfile.TarError, zlib.error)  # what reading a shard may raise
+ERRORS = (OSError, EOFError, tarfile.TarError, zlib.error, lzma.LZMAError)  # what reading a shard may raise
+COMPRESSED = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}  # first bytes: what opens the file
 URL = "{url}"
 CURL = ["curl", "-sSfL", "--connect-timeout", "30", "--speed-limit", "1", "--speed-time", "60", URL]
 FETCH = {  # the command that writes the content of a URL to its output
@@ -278,7 +282,11 @@ def opened(url, start):
     with output_of(command) if command else open(url, "rb") as file:
         if plain:
             file.seek(start // tarfile.BLOCKSIZE * tarfile.BLOCKSIZE)
-        with tarfile.open(fileobj=file, mode="r:" if plain else "r|*", ignore_zeros=plain and start > 0) as tar:
+        for first_bytes, decompressed in COMPRESSED.items():
+            if file.peek().startswith(first_bytes):
+                file = decompressed(file)  # unlike tarfile, reads several compressed streams in one file
+                break
+        with tarfile.open(fileobj=file, mode="r:" if plain else "r|", ignore_zeros=plain and start > 0) as tar:
             tar.ignore_zeros = True  # after the first header, damaged ones and the end of a first tar are skipped
             yield tar
 

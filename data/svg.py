@@ -83,4 +83,7 @@ def render(svg, resolution):
         image = Image.open(io.BytesIO(draw(width=side, height=side)), formats=["PNG"])
     if min(image.size) < resolution:
         raise Refused("too narrow")
-    return image.convert("RGB")
+    image = image.convert("RGB")
+    if image.getextrema() == ((255, 255),) * 3:
+        raise Refused("nothing is drawn")
+    return image

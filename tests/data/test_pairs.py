@@ -52,12 +52,23 @@ KINDS = {
     "SVG": drawing('<g id="a"/><use href="#a"/>', head='<?xml version="1.0"?><!DOCTYPE svg>\n'),
     "wide SVG": drawing(box="0 0 100 20"),
 }
-WHITE = {
-    "1": encoded(Image.new("1", (20, 50), 1)),
-    "RGBA": encoded(Image.new("RGBA", (20, 50), (1, 2, 3, 0))),
-    "LA": encoded(Image.new("LA", (20, 50), (9, 0))),
-    "P": encoded(Image.new("P", (20, 50), 0), transparency=0),
+CLEAR = {
+    "RGBA": ((1, 2, 3, 0), (1, 2, 3, 255)),
+    "LA": ((9, 0), (9, 255)),
+    "P": (0, 1),
 }
+
+
+def clear(mode, opaque_corner):
+    """A transparent picture; the corner is outside of the centre square."""
+    transparent, opaque = CLEAR[mode]
+    image = Image.new(mode, (20, 50), transparent)
+    if opaque_corner:
+        image.putpixel((0, 0), opaque)
+    return encoded(image, **({"transparency": 0} if mode == "P" else {}))
+
+
+WHITE = {"1": encoded(Image.new("1", (20, 50), 1))} | {mode: clear(mode, True) for mode in CLEAR}
 
 
 def test_pictures_of_every_kind_are_read_correctly():
@@ -157,7 +168,9 @@ def clear_gray_of_16_bits():
         (encoded(Image.new("RGB", (20, 20)), "EPS"), FORMAT),  # Pillow would start Ghostscript on it
         *((encoded(Image.new("RGB", (20, 20)), kind), FORMAT) for kind in ("PPM", "ICO", "JPEG2000")),
         (gzip.compress(drawing()), FORMAT),
+        *((clear(mode, False), pairs.CLEAR) for mode in CLEAR),
         (b"<svg", IMAGE),
+        (b'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 9 9"><g/></svg>', REFUSED),
         *((drawing("<g id='é'/>").decode().encode(code), REFUSED) for code in ("latin-1", "utf-16")),
         (drawing("<g id='é'/>", head='<?xml version="1.0" encoding="latin-1"?>').decode().encode("latin-1"), REFUSED),
     ],

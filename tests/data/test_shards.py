@@ -1,9 +1,11 @@
 """Shards: every sample is reached, held-out ones never, and each failure has its true cause."""
 
+import bz2
 import gzip
 import hashlib
 import itertools
 import json
+import lzma
 import os
 import shutil
 import subprocess
@@ -357,17 +359,20 @@ def test_files_of_a_sample_that_lie_apart_are_refused(tmp_path):
         opened("tar", tmp_path, files)
 
 
-@pytest.mark.parametrize("kind", ["tar", "pipe"])
+@pytest.mark.parametrize("kind", ["tar", "pipe", "gz", "bz2", "xz"])
 def test_a_broken_header_or_the_end_of_a_first_tar_is_no_end(tmp_path, kind):
-    """Two tars in one file, as cat writes them. Only the sample with the broken header loses a file."""
+    """Two tars in one file, as cat writes them, compressed or not. Only the sample with the broken header loses a
+    file.
+    """
     for part in range(2):
         write_tar(tmp_path / f"{part}", named([good(i) for i in range(10 * part, 10 * part + 10)]))
     content = bytearray((tmp_path / "0").read_bytes() + (tmp_path / "1").read_bytes())
     with tarfile.open(tmp_path / "0") as tar:
         offset = tar.getmembers()[7].offset
     content[offset : offset + 512] = b"garbage!" * 64
-    (tmp_path / "0.tar").write_bytes(content)
-    source = source_of({"tar": "", "pipe": "pipe:cat "}[kind] + str(tmp_path / "0.tar"))
+    compress = {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress}.get(kind, bytes)
+    (tmp_path / "0.tar").write_bytes(compress(content[:-5120]) + compress(content[-5120:]))
+    source = source_of({"pipe": "pipe:cat "}.get(kind, "") + str(tmp_path / "0.tar"))
     (batch,) = source.evaluation()
     assert len(batch.captions) == 19 and batch.skipped == {NO_CAPTION: 1}
     assert len(set(seen(source, 40))) == 19
