@@ -295,9 +295,9 @@ def load_clip(spec, device="cpu"):
         return fold_batch_norms(load_small(path)).to(device)
     import open_clip  # not at the top: it takes two seconds, and sampling with our own files does not need it
 
-    model = create(spec, "--clip")
+    model = create(spec)
     if not isinstance(model, open_clip.CLIP):
-        raise UserError(f"--clip {spec}: not of OpenAI's CLIP architecture; use for example ViT-L-14-quickgelu:openai")
+        raise UserError(f"{spec}: not of OpenAI's CLIP architecture; use for example ViT-L-14-quickgelu:openai")
     return fold_batch_norms(from_open_clip(model, spec)).to(device)
 
 
@@ -307,25 +307,23 @@ def load_text(name, device="cpu"):
     return text.to(device)
 
 
-def create(spec, option):
-    """ "MODEL:WEIGHTS", the value of an option → open_clip's model, of any class. Raises UserError."""
+def create(spec):
+    """ "MODEL:WEIGHTS" → open_clip's model, of any class. Raises UserError."""
     import open_clip
 
     model_name, _, weights = spec.partition(":")
     if model_name not in open_clip.list_models():
-        raise UserError(
-            f"{option} {spec}: neither a file nor MODEL:WEIGHTS of open_clip, such as ViT-L-14-quickgelu:openai"
-        )
+        raise UserError(f"{spec}: neither a file nor MODEL:WEIGHTS of open_clip, such as ViT-L-14-quickgelu:openai")
     if weights == "openai" and "quickgelu" not in model_name and f"{model_name}-quickgelu" in open_clip.list_models():
-        raise UserError(f"{option} {spec}: OpenAI's weights use quick GELU; give {model_name}-quickgelu:openai")
+        raise UserError(f"{spec}: OpenAI's weights use quick GELU; give {model_name}-quickgelu:openai")
     logging.disable()  # the hub logs at length what the error below says in one line
     try:
         with warnings.catch_warnings(action="ignore"):
             model = open_clip.create_model(model_name, pretrained=weights or None, require_pretrained=True)
     except Exception as error:  # open_clip and the hub raise many types if there are no weights
         raise UserError(
-            f"{option} {spec}: the weights are not available ({first_line(error)}). Download them on another machine "
-            f"and pass the file as {option} {model_name}:PATH, or train with a small CLIP: train.py --clip emoji"
+            f"{spec}: the weights are not available ({first_line(error)}). Download them on another machine "
+            f"and give the file as {model_name}:PATH, or train with a small CLIP: train.py --clip emoji"
         ) from error
     finally:
         logging.disable(logging.NOTSET)

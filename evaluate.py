@@ -167,8 +167,8 @@ def evaluate(args, device):
         inference.prepare(generator)
         resolution = args.resolution or (upsampler or generator).config.resolutions[-1]
         source, resizer = open_source(args, generator, resolution)
-        specs = {"images": (args.features, "--features"), "texts": (args.clip, "--clip")}
-        extractors = {name: load_extractor(*spec, device) for name, spec in specs.items()}
+        specs = {"images": args.features, "texts": args.clip}
+        extractors = {name: load_extractor(spec, device) for name, spec in specs.items()}
     captions, real, skipped = extract_real(source, args.count, resolution, extractors)
     real = {name: features.to(device) for name, features in real.items()}
     protocol = describe(args, clip, generator, resolution, resizer, extractors, captions, skipped)

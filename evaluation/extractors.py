@@ -27,8 +27,8 @@ class Extractor(NamedTuple):
     texts: Callable | None  # captions → features [B, D]; None for a network without a text tower
 
 
-def load_extractor(spec, option, device):
-    """The Extractor called `spec`, the value of an `option` of the user. Each resizes as its own library does.
+def load_extractor(spec, device):
+    """The Extractor called `spec`. Each resizes as its own library does.
 
     spec: "efficientnet", "inception", "inception:WEIGHTS.pth", a small CLIP (a name in clip.BUILT_IN, or a file of
     training/small_clip.py), or "MODEL:WEIGHTS" of open_clip. Raises UserError if the weights are not available.
@@ -40,7 +40,7 @@ def load_extractor(spec, option, device):
         return efficientnet(device)
     if spec in BUILT_IN or Path(spec).is_file():
         return small_clip(spec, device)
-    return open_clip_model(spec, option, device)
+    return open_clip_model(spec, device)
 
 
 def small_clip(spec, device):
@@ -87,9 +87,9 @@ def inception(path, device):
     return Extractor(name, lambda pixels: network(pixels.to(device))[0], None)
 
 
-def open_clip_model(spec, option, device):
+def open_clip_model(spec, device):
     """Any model of open_clip, with its own preprocessing by Pillow."""
-    model = create(spec, option).to(device).eval()
+    model = create(spec).to(device).eval()
     preprocessing = PreprocessCfg(**model.visual.preprocess_cfg)
     prepare = image_transform_v2(preprocessing, is_train=False)
     tokenizer = open_clip.get_tokenizer(spec.partition(":")[0])

@@ -121,7 +121,7 @@ def measure_sampling(entry):
 def real_emoji(count, resolution):
     """→ the extractors, and the captions and features of extract_real for the emoji."""
     networks = {"images": "efficientnet", "texts": "judge"}
-    extractors = {name: load_extractor(spec, "", torch.device("cpu")) for name, spec in networks.items()}
+    extractors = {name: load_extractor(spec, torch.device("cpu")) for name, spec in networks.items()}
     captions, real, _ = extract_real(sources.open_data("emoji", resolution, 0), count, resolution, extractors)
     return extractors, captions, real
 

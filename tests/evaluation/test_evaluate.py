@@ -81,7 +81,7 @@ def test_clip_score_is_open_clips(tmp_path):
     weights = tmp_path / "weights.pt"
     torch.save(open_clip.create_model("RN50-quickgelu").state_dict(), weights)
     pixels, captions = features.to_pixels(figures.images(range(3), 40), 40), [figures.caption(i) for i in range(3)]
-    extractor = extractors.load_extractor(f"RN50-quickgelu:{weights}", "--clip", torch.device("cpu"))
+    extractor = extractors.load_extractor(f"RN50-quickgelu:{weights}", torch.device("cpu"))
     model, _, transform = open_clip.create_model_and_transforms("RN50-quickgelu", pretrained=str(weights))
     model.eval()
     with torch.no_grad():
@@ -99,7 +99,7 @@ def test_inception_is_read_from_torch_fidelitys_file(tmp_path, monkeypatch):
     reference = FeatureExtractorInceptionV3("x", ["2048"])
     monkeypatch.undo()
     torch.save(reference.state_dict(), tmp_path / "inception.pth")
-    extractor = extractors.load_extractor(f"inception:{tmp_path / 'inception.pth'}", "--features", torch.device("cpu"))
+    extractor = extractors.load_extractor(f"inception:{tmp_path / 'inception.pth'}", torch.device("cpu"))
     pixels = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8)
     assert torch.equal(extractor.images(pixels), reference(pixels)[0]) and extractor.texts is None
 
@@ -158,7 +158,7 @@ def test_mistakes_are_one_line(run, tmp_path):
         (("--count", 4, "--features", f"inception:{val}"), "weights are not available"),
         (("--count", 4, "--clip", "inception"), "cannot read text"),
         (("--count", 4, "--clip", "efficientnet"), "cannot read text"),
-        (("--count", 4, "--features", "nonsense"), "--features nonsense: neither a file nor MODEL:WEIGHTS"),
+        (("--count", 4, "--features", "nonsense"), "nonsense: neither a file nor MODEL:WEIGHTS"),
         (("--count", 4, "--checkpoint", "/missing.safetensors"), "no generator at"),
         (("--count", 4, "--out", tmp_path / "file" / "below"), "a file or a broken link is where"),
         (("--count", 4, "--out", tmp_path / "taken"), "evaluation.json: a folder is where a file is needed; move it"),
