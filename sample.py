@@ -206,7 +206,7 @@ def main():
         about = {"prompts": prompts, "seed": args.seed, "psi": args.truncation, "checkpoint": args.checkpoint.name}
         files.save(pictures, args.out, about | {"command": " ".join(map(shlex.quote, ["sample.py", *sys.argv[1:]]))})
         size = pipe.resolution
-        print(f"{len(frames)} pictures of {size}×{size} by {args.checkpoint.name}, drawn in {args.out.resolve()}")
+        print(f"{len(frames)} pictures of {size}×{size} are in {args.out.resolve()}")
 
 
 if __name__ == "__main__":

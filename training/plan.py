@@ -316,7 +316,7 @@ def print_plan(args, preset):
         evaluated = recipe.fid_samples * batch / recipe.fid_every / gpus  # images a step, on average
         seconds += evaluated / DRAWN * hardware.seconds(rehearsal.of("evaluation", DRAWN))
         row = gpus, micro_batches, r1_images, memory, seconds, steps * seconds / 86400
-        print("".join(f"{value:13.3g}" for value in row))
+        print("".join(f"{float(f'{value:.3g}'):13,g}" for value in row))
     peak = (work["bfloat16"] + work["float32"]) / hardware.bfloat16 / hardware.seconds(work)
     print(
         f"Measured on one H200: a step takes {1 / SHARE_OF_PEAK:.1f} times as long as its matrix products and memory "
