@@ -90,7 +90,7 @@ def open_source(args, generator, resolution):
     highest = generator.config.levels[-1].resolution
     averaged = own_resolution(generator, resolution) == resolution < highest
     size = highest if averaged else resolution
-    is_coco = args.data.endswith(".json")
+    is_coco = args.data.endswith(".json") and not Path(args.data).is_dir()
     if args.caption_key if is_coco else args.images:
         raise UserError("--images is for COCO's captions, --caption-key for other data; leave it out")
     if is_coco:

@@ -51,7 +51,7 @@ class Growth:
         Each rank measures its share, held-out pairs first. The run keeps the result in the file `path`. Raises
         UserError, and Stopped if a rank was asked to stop.
         """
-        made_from = {"data": list(source.describe()), "samples": self.recipe.fid_samples}
+        made_from = {"data": [*source.describe(), source.stamp()], "samples": self.recipe.fid_samples}
         made_from |= {"clip": self.clip.name, "seed": self.seed, "caption-key": source.caption_key}
         with distributed.together():
             kept = self.read_reference(path, made_from) if distributed.is_main() else None

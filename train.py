@@ -174,6 +174,9 @@ def train(run):
     for line in source.describe():
         say(line)
     growth.measure_reference(source, folder.path / "reference.pt")
+    if unread := [caption for caption in growth.captions if learner.clip.text.unknown(caption)]:
+        say(f"note: of {len(growth.captions)} captions the text encoder reads {len(unread)} only in part, such as "
+            f"“{unread[0][:60]}”; it knows English words")  # fmt: skip
     pairs = watched_pairs(source, learner.clip)
     save(run)
     loop.check_saved()

@@ -55,7 +55,8 @@ def read_annotations(path):
         for annotation in content["annotations"]:
             if not isinstance(annotation["caption"], str):
                 raise ValueError(f"an annotation of image {annotation['image_id']} has no caption")
-            captions[int(annotation["image_id"])].append(" ".join(annotation["caption"].split()))
+            if caption := " ".join(annotation["caption"].split()):
+                captions[int(annotation["image_id"])].append(caption)
         if unknown := captions.keys() - images.keys():
             raise ValueError(f"image {min(unknown)} is not listed")
     except OSError as error:

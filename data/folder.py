@@ -37,6 +37,9 @@ class Folder(Source):
         self.holds_out = len(self.pairs) >= FEWEST
         self.check(any(self.read(number, held_out=False) for number in self.order(0)))
 
+    def files(self):
+        return itertools.chain.from_iterable(self.pairs)
+
     def findings(self):
         suffix = ".json" if self.caption_key else ".txt"
         place = f'the field "{self.caption_key}" of a .json' if self.caption_key else "a .txt"

@@ -21,7 +21,8 @@ from data import svg
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".svg")
 # Passed to every Image.open. Without it, Pillow detects an EPS by its content and starts Ghostscript on it.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", *["AVIF"] * features.check("avif"))
-PNG = b"\x89PNG\r\n\x1a\n"  # its first bytes
+PNG = b"\x89PNG\r\n\x1a\n"  # its first bytes; bytes 24 and 25 are the bits of a value and the type of color
+BITS, WHITE_IS = 258, 262  # tags of a TIFF; the second is 1 if the largest value is white
 # Those of JPEG 2000 and JPEG XL (both as a file, each as a stream), icons, Photoshop, EPS, PPM and compressed SVGs.
 FOREIGN = (b"\0\0\0\x0c", b"\xff\x4f\xff\x51", b"\xff\x0a", b"\0\0\1\0", b"8BPS", b"%!PS", b"P6", b"\x1f\x8b")
 MAX_FILE = 2**28  # bytes of an image that are read
@@ -29,7 +30,7 @@ MAX_PIXELS = 2**26  # of an image; more is a mistake or an attack
 MAX_CAPTION = 1000  # characters; no CLIP reads more, and tokenizing a novel takes minutes
 MAX_TEXT = 16 * MAX_CAPTION  # bytes of a caption file that are read
 MAX_HEAD = 1000  # first bytes of a file, in which an SVG is recognized
-MAX_FACTS = 2**20  # bytes of a .json that are read
+MAX_FACTS = 2**24  # bytes of a .json that are read; some programs write the picture into it
 LIMITS = {".txt": MAX_TEXT, ".json": MAX_FACTS} | dict.fromkeys(IMAGE_SUFFIXES, MAX_FILE)  # bytes that are read
 
 Image.MAX_IMAGE_PIXELS = None  # centre_square checks the size itself, before a pixel is decoded
@@ -43,13 +44,14 @@ CAUSES = (
     SMALL := "images that are too small",
     LARGE := "images that are too large",
     EMPTY := "empty captions",
-    ENCODING := "captions that are not in UTF-8, or contain a NUL character",
+    ENCODING := "captions that are not in UTF-8, or contain a NUL or escape character",
     NO_CAPTION := "images without a caption",
     NO_IMAGE := "captions without an image next to them",
     CLEAR := "images that are fully transparent",
     FIELD := ".json files whose field for the caption is missing or is no text",
     LINK := "links to other files, or sparse files, in a shard",
-    REFUSED := "drawings that are not in UTF-8, refer to other files, contain text, show nothing, or take too long",
+    REFUSED := "drawings that are not in UTF-8, use other files, pictures, entities, text or CSS that is not read, "
+    "show nothing, or take too long",
 )
 
 
@@ -131,7 +133,7 @@ def captions_of(data):
         text = codecs.getincrementaldecoder("utf-8-sig")().decode(data[:MAX_TEXT], final=whole)
     except UnicodeDecodeError as error:
         raise Unusable(ENCODING) from error
-    if "\0" in text:  # such as UTF-16 without a byte order mark: every other byte of English is zero
+    if "\0" in text or "\x1b" in text:  # UTF-16 without a byte order mark has the first, ISO-2022-JP the second
         raise Unusable(ENCODING)
     lines = re.split(r"\r\n|\r|\n", text)  # no other character ends a line
     lines = [" ".join(line.split())[:MAX_CAPTION] for line in lines]
@@ -150,7 +152,7 @@ def read_image(file, resolution):
     data = file.read()
     try:
         head = data[:MAX_HEAD].replace(b"\0", b"").lstrip(b"\xef\xbb\xbf\xfe\xff \t\r\n")  # in UTF-8 or UTF-16
-        if head.startswith((b"<svg", b"<?xml", b"<!DOCTYPE svg", b"<!--")):
+        if re.match(rb"<(\?xml|!--|!DOCTYPE svg|(\w+:)?svg)", head):
             image = ImageOps.fit(svg.render(data, resolution), (resolution, resolution), Image.Resampling.LANCZOS)
         else:
             image = decode(data, resolution)
@@ -204,8 +206,12 @@ def centre_square(data, resolution):
         with contextlib.suppress(Exception):  # an EXIF tag of a wrong type raises any error, after the image is turned
             ImageOps.exif_transpose(image, in_place=True)
         is_16_bit = image.mode.startswith("I;16")
-        if image.mode in ("F", "I") or (is_16_bit and image.has_transparency_data):
-            raise Unusable(FORMAT)  # with 32 bits it is unknown which value is white
+        if image.mode in ("F", "I"):
+            raise Unusable(FORMAT)  # it is unknown which value is white
+        if image.format == "TIFF" and is_16_bit and (image.tag_v2.get(WHITE_IS), image.tag_v2.get(BITS)) != (1, (16,)):
+            raise Unusable(FORMAT)  # Pillow reads the numbers, and not what they mean
+        if image.format == "PNG" and data[24] != 8 and data[25] in (0, 2) and image.has_transparency_data:
+            raise Unusable(FORMAT)  # Pillow compares pixels of 8 bits with a transparent color of other bits
         if is_16_bit:
             image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
         if image.format == "BMP" and image.mode == "RGBA" and image.getextrema()[3] == (0, 0):

@@ -114,6 +114,9 @@ class Shards(Source):
         self.stretch = STRETCH * size // max(number, 1)  # bytes
         return usable
 
+    def files(self):
+        return self.urls
+
     def findings(self):
         kinds = ", ".join(f"{count} {kind}" for kind, count in self.kinds.most_common(8))
         yield f"{len(self.urls)} shard(s) from {self.urls[0]}. Of {self.kinds.total()} files seen: {kinds or 'none'};"

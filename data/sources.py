@@ -1,6 +1,7 @@
 """Where captioned images come from: the emoji, a folder, or WebDataset shards; and the processes that load them."""
 
 import collections
+import contextlib
 import hashlib
 import itertools
 import os
@@ -131,6 +132,20 @@ class Source:
     def findings(self):
         """What the source contains, in lines for the user."""
         raise NotImplementedError
+
+    def files(self):
+        """The paths of its files. A path that does not exist, such as a URL, does no harm."""
+        raise NotImplementedError
+
+    def stamp(self):
+        """Identifies the data: it changes if a file is added, removed or written again, and not if the data move."""
+        digest = hashlib.sha256()
+        for path in self.files():
+            with contextlib.suppress(OSError):
+                facts = os.stat(path)
+                identity = f"{os.path.basename(path)} {facts.st_size} {facts.st_mtime_ns}\n"
+                digest.update(identity.encode(errors="replace"))
+        return digest.hexdigest()[:16]
 
     def describe(self):
         """The findings, and what is held out, in lines for the user."""

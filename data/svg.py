@@ -17,6 +17,14 @@ MAX_DEPTH = 100  # of nested elements
 MAX_ELEMENTS = 50_000  # including those that references draw again
 MAX_ASPECT = 16  # longer side / shorter side
 REFERENCE = re.compile(r"""url\(\s*["']?\s*([^)"']*)""")
+# A color in a wide gamut, which Figma writes after the same color in sRGB.
+WIDE_COLOR = re.compile(r"(?:fill|stroke|stop-color):\s*color\(display-p3[^)]*\);?")
+# CSS that resvg ignores or draws black: other stylesheets, conditions, and colors in forms that it does not know.
+UNREAD = re.compile(
+    r"@import|@media|:(?:nth-|not\(|is\(|where\(|has\()"
+    r"|(?:fill|stroke|color)\s*:\s*(?!url\(|rgba?\(|hsla?\()[\w-]+\("
+    r"|(?:rgb|hsl)a?\([^,)]*\)"
+)
 
 
 class Refused(ValueError):
@@ -39,7 +47,14 @@ def check(svg):
         if inside[-1] != inside[-2]:
             references[inside[-2]].append(inside[-1])
         for key, value in attributes.items():
-            refer(REFERENCE.findall(value) + [value] * (key.rpartition(":")[2] == "href"))
+            read_css(f"{key}:{value}")
+            if key.rpartition(":")[2] == "href" and name.rpartition(":")[2] != "a":  # the target of a click is no part
+                refer([value])
+
+    def read_css(text):
+        if found := UNREAD.search(text):
+            raise Refused(found[0])
+        refer(REFERENCE.findall(text))
 
     def refer(targets):
         for target in targets:
@@ -50,14 +65,18 @@ def check(svg):
     def refuse_entities(name, *_):
         raise Refused(f"the entity {name}")
 
+    def refuse_stylesheets(target, _):
+        if target == "xml-stylesheet":
+            raise Refused("another stylesheet")
+
     @functools.cache
     def count(name):
         return sizes[name] + sum(map(count, references[name]))
 
     parser = expat.ParserCreate()
     parser.StartElementHandler, parser.EndElementHandler = start, lambda _: inside.pop()
-    parser.CharacterDataHandler = lambda text: refer(REFERENCE.findall(text))  # in <style>
-    parser.EntityDeclHandler = refuse_entities
+    parser.buffer_text, parser.CharacterDataHandler = True, read_css  # the text of <style>
+    parser.EntityDeclHandler, parser.ProcessingInstructionHandler = refuse_entities, refuse_stylesheets
     try:
         parser.Parse(svg, True)
         if count("") > MAX_ELEMENTS:
@@ -72,7 +91,8 @@ def render(svg, resolution):
         text = svg.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise Refused("not UTF-8") from error
-    check(svg)
+    text = WIDE_COLOR.sub("", text)
+    check(text.encode())
     options = {"background": "white", "skip_system_fonts": True, "dpi": 96}  # with 0, the default, a size in mm is zero
     draw = functools.partial(resvg_py.svg_to_bytes, text, **options)
     image = Image.open(io.BytesIO(draw(width=resolution, height=resolution)), formats=["PNG"])  # of the longer side

@@ -37,6 +37,7 @@ from weights.generator_file import generator_of, load_generator
 
 PROMPTS = ["red heart", "grinning face", "fox", "hot dog", "red apple", "automobile", "sun", "man astronaut"]
 NAMES = 50  # for the variety
+REAL = "real pictures"  # the name of their column
 
 
 class Entry(NamedTuple):
@@ -94,8 +95,9 @@ def measure_training(entry, path):
     seconds = notes.get("seconds", 0)
     if log.is_file():
         lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-        known = [line for line in lines if 0 < step_of(line) <= notes["step"]]  # without a line that was cut off
-        seconds = sum(json.loads(line)["cpu_seconds"] for line in known)
+        rows = [json.loads(line) for line in lines if 0 < step_of(line) <= notes.get("step", 0)]  # no cut line
+        if spent := [row["cpu_seconds"] for row in rows if "cpu_seconds" in row]:  # else of another program
+            seconds = sum(spent)
     return {
         "training images, thousands": notes.get("images", 0) / 1e3,
         "training, hours (of a processor, if logged)": seconds / 3600,
@@ -140,7 +142,7 @@ def compare(args):
         drawn = torch.cat([to_pixels(images, args.resolution) for images in entry.draw(PROMPTS, 0)])
         panels += [to_pil(image / 127.5 - 1) for image in drawn]
         titles += [f"{name}: {prompt}" for prompt in PROMPTS]
-    columns["real pictures"] = measure_real(captions, real, args.count, extractors)
+    columns[REAL] = measure_real(captions, real, args.count, extractors)
     return columns, grid(panels, titles, len(PROMPTS))
 
 
@@ -171,6 +173,8 @@ def named_system(text):
     name, _, path = text.partition("=")
     if not (name and path):
         raise argparse.ArgumentTypeError(f"{text}: write NAME=PATH, for example StyleGAN-T=runs/stylegan_t")
+    if name == REAL or set(name) & set("|\r\n"):
+        raise argparse.ArgumentTypeError(f"{text}: the table has no room for this NAME; give another")
     return name, path
 
 

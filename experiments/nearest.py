@@ -66,6 +66,7 @@ def main():
     with errors_in_one_line():
         files.check_picture(args.out, data=args.data)
         generator, clip, _ = load_generator(args.checkpoint)
+        latent.print_notes(clip, args.prompt)
         source = sources.open_data(args.data, generator.config.levels[-1].resolution, args.seed, args.caption_key)
         extractor = load_extractor("efficientnet", torch.device("cpu"))
         made = panels(inference.prepare(generator), clip, args.prompt, source, args.seed, extractor)

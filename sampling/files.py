@@ -77,6 +77,8 @@ def save(pictures, path, about):
     try:
         atomically(path, lambda temporary: first.save(temporary, kind, **options))
     except (OSError, ValueError, KeyError) as error:
+        if isinstance(error, OSError) and error.filename:  # of the disk, not of the format
+            raise
         size = f"{first.width}×{first.height}"
         raise UserError(
             f"--out {path} cannot be written at {size} ({first_line(error)}); try .png or fewer pictures"
@@ -116,7 +118,9 @@ def write_each(pipe: Pipeline, prompts, num, seed, psi, folder: Path, checkpoint
     lines = [json.dumps(about, ensure_ascii=False).encode() + b"\n" for about in abouts]
     index, missing = folder / INDEX, set()
     listed = set(index.read_bytes().splitlines(keepends=True)) if index.exists() else set()
-    if not listed <= set(lines):
+    names = {about["file"] for about in abouts}
+    surplus = [path for path in folder.glob("[0-9]*.png") if path.name not in names]
+    if surplus or not listed <= set(lines):
         raise UserError(f"--each {folder} contains pictures of another command or model; name another folder")
     for about, line in zip(abouts, lines, strict=True):
         path = folder / about["file"]

@@ -44,10 +44,13 @@ class Pictures:
     """A source of 14 random images of 16×16, in batches of four."""
 
     images = torch.randn(14, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    found, caption_key = "14 random images", None
+    found, written, caption_key = "14 random images", "today", None
 
     def describe(self):
         yield self.found
+
+    def stamp(self):
+        return self.written
 
     def evaluation_pairs(self, rank, world_size):
         for first in range(0, 14, 4):
@@ -125,10 +128,10 @@ def test_a_reference_of_other_data_samples_clip_or_seed_is_measured_again(tmp_pa
     measure(samples=6)
     measure(samples=6, clip="another")
     measure(samples=6, clip="another", seed=1)
-    for name, value in (("found", "15 random images"), ("caption_key", "text")):
+    for name, value in (("found", "15 random images"), ("written", "tomorrow"), ("caption_key", "text")):
         monkeypatch.setattr(Pictures, name, value)
         measure(samples=6, clip="another", seed=1)
-    assert len(set(made)) == 6
+    assert len(set(made)) == 7
     path.write_bytes(b"damaged")
     with pytest.raises(UserError, match="delete it"):
         measure()

@@ -91,8 +91,11 @@ def clip_of_new_run(path, data, caption_key, seed, device):
     with distributed.together(), contextlib.suppress(stopping.Stopped):
         source = sources.open_data(data, 32, seed, caption_key)
         made = {"data": str(data), "caption-key": str(caption_key), "seed": str(seed), "text": load_minilm().name}
-        made["found"] = " ".join(source.describe())
-        if distributed.is_main() and not (path.is_file() and made_from(path) == made):
+        made["found"] = " ".join([*source.describe(), source.stamp()])
+        former = made_from(path) if path.is_file() else None
+        if former is not None and "found" not in former:
+            raise UserError(f"{path} is not of a run, which writes its small CLIP there; give another --out")
+        if distributed.is_main() and former != made:
             check_room(path.parent)
             say("First a small CLIP learns from these pictures and captions: a few minutes on one CPU core.")
             clip = train_small_clip(source, seed=seed, device=device)
@@ -199,8 +202,9 @@ def main():
         check_file(args.out, args.data)
         source = sources.open_data(args.data, 32, args.seed, args.caption_key)
         clip = train_small_clip(source, args.steps, seed=args.seed)
-        save_small(clip, args.out, {"data": args.data, "seed": str(args.seed), "steps": str(args.steps)})
-    print(f"A small CLIP for --clip of train.py: {args.out}")
+        about = {"data": args.data, "seed": str(args.seed), "steps": str(args.steps)}
+        atomically(args.out, lambda temporary: save_small(clip, temporary, about))
+        print(f"A small CLIP for --clip of train.py: {args.out}")
 
 
 if __name__ == "__main__":

@@ -41,6 +41,7 @@ def bmp_with_alpha(pixel):
 
 KINDS = {
     "L": encoded(Image.new("L", (20, 50), 200)),
+    "16 bits in a TIFF": encoded(Image.fromarray(np.full((20, 50), 200 * 257, np.uint16)), "TIFF"),
     "16 bits": encoded(Image.fromarray(np.full((20, 50), 200 * 257, np.uint16))),
     "RGBA": encoded(Image.new("RGBA", (20, 50), (200, 200, 200, 255))),
     "CMYK": jpeg((55, 55, 55, 0), mode="CMYK"),
@@ -145,10 +146,21 @@ def bomb(side):
     return pairs.PNG + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 1000))
 
 
-def clear_gray_of_16_bits():
-    """A PNG whose one gray is transparent."""
-    content = encoded(Image.fromarray(np.full((20, 20), 90 * 257, np.uint16)))
-    return content[:33] + chunk(b"tRNS", struct.pack(">H", 90 * 257)) + content[33:]
+def with_clear_color(bits, kind=0):
+    """A black PNG with a transparent color. kind: 0 for gray, 2 for RGB."""
+    side, values = 16, 3 if kind else 1
+    header = struct.pack(">IIBBBBB", side, side, bits, kind, 0, 0, 0)
+    rows = (b"\0" + bytes(side * values * bits // 8)) * side
+    color = chunk(b"tRNS", struct.pack(f">{values}H", *[1] * values))
+    return pairs.PNG + chunk(b"IHDR", header) + color + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+def tiff_of_16_bits(white_is):
+    """A gray TIFF. white_is: 0 if the smallest value is white, 1 if the largest is."""
+    content = encoded(Image.fromarray(np.full((20, 20), 200 * 257, np.uint16)), "TIFF")
+    tag, usual = struct.Struct("<HHIHxx"), (pairs.WHITE_IS, 3, 1, 1)
+    assert content.count(tag.pack(*usual)) == 1
+    return content.replace(tag.pack(*usual), tag.pack(*usual[:3], white_is))
 
 
 @pytest.mark.parametrize(
@@ -163,7 +175,8 @@ def clear_gray_of_16_bits():
         (bomb(100), IMAGE),
         (encoded(Image.fromarray(np.full((20, 20), 70_000, np.int32)), "TIFF"), FORMAT),
         (encoded(Image.fromarray(np.full((20, 20), 0.5, np.float32)), "TIFF"), FORMAT),
-        (clear_gray_of_16_bits(), FORMAT),
+        *((with_clear_color(*form), FORMAT) for form in ((2,), (4,), (16,), (16, 2))),
+        (tiff_of_16_bits(white_is=0), FORMAT),
         (b"\0\0\0\x18ftypheic" + bytes(99), FORMAT),
         (encoded(Image.new("RGB", (20, 20)), "EPS"), FORMAT),  # Pillow would start Ghostscript on it
         *((encoded(Image.new("RGB", (20, 20)), kind), FORMAT) for kind in ("PPM", "ICO", "JPEG2000")),
@@ -207,11 +220,28 @@ def uses(levels, times=10):
         drawing(box="0 0 1 1000000"),
         drawing(box="0 0 1000000 1"),
         drawing(" " * svg.MAX_BYTES),
+        drawing(head='<?xml-stylesheet href="style.css"?>'),
+        drawing("<style>@import 'style.css'; rect { fill: red }</style>"),
+        drawing("<style>@media screen { rect { fill: red } }</style>"),
+        drawing("<style>rect:nth-of-type(1) { fill: red }</style>"),
+        *(drawing(f'<rect style="fill:{x}"/>') for x in ("var(--a,red)", "oklch(.6 .2 20)", "rgb(255 0 0 / 50%)")),
+        drawing('<rect fill="hsl(0deg 100% 50%)"/>'),
     ],
 )
 def test_svgs_that_refer_to_files_or_expand_are_refused(content):
     with pytest.raises(Unusable, match=f"^{REFUSED}$"):
         read(content)
+
+
+def test_svgs_of_figma_with_prefixes_and_with_links_are_drawn():
+    circle = '<circle cx="10" cy="20" r="30" {}/>'
+    red = read(drawing(circle.format('fill="red"')))
+    wide = 'style="fill:red;fill:color(display-p3 1.0000 0.0000 0.0000);fill-opacity:1;"'
+    linked = f'<a href="https://example.org">{circle.format(wide)}</a>'
+    for content in (circle.format(wide), linked, circle.format('fill="rgba(255, 0, 0, 1)"')):
+        assert torch.equal(read(drawing(content)), red)
+    prefixed = b'<s:svg xmlns:s="http://www.w3.org/2000/svg" viewBox="0 0 9 9"><s:rect width="9" height="9"/></s:svg>'
+    assert torch.equal(read(prefixed), -torch.ones(3, 8, 8))
 
 
 def test_the_emoji_refer_to_nothing_and_large_numbers_need_no_memory():
@@ -277,7 +307,7 @@ def test_captions_are_cleaned_and_cut():
         with pytest.raises(Unusable, match=f"^{EMPTY}$"):
             captions_of(content)
     marked, unmarked = "red heart".encode("utf-16"), ["red heart".encode(f"utf-16-{end}") for end in ("le", "be")]
-    for content in (b"\xff\xfe\xff", b"caf\xe9", b"cut \xe6\x97", marked):
+    for content in (b"\xff\xfe\xff", b"caf\xe9", b"cut \xe6\x97", "赤い".encode("iso2022_jp"), marked):
         with pytest.raises(Unusable, match=f"^{ENCODING}$"):
             captions_of(content)
     for content in (b"a cat\0", *unmarked):

@@ -268,6 +268,7 @@ def test_images_of_every_kind_are_read_whatever_the_case(tmp_path, place):
 @pytest.mark.parametrize("place", ["folder", "tar"])
 def test_captions_in_a_field_of_the_json(tmp_path, place):
     facts = [{"prompt": "one\ntwo"}, {"prompt": ["three", "four"]}, {"prompt": "five"}, {"prompt": "six", "url": "x"}]
+    facts[0]["imageData"] = "A" * 2**21  # labelme writes the picture itself
     bad = [{"text": "no field"}, {"prompt": None}, {"prompt": 7}, {"prompt": []}, {"prompt": " "}, ["prompt"]]
     files = named([{"jpg": PICTURE, "json": json.dumps(each).encode()} for each in facts + bad])
     files += [("broken.jpg", PICTURE), ("broken.json", b"{"), ("deep.jpg", PICTURE), ("deep.json", b"[" * 100_000)]
@@ -275,7 +276,7 @@ def test_captions_in_a_field_of_the_json(tmp_path, place):
     source = opened(place, tmp_path, files, caption_key="prompt")
     assert sorted(lines for _, lines in source.examples()) == [["five"], ["one", "two"], ["six"], ["three", "four"]]
     assert source.skips.counts == {FIELD: 7, EMPTY: 1, ENCODING: 1}
-    with pytest.raises(UserError, match=r"fields prompt.*--caption-key"):
+    with pytest.raises(UserError, match=r"fields .*prompt.*--caption-key"):
         opened(place, tmp_path, files)
     with pytest.raises(UserError, match=rf"{FIELD} \(first: .*0.* has prompt.* \.txt files are not read, because"):
         opened(place, tmp_path / "other", [*files[:8], ("000003.txt", b"x")], caption_key="caption")

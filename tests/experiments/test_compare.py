@@ -40,7 +40,7 @@ def test_a_systems_cost_is_counted_up_to_its_generator_and_as_pytorch_does(run):
     assert measured["parameters trained, M"] == sum(p.numel() for p in learned) / 1e6
     assert measured["training images, thousands"] == 0.064
     assert measured["training, hours (of a processor, if logged)"] == pytest.approx((90 + 18) / 3600)
-    (folder / "metrics.jsonl").unlink()
+    (folder / "metrics.jsonl").write_text('{"step": 1, "loss": 2}\n')  # of another program
     assert compare.measure_training(entry, path)["training, hours (of a processor, if logged)"] == 2
     (images,) = entry.draw(["red heart", "sun"], 3)
     assert torch.equal(images, system.sample(system.clip.read(["red heart", "sun"]), 3, 1))
@@ -76,6 +76,10 @@ def test_a_small_comparison(run, tmp_path, run_main, monkeypatch):
         ([f"Aurora={figures.generator_file()}", "--count", 3], "--count 3"),
         ([f"Aurora={figures.generator_file()}", "--out", "taken"], "compare.png: a folder is where a file is needed"),
         ([f"Aurora={figures.generator_file()}"] * 2, "two systems have the same NAME"),
+        *(
+            ([f"{name}={figures.generator_file()}"], "no room for this NAME")
+            for name in ("real pictures", "a|b", "a\nb")
+        ),
     ],
 )
 def test_mistakes_are_one_line(tmp_path, monkeypatch, run_main, arguments, says):

@@ -34,6 +34,15 @@ def test_every_picture_says_how_it_was_made(each, run_main, tmp_path):
     assert status == 0 and "prompt: пингвин 🐧" in stdout and "seed: 5" in stdout and "psi: 0.5" in stdout
 
 
+def test_a_picture_is_written_through_a_link_and_an_error_of_the_disk_says_so(run_main, tmp_path):
+    (tmp_path / "link.png").symlink_to(tmp_path / "a.png")
+    assert run_main(sample.main, "red heart", "--num", 1, "--device", "cpu", "--out", tmp_path / "link.png")[0] == 0
+    assert (tmp_path / "link.png").is_symlink() and files.how_made(tmp_path / "a.png")
+    (tmp_path / "taken.png").mkdir()
+    with pytest.raises(OSError, match=r"taken\.png"):
+        files.save([Image.new("RGB", (4, 4))], tmp_path / "taken.png", {})
+
+
 def test_a_grid_says_it_too(run_main, tmp_path):
     assert run_main(sample.main, "red heart", "--num", 1, "--device", "cpu", "--out", tmp_path / "a.png")[0] == 0
     about = files.how_made(tmp_path / "a.png")
@@ -82,7 +91,7 @@ def test_mistakes_are_one_line(each, run_main, tmp_path):
     assert status == 2 and "is a file" in stderr
 
 
-@pytest.mark.parametrize("name", ["000001.png", files.INDEX])
+@pytest.mark.parametrize("name", ["000001.png", "000002.png", files.INDEX])
 @pytest.mark.parametrize("content", [b"mine", b"[1, 2]\n", b"my notes, without an end of line"])
 def test_a_folder_with_files_of_the_users_is_refused_and_left_alone(each, tmp_path, name, content):
     (tmp_path / "all").mkdir()

@@ -108,7 +108,9 @@ def test_captions_that_are_all_the_same_are_refused_and_broken_pictures_reported
 
 
 def test_a_clip_of_other_data_is_made_again(tmp_path, monkeypatch):
-    """Its file names its data: for another folder, key or seed, or a folder that grew, it is made again."""
+    """Its file names its data: for another folder, key or seed, or a folder that changed, it is made again. A file of
+    the user is left alone.
+    """
     monkeypatch.setattr("training.small_clip.STEPS", (1, 1))
     path, made = tmp_path / "clip.safetensors", []
     write_pictures(tmp_path / "a", ["red", "blue", "green"] * 2)
@@ -119,6 +121,9 @@ def test_a_clip_of_other_data_is_made_again(tmp_path, monkeypatch):
     write_pictures(tmp_path / "b", ["red", "blue", "yellow"] * 3)
     clip_of_new_run(path, tmp_path / "b", None, 1, "cpu")
     made.append(path.read_bytes())
+    (tmp_path / "b" / "0.txt").write_text("red, corrected")
+    clip_of_new_run(path, tmp_path / "b", None, 1, "cpu")
+    made.append(path.read_bytes())
     samples = [
         {"jpg": jpeg(color), "json": json.dumps({"a": name, "b": name * 2}).encode()} for name, color in COLORS.items()
     ]
@@ -126,7 +131,11 @@ def test_a_clip_of_other_data_is_made_again(tmp_path, monkeypatch):
     for key in ("a", "b"):
         clip_of_new_run(path, shard, key, 1, "cpu")
         made.append(path.read_bytes())
-    assert made[0] == made[1] and len(set(made)) == 6
+    assert made[0] == made[1] and len(set(made)) == 7
+    path.write_bytes(b"mine")
+    with pytest.raises(UserError, match="is not of a run"):
+        clip_of_new_run(path, shard, "a", 1, "cpu")
+    assert path.read_bytes() == b"mine"
 
 
 def test_a_full_disk_is_reported_before_a_clip_is_trained(tmp_path, monkeypatch):
