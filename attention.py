@@ -6,7 +6,6 @@ The proof needs squared distances and q = k, as discriminator.squared_l2_attenti
 import math
 
 import torch
-from torch.utils.flop_counter import register_flop_formula
 
 from layers import float32_region, full_precision, recomputed
 
@@ -56,6 +55,7 @@ def blockwise_l2_attention(q, k, v):
     with float32_region(q):
         groups = zip(*(full_precision(x).flatten(0, 1).split(maps) for x in (q, k, v)), strict=True)
         for some_q, some_k, some_v in groups:  # each [≤ maps, N or T, …]
+            some_q, some_k = with_norms(some_q, some_k)
             parts = []
             for q_rows in some_q.split(rows, dim=1):
                 parts.append(recomputed(attend, q_rows, some_k, some_v))
@@ -63,14 +63,20 @@ def blockwise_l2_attention(q, k, v):
     return torch.cat(results).unflatten(0, leading).to(v.dtype)
 
 
+def with_norms(q, k):
+    """[…, N, d] and […, T, d] → […, N, d + 2] and […, T, d + 2], whose product is ‖q − k‖²/d.
+
+    It is (−2q, ‖q‖², 1)·(k, 1, ‖k‖²)/d.
+    """
+    q, k = (x / math.sqrt(x.shape[-1]) for x in (q, k))
+    square_q, square_k = (x.square().sum(-1, keepdim=True) for x in (q, k))
+    one_q, one_k = torch.ones_like(square_q), torch.ones_like(square_k)
+    return torch.cat([-2 * q, square_q, one_q], dim=-1), torch.cat([k, one_k, square_k], dim=-1)
+
+
 def attend(q, k, v):
-    """One block: [maps, N or T, …]. cdist is a matrix product here, and its gradient is zero where q equals k."""
-    distance = torch.cdist(q, k, compute_mode="use_mm_for_euclid_dist")
-    return torch.bmm((-distance / math.sqrt(q.shape[-1])).softmax(-1), v)
-
-
-@register_flop_formula(torch.ops.aten._euclidean_dist)
-def count_flop_of_distances(q_shape, k_shape, **_):
-    """PyTorch's own counter leaves out cdist's matrix product, of q and k, each extended by its norm and a one."""
-    *maps, n, d = q_shape
-    return 2 * math.prod(maps) * n * k_shape[-2] * (d + 2)
+    """One block of l2_attention_plain, [maps, N or T, …], with q and k of with_norms. If they are equal, their distance
+    has no gradient; here it is zero, because that of clamp_min is.
+    """
+    distance = torch.bmm(q, k.mT).clamp_min_(1e-12).sqrt_()
+    return torch.bmm((-distance).softmax(-1), v)

@@ -147,6 +147,14 @@ class UpsamplingConv2d(ModulatedConv2d):
     filter [1, 3, 3, 1]/4 along both axes.
     """
 
+    def mixed_kernels(self, mix):
+        """As above, but stored with C last, in the order in which folded_transposed_convolution reads them."""
+        kernels = self.weight.movedim(2, -1)  # [n, D, k, k, C]
+        if mix is not None:
+            mixed = mix.to(kernels.dtype) @ kernels.flatten(1)
+            kernels = mixed.unflatten(1, kernels.shape[1:])
+        return kernels.movedim(-1, 2)
+
     def convolve(self, x, kernels):
         y = folded_transposed_convolution(x, kernels)  # [B, D, 2H + 1, 2W + 1]
         # [1, 3, 3, 1]/4, computed on the device: a copy from the host would make it wait.
