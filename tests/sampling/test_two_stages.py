@@ -137,7 +137,8 @@ def test_a_users_picture_is_enlarged(file, tmp_path, run_main, mode, size):
 )
 def test_a_picture_that_cannot_be_enlarged_is_one_line(file, tmp_path, run_main, size, says):
     if isinstance(size, str):
-        (tmp_path / "own.png").write_text(f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {size}"/>')
+        drawing = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {size}"><rect width="9" height="9"/></svg>'
+        (tmp_path / "own.png").write_text(drawing)
     else:
         picture("RGB", size).save(tmp_path / "own.png")
     arguments = ("a red square", "--enlarge", tmp_path / "own.png", "--checkpoint", file, "--device", "cpu")
