@@ -31,6 +31,7 @@ from data import sources
 from evaluation.metrics import expert_counts
 from growth import Growth, Phase
 from presets import PRESETS, fitted_to
+from sampling import latent
 from sampling.inference import DTYPES, dtype_of
 from sampling.pictures import grid, to_pil
 from step import Learner
@@ -174,9 +175,8 @@ def train(run):
     for line in source.describe():
         say(line)
     growth.measure_reference(source, folder.path / "reference.pt")
-    if unread := [caption for caption in growth.captions if learner.clip.text.unknown(caption)]:
-        say(f"note: of {len(growth.captions)} captions the text encoder reads {len(unread)} only in part, such as "
-            f"“{unread[0][:60]}”; it knows English words")  # fmt: skip
+    if note := latent.unread(learner.clip.text, growth.captions):
+        say(note)
     pairs = watched_pairs(source, learner.clip)
     save(run)
     loop.check_saved()

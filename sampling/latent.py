@@ -48,6 +48,15 @@ def notes(clip, prompt):
         yield f'In "{shown}" this text encoder does not know {" ".join(unknown)[:60]}; use English words.'
 
 
+def unread(text, captions):
+    """A sentence about the captions of a data set that the text encoder cannot read whole; "" if it reads all."""
+    partly = [caption for caption in captions if text.unknown(caption)]
+    if not partly:
+        return ""
+    found = f"{len(partly)} of {len(captions)} captions, such as “{partly[0][:60]}”"
+    return f"note: the text encoder knows only English words, and reads only parts of {found}"
+
+
 def print_notes(clip, prompts):
     """Prints what the text encoder does not read of the prompts, and which characters the font of captions lacks."""
     for prompt in prompts:

@@ -32,6 +32,7 @@ from common.disk import atomically, check_room
 from common.distributed import say
 from data import sources
 from layers import resize
+from sampling import latent
 from sampling.inference import dtype_of
 
 RESOLUTIONS = (4, 8, 8, 16, 16, 32, 32, 32)  # of the pictures, for an eighth of a batch each: the losses use all
@@ -201,6 +202,9 @@ def main():
     with errors_in_one_line():
         check_file(args.out, args.data)
         source = sources.open_data(args.data, 32, args.seed, args.caption_key)
+        captions = [lines[0] for _, lines in itertools.islice(source.examples(), 100)]
+        if note := latent.unread(load_minilm(), captions):
+            print(note)
         clip = train_small_clip(source, args.steps, seed=args.seed)
         about = {"data": args.data, "seed": str(args.seed), "steps": str(args.steps)}
         atomically(args.out, lambda temporary: save_small(clip, temporary, about))

@@ -205,14 +205,17 @@ def test_a_resumed_run_notes_options_that_it_cannot_use(stopped_after, capsys):
     assert "--init other.safetensors is not used" in said and "Nothing was left to do for --steps 1" in said
 
 
-def test_a_small_clip_is_trained_first_for_other_data(tmp_path, monkeypatch):
+def test_a_small_clip_is_trained_first_for_other_data(tmp_path, monkeypatch, capsys):
     """The run's folder keeps it, and a resumed run uses it, also in another folder or after the data moved. Without it,
     the run is not resumed with another one.
     """
     monkeypatch.setattr("training.small_clip.STEPS", (3, 3))
     data, out = figures.write(tmp_path / "data", count=12), tmp_path / "run"
+    for path in data.glob("*.txt"):
+        path.write_text(f"{path.read_text('utf-8')} 猫", "utf-8")
     common = (*SHORT, "--clip", "train")
     run(*common, "--data", data, "--out", out, "--steps", 1)
+    assert "reads only parts of 6 of 6 captions, such as “" in capsys.readouterr().out
     trained = (out / "clip.safetensors").read_bytes()
     data = data.rename(tmp_path / "moved")
     build(*common, "--data", data, "--out", out, "--resume", "moved").loop.folder.lock_file.close()
