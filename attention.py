@@ -46,7 +46,7 @@ def l2_attention(q, k, v):
 
 def blockwise_l2_attention(q, k, v):
     """Computes the map one block after another, in float32, and each block again in the backward pass. A block is
-    several whole maps if they fit, else some rows of one map.
+    several whole maps if they fit (the inner loop then runs once), else some rows of one map.
     """
     leading, n, t = q.shape[:2], q.shape[2], k.shape[2]  # B, heads: a map for each
     entries = MAP_ENTRIES[q.device.type]
@@ -75,8 +75,9 @@ def with_norms(q, k):
 
 
 def attend(q, k, v):
-    """One block of l2_attention_plain, [maps, N or T, …], with q and k of with_norms. If they are equal, their distance
-    has no gradient; here it is zero, because that of clamp_min is.
+    """One block of l2_attention_plain, [maps, N or T, …], with q and k of with_norms, which have divided by √d.
+
+    Where q = k, the root has an infinite gradient; clamp_min makes it zero.
     """
     distance = torch.bmm(q, k.mT).clamp_min_(1e-12).sqrt_()
     return torch.bmm((-distance).softmax(-1), v)

@@ -133,8 +133,8 @@ class FourierFeatures(nn.Module):
     def __init__(self, channels, size, w_dim):
         super().__init__()
         freqs = torch.randn(channels, 2)
-        # For a normal vector of length r, exp(−r²/2) is uniform in [0, 1]. As the square of the new length exp(−r²/4),
-        # it makes the frequencies uniform in a disc.
+        # The length r of a normal vector becomes exp(−r²/4). The square of this is uniform in [0, 1]: so the
+        # frequencies are uniform in a disc.
         radii = freqs.norm(dim=1, keepdim=True)
         self.register_buffer("freqs", freqs / radii * (-radii.square() / 4).exp())
         self.register_buffer("phases", torch.rand(channels) - 0.5)
@@ -152,7 +152,8 @@ class FourierFeatures(nn.Module):
         cos, sin, *shift = transform.unbind(1)
         rotation = torch.stack([cos, -sin, sin, cos], dim=1).unflatten(1, (2, 2))  # [B, 2, 2]
         freqs = self.freqs @ rotation  # [B, C, 2]
-        phases = self.phases - (freqs @ torch.stack(shift, dim=1)[..., None])[..., 0]  # [B, C]
+        shift = torch.stack(shift, dim=1)[..., None]  # [B, 2, 1]
+        phases = self.phases - (freqs @ shift)[..., 0]  # [B, C]
         centres = (torch.arange(self.size, dtype=w.dtype, device=w.device) + 0.5) / self.size - 0.5
         grid = torch.cartesian_prod(centres, centres).flip(1)  # [N, (x, y)], row by row
         waves = torch.sin(2 * math.pi * (freqs @ grid.T + phases[..., None]))  # [B, C, N]

@@ -76,26 +76,12 @@ class Growth:
             raise UserError(f"{path} is not a reference FID of train.py; move it elsewhere")
         return kept if kept.get("made from") == made_from else None
 
-    @torch.no_grad()
     def compute_reference(self, source):
         """→ {"captions", "given": an upsampler's inputs, "statistics": {resolution: (mean, covariance)},
         "reference_fid": {resolution: FID}}.
         """
-        rank, ranks = distributed.rank(), distributed.world_size()
-        quota = len(range(rank, 2 * self.recipe.fid_samples, ranks))  # of pairs, for this rank
-        features, captions = {r: [] for r in self.resolutions}, []
-        given = []  # of an upsampler: (small image, noise) for each caption; empty for the base
-        noise = torch.Generator().manual_seed(self.seed + rank)
         with distributed.together():
-            for batch in source.evaluation_pairs(rank=rank, world_size=ranks):
-                images = batch.images[: quota - len(captions)].to(self.clip.device)
-                captions += batch.captions[: len(images)]
-                its_noise = draw_input_noise(self.config, len(images), noise)
-                given += zip(*given_images(self.config, images, its_noise), strict=True)
-                for r in self.resolutions:
-                    features[r].append(extract_clip_features(self.clip, resize(images, r)).cpu())
-                if len(captions) == quota or stopping.asked():
-                    break
+            features, captions, given = self.measure_share(source)
         if any(distributed.collect(stopping.asked())):
             raise stopping.Stopped
         captions = [caption for share in distributed.collect(captions) for caption in share]
@@ -111,6 +97,26 @@ class Growth:
             one, other = every[: 2 * half].split(half)
             kept["statistics"][r], kept["reference_fid"][r] = statistics(other), fid(one, other)
         return kept
+
+    @torch.no_grad()
+    def measure_share(self, source):
+        """This rank's share of the pairs → {resolution: a list of features}, captions, and for each caption an
+        upsampler's inputs (small image, noise); of the base, the last list is empty.
+        """
+        rank, ranks = distributed.rank(), distributed.world_size()
+        quota = len(range(rank, 2 * self.recipe.fid_samples, ranks))  # of pairs
+        features, captions, given = {r: [] for r in self.resolutions}, [], []
+        noise = torch.Generator().manual_seed(self.seed + rank)
+        for batch in source.evaluation_pairs(rank=rank, world_size=ranks):
+            images = batch.images[: quota - len(captions)].to(self.clip.device)
+            captions += batch.captions[: len(images)]
+            its_noise = draw_input_noise(self.config, len(images), noise)
+            given += zip(*given_images(self.config, images, its_noise), strict=True)
+            for r in self.resolutions:
+                features[r].append(extract_clip_features(self.clip, resize(images, r)).cpu())
+            if len(captions) == quota or stopping.asked():
+                break
+        return features, captions, given
 
     def evaluate(self, generator):
         """Measures the FID at the active resolution, and records it in the phase → the FID and its reference."""

@@ -71,15 +71,13 @@ def wrong_captions(ids):
     batch, position = len(ids), torch.arange(len(ids), device=ids.device)
     differs = torch.cdist(ids.float(), ids.float(), p=0) > 0  # [B, B]; p=0 counts the tokens that differ
     steps = (position - position[:, None]) % batch  # [B, B]: how many places caption j comes after caption i
-    steps = steps.masked_fill(~differs, batch + 1)  # equal captions come last
-    steps.fill_diagonal_(batch)  # the caption itself comes after all different ones, and before its copies
+    steps = steps + batch * ~differs  # equal captions come after all others, and first of them the caption itself
     return steps.argmin(1)
 
 
 def feature_maps(discriminator, clip, pyramid):
     """Discriminator.maps of a pyramid. The base's discriminator also reads CLIP's maps of the highest image: it is
-    vision-aided (GigaGAN, section 3.4). The upsampler's is not (section 3.5 there). The generator's loss does not call
-    this without augmentation: CLIP has already seen its images, for the CLIP loss.
+    vision-aided (GigaGAN, section 3.4). The upsampler's is not (section 3.5 there).
     """
     clip_maps = ()
     if discriminator.map_readers:
@@ -98,7 +96,7 @@ def r1_penalty(discriminator, clip, pyramid, tokens, eot, gamma, scales):
         pyramid = {r: full_precision(x.detach()).requires_grad_() for r, x in pyramid.items()}
         code = discriminator.encode_text(full_precision(tokens), eot)
         logits = discriminator.score(feature_maps(discriminator, clip, pyramid), code)
-        # The scales, here 1, weigh the images after the gradient is squared.
+        # All scales are 1 here, as they are applied below to the squared gradients.
         weights = prediction_weights(logits, EARLY_ADVERSARIAL, dict.fromkeys(pyramid, 1))
         score = sum(weights[key] * x.mean(1).sum() for key, x in logits.items())
         gradients = torch.autograd.grad(score, list(pyramid.values()), create_graph=True)
@@ -246,20 +244,8 @@ def generator_loss(output, other, text, wrong, chances, discriminator, clip, rec
     real: the pyramid of the true images. perceptual: a frozen network, images [B, 3, R, R] → feature maps. The
     upsampler's recipes need both.
     """
-    scales = scale_weights(output.pyramid, recipe.lower_scales)
-    highest = max(output.pyramid)
-    lower = [r for r in output.pyramid if r < highest and r <= SEEN_BY_CLIP]
-    seen = {r: output.pyramid[r][:: recipe.clip_lower_every] for r in lower}
-    seen[highest] = output.pyramid[highest]
-    embeddings, clip_maps = clip.see(*seen.values())  # one pass for all; the highest images come last
-    clip_maps = [x[-len(wrong) :] for x in clip_maps]
-    embeddings = dict(zip(seen, embeddings.split([len(image) for image in seen.values()]), strict=True))
-    losses = {
-        "g_clip": clip_loss(
-            clip, embeddings, text.embedding, scale_weights(seen, recipe.lower_scales), recipe.clip_lower_every
-        ),
-        "g_moe": moe_loss(output, recipe.balance_weight),
-    }
+    g_clip, clip_maps = pyramid_clip_loss(output.pyramid, text, clip, recipe)
+    losses = {"g_clip": g_clip, "g_moe": moe_loss(output, recipe.balance_weight)}
     weights = {"g_clip": recipe.clip_weight, "g_moe": 1}
     if recipe.adversarial_weight:
         fooling = fooling_losses(output, text, wrong, chances, clip_maps, discriminator, clip, recipe)
@@ -270,6 +256,7 @@ def generator_loss(output, other, text, wrong, chances, discriminator, clip, rec
         losses["g_mode_seeking"] = mode_seeking_loss(output.image[::MODE_SEEKING_EVERY], other.image)
         weights["g_mode_seeking"] = recipe.mode_seeking_weight
     if recipe.l1_weight:
+        scales = scale_weights(output.pyramid, recipe.lower_scales)
         losses["g_l1"] = pixel_distance(output.pyramid, real, scales)
         weights["g_l1"] = recipe.l1_weight
     if recipe.perceptual_weight:
@@ -278,6 +265,22 @@ def generator_loss(output, other, text, wrong, chances, discriminator, clip, rec
         losses["g_perceptual"] = perceptual_distance(perceptual(output.image), wanted).mean()
         weights["g_perceptual"] = recipe.perceptual_weight
     return losses | {"loss": sum(weights[name] * loss for name, loss in losses.items())}
+
+
+def pyramid_clip_loss(pyramid, text, clip, recipe):
+    """clip_loss of the generated images that CLIP sees → the loss, and CLIP's maps of the highest images.
+
+    CLIP sees the highest images, and of lower ones up to SEEN_BY_CLIP the share that the recipe asks for.
+    """
+    highest = max(pyramid)
+    lower = [r for r in pyramid if r < highest and r <= SEEN_BY_CLIP]
+    seen = {r: pyramid[r][:: recipe.clip_lower_every] for r in lower}
+    seen[highest] = pyramid[highest]
+    embeddings, maps = clip.see(*seen.values())  # one pass for all; the highest images come last
+    embeddings = dict(zip(seen, embeddings.split([len(images) for images in seen.values()]), strict=True))
+    scales = scale_weights(seen, recipe.lower_scales)
+    loss = clip_loss(clip, embeddings, text.embedding, scales, recipe.clip_lower_every)
+    return loss, [x[-len(pyramid[highest]) :] for x in maps]
 
 
 def fooling_losses(output, text, wrong, chances, clip_maps, discriminator, clip, recipe):
@@ -290,7 +293,7 @@ def fooling_losses(output, text, wrong, chances, clip_maps, discriminator, clip,
         code = discriminator.encode_text(text.tokens, text.eot)
     wrong_code, is_wrong = wrong_codes(code, wrong)
     pyramid = augment(output.pyramid, recipe.augment, chances)
-    if recipe.augment:  # the CLIP loss uses the images themselves, the discriminator CLIP's maps of augmented ones
+    if recipe.augment:  # CLIP has seen the images themselves; the discriminator needs its maps of augmented ones
         maps = feature_maps(discriminator, clip, pyramid)
     else:
         maps = discriminator.maps(pyramid, clip_maps if discriminator.map_readers else ())

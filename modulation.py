@@ -101,13 +101,14 @@ class ModulatedConv2d(nn.Module):
         It is computed from the mixed kernels, or as Σ mₙmₗ⟨Kₙ, Kₗ⟩. The latter is faster if there are more samples than
         pairs of kernels, and in sampling, which computes the products ⟨Kₙ, Kₗ⟩ once.
         """
-        is_sampling = self.products is not None
-        if not is_sampling and len(kernels) <= len(self.weight) ** 2:
+        products = self.products
+        if products is None and len(kernels) > len(self.weight) ** 2:
+            products = self.kernel_products()
+        if products is None:
             norm = torch.linalg.vector_norm(kernels, dim=(-2, -1))
             return norm.square()
-        products = self.products if is_sampling else self.kernel_products()
-        if mix is None:
-            return products[0]  # [1, D, C]
+        if mix is None:  # n = 1
+            return products[0]
         pairs = mix[:, :, None] * mix[:, None]  # [B, n, n]
         products = products.flatten(0, 1)  # [n·n, D, C]
         energy = pairs.flatten(1) @ products.flatten(1)
@@ -126,7 +127,8 @@ class ModulatedConv2d(nn.Module):
         points = batch // groups * height * width  # that share a kernel
         if is_sampling and x.shape[1] >= CHANNELS_PER_POINT * points:
             return unfolded_convolution(x, kernels)
-        x = x.reshape(batch // groups, -1, height, width)  # [1, B·C, H, W] if each sample has its kernel
+        # Kernels of their own (G = B): [1, B·C, H, W], the samples side by side. One kernel for all (G = 1): x.
+        x = x.reshape(batch // groups, -1, height, width)
         padding = kernels.shape[-1] // 2
         h = F.conv2d(x, kernels.flatten(0, 1), padding=padding, groups=groups)
         return h.reshape(batch, -1, height, width)
@@ -148,7 +150,7 @@ class UpsamplingConv2d(ModulatedConv2d):
     """
 
     def mixed_kernels(self, mix):
-        """As above, but stored with C last, in the order in which folded_transposed_convolution reads them."""
+        """The same kernels. Only their strides differ: C comes last, as folded_transposed_convolution reads them."""
         kernels = self.weight.movedim(2, -1)  # [n, D, k, k, C]
         if mix is not None:
             mixed = mix.to(kernels.dtype) @ kernels.flatten(1)

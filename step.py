@@ -80,8 +80,8 @@ class Learner:
         self.forget()
 
     def forget(self):
-        """Drops the DDP wrappers and the recorded graph; the next step builds them again. Needed whenever resolutions,
-        learning rates or optimizer states change.
+        """Drops the DDP wrappers and the recorded graph, which functools.cached_property keeps in vars(self); the next
+        step builds them again. Needed whenever resolutions, learning rates or optimizer states change.
         """
         for name in ("parallel_generator", "discriminator_loss", "learn"):
             vars(self).pop(name, None)
@@ -129,8 +129,8 @@ class Learner:
         chances = torch.rand(self.batch, 2, NUM_CHANCES, generator=rng)  # for real images, and for fake ones
         noise = draw_input_noise(config, self.batch, rng)
         places = torch.rand(self.batch, 2, generator=rng)  # y, x of the crops
-        shape = len(batches), distributed.world_size(), -1  # micro-batches, ranks, images of one
-        drawn = [x.unflatten(0, shape) for x in (z, chances, noise, places)]
+        shape = len(batches), distributed.world_size(), -1
+        drawn = [x.unflatten(0, shape) for x in (z, chances, noise, places)]  # each [micro-batches, ranks, b, …]
         mine = [x[:, distributed.rank()] for x in drawn]  # of each micro-batch, this rank's images
         return [self.micro_batch(*parts) for parts in zip(batches, *mine, strict=True)]
 
@@ -143,7 +143,8 @@ class Learner:
             real = {r: crop(x, *cut) for r, x in real.items()}
             given = tuple(crop(x, *cut) for x in given)
         ids = distributed.gather(self.clip.tokenize(batch.captions))
-        wrong = wrong_captions(ids).unflatten(0, (distributed.world_size(), -1))[distributed.rank()]
+        wrong = wrong_captions(ids)  # indices among the captions of all ranks
+        wrong = wrong.unflatten(0, (distributed.world_size(), -1))[distributed.rank()]
         text = self.clip.read(batch.captions)
         other_z = z[::MODE_SEEKING_EVERY, 1]
         return MicroBatch(real, text, wrong, z=z[:, 0], other_z=other_z, chances=chances, given=given)

@@ -50,9 +50,8 @@ def enlarge(image):
 def add_detail(rgb, image, side):
     """The RGB of a level [B, 3, 2R, 2R] and the image below [B, 3, R, R] → the image at 2R.
 
-    Adds the RGB without its low frequencies (averaged to side × side, the input's size, and enlarged again): only
-    detail that the input cannot show. So the large picture keeps the colors of the small one. Otherwise early steps of
-    training would shift colors that are right.
+    Adds the RGB without its low frequencies: only detail that the input cannot show. So the large picture keeps the
+    colors of the small one. Otherwise early steps of training would shift colors that are right. side: of the input.
     """
     coarse = F.interpolate(resize(rgb, side), rgb.shape[-1], mode="bilinear", align_corners=False)
     return rgb - coarse + enlarge(image)
@@ -116,10 +115,10 @@ def draw_input_noise(config, count, generator):
 
 
 def crop(images, input_resolution, side, places):
-    """Cuts a square from each of images [B, 3, R, R], at the same place of the picture for any R: `side` pixels of the
-    input, side·R/input_resolution pixels of others. places [B, 2], on the CPU, uniform in [0, 1), choose it.
+    """Cuts a square from each of images [B, 3, R, R], at the same place of the picture for any R. With a side of 32 and
+    an input of 64 pixels, it cuts 32×32 pixels of the input, and 128×128 of the image of 256×256.
 
-    A pyramid keeps its keys: with side 32 of an input of 64 pixels, the image of resolution 256 has 128×128 pixels.
+    A pyramid keeps its keys. places [B, 2], on the CPU, uniform in [0, 1): of the squares.
     """
     scale = images.shape[-1] // input_resolution
     corners = ((places * (input_resolution - side + 1)).long() * scale).tolist()
