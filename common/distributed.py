@@ -1,7 +1,6 @@
 """The few calls to torch.distributed. Each also works in a single process."""
 
 import contextlib
-import ctypes
 import datetime
 import gc
 import os
@@ -34,7 +33,7 @@ def start(device_name):
     """
     # Float32 stays float32: by default, PyTorch lets cuDNN's convolutions round to TF32, which has 10 bits.
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    keep_freed_memory()
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages for large tensors: on a CPU far fewer page faults
     if device_name == "auto":
         device_name = "cuda" if torch.cuda.is_available() else "cpu"
     if not re.fullmatch(r"cpu|cuda(:[1-9]?\d)?", device_name):
@@ -55,17 +54,6 @@ def start(device_name):
             address = os.environ["MASTER_ADDR"]
             raise UserError(f"the other ranks cannot be joined at {address}: {first_line(error)}") from error
     return device
-
-
-def keep_freed_memory():
-    """Lets glibc keep the memory of freed tensors. By default it returns large blocks to the system, and new ones cause
-    page faults: two million to sample 8 pictures of `aurora-64` on a CPU. Has no effect with other C libraries.
-    """
-    mmap_max, trim_threshold = -4, -1  # of malloc.h
-    with contextlib.suppress(AttributeError, OSError, TypeError):
-        libc = ctypes.CDLL(None)
-        libc.mallopt(mmap_max, 0)
-        libc.mallopt(trim_threshold, 2**31 - 1)
 
 
 def is_launched():
