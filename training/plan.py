@@ -319,7 +319,7 @@ def print_plan(args, preset):
         print("".join(f"{float(f'{value:.3g}'):13,g}" for value in row))
     peak = (work["bfloat16"] + work["float32"]) / hardware.bfloat16 / hardware.seconds(work)
     print(
-        f"The ideal time of a step: its matrix products and its memory traffic, both at the peak rates.\n"
+        f"The ideal time of a step is that of its matrix products plus that of its memory traffic, at the peak rates.\n"
         f"On one H200, a step took {1 / SHARE_OF_PEAK:.1f} times its ideal time.\n"
         f"Assumed: the same factor on {hardware.name}. Then {peak:.1%} of its bfloat16 peak is reached.\n"
         f"{RESERVED / 1e9:.0f} GB are left free. Checkpoints cost no time. Not counted: waiting for data or other GPUs."
