@@ -27,7 +27,7 @@ def atomically(path, write):
     The file is on the disk before it gets its name, so this is true after a loss of power too. The next call overwrites
     what a killed process left unfinished. Raises OSError if the file cannot be written.
     """
-    path = Path(os.path.realpath(path))  # a link stays one
+    path = Path(path)
     temporary = path.with_name(f".{path.name[:50]}.unfinished")
     try:
         temporary.unlink(missing_ok=True)
@@ -41,7 +41,7 @@ def atomically(path, write):
         number = re.search(r"os error (\d+)", str(error))
         raise OSError(int(number[1]) if number else None, first_line(error), str(path)) from error
     except OSError as error:
-        if error.filename is not None:
+        if str(error.filename) == str(temporary):
             error.filename = str(path)
         raise
     finally:

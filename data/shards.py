@@ -285,10 +285,10 @@ def opened(url, start):
     with output_of(command) if command else open(url, "rb") as file:
         if plain:
             file.seek(start // tarfile.BLOCKSIZE * tarfile.BLOCKSIZE)
-        for first_bytes, decompressed in COMPRESSED.items():
-            if file.peek().startswith(first_bytes):
-                file = decompressed(file)  # unlike tarfile, reads several compressed streams in one file
-                break
+        else:
+            first_bytes = file.peek()
+            decompressed = next((read for magic, read in COMPRESSED.items() if first_bytes.startswith(magic)), None)
+            file = decompressed(file) if decompressed else file  # unlike tarfile, reads several streams in one file
         with tarfile.open(fileobj=file, mode="r:" if plain else "r|", ignore_zeros=plain and start > 0) as tar:
             tar.ignore_zeros = True  # after the first header, damaged ones and the end of a first tar are skipped
             yield tar

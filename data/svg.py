@@ -17,8 +17,8 @@ MAX_DEPTH = 100  # of nested elements
 MAX_ELEMENTS = 50_000  # including those that references draw again
 MAX_ASPECT = 16  # longer side / shorter side
 REFERENCE = re.compile(r"""url\(\s*["']?\s*([^)"']*)""")
-# A color in a wide gamut, which Figma writes after the same color in sRGB.
-WIDE_COLOR = re.compile(r"(?:fill|stroke|stop-color):\s*color\(display-p3[^)]*\);?")
+# A color in a wide gamut, after the same color in sRGB: so Figma writes them.
+WIDE_COLOR = re.compile(r"\b((fill|stroke|stop-color):[^;\"']*;\s*)\2:\s*color\(display-p3[^)]*\);?")
 # CSS that resvg ignores or draws black: other stylesheets, conditions, and colors in forms that it does not know.
 UNREAD = re.compile(
     r"@import|@media|:(?:nth-|not\(|is\(|where\(|has\()"
@@ -91,7 +91,7 @@ def render(svg, resolution):
         text = svg.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise Refused("not UTF-8") from error
-    text = WIDE_COLOR.sub("", text)
+    text = WIDE_COLOR.sub(r"\1", text)
     check(text.encode())
     options = {"background": "white", "skip_system_fonts": True, "dpi": 96}  # with 0, the default, a size in mm is zero
     draw = functools.partial(resvg_py.svg_to_bytes, text, **options)

@@ -75,7 +75,7 @@ def save(pictures, path, about):
         options["pnginfo"] = PngImagePlugin.PngInfo()
         options["pnginfo"].add_itxt(KEY, json.dumps(about, ensure_ascii=False))
     try:
-        atomically(path, lambda temporary: first.save(temporary, kind, **options))
+        atomically(path.resolve(), lambda temporary: first.save(temporary, kind, **options))  # a link stays a link
     except (OSError, ValueError, KeyError) as error:
         if isinstance(error, OSError) and error.filename:  # of the disk, not of the format
             raise

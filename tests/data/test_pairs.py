@@ -226,6 +226,7 @@ def uses(levels, times=10):
         drawing("<style>rect:nth-of-type(1) { fill: red }</style>"),
         *(drawing(f'<rect style="fill:{x}"/>') for x in ("var(--a,red)", "oklch(.6 .2 20)", "rgb(255 0 0 / 50%)")),
         drawing('<rect fill="hsl(0deg 100% 50%)"/>'),
+        drawing('<rect style="stroke:red;fill:color(display-p3 1 0 0)"/>'),  # without a color in sRGB before it
     ],
 )
 def test_svgs_that_refer_to_files_or_expand_are_refused(content):

@@ -116,11 +116,14 @@ def test_the_buffer_is_full_before_the_first_batch_and_bounded_in_bytes(monkeypa
 @pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 @pytest.mark.parametrize("stretch", [512, 1000, 7168, 40_960])
 def test_of_stretches_of_a_shard_each_sample_belongs_to_one_and_is_whole(tmp_path, form, stretch):
-    """Long names have a header of their own, which the start of a stretch may miss."""
+    """Long names have a header of their own, which the start of a stretch may miss. A stretch may begin within a file
+    whose bytes there look like those of a .gz.
+    """
     files = []
     for i in range(40):
         stem = f"{'folder-' * 8}{i}/{'name-' * 12}{i}" if form != tarfile.USTAR_FORMAT else f"{i}"
-        files += [(stem + suffix, bytes([i]) * (50 * i)) for suffix in (".jpg", ".mask.png", ".txt")]
+        content = (b"\x1f\x8b" if i % 2 else bytes([i, i])) * (25 * i)
+        files += [(stem + suffix, content) for suffix in (".jpg", ".mask.png", ".txt")]
     path = write_tar(tmp_path / "0.tar", files, format=form)
     size = (tmp_path / "0.tar").stat().st_size
     parts = [list(shards.members(path, start, start + stretch)) for start in range(0, size, stretch)]
