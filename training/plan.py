@@ -261,13 +261,13 @@ def empty_batch(learner, size):
 
 
 def parameters_and_memory(learner):
-    """→ {network: number of parameters}, and {what: bytes kept from step to step}. All parameters learn in float32."""
+    """→ {network: number of parameters}, and {what: its bytes}. All parameters learn in float32."""
     experts = [module for module in learner.generator.modules() if isinstance(module, Experts)]
     networks = {"generator": learner.generator, "its experts": nn.ModuleList(experts)}
     networks |= {"discriminator": learner.discriminator, "frozen CLIP": learner.clip}
     numbers = {name: sum(p.numel() for p in network.parameters()) for name, network in networks.items()}
     learning = numbers["generator"] + numbers["discriminator"]
-    kept = {"networks": 4 * learning, "gradients": 4 * learning, "Adam": 8 * learning}
+    kept = {"networks": 4 * learning, "gradients at most": 4 * learning, "Adam": 8 * learning}
     kept["moving average"] = 4 * numbers["generator"]
     kept["CLIP"] = sum(p.numel() * p.element_size() for p in learner.clip.parameters())
     return numbers, kept
@@ -299,29 +299,30 @@ def print_plan(args, preset):
     hardware, rehearsal = HARDWARE[args.hardware or "a100"], Rehearsal(preset, clip)
     print(f"{args.preset} on {hardware.name}, global batch {batch}, CLIP {clip}. Counted, with shapes alone:")
     print("  parameters, M:           " + figures(rehearsal.parameters, 1e6))
-    print("  memory kept, GB:         " + figures(rehearsal.kept, 1e9))
+    print("  memory, GB:              " + figures(rehearsal.kept, 1e9))
     for kind in ("step", "r1", "evaluation"):
         none, one = (rehearsal.of(kind, images)["memory"] / 1e9 for images in (0, 1))
         print(f"  peak of {kind + ', GB:':16s} {none:.3g} + {one - none:.3g} for each image")
     work = rehearsal.work(32, 1)
     bfloat16, float32, moved = (work[name] / 1e12 for name in ("bfloat16", "float32", "moved"))
-    print("  mean step on 32 images, with R1 in every 16th: ", end="")
-    print(f"bfloat16 {bfloat16:.4g} TFLOP, float32 {float32:.4g} TFLOP, memory traffic {moved:.4g} TB")
-    names = "GPUs", "--accumulate", "R1 images", "memory, GB", "a step, s", "days"
-    print("".join(f"{name:>13s}" for name in names))
+    print(f"  mean step on 32 images:  {bfloat16:.4g} TFLOP in bfloat16, {float32:.4g} in float32, ", end="")
+    print(f"{moved:.4g} TB of memory traffic; every {R1_INTERVAL}th step has R1")
+    names = "GPUs", "--accumulate", "images at once", "at once in R1", "memory, GB", "a step, s", "days"
+    print("".join(f"{name:>15s}" for name in names))
     for gpus in sorted(n for n in {1, 8, 64, args.gpus or 1} if batch % n == 0):
         micro_batches, r1_images = rehearsal.divide(batch // gpus, hardware.memory)
-        memory = rehearsal.memory(batch // gpus // micro_batches, r1_images) / 1e9
+        images = batch // gpus // micro_batches
+        memory = rehearsal.memory(images, r1_images) / 1e9
         seconds = hardware.seconds(rehearsal.work(batch // gpus, micro_batches))
         evaluated = recipe.fid_samples * batch / recipe.fid_every / gpus  # images a step, on average
         seconds += evaluated / DRAWN * hardware.seconds(rehearsal.of("evaluation", DRAWN))
-        row = gpus, micro_batches, r1_images, memory, seconds, steps * seconds / 86400
-        print("".join(f"{float(f'{value:.3g}'):13,g}" for value in row))
+        row = gpus, micro_batches, images, r1_images, memory, seconds, steps * seconds / 86400
+        print("".join(f"{float(f'{value:.3g}'):15,g}" for value in row))
     peak = (work["bfloat16"] + work["float32"]) / hardware.bfloat16 / hardware.seconds(work)
     print(
         f"The ideal time of a step is that of its matrix products plus that of its memory traffic, at the peak rates.\n"
-        f"On one H200, a step took {1 / SHARE_OF_PEAK:.1f} times its ideal time.\n"
-        f"Assumed: the same factor on {hardware.name}. Then {peak:.1%} of its bfloat16 peak is reached.\n"
+        f"On one H200, a step of an earlier version took {1 / SHARE_OF_PEAK:.1f} times its ideal time.\n"
+        f"Assumed: this holds today and on {hardware.name} too. Then a step reaches {peak:.1%} of the bfloat16 peak.\n"
         f"{RESERVED / 1e9:.0f} GB are left free. Checkpoints cost no time. Not counted: waiting for data or other GPUs."
     )
 
