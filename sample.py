@@ -26,6 +26,9 @@ from sampling.pictures import animation, expert_map, grid, to_pil
 from sampling.pipeline import Pipeline
 from weights.generator_file import DEMO
 
+MOST = 1000  # pictures in one file
+COLUMNS = 16  # at most, without a view
+
 # The options that each view uses, of those that not all use.
 VIEWS = {
     "each": {"num", "seed", "truncation"},
@@ -94,6 +97,8 @@ def read_prompts(args):
         try:
             prompts += filter(str.strip, args.prompts.read_text(encoding="utf-8-sig").split("\n"))
         except UnicodeDecodeError:
+            prompts = ["\0"]
+        if any("\0" in prompt for prompt in prompts):
             raise UserError(f"--prompts {args.prompts} is not UTF-8 text; save it as UTF-8") from None
     latent.check(prompts)
     return prompts
@@ -124,7 +129,7 @@ def choose_view(args, pipe, prompts, picture):
         frames, title = inversion.frames(pipe, picture, prompts)
         print(title)
         return frames, len(frames) + 1, title
-    columns = args.num if args.num > 1 else min(6, len(prompts))
+    columns = min(args.num, COLUMNS) if args.num > 1 else min(6, len(prompts))
     return pipe.frames(prompts, args.num, seed, psi), columns, ""
 
 
@@ -138,6 +143,10 @@ def check_view(args, prompts):
         raise UserError(f"--enlarge needs one prompt, which describes the picture; {len(prompts)} were given")
     if args.latent_walk and len(prompts) > 1:
         raise UserError(f"--latent-walk needs one prompt; {len(prompts)} were given")
+    is_sequence = args.interpolate or args.latent_walk
+    pictures = args.steps if is_sequence else len(prompts) * (len(args.seeds) if args.seeds else args.num)
+    if pictures > MOST and not args.each:
+        raise UserError(f"{pictures} pictures are too many for one file; ask for {MOST} at most, or draw with --each")
 
 
 def lay_out(pipe, frames, columns, title, with_experts, animated, picture):

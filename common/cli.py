@@ -181,7 +181,7 @@ def finite_number(text):
     with contextlib.suppress(ValueError):
         if math.isfinite(number := float(text)):
             return number
-    raise argparse.ArgumentTypeError(f"{text!r} is not a number to multiply with")
+    raise argparse.ArgumentTypeError(f"{text!r} is not a finite number, such as 0.7")
 
 
 def with_fields(settings, option, assignments):
@@ -197,6 +197,8 @@ def with_fields(settings, option, assignments):
                 value = ast.literal_eval(text)
             if isinstance(former, float):
                 value = float(value)
+        if isinstance(former, tuple) and isinstance(value, str):
+            value = tuple(value.split(","))
         if not is_like(value, former):
             raise UserError(f"{option} {name}={text}: write {name}=VALUE with a value like {former!r}")
         changes[name] = value

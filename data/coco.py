@@ -49,7 +49,7 @@ class Coco(Source):
 def read_annotations(path):
     """→ {image id: file name}, {image id: its captions}."""
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = json.loads(Path(path).read_text(encoding="utf-8-sig"))
         images = {int(image["id"]): str(image["file_name"]) for image in content["images"]}
         captions = collections.defaultdict(list)
         for annotation in content["annotations"]:
@@ -62,7 +62,9 @@ def read_annotations(path):
     except OSError as error:
         raise UserError(f"--data {path} cannot be read: {error.strerror}") from error
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise UserError(f"--data {path} is not a captions file in COCO's format ({first_line(error)})") from error
+        raise UserError(
+            f"--data {path} is not a captions file in COCO's format ({first_line(error)}); use captions_val2014.json"
+        ) from error
     return images, captions
 
 

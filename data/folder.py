@@ -33,7 +33,7 @@ class Folder(Source):
             raise UserError(f"--data {path}: not a folder of images with .txt captions, nor a .tar shard")
         self.pairs, self.problems, self.others = search(path, caption_key)
         if len(self.pairs) < 4:
-            raise UserError(f"--data {path}: training needs at least 4 pairs. {' '.join(self.findings())}")
+            raise UserError(f"--data {path}: at least 4 pairs are needed. {' '.join(self.findings())}")
         self.holds_out = len(self.pairs) >= FEWEST
         self.check(any(self.read(number, held_out=False) for number in self.order(0)))
 

@@ -25,6 +25,7 @@ PNG = b"\x89PNG\r\n\x1a\n"  # its first bytes; bytes 24 and 25 are the bits of a
 BITS, WHITE_IS = 258, 262  # tags of a TIFF; the second is 1 if the largest value is white
 # Those of JPEG 2000 and JPEG XL (both as a file, each as a stream), icons, Photoshop, EPS, PPM and compressed SVGs.
 FOREIGN = (b"\0\0\0\x0c", b"\xff\x4f\xff\x51", b"\xff\x0a", b"\0\0\1\0", b"8BPS", b"%!PS", b"P6", b"\x1f\x8b")
+FOREIGN += (b"%PDF", b"II*\0", b"MM\0*")  # and of PDF, and of a TIFF that Pillow does not know
 MAX_FILE = 2**28  # bytes of an image that are read
 MAX_PIXELS = 2**26  # of an image; more is a mistake or an attack
 MAX_CAPTION = 1000  # characters; no CLIP reads more, and tokenizing a novel takes minutes
@@ -40,7 +41,7 @@ CAUSES = (
     DUPLICATE := "repeated names, or further images, of a sample in a shard",
     FILE := "files that could not be read",
     IMAGE := "broken images",
-    FORMAT := "images of a kind that is not read, such as JPEG 2000 or 32 bits: convert them to PNG",
+    FORMAT := "images of a kind that is not read, such as JPEG 2000 or 32 bits: convert them to PNG of 8 bits",
     SMALL := "images that are too small",
     LARGE := "images that are too large",
     EMPTY := "empty captions",
@@ -203,6 +204,7 @@ def centre_square(data, resolution):
         image.draft(None, (4 * resolution, 4 * resolution))  # a large JPEG is decoded at a fraction of its size
         image.load()  # a TIFF is upright from here on
         profile = image.info.get("icc_profile")
+        gamma = 0 if profile or "srgb" in image.info else image.info.get("gamma", 0)  # of a PNG
         with contextlib.suppress(Exception):  # an EXIF tag of a wrong type raises any error, after the image is turned
             ImageOps.exif_transpose(image, in_place=True)
         is_16_bit = image.mode.startswith("I;16")
@@ -211,7 +213,9 @@ def centre_square(data, resolution):
         if image.format == "TIFF" and is_16_bit and (image.tag_v2.get(WHITE_IS), image.tag_v2.get(BITS)) != (1, (16,)):
             raise Unusable(FORMAT)  # Pillow reads the numbers, and not what they mean
         if image.format == "PNG" and data[24] != 8 and data[25] in (0, 2) and image.has_transparency_data:
-            raise Unusable(FORMAT)  # Pillow compares pixels of 8 bits with a transparent color of other bits
+            if data[24] == 16:  # Pillow compares pixels of 8 bits with a transparent color of other bits
+                raise Unusable(FORMAT)
+            image.info["transparency"] *= 255 // (2 ** data[24] - 1)
         if is_16_bit:
             image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
         if image.format == "BMP" and image.mode == "RGBA" and image.getextrema()[3] == (0, 0):
@@ -223,11 +227,16 @@ def centre_square(data, resolution):
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         if image.mode not in ("L", "CMYK"):
             image = image.convert("RGB")
+        if profile and profile[16:20] == b"GRAY" and not np.ptp(np.asarray(image.convert("RGB")), axis=-1).any():
+            image = image.convert("L")  # of a palette, or with alpha
         image = ImageOps.fit(image, (resolution, resolution), Image.Resampling.LANCZOS)
         with contextlib.suppress(ImageCms.PyCMSError, OSError, TypeError, ValueError):
             if profile:
                 return ImageCms.applyTransform(image, to_srgb(profile, image.mode))
-        return image.convert("RGB")
+        image = image.convert("RGB")
+        if gamma:
+            image = image.point([round(255 * (value / 255) ** (1 / (2.2 * gamma))) for value in range(256)] * 3)
+        return image
 
 
 @functools.lru_cache(maxsize=16)

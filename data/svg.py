@@ -19,11 +19,21 @@ MAX_ASPECT = 16  # longer side / shorter side
 REFERENCE = re.compile(r"""url\(\s*["']?\s*([^)"']*)""")
 # A color in a wide gamut, after the same color in sRGB: so Figma writes them.
 WIDE_COLOR = re.compile(r"\b((fill|stroke|stop-color):[^;\"']*;\s*)\2:\s*color\(display-p3[^)]*\);?")
-# CSS that resvg ignores or draws black: other stylesheets, conditions, and colors in forms that it does not know.
-UNREAD = re.compile(
-    r"@import|@media|:(?:nth-|not\(|is\(|where\(|has\()"
-    r"|(?:fill|stroke|color)\s*:\s*(?!url\(|rgba?\(|hsla?\()[\w-]+\("
-    r"|(?:rgb|hsl)a?\([^,)]*\)"
+# The CSS that resvg reads: rules with simple selectors, and the properties of SVG 1.1. Some others change no picture.
+# What is left is refused, because resvg ignores it or draws black: @media, pseudo-classes, transforms, variables, …
+COMMENT = re.compile(r"/\*.*?\*/", re.DOTALL)
+RULE = re.compile(r"[\w\s.#*>,-]*\{([^{}]*)\}")
+PROPERTY = re.compile(
+    r"(?:fill|stroke|stop|flood|marker|font|text|shape|color|line|letter|word|writing|glyph|solid|-inkscape)(?:-[\w-]+)?"
+    r"|alignment-baseline|background-color|baseline-shift|clip|clip-path|clip-rule|cursor|direction|display"
+    r"|dominant-baseline|enable-background|filter|height|image-rendering|isolation|kerning|lighting-color|margin|mask"
+    r"|mask-type|mix-blend-mode|opacity|overflow|padding|paint-order|pointer-events|unicode-bidi|user-select"
+    r"|vector-effect|vertical-align|visibility|white-space|width"
+)
+UNREAD_VALUE = re.compile(
+    r"(?<![\w-])(?!(?:url|rgba?|hsla?|blur|brightness|contrast|drop-shadow|grayscale|invert|saturate|sepia)\()[\w-]+\("
+    r"|(?:rgb|hsl)a?\([^,)]*\)"  # without commas
+    r"|non-scaling-stroke"
 )
 
 
@@ -38,23 +48,46 @@ def check(svg):
     if len(svg) > MAX_BYTES:
         raise Refused("too large")
     inside, sizes, references = [""], collections.Counter(), collections.defaultdict(list)  # by id
+    elements, stylesheet = [], []
 
     def start(name, attributes):
-        if name.rpartition(":")[2] in ("script", "foreignObject", "text") or len(inside) > MAX_DEPTH:
+        elements.append(name.rpartition(":")[2])
+        if elements[-1] in ("script", "foreignObject", "text") or len(inside) > MAX_DEPTH:
             raise Refused(f"{name} at depth {len(inside)}")
         inside.append(attributes.get("id", inside[-1]))
         sizes[inside[-1]] += 1
         if inside[-1] != inside[-2]:
             references[inside[-2]].append(inside[-1])
         for key, value in attributes.items():
-            read_css(f"{key}:{value}")
-            if key.rpartition(":")[2] == "href" and name.rpartition(":")[2] != "a":  # the target of a click is no part
+            refer(REFERENCE.findall(value))
+            if key == "style":
+                check_declarations(COMMENT.sub("", value))
+            elif PROPERTY.fullmatch(key) and UNREAD_VALUE.search(value):
+                raise Refused(f"{key}={value}")
+            if key.rpartition(":")[2] == "href" and elements[-1] != "a":  # the target of a click is no part
                 refer([value])
 
-    def read_css(text):
-        if found := UNREAD.search(text):
-            raise Refused(found[0])
-        refer(REFERENCE.findall(text))
+    def end(_):
+        elements.pop()
+        inside.pop()
+
+    def read_text(text):
+        if elements[-1] == "style":
+            stylesheet.append(text)
+
+    def check_stylesheet(css):
+        refer(REFERENCE.findall(css))
+        if rest := RULE.sub("", css).strip():
+            raise Refused(rest)
+        for declarations in RULE.findall(css):
+            check_declarations(declarations)
+
+    def check_declarations(text):
+        for declaration in text.split(";"):
+            name, _, value = map(str.strip, declaration.partition(":"))
+            is_read = PROPERTY.fullmatch(name) and not UNREAD_VALUE.search(value)
+            if name and not is_read and value not in ("none", "transparent"):
+                raise Refused(declaration)
 
     def refer(targets):
         for target in targets:
@@ -74,11 +107,11 @@ def check(svg):
         return sizes[name] + sum(map(count, references[name]))
 
     parser = expat.ParserCreate()
-    parser.StartElementHandler, parser.EndElementHandler = start, lambda _: inside.pop()
-    parser.buffer_text, parser.CharacterDataHandler = True, read_css  # the text of <style>
+    parser.StartElementHandler, parser.EndElementHandler, parser.CharacterDataHandler = start, end, read_text
     parser.EntityDeclHandler, parser.ProcessingInstructionHandler = refuse_entities, refuse_stylesheets
     try:
         parser.Parse(svg, True)
+        check_stylesheet(COMMENT.sub("", "".join(stylesheet)))
         if count("") > MAX_ELEMENTS:
             raise Refused(f"{count('')} elements")
     except RecursionError as error:

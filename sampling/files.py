@@ -14,6 +14,7 @@ from data.pairs import FORMATS, IMAGE, SMALL, Unusable, read_image
 from sampling import latent
 from sampling.pipeline import Pipeline
 
+KINDS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # that are written
 KEY = "aurora"  # the PNG's text field, which contains JSON
 INDEX = "pictures.jsonl"  # in the folder of write_each: a line for each picture
 FRAME_MS = 80  # milliseconds per frame of an animation
@@ -24,7 +25,7 @@ def check_picture(path, given=None, data=""):
 
     given, data: the user's own picture or folder, in which nothing may be overwritten.
     """
-    if Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:
+    if Image.registered_extensions().get(path.suffix.lower()) not in KINDS:
         raise UserError(f"--out {path}: unknown picture format {path.suffix!r}; use .png or .jpg")
     if given and given.exists() and path.exists() and path.samefile(given):
         raise UserError(f"--out {path} is the picture that you gave; name another file with --out")

@@ -8,6 +8,7 @@ pictures = pipe.sample("red heart", num=4, seed=0)
 import contextlib
 import dataclasses
 import hashlib
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from numbers import Integral
@@ -112,6 +113,7 @@ class Pipeline:
         if not isinstance(num, Integral) or num < 1:
             raise UserError(f"num={num!r}: give a whole number, 1 or more")
         check_seed(seed)
+        check_psi(psi)
         return self.view(views.samples, prompts, int(num), int(seed), psi, numbers)
 
     def view(self, view, *arguments) -> list[views.Frame]:
@@ -145,14 +147,23 @@ class Pipeline:
         is_image = isinstance(image, torch.Tensor) and image.is_floating_point() and image.shape == (3, side, side)
         if not is_image or not image.abs().max() <= 1:  # NaN is not
             raise UserError(f"the image has to be a tensor [3, {side}, {side}] with values from −1 to 1")
+        latent.check([caption])
         frames = views.samples(self.upsampler, self.clip, [caption], 1, seed, 1.0)
-        return enlarge(self.upsampler, image[None].to(frames[0].w.device), frames).pictures[0]
+        return enlarge(self.upsampler, image[None].float().to(frames[0].w.device), frames).pictures[0]
 
 
 def check_seed(seed):
     """Raises UserError. Of a larger seed, PyTorch's generators use the last 32 bits alone."""
     if not isinstance(seed, Integral) or not 0 <= seed < 2**32:
         raise UserError(f"seed={seed!r}: give a whole number from 0 to {2**32 - 1}")
+
+
+def check_psi(psi):
+    """Raises UserError."""
+    with contextlib.suppress(TypeError, ValueError):
+        if math.isfinite(psi):
+            return
+    raise UserError(f"psi={psi!r}: give a finite number, such as 0.7")
 
 
 def up_to(resolution, generator, upsampler):

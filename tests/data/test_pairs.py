@@ -130,6 +130,18 @@ SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 SWAPPED = SRGB.replace(b"rXYZ", b"?XYZ", 1).replace(b"bXYZ", b"rXYZ", 1).replace(b"?XYZ", b"bXYZ", 1)  # blue is red
 
 
+def gray_profile(gamma):
+    """The bytes of an ICC profile of gray pictures: a header, then a table of two tags and their values."""
+    white = struct.pack(">4sIiii", b"XYZ ", 0, 63190, 65536, 54061)
+    curve = struct.pack(">4sIIHxx", b"curv", 0, 1, gamma * 256)
+    table = struct.pack(">I4sII4sII", 2, b"wtpt", 156, len(white), b"kTRC", 176, len(curve))
+    length = 128 + len(table) + len(white) + len(curve)
+    header = struct.pack(
+        ">I4sI4s4s4s12x4s28xiii48x", length, b"", 0x2400000, b"mntr", b"GRAY", b"XYZ ", b"acsp", 63190, 65536, 54061
+    )
+    return header + table + white + curve
+
+
 def test_colors_are_read_as_their_profile_says():
     """An invalid profile, or one of other channels, is ignored."""
     image, grey = Image.new("RGB", (20, 20), (120, 200, 80)), Image.new("L", (20, 20), 90)
@@ -138,6 +150,29 @@ def test_colors_are_read_as_their_profile_says():
         torch.testing.assert_close(pixel, torch.tensor([80.0, 200, 120]), atol=2, rtol=0)
     assert torch.equal(read(encoded(image, icc_profile=b"none")), read(encoded(image)))
     assert torch.equal(read(encoded(grey, icc_profile=SWAPPED)), read(encoded(grey)))
+    for form in ("L", "LA", "P"):  # 90 is a luminance of (90/255)², which is 99 in sRGB
+        pixel = (read(encoded(grey.convert(form), icc_profile=gray_profile(gamma=2)))[:, 0, 0] + 1) * 127.5
+        torch.testing.assert_close(pixel, torch.full((3,), 99.0), atol=1, rtol=0)
+    assert torch.equal(read(encoded(image, icc_profile=gray_profile(gamma=2))), read(encoded(image)))
+
+
+def test_the_gamma_of_a_png_is_read():
+    content = encoded(Image.new("RGB", (20, 20), (184, 2, 2)))
+    linear, srgb = chunk(b"gAMA", struct.pack(">I", 100_000)), chunk(b"sRGB", b"\0")
+    for chunks, color in ((linear, (220.0, 28, 28)), (linear + srgb, (184.0, 2, 2))):
+        pixel = (read(content[:33] + chunks + content[33:])[:, 0, 0] + 1) * 127.5
+        torch.testing.assert_close(pixel, torch.tensor(color), atol=1, rtol=0)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_the_transparent_color_of_a_png_of_few_bits_is_read(bits):
+    """The color 1 becomes white, 0 stays black."""
+    content = with_clear_color(bits)
+    assert (read(content) == -1).all()
+    pixels = zlib.compress((b"\0" + bytes([2 ** (8 - bits)]) + bytes(16 * bits // 8 - 1)) * 16)  # the first one is 1
+    start = content.index(b"IDAT") - 4
+    image = read(content[:start] + chunk(b"IDAT", pixels) + content[-12:], 16)
+    assert (image[:, :, 0] == 1).all() and (image[:, :, 1:] == -1).all()
 
 
 def bomb(side):
@@ -175,7 +210,8 @@ def tiff_of_16_bits(white_is):
         (bomb(100), IMAGE),
         (encoded(Image.fromarray(np.full((20, 20), 70_000, np.int32)), "TIFF"), FORMAT),
         (encoded(Image.fromarray(np.full((20, 20), 0.5, np.float32)), "TIFF"), FORMAT),
-        *((with_clear_color(*form), FORMAT) for form in ((2,), (4,), (16,), (16, 2))),
+        *((with_clear_color(*form), FORMAT) for form in ((16,), (16, 2))),
+        (b"II*\0" + bytes(99), FORMAT),
         (tiff_of_16_bits(white_is=0), FORMAT),
         (b"\0\0\0\x18ftypheic" + bytes(99), FORMAT),
         (encoded(Image.new("RGB", (20, 20)), "EPS"), FORMAT),  # Pillow would start Ghostscript on it
@@ -223,7 +259,11 @@ def uses(levels, times=10):
         drawing(head='<?xml-stylesheet href="style.css"?>'),
         drawing("<style>@import 'style.css'; rect { fill: red }</style>"),
         drawing("<style>@media screen { rect { fill: red } }</style>"),
-        drawing("<style>rect:nth-of-type(1) { fill: red }</style>"),
+        *(drawing(f"<style>rect{x} {{ fill: red }}</style>") for x in (":nth-of-type(1)", ":last-child", ":root")),
+        drawing("<style>rect { fill: red; g { fill: blue } }</style>"),
+        *(drawing(f'<rect style="{x}"/>') for x in ("transform:rotate(9deg)", "background:red", "rotate:9deg")),
+        *(drawing(f'<rect {x}="var(--a,.5)"/>') for x in ("opacity", "stroke-width")),
+        *(drawing(f'<rect style="{x}"/>') for x in ("FILL:red", "clip-path:circle(9px)", "opacity:var(--a)")),
         *(drawing(f'<rect style="fill:{x}"/>') for x in ("var(--a,red)", "oklch(.6 .2 20)", "rgb(255 0 0 / 50%)")),
         drawing('<rect fill="hsl(0deg 100% 50%)"/>'),
         drawing('<rect style="stroke:red;fill:color(display-p3 1 0 0)"/>'),  # without a color in sRGB before it
@@ -239,7 +279,8 @@ def test_svgs_of_figma_with_prefixes_and_with_links_are_drawn():
     red = read(drawing(circle.format('fill="red"')))
     wide = 'style="fill:red;fill:color(display-p3 1.0000 0.0000 0.0000);fill-opacity:1;"'
     linked = f'<a href="https://example.org">{circle.format(wide)}</a>'
-    for content in (circle.format(wide), linked, circle.format('fill="rgba(255, 0, 0, 1)"')):
+    by_class = "<style>/* a { */ .a, g>#b { fill : red; transform:none }</style>" + circle.format('class="a"')
+    for content in (circle.format(wide), linked, by_class, circle.format('fill="rgba(255, 0, 0, 1)"')):
         assert torch.equal(read(drawing(content)), red)
     prefixed = b'<s:svg xmlns:s="http://www.w3.org/2000/svg" viewBox="0 0 9 9"><s:rect width="9" height="9"/></s:svg>'
     assert torch.equal(read(prefixed), -torch.ones(3, 8, 8))
