@@ -307,8 +307,8 @@ def print_plan(args, preset):
     bfloat16, float32, moved = (work[name] / 1e12 for name in ("bfloat16", "float32", "moved"))
     print(f"  mean step on 32 images:  {bfloat16:.4g} TFLOP in bfloat16, {float32:.4g} in float32, ", end="")
     print(f"{moved:.4g} TB of memory traffic; every {R1_INTERVAL}th step has R1")
-    names = "GPUs", "--accumulate", "images at once", "at once in R1", "memory, GB", "a step, s", "days"
-    print("".join(f"{name:>15s}" for name in names))
+    names = "GPUs", "--accumulate", "images per batch", "images per R1 batch", "memory, GB", "a step, s", "days"
+    print("".join(f"{name:>{len(name) + 4}s}" for name in names))
     for gpus in sorted(n for n in {1, 8, 64, args.gpus or 1} if batch % n == 0):
         micro_batches, r1_images = rehearsal.divide(batch // gpus, hardware.memory)
         images = batch // gpus // micro_batches
@@ -317,12 +317,14 @@ def print_plan(args, preset):
         evaluated = recipe.fid_samples * batch / recipe.fid_every / gpus  # images a step, on average
         seconds += evaluated / DRAWN * hardware.seconds(rehearsal.of("evaluation", DRAWN))
         row = gpus, micro_batches, images, r1_images, memory, seconds, steps * seconds / 86400
-        print("".join(f"{float(f'{value:.3g}'):15,g}" for value in row))
+        print("".join(f"{float(f'{value:.3g}'):{len(name) + 4},g}" for name, value in zip(names, row, strict=True)))
+    factor = 1 / SHARE_OF_PEAK
     peak = (work["bfloat16"] + work["float32"]) / hardware.bfloat16 / hardware.seconds(work)
     print(
         f"The ideal time of a step is that of its matrix products plus that of its memory traffic, at the peak rates.\n"
-        f"On one H200, a step of an earlier version took {1 / SHARE_OF_PEAK:.1f} times its ideal time.\n"
-        f"Assumed: this holds today and on {hardware.name} too. Then a step reaches {peak:.1%} of the bfloat16 peak.\n"
+        f"On one H200, a step of an earlier version took {factor:.1f} times its ideal time.\n"
+        f"Assumed: with this version on {hardware.name}, a step also takes {factor:.1f} times its ideal time.\n"
+        f"That is {peak:.1%} of the bfloat16 peak.\n"
         f"{RESERVED / 1e9:.0f} GB are left free. Checkpoints cost no time. Not counted: waiting for data or other GPUs."
     )
 
