@@ -131,7 +131,7 @@ def load_official_file(path):
     try:
         return load_official(state)
     except ValueError as error:
-        raise UserError(f"{path}: {first_line(error)}; nor is it a .safetensors of train.py") from error
+        raise UserError(f"{path}: {first_line(error)}; give the generator_ema.safetensors of a train.py run") from error
 
 
 def without_prefix(state, prefix):
