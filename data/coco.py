@@ -39,7 +39,7 @@ class Coco(Source):
         chosen = rng.permutation(sorted(captions))[: 2 * count]
         self.pairs = [(folder / Path(images[i]).name, str(rng.choice(captions[i]))) for i in chosen]
         if missing := next((path for path, _ in self.pairs if not path.is_file()), None):
-            raise UserError(f"no image {missing}; name the folder val2014 with --images")
+            raise UserError(f"no image {missing}; download it again, or name the folder val2014 with --images")
 
     def examples(self, held_out=False, rank=0, world_size=1):
         for path, caption in () if held_out else self.pairs[rank::world_size]:

@@ -6,6 +6,7 @@ import functools
 import itertools
 import os
 import stat
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -103,24 +104,29 @@ def search(path, caption_key=None):
     suffix = ".json" if caption_key else ".txt"
     pairs, problems, others = [], collections.defaultdict(list), collections.Counter()
     for folder, names in walk(path, problems):
-        captions = {name.stem: name for name in names if name.suffix.lower() == suffix}
-        images = {name.stem for name in names if name.suffix.lower() in IMAGE_SUFFIXES}
+        captions = {stem_of(name): name for name in names if name.suffix.lower() == suffix}
+        images = {stem_of(name) for name in names if name.suffix.lower() in IMAGE_SUFFIXES}
         for name in names:
             kind = name.suffix.lower()
             if kind == suffix:
-                if name.stem not in images:
+                if stem_of(name) not in images:
                     problems["captions have no image"].append(folder / name)
-                elif captions[name.stem] != name:  # cat.TXT next to cat.txt
+                elif captions[stem_of(name)] != name:  # cat.TXT next to cat.txt
                     problems["captions belong to an image that has another"].append(folder / name)
             elif folder != Path(path) and name.name.lower().endswith(SHARD_SUFFIXES):
                 problems[BELOW].append(folder)
             elif kind not in IMAGE_SUFFIXES:
                 others[kind or "no suffix"] += 1
-            elif name.stem in captions:
-                pairs.append((folder / name, folder / captions[name.stem]))
+            elif stem_of(name) in captions:
+                pairs.append((folder / name, folder / captions[stem_of(name)]))
             else:
                 problems[ALONE].append(folder / name)
     return sorted(pairs), problems, others
+
+
+def stem_of(name):
+    """A Path's name without its suffix, in one Unicode form: a Mac writes "ü" as two characters."""
+    return unicodedata.normalize("NFC", name.stem)
 
 
 def walk(path, problems):

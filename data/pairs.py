@@ -48,7 +48,7 @@ CAUSES = (
     ENCODING := "captions that are not in UTF-8, or contain a NUL or escape character",
     NO_CAPTION := "images without a caption",
     NO_IMAGE := "captions without an image next to them",
-    CLEAR := "images that are fully transparent",
+    CLEAR := "images with transparency that show nothing on white",
     FIELD := ".json files whose field for the caption is missing or is no text",
     LINK := "links to other files, or sparse files, in a shard",
     REFUSED := "drawings that are not in UTF-8, use other files, pictures, entities, text or CSS that is not read, "
@@ -221,10 +221,9 @@ def centre_square(data, resolution):
         if image.format == "BMP" and image.mode == "RGBA" and image.getextrema()[3] == (0, 0):
             image = image.convert("RGB")  # many programs leave the fourth byte of a pixel at zero
         if image.has_transparency_data:
-            image = image.convert("RGBA")
-            if image.getextrema()[3] == (0, 0):
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+            if image.convert("L").getextrema() == (255, 255):
                 raise Unusable(CLEAR)
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         if image.mode not in ("L", "CMYK"):
             image = image.convert("RGB")
         if profile and profile[16:20] == b"GRAY" and not np.ptp(np.asarray(image.convert("RGB")), axis=-1).any():

@@ -32,10 +32,12 @@ def test_pairs_in_any_case_in_folders_and_with_periods_are_found(tmp_path):
     filled(tmp_path, 4)
     pair(tmp_path, "upper", "upper", ".JPEG", ".TXT")
     pair(tmp_path, "IMG 2.5", "periods")
+    pair(tmp_path, "u\u0308")  # as a Mac writes "ü"
+    (tmp_path / "\u00fc.txt").write_text("umlaut")
     pair(tmp_path / "deep" / "er", "deep", "deep")
     (tmp_path / "deep" / "back").symlink_to(tmp_path)  # leads in a circle
     (tmp_path / "again").symlink_to(tmp_path / "deep" / "er")
-    assert all_captions(source_of(tmp_path)) == ["0", "1", "2", "3", "deep", "periods", "upper"]
+    assert all_captions(source_of(tmp_path)) == ["0", "1", "2", "3", "deep", "periods", "umlaut", "upper"]
 
 
 def test_links_that_lead_out_are_not_followed_but_reported(tmp_path):

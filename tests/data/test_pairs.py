@@ -218,6 +218,12 @@ def tiff_of_16_bits(white_is):
         *((encoded(Image.new("RGB", (20, 20)), kind), FORMAT) for kind in ("PPM", "ICO", "JPEG2000")),
         (gzip.compress(drawing()), FORMAT),
         *((clear(mode, False), pairs.CLEAR) for mode in CLEAR),
+        (
+            encoded(
+                Image.merge("RGBA", [Image.new("L", (20, 20), 255)] * 3 + [Image.linear_gradient("L").resize((20, 20))])
+            ),
+            pairs.CLEAR,
+        ),
         (b"<svg", IMAGE),
         (b'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 9 9"><g/></svg>', REFUSED),
         *((drawing("<g id='é'/>").decode().encode(code), REFUSED) for code in ("latin-1", "utf-16")),
