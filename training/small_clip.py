@@ -200,9 +200,9 @@ def main():
     parser.add_argument("--seed", type=natural_number, default=0)
     args = parser.parse_args()
     with errors_in_one_line():
+        check_file(args.out, args.data)
         if args.out.suffix != ".safetensors":
             raise UserError(f"--out {args.out}: name a file that ends with .safetensors")
-        check_file(args.out, args.data)
         source = sources.open_data(args.data, 32, args.seed, args.caption_key)
         captions = [lines[0] for _, lines in itertools.islice(source.examples(), 100)]
         if note := latent.unread(load_minilm(), captions):
