@@ -12,6 +12,7 @@ from common.cli import UserError
 from data import sources
 from tests.data.files import jpeg, named, write_tar
 from tests.training.runs import full_disk, room_afterwards
+from training import small_clip
 from training.small_clip import clip_of_new_run, contrast, draw_batches, mislead, train_small_clip
 
 COLORS = {"red": (220, 30, 30), "green": (30, 160, 60), "blue": (40, 60, 220), "yellow": (230, 210, 40)}
@@ -144,3 +145,8 @@ def test_a_full_disk_is_reported_before_a_clip_is_trained(tmp_path, monkeypatch)
     with room_afterwards(), pytest.raises(OSError, match=f"File too large: '{tmp_path}'"):
         full_disk(2**20)
         clip_of_new_run(tmp_path / "clip.safetensors", tmp_path / "data", None, 0, "cpu")
+
+
+def test_the_command_writes_no_other_file(run_main, tmp_path):
+    status, _, error = run_main(small_clip.main, "--data", "emoji", "--out", tmp_path / "picture.png")
+    assert status == 2 and "name a file that ends with .safetensors" in error and not any(tmp_path.iterdir())
