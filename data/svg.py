@@ -75,20 +75,6 @@ def check(svg):
         if elements[-1] == "style":
             stylesheet.append(text)
 
-    def check_stylesheet(css):
-        refer(REFERENCE.findall(css))
-        if rest := RULE.sub("", css).strip():
-            raise Refused(rest)
-        for declarations in RULE.findall(css):
-            check_declarations(declarations)
-
-    def check_declarations(text):
-        for declaration in text.split(";"):
-            name, _, value = map(str.strip, declaration.partition(":"))
-            is_read = PROPERTY.fullmatch(name) and not UNREAD_VALUE.search(value)
-            if name and not is_read and value not in ("none", "transparent"):
-                raise Refused(declaration)
-
     def refer(targets):
         for target in targets:
             if not target.strip().startswith("#"):
@@ -111,11 +97,30 @@ def check(svg):
     parser.EntityDeclHandler, parser.ProcessingInstructionHandler = refuse_entities, refuse_stylesheets
     try:
         parser.Parse(svg, True)
-        check_stylesheet(COMMENT.sub("", "".join(stylesheet)))
+        css = COMMENT.sub("", "".join(stylesheet))
+        refer(REFERENCE.findall(css))
+        check_stylesheet(css)
         if count("") > MAX_ELEMENTS:
             raise Refused(f"{count('')} elements")
     except RecursionError as error:
         raise Refused("references in a circle") from error
+
+
+def check_stylesheet(css):
+    """Raises Refused if the content of <style>, without comments, is more than resvg reads."""
+    if rest := RULE.sub("", css).strip():
+        raise Refused(rest)
+    for declarations in RULE.findall(css):
+        check_declarations(declarations)
+
+
+def check_declarations(text):
+    """The same for what is inside of a rule's braces or in a `style` attribute."""
+    for declaration in text.split(";"):
+        name, _, value = map(str.strip, declaration.partition(":"))
+        is_read = PROPERTY.fullmatch(name) and not UNREAD_VALUE.search(value)
+        if name and not is_read and value not in ("none", "transparent"):
+            raise Refused(declaration)
 
 
 def render(svg, resolution):
