@@ -34,9 +34,9 @@ VIEWS = {
     "each": {"num", "seed", "truncation"},
     "seeds": {"truncation", "experts", "out"},
     "truncation_sweep": {"seed", "experts", "out"},
-    "interpolate": {"seed", "truncation", "steps", "part", "path", "experts", "out"},
+    "interpolate": {"seed", "truncation", "steps", "part", "experts", "out"},
     "mix": {"seed", "truncation", "experts", "out"},
-    "latent_walk": {"seed", "truncation", "steps", "path", "experts", "out"},
+    "latent_walk": {"seed", "truncation", "steps", "experts", "out"},
     "like": {"experts", "out"},
     "enlarge": {"seed", "out"},
     "": {"num", "seed", "truncation", "experts", "out"},
@@ -65,7 +65,6 @@ def parse_args(argv=None):
     add("--show", type=a_path, metavar="FILE.png", help="only print how a picture of this command was made")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add("--dtype", choices=("auto", *inference.DTYPES), default="auto", help="auto: bf16 for large models, if fast")
-    add("--compile", action="store_true", help="torch.compile: takes minutes; pays off for thousands of pictures")
     add("--experts", action="store_true", help="next to each picture, which expert took each feature point")
     look = parser.add_argument_group("views, one at a time").add_mutually_exclusive_group()
     each = "a folder for one file per picture; run again to complete it"
@@ -80,7 +79,6 @@ def parse_args(argv=None):
     look.add_argument("--enlarge", type=a_path, metavar="PICTURE", help="enlarge a square picture of the prompt")
     add("--steps", type=positive_int, default=8, help="frames of --interpolate and --latent-walk")
     add("--part", choices=("both", "global", "local"), default="both", help="which text --interpolate changes")
-    add("--path", choices=("spherical", "linear"), default="spherical", help="of --interpolate and --latent-walk")
     args = parser.parse_args(argv)
     view = next((name for name in VIEWS if name and getattr(args, name)), "")
     for name in sorted(set.union(*VIEWS.values()) - VIEWS[view]):
@@ -114,15 +112,15 @@ def choose_view(args, pipe, prompts, picture):
         frames = pipe.view(views.truncation_sweep, prompts, seed)
         return frames, len(views.SWEEP), f"From each prompt's mean picture to all variety, seed {seed}"
     if args.interpolate:
-        frames = pipe.view(views.interpolation, prompts, seed, psi, args.steps, args.part, args.path)
+        frames = pipe.view(views.interpolation, prompts, seed, psi, args.steps, args.part)
         part = {"both": "global and local text", "global": "global text", "local": "local text"}[args.part]
-        return frames, args.steps, f"Interpolation of the {part}, {args.path}, {noise}"
+        return frames, args.steps, f"Interpolation of the {part}, {noise}"
     if args.mix:
         frames = views.layer_mixing(pipe, *prompts, seed, psi)
         return frames, len(frames), f"The first layers use “{prompts[0]}”, the others “{prompts[1]}”, {noise}"
     if args.latent_walk:
-        frames = pipe.view(views.latent_walk, prompts[0], seed, psi, args.steps, args.path)
-        return frames, min(8, args.steps), f"A {args.path} walk through the noise, psi {psi:g}"
+        frames = pipe.view(views.latent_walk, prompts[0], seed, psi, args.steps)
+        return frames, min(8, args.steps), f"A walk through the noise, psi {psi:g}"
     if args.like:
         from sampling import inversion  # not at the top: timm takes a second
 
@@ -197,7 +195,7 @@ def main():
         elif args.each.exists() and not args.each.is_dir():
             raise UserError(f"--each {args.each} is a file; name a folder")
         stages = args.upsampler, args.resolution
-        pipe = Pipeline.load(args.checkpoint, args.device, args.dtype, args.clip, args.compile, *stages)
+        pipe = Pipeline.load(args.checkpoint, args.device, args.dtype, args.clip, *stages)
         latent.print_notes(pipe.clip, prompts)
         if args.enlarge:
             return enlarge(args, pipe, prompts)

@@ -28,7 +28,6 @@ from common.cli import (
 )
 from common.distributed import say
 from data import sources
-from evaluation.metrics import expert_counts
 from growth import Growth, Phase
 from presets import PRESETS, fitted_to
 from sampling import latent
@@ -67,7 +66,6 @@ def parse_args(argv=None):
     add("--keep", type=positive_int, default=3, help="number of checkpoints to keep")
     add("--sample-every", type=positive_int, default=50, help="steps between sample grids")
     add("--workers", type=natural_number, default=1, help="processes that load data, for each rank; 0: the rank itself")
-    add("--tensorboard", action="store_true", help="also write files for `tensorboard --logdir OUT`")
     add("--plan", action="store_true", help="do not train; compute what training takes on GPUs, see training/plan.py")
     add("--gpus", type=positive_int, help="for --plan, in addition to 1, 8 and 64")
     add("--hardware", choices=HARDWARE, help="for --plan (default: a100)")
@@ -97,7 +95,7 @@ def build(args, device):
     identity = {"preset": args.preset, "data": args.data, "batch": batch, "seed": args.seed, "clip": clip}
     identity["caption-key"] = args.caption_key
     sharing = {"accumulate": micro_batches, "workers": args.workers}
-    folder = RunFolder(args.out, identity, args.tensorboard, sharing)
+    folder = RunFolder(args.out, identity, sharing)
     state = folder.state(args.resume)
     if clip == "train":
         clip = folder.path / "clip.safetensors"
@@ -197,7 +195,7 @@ def train(run):
             learner.learn_at(growth.active)
         loop.log(report)
         if loop.draws:
-            folder.write_picture(*draw_samples(learner, growth), number + 1)
+            folder.write_picture(draw_samples(learner, growth), number + 1)
         if loop.saves:
             save(run)
 
@@ -208,13 +206,12 @@ def train(run):
 
 @torch.no_grad()
 def draw_samples(learner, growth):
-    """The moving average's grid for fixed prompts and fixed z; and {router: the experts' shares of the points}."""
+    """The moving average's grid for fixed prompts and fixed z."""
     captions, given = growth.captions[:NUM_PICTURES], [x[:NUM_PICTURES].to(learner.device) for x in growth.given]
     text = learner.clip.read(captions)
     z = torch.randn(len(captions), learner.ema.config.z_dim, generator=torch.Generator().manual_seed(1))
     output = learner.ema(*given, z.to(learner.device), text.tokens, text.eot, growth.active[-1])
-    shares = {name: count / count.sum() for name, count in expert_counts(output.routings).items()}
-    return grid([to_pil(image) for image in output.image], captions, columns=8), shares
+    return grid([to_pil(image) for image in output.image], captions, columns=8)
 
 
 def save(run):

@@ -191,7 +191,7 @@ def run(system_class, name, args, device):
         loop.log(loop.count(scalars, batches) | {"resolution": system.resolution})
         if loop.draws:
             images = system.sample(system.clip.read(captions), seed=1, count=1)
-            folder.write_picture(grid([to_pil(image) for image in images], captions, columns=8), {}, number + 1)
+            folder.write_picture(grid([to_pil(image) for image in images], captions, columns=8), number + 1)
         if loop.saves:
             save_run(loop, system)
 

@@ -5,7 +5,6 @@ import ctypes
 
 import torch
 
-from common.cli import UserError, first_line
 from modulation import ModulatedConv2d, UpsamplingConv2d
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -29,12 +28,11 @@ def sampling_dtype(name, generator):
     return dtype_of(name if name != "auto" or large else "fp32", generator.w_avg.device)
 
 
-def prepare(generator, dtype=torch.float32, compiled=False):
+def prepare(generator, dtype=torch.float32):
     """Freezes a Generator, in place, and stores the synthesis network's weights in `dtype` → the generator.
 
     Call its synthesis within autocast(). Routers, styles, biases, the text head and the mapping stay in float32:
     rounding them would change the pictures and save little time.
-    compiled: compiles the synthesis network at its first call, which then takes minutes.
     """
     keep_freed_memory()
     generator.eval().requires_grad_(False)
@@ -42,8 +40,6 @@ def prepare(generator, dtype=torch.float32, compiled=False):
         if isinstance(module, ModulatedConv2d):
             freeze(module)
     store(generator.synthesis, dtype)
-    if compiled:
-        generator.synthesis.compile(dynamic=False)
     return generator
 
 
@@ -56,20 +52,6 @@ def keep_freed_memory():
         libc = ctypes.CDLL(None)
         libc.mallopt(mmap_max, 0)
         libc.mallopt(trim_threshold, 2**31 - 1)
-
-
-@contextlib.contextmanager
-def compiling():
-    """Turns an error of torch.compile at the first call, for example without a C++ compiler, into a UserError."""
-    try:
-        yield
-    except RuntimeError as error:
-        if not isinstance(error, torch._dynamo.exc.TorchDynamoException):
-            raise
-        raise UserError(
-            f"--compile failed ({first_line(error)}); install a C++ compiler, for example g++, or leave out "
-            "--compile: the pictures are the same"
-        ) from error
 
 
 @torch.no_grad()

@@ -100,10 +100,10 @@ def noise(generator, settings):
     steps, rest = divmod(settings.walk, 1)
     z, ahead = (latent.noise(generator, settings.num, settings.seed + int(steps) + i) for i in (0, 1))
     if rest:
-        z = views.between(z, ahead, rest, "spherical")
+        z = views.between(z, ahead, rest)
     if settings.centre:
         centre = torch.tensor([settings.centre]).to(z)
-        near = views.between(centre.expand_as(z), z, SPREAD, "spherical")
+        near = views.between(centre.expand_as(z), z, SPREAD)
         z = torch.cat([centre, near[1:]])
     return z
 
@@ -114,7 +114,7 @@ def frames_of_stage(generator, clip, settings, layers):
     first = text = read(generator, clip, settings.prompt)
     second = read(generator, clip, settings.second or settings.prompt)
     if settings.amount:
-        text = views.between_prompts(first, second, [settings.amount], settings.part, "spherical")
+        text = views.between_prompts(first, second, [settings.amount], settings.part)
     drawn = views.frames(generator, z, text, settings.psi, captions)
     if not layers:
         return drawn

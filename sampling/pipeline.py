@@ -61,7 +61,6 @@ class Pipeline:
         device="auto",
         dtype="auto",
         clip: str | None = None,
-        compiled=False,
         upsampler: str | Path | Literal[False] | None = None,
         resolution: int | None = None,
     ):
@@ -82,7 +81,7 @@ class Pipeline:
             generator, upsampler = up_to(resolution, generator, upsampler)
         pipe = cls(generator, clip, notes, upsampler)
         for stage in pipe.stages:
-            inference.prepare(stage, inference.sampling_dtype(dtype, stage), compiled)
+            inference.prepare(stage, inference.sampling_dtype(dtype, stage))
         return pipe
 
     @property
@@ -197,7 +196,7 @@ def draw(generator, frames, given=()):
     """Frames → Drawn, by one stage, in batches. given: for an Upsampler, its inputs from upsampler.given_images."""
     w, local_text = (torch.stack(t) for t in list(zip(*frames, strict=True))[:2])
     outputs = []
-    with inference.compiling(), inference.autocast(generator):
+    with inference.autocast(generator):
         for first in trange(0, len(frames), latent.BATCH, disable=len(frames) <= latent.BATCH, leave=False):
             part = slice(first, first + latent.BATCH)
             outputs.append(generator.synthesis(*(images[part] for images in given), w[part], local_text[part]))

@@ -61,35 +61,35 @@ def truncation_sweep(generator, clip, prompts, seed):
     return drawn
 
 
-def interpolation(generator, clip, prompts, seed, psi, steps, part, path):
-    """From one prompt to another at the same noise. part, path: see between_prompts."""
+def interpolation(generator, clip, prompts, seed, psi, steps, part):
+    """From one prompt to another at the same noise. part: see between_prompts."""
     amounts = torch.linspace(0, 1, steps)
     start, end = (latent.read(generator, clip, [prompt]) for prompt in prompts)
-    text = between_prompts(start, end, amounts, part, path)
+    text = between_prompts(start, end, amounts, part)
     captions = [prompts[0], *[f"{100 * t:.0f} %" for t in amounts[1:-1]], prompts[1]]
     return frames(generator, latent.noise(generator, 1, seed).expand(steps, -1), text, psi, captions)
 
 
-def between_prompts(start, end, amounts, part, path):
+def between_prompts(start, end, amounts, part):
     """Two Prompts of one row → a Prompt of a row for each amount in [0, 1].
 
-    part: "global" or "local" if only that text changes, else "both". path: see between.
+    part: "global" or "local" if only that text changes, else "both".
     """
     texts = {}
     for name, a, b in zip(latent.Prompt._fields, start, end, strict=True):
         moves = part == "both" or name.startswith(part)
-        texts[name] = torch.cat([between(a, b, amount if moves else 0, path) for amount in amounts])
+        texts[name] = torch.cat([between(a, b, amount if moves else 0) for amount in amounts])
     return latent.Prompt(**texts)
 
 
-def latent_walk(generator, clip, prompt, seed, psi, steps, path, stops=4):
+def latent_walk(generator, clip, prompt, seed, psi, steps, stops=4):
     """One prompt, from the noise of one seed to that of the next, through `stops` seeds and back to the first."""
     corners = torch.cat([latent.noise(generator, 1, seed + i) for i in range(stops)])
     z, captions = [], []
     for step in range(steps):
         at, amount = divmod(stops * step / steps, 1)
         start, end = corners[[int(at)]], corners[[(int(at) + 1) % stops]]
-        z.append(between(start, end, amount, path))
+        z.append(between(start, end, amount))
         captions.append(f"{prompt}: from seed {seed + int(at)} to {seed + (int(at) + 1) % stops}, {100 * amount:.0f} %")
     return frames(generator, torch.cat(z), latent.read(generator, clip, [prompt]), psi, captions)
 
@@ -128,10 +128,8 @@ def layer_names(pipe):
     return names
 
 
-def between(a, b, amount, path):
-    """From a to b along the last axis. path: "linear", or "spherical", which interpolates direction and length."""
-    if path == "linear":
-        return torch.lerp(a, b, float(amount))
+def between(a, b, amount):
+    """From a to b along the last axis: interpolates direction and length, so that z keeps the length of noise."""
     lengths = a.norm(dim=-1, keepdim=True), b.norm(dim=-1, keepdim=True)
     cosine = ((a * b).sum(-1, keepdim=True) / (lengths[0] * lengths[1])).clamp(-1, 1)
     angle = cosine.acos().clamp(1e-4, torch.pi - 1e-4)

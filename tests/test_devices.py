@@ -129,8 +129,8 @@ def test_every_view_of_sampling(device):
             *views.samples(generator, clip, PROMPTS, 2, 0, 0.7),
             *views.seeds_by_prompts(generator, clip, PROMPTS, [0, 1], 0.7),
             *views.truncation_sweep(generator, clip, PROMPTS, 0),
-            *views.interpolation(generator, clip, PROMPTS, 0, 0.7, 3, "both", "spherical"),
-            *views.latent_walk(generator, clip, PROMPTS[0], 0, 0.7, 4, "spherical"),
+            *views.interpolation(generator, clip, PROMPTS, 0, 0.7, 3, "both"),
+            *views.latent_walk(generator, clip, PROMPTS[0], 0, 0.7, 4),
             *views.layer_mixing(Pipeline(generator, clip, {}), *PROMPTS, 0, 0.7),
         ]
     drawn = draw(generator, frames)

@@ -92,7 +92,7 @@ def test_plain_settings_draw_what_the_pipeline_draws(ask, psi):
 def test_the_way_between_two_prompts_is_that_of_views(pipe, part):
     (half,) = frames(pipe, Settings("red heart", 3, 1, second="whale", amount=0.5, part=part))
     with torch.no_grad():
-        way = pipe.view(views.interpolation, ("red heart", "whale"), 3, 1.0, 3, part, "spherical")
+        way = pipe.view(views.interpolation, ("red heart", "whale"), 3, 1.0, 3, part)
     for ours, expected in ((half, way[1]), (half.large, way[1].large)):
         torch.testing.assert_close(ours.w, expected.w)
         torch.testing.assert_close(ours.local_text, expected.local_text)

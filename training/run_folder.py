@@ -13,7 +13,6 @@ try:
 except ImportError:  # Windows has no fcntl; there, nothing prevents a second run in the folder
     fcntl = None
 
-import numpy as np
 import torch
 from torch.utils._pytree import tree_map_only
 
@@ -56,21 +55,20 @@ def written(what):
 
 
 class RunFolder:
-    """config.json, metrics.jsonl, samples/, checkpoints/, generator_ema.safetensors and, if with_board, tensorboard/.
-    No other file is touched.
+    """config.json, metrics.jsonl, samples/, checkpoints/ and generator_ema.safetensors. No other file is touched.
 
     identity: the options that a run keeps to its end, {name: value}; with other values it is not resumed. sharing: the
     options that divide the work, for example workers; with other values it is resumed, with a note.
     """
 
-    def __init__(self, path, identity, with_board=False, sharing=None):
-        self.path, self.identity, self.with_board = path, resolved(identity), with_board
+    def __init__(self, path, identity, sharing=None):
+        self.path, self.identity = path, resolved(identity)
         self.sharing = {**(sharing or {}), "ranks": distributed.world_size()}
         self.checkpoints = path / "checkpoints"
         self.generator = path / generator_file.FILE
         self.last_good = None  # the newest checkpoint that is known to be whole
         self.saved_step = None
-        self.log_file = self.board = self.lock_file = None
+        self.log_file = self.lock_file = None
         self.unwritten = set()  # what could not be written, and was reported
         self.writer, self.writing = ThreadPoolExecutor(1), None
 
@@ -178,10 +176,6 @@ class RunFolder:
         kept = "".join(line + "\n" for line in lines if step_of(line) <= step)
         write_text(path, kept)
         self.log_file = path.open("a", encoding="utf-8")
-        if self.with_board:
-            from torch.utils.tensorboard import SummaryWriter  # here, as it takes a second to import
-
-            self.board = SummaryWriter(self.path / "tensorboard", purge_step=step + 1)
 
     @written("metrics.jsonl")
     def log(self, row):
@@ -189,21 +183,12 @@ class RunFolder:
             self.log_file = (self.path / "metrics.jsonl").open("a", encoding="utf-8")
         self.log_file.write(json.dumps(row) + "\n")
         self.log_file.flush()
-        if self.board:
-            for name, value in row.items():
-                self.board.add_scalar(name, value, row["step"])
 
     @written("a picture of samples")
-    def write_picture(self, picture, loads, step):
-        """Writes a grid of samples. loads: each expert's share of their points, {router: [E]}, for TensorBoard."""
+    def write_picture(self, picture, step):
+        """Writes a grid of samples."""
         path = self.path / "samples" / f"step_{step:07d}.png"
         disk.atomically(path, lambda temporary: picture.save(temporary, "PNG"))
-        if self.board:
-            self.board.add_image("samples", np.asarray(picture), step, dataformats="HWC")
-            for router, shares in loads.items():
-                for expert, share in enumerate(shares.tolist()):
-                    self.board.add_scalar(f"experts/{router}, share of expert {expert}", share, step)
-            self.board.flush()
 
     def save(self, step, state, generator, keep):
         """Writes a checkpoint, unless this step has one, and the generator's file; keeps the last `keep` checkpoints.

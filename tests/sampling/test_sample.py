@@ -157,7 +157,7 @@ def test_mistakes_are_one_line(run, tmp_path, monkeypatch, arguments, says):
         (("a red circle", "a blue star", "--seeds", 1, 7, 1), 3, 2),
         (("a red circle", "--truncation-sweep"), 6, 1),
         (("--interpolate", "a red circle", "a large blue star", "--steps", 5), 5, 1),
-        (("--interpolate", "a red circle", "a star", "--part", "local", "--path", "linear"), 8, 1),
+        (("--interpolate", "a red circle", "a star", "--part", "local"), 8, 1),
         (("--mix", "red circle", "blue star"), 6, 1),
         (("a red circle", "--latent-walk", "--steps", 10, "--out", "walk.png"), 8, 2),
     ],
@@ -180,26 +180,24 @@ def test_a_gif_has_a_frame_for_each_step_and_maps_beside_the_picture(run, tmp_pa
 
 
 def test_the_ends_of_an_interpolation_are_its_prompts_and_half_of_it_moves_half(demo):
-    """At 0 and 1 every path gives the prompts' own pictures; with one part alone the other stays the first prompt's."""
+    """At 0 and 1 it gives the prompts' own pictures; with one part alone the other stays the first prompt's."""
     generator, clip, _ = demo
     prompts = ["a large red circle on a white background", "a small blue star on a black background"]
     with torch.no_grad():
         a, b = (views.samples(generator, clip, [p], 1, 3, psi=0.7)[0] for p in prompts)
-        for path in ("linear", "spherical"):
-            both = views.interpolation(generator, clip, prompts, 3, 0.7, 3, "both", path)
-            for end, own in ((both[0], a), (both[2], b)):
-                torch.testing.assert_close(end.w, own.w, rtol=1e-3, atol=1e-4)
-                torch.testing.assert_close(end.local_text, own.local_text, rtol=1e-3, atol=1e-4)
-        moved = views.interpolation(generator, clip, prompts, 3, 0.7, 3, "global", "linear")[2]
-        torch.testing.assert_close(moved.w, b.w)
+        both = views.interpolation(generator, clip, prompts, 3, 0.7, 3, "both")
+        for end, own in ((both[0], a), (both[2], b)):
+            torch.testing.assert_close(end.w, own.w, rtol=1e-3, atol=1e-4)
+            torch.testing.assert_close(end.local_text, own.local_text, rtol=1e-3, atol=1e-4)
+        moved = views.interpolation(generator, clip, prompts, 3, 0.7, 3, "global")[2]
+        torch.testing.assert_close(moved.w, b.w, rtol=1e-3, atol=1e-4)
         torch.testing.assert_close(moved.local_text, a.local_text)
 
 
 def test_the_arc_between_two_directions():
     """Halfway between (2, 0) and (0, 4) lies 45°, at the mean length 3."""
     a, b = torch.tensor([[2.0, 0.0]]), torch.tensor([[0.0, 4.0]])
-    torch.testing.assert_close(views.between(a, b, 0.5, "spherical"), torch.tensor([[3.0, 3.0]]) / 2**0.5)
-    torch.testing.assert_close(views.between(a, b, 0.25, "linear"), torch.tensor([[1.5, 1.0]]))
+    torch.testing.assert_close(views.between(a, b, 0.5), torch.tensor([[3.0, 3.0]]) / 2**0.5)
 
 
 def test_mixing_takes_each_layer_from_one_prompt(demo):

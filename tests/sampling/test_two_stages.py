@@ -77,8 +77,8 @@ def test_every_view_draws_both_stages(pipe):
     """Each frame of the second stage is that of the same z and prompts for this stage alone."""
     for view, arguments in (
         (views.seeds_by_prompts, (["a", "b"], [1, 2], 0.5)),
-        (views.interpolation, (("a", "b"), 1, 1.0, 3, "both", "spherical")),
-        (views.latent_walk, ("a", 1, 1.0, 4, "linear")),
+        (views.interpolation, (("a", "b"), 1, 1.0, 3, "both")),
+        (views.latent_walk, ("a", 1, 1.0, 4)),
     ):
         frames = pipe.view(view, *arguments)
         expected = view(pipe.upsampler, pipe.clip, *arguments)

@@ -12,7 +12,7 @@ from weights import checkpoint
 def undisturbed(tmp_path_factory):
     """The folder of a run with a checkpoint of every step. It grows after the second."""
     out = tmp_path_factory.mktemp("undisturbed") / "run"
-    run(*SHORT, "--out", out, "--steps", 5, "--tensorboard")
+    run(*SHORT, "--out", out, "--steps", 5)
     return out
 
 

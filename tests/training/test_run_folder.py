@@ -69,7 +69,7 @@ def test_files_of_a_killed_run_are_overwritten_and_files_of_the_user_stay(tmp_pa
         (tmp_path / name).write_text("mine")
     made(tmp_path, steps=range(1, 6)).open_log(0)
     folder, resumed = opened(tmp_path)
-    folder.write_picture(PICTURE, {}, 50)
+    folder.write_picture(PICTURE, 50)
     assert resumed["progress"]["step"] == 5
     assert [path.name[:8] for path in checkpoint.checkpoints(folder.checkpoints)] == [f"0000000{n}" for n in (5, 4, 3)]
     assert {name: (tmp_path / name).read_text() for name in USERS_FILES} == dict.fromkeys(USERS_FILES, "mine")
@@ -208,7 +208,7 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on(tmp_path, monkeypatch, caps
         for _ in range(2):
             folder.write_config({"steps": 9})
             folder.open_log(2)
-            folder.write_picture(PICTURE, {}, 3)
+            folder.write_picture(PICTURE, 3)
             folder.save(3, state(3), ({}, {}), 3)
             folder.wait()
     lines = capsys.readouterr().out.splitlines()
@@ -236,12 +236,11 @@ def test_the_log_of_a_resumed_run_has_every_step_once(tmp_path):
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n{"step": 3}\na note\n[1]\n{"step": 4}\n'
 
 
-@pytest.mark.parametrize("name", ["metrics.jsonl", "tensorboard"])
-def test_what_is_in_the_place_of_the_log_is_named(tmp_path, capsys, name):
-    folder = made(tmp_path, with_board=True)
-    (tmp_path / name).mkdir() if name == "metrics.jsonl" else (tmp_path / name).write_text("mine")
+def test_what_is_in_the_place_of_the_log_is_named(tmp_path, capsys):
+    folder = made(tmp_path)
+    (tmp_path / "metrics.jsonl").mkdir()
     folder.open_log(2)
-    assert f"see what is in the way, at {tmp_path}/{name}" in capsys.readouterr().out
+    assert f"see what is in the way, at {tmp_path}/metrics.jsonl" in capsys.readouterr().out
 
 
 def test_a_thread_writes_a_copy_while_the_run_goes_on(tmp_path, monkeypatch):

@@ -10,7 +10,6 @@ import signal
 import pytest
 import torch
 from safetensors.torch import save_file
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train
 from clip import BUILT_IN
@@ -51,7 +50,7 @@ def test_a_resumed_run_is_bit_identical_to_an_uninterrupted_one(undisturbed, sto
 
 def test_a_run_writes_what_it_promises(undisturbed):
     named = {"checkpoints", "generator_ema.safetensors", "metrics.jsonl", "config.json", "samples", "reference.pt"}
-    assert {path.name for path in undisturbed.iterdir()} == named | {"tensorboard"}
+    assert {path.name for path in undisturbed.iterdir()} == named
     assert {path.name for path in (undisturbed / "samples").iterdir()} == {f"step_000000{n}.png" for n in (2, 4, 5)}
     config = json.loads((undisturbed / "config.json").read_text())
     assert config["preset"] == "quick" and config["recipe"]["batch"] == 4
@@ -73,24 +72,13 @@ def test_a_step_is_divided_as_the_plan_says(tmp_path, monkeypatch):
     assert (made.loop.micro_batches, made.learner.r1_images) == (2, 1)
 
 
-def test_tensorboard_has_the_scalars_the_experts_and_the_pictures(undisturbed):
-    board = EventAccumulator(str(undisturbed / "tensorboard"))
-    board.Reload()
-    tags = board.Tags()
-    assert tags["images"] == ["samples"]
-    assert {"d_loss", "g_loss", "resolution", "fid"} <= set(tags["scalars"])
-    shares = [board.Scalars(f"experts/8.0.0, share of expert {expert}")[0].value for expert in range(4)]
-    assert sum(shares) == pytest.approx(1)
-    assert [event.step for event in board.Scalars("g_loss")] == [1, 2, 3, 4, 5]
-
-
 def test_samples_are_of_the_moving_average(stopped_after):
     made = build(*SHORT, "--out", stopped_after(3))
     made.growth.measure_reference(made.source, made.loop.folder.path / "reference.pt")
-    picture, _ = train.draw_samples(made.learner, made.growth)
+    picture = train.draw_samples(made.learner, made.growth)
     for parameter in made.learner.generator.parameters():
         parameter.data.fill_(float("nan"))
-    assert train.draw_samples(made.learner, made.growth)[0].tobytes() == picture.tobytes()
+    assert train.draw_samples(made.learner, made.growth).tobytes() == picture.tobytes()
 
 
 def test_an_update_that_is_not_finite_changes_nothing():
