@@ -50,7 +50,7 @@ def blockwise_l2_attention(q, k, v):
     """
     leading, n, t = q.shape[:2], q.shape[2], k.shape[2]  # B, heads: a map for each
     entries = MAP_ENTRIES[q.device.type]
-    maps, rows = max(1, entries // (n * t)), max(1, entries // t)
+    maps, rows = max(1, entries // (n * t)), max(1, entries // t)  # if a map fits, rows ≥ n
     results = []
     with float32_region(q):
         groups = zip(*(full_precision(x).flatten(0, 1).split(maps) for x in (q, k, v)), strict=True)

@@ -10,7 +10,9 @@ import torch.nn.functional as F
 
 from common.cli import UserError
 
-NUM_CHANCES = 8  # uniform random numbers that decide how an image is changed
+# Uniform random numbers that decide how an image is changed: two for translation, then one for scale, three for color,
+# two for cutout.
+NUM_CHANCES = 8
 MAX_SHIFT = 1 / 8  # as a share of the side
 MAX_SCALE = 1.2  # the largest enlargement; 1/MAX_SCALE is the smallest
 CUTOUT = 1 / 2  # the side of the grey square, as a share of the image's

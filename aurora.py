@@ -271,7 +271,10 @@ def add_to_upsampled(rgb, image):
 
 
 class Synthesis(nn.Module):
-    """w and the local text → images at every resolution, each the upsampled one below plus what its level adds."""
+    """w and the local text → images at every resolution, each the upsampled one below plus what its level adds.
+
+    start: the class of the first block; the upsampler's starts from the encoder's features.
+    """
 
     def __init__(self, config: GeneratorConfig, start=StartBlock):
         super().__init__()

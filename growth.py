@@ -91,7 +91,7 @@ class Growth:
                 raise UserError(f"--data has {len(captions)} usable pairs; training needs at least 4")
         half = len(captions) // 2
         kept = {"captions": captions[:half], "statistics": {}, "reference_fid": {}}
-        kept["given"] = tuple(torch.stack(inputs).cpu() for inputs in zip(*given[:half], strict=True))
+        kept["given"] = tuple(torch.stack(inputs).cpu() for inputs in zip(*given[:half], strict=True))  # back to two
         for r in self.resolutions:
             every = torch.cat([part for share in distributed.collect(features[r]) for part in share])
             one, other = every[: 2 * half].split(half)
@@ -111,7 +111,7 @@ class Growth:
             images = batch.images[: quota - len(captions)].to(self.clip.device)
             captions += batch.captions[: len(images)]
             its_noise = draw_input_noise(self.config, len(images), noise)
-            given += zip(*given_images(self.config, images, its_noise), strict=True)
+            given += zip(*given_images(self.config, images, its_noise), strict=True)  # an (image, noise) a caption
             for r in self.resolutions:
                 features[r].append(extract_clip_features(self.clip, resize(images, r)).cpu())
             if len(captions) == quota or stopping.asked():

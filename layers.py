@@ -61,9 +61,9 @@ def recomputed(function, *inputs):
 # ----------------------------------------------------------------------------------------------------------------------
 # Equalized learning rate (Progressive GAN, section 4.1): Adam's steps are equally large for all parameters, and should
 # change all layers by the same share. The paper draws weights v from N(0, 1)/lr_mul and uses w = s·v with s =
-# lr_mul/√fan_in. We draw w itself, from N(0, 1)/√fan_in, and multiply its learning rate by s. Adam moves v by
-# lr·(s·g)/(|s·g| + ε), where g is the gradient of w. This moves w by s·lr·g/(|g| + ε/s): so we also divide ε by s, and
-# both forms take the same steps. A module's `lr_scale` gives s for each parameter for which it is not one.
+# lr_mul/√fan_in. We draw w itself, from N(0, 1)/√fan_in, and give Adam the learning rate s·lr and ε/s. Both forms take
+# the same steps: if g is the gradient of w, Adam moves v by lr·(s·g)/(|s·g| + ε), and so w by s·lr·g/(|g| + ε/s).
+# A module's `lr_scale` gives s for each parameter for which it is not one.
 
 
 def parameter_groups(network, lr, eps=1e-8):

@@ -70,9 +70,9 @@ def wrong_captions(ids):
     """
     batch, position = len(ids), torch.arange(len(ids), device=ids.device)
     differs = torch.cdist(ids.float(), ids.float(), p=0) > 0  # [B, B]; p=0 counts the tokens that differ
-    steps = (position - position[:, None]) % batch  # [B, B]: how many places caption j comes after caption i
-    steps = steps + batch * ~differs  # equal captions come after all others, and first of them the caption itself
-    return steps.argmin(1)
+    places = (position - position[:, None]) % batch  # [B, B]: how many places caption j comes after caption i
+    places = torch.where(differs, places, places + batch)  # equal ones come last, the caption itself first
+    return places.argmin(1)
 
 
 def feature_maps(discriminator, clip, pyramid):
@@ -86,11 +86,12 @@ def feature_maps(discriminator, clip, pyramid):
 
 
 def r1_penalty(discriminator, clip, pyramid, tokens, eot, gamma, scales):
-    """R1 (Mescheder et al. 2018) on real images with their captions, in float32: a scalar.
+    """R1 (Mescheder et al. 2018) on real images, as the discriminator sees them, and their captions, in float32: a
+    scalar.
 
     Each image of the pyramid adds scale · γ_r/2 · ‖gradient by its pixels‖², γ_r = gamma · (r/64)²: the gradient of the
     sum of its predictions, in which those before the last stage have weight EARLY_ADVERSARIAL.
-    No image affects the predictions of another, so one backward pass gives all gradients.
+    No image affects the predictions for another sample or another resolution, so one backward pass gives all gradients.
     """
     with float32_region(tokens), sdpa_kernel(SDPBackend.MATH):  # fused attention, as in CLIP, has no second derivative
         pyramid = {r: full_precision(x.detach()).requires_grad_() for r, x in pyramid.items()}

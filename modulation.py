@@ -34,6 +34,8 @@ class Affine(Linear):
 class ModulatedLinear(nn.Module):
     """A modulated, demodulated 1×1 convolution over feature points: [B, N, C] and w [B, w_dim] → [B, N, D]. It scales
     the activations or each sample's kernel, with the same result.
+
+    The weights are drawn from N(0, 1) without a scale for fan-in, because demodulation divides any scale out.
     """
 
     def __init__(self, in_features, out_features, w_dim):
@@ -60,11 +62,9 @@ class ModulatedConv2d(nn.Module):
     softmax(dense(w)) mixes n = `num_kernels` kernels into one for each sample. A single kernel is shared by the batch.
     Mixed kernels take memory: in all layers of the release 19.6 GB for a batch of 64 in float32. Training keeps them
     until the backward pass; with gradient checkpointing it keeps those of one level at a time.
-
-    The weights are drawn from N(0, 1) without a scale for fan-in, because demodulation divides any scale out.
     """
 
-    products = None  # kernel_products(), which sampling/inference.py computes once, as the weights do not change
+    cached_products = None  # kernel_products(), computed once by sampling/inference.py, as the weights do not change
 
     def __init__(self, in_channels, out_channels, kernel_size, w_dim, num_kernels=1):
         super().__init__()
@@ -101,8 +101,8 @@ class ModulatedConv2d(nn.Module):
         It is computed from the mixed kernels, or as Σ mₙmₗ⟨Kₙ, Kₗ⟩. The latter is faster if there are more samples than
         pairs of kernels, and in sampling, which computes the products ⟨Kₙ, Kₗ⟩ once.
         """
-        products = self.products
-        if products is None and len(kernels) > len(self.weight) ** 2:
+        products = self.cached_products
+        if products is None and len(kernels) > len(self.weight) ** 2:  # B > n²
             products = self.kernel_products()
         if products is None:
             norm = torch.linalg.vector_norm(kernels, dim=(-2, -1))
@@ -123,7 +123,7 @@ class ModulatedConv2d(nn.Module):
         """x [B, C, H, W] and kernels [G, D, C, k, k] → [B, D, H, W]: one convolution, with a group for each kernel."""
         batch, groups = len(x), len(kernels)
         height, width = x.shape[2:]
-        is_sampling = self.products is not None
+        is_sampling = self.cached_products is not None
         points = batch // groups * height * width  # that share a kernel
         if is_sampling and x.shape[1] >= CHANNELS_PER_POINT * points:
             return unfolded_convolution(x, kernels)
@@ -150,7 +150,7 @@ class UpsamplingConv2d(ModulatedConv2d):
     """
 
     def mixed_kernels(self, mix):
-        """The same kernels. Only their strides differ: C comes last, as folded_transposed_convolution reads them."""
+        """The same kernels, with C last in memory, so that folded_transposed_convolution need not copy them."""
         kernels = self.weight.movedim(2, -1)  # [n, D, k, k, C]
         if mix is not None:
             mixed = mix.to(kernels.dtype) @ kernels.flatten(1)
@@ -250,6 +250,6 @@ class DeformableConv2d(ModulatedConv2d):
             grid = torch.stack([grid_x, grid_y], dim=-1).flatten(1, 2)  # [B, 9·H, W, 2]
             samples = F.grid_sample(full_precision(x), grid, align_corners=True)  # [B, C, 9·H, W]
             samples = samples.unflatten(2, (9, height))
-        columns = (samples * mask[:, None]).flatten(1, 2)  # [B, 9C, H, W]
+        columns = (samples * mask[:, None]).flatten(1, 2)  # [B, C·9, H, W]
         y = multiply(kernels.flatten(2), columns.flatten(2))
         return y.unflatten(2, (height, width))

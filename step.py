@@ -167,6 +167,7 @@ class Learner:
         self.optimizer_d.zero_grad(set_to_none=True)  # here, because R1 adds its gradients first
         if adversarial and r1_weight:
             report["r1"] = self.penalize(micro_batches, r1_weight)
+        # Of several micro-batches without graphs: generator_step draws them again.
         with torch.set_grad_enabled(len(micro_batches) == 1):
             outputs = [self.draw(batch, batch.z) for batch in micro_batches]
         d_report = self.discriminator_step(micro_batches, outputs) if adversarial else {"rejected": 0}
@@ -188,8 +189,8 @@ class Learner:
         """Adds the gradients of R1, times r1_weight, to the discriminator's → R1.
 
         R1 takes several times the memory of the other losses, and no image affects another's penalty. So it uses
-        smaller batches, and comes first, while no other graph is in memory. It bypasses the DDP wrapper and
-        leaves its gradients in .grad. discriminator_step adds its own, and DDP averages the sum, as after no_sync().
+        smaller batches, and comes first, while no other graph is in memory. It bypasses the DDP wrapper, so its
+        gradients wait in .grad. In the backward pass of discriminator_step, DDP averages all that .grad contains.
         """
         scales, total = scale_weights(micro_batches[0].real, self.recipe.lower_scales), 0
         for batch in micro_batches:
@@ -213,14 +214,15 @@ class Learner:
                     report = self.discriminator_loss(batch.real, fake, batch.text, batch.wrong, batch.chances)
                 (report["loss"] / len(micro_batches)).backward()
             reports.append(report)
-        return {"d_loss": mean_of(reports, "loss"), **update(self.optimizer_d, reports, "d")}
+        means = step_optimizer(self.optimizer_d, reports, "d")
+        return {"d_loss": mean_of(reports, "loss"), **means}
 
     def generator_step(self, micro_batches, outputs):
         self.optimizer_g.zero_grad(set_to_none=True)
         reports = []
         for batch, output in zip(micro_batches, outputs, strict=True):
             with averaging(self.parallel_generator, batch is micro_batches[-1]):
-                if len(micro_batches) > 1:  # outputs without a graph
+                if len(micro_batches) > 1:  # the outputs have no graph
                     output = self.draw(batch, batch.z)
                 other = None
                 if self.recipe.mode_seeking_weight:
@@ -232,7 +234,8 @@ class Learner:
                     )  # fmt: skip
                 (report["loss"] / len(micro_batches)).backward()
             reports.append(report)
-        return {"g_loss": mean_of(reports, "loss"), **update(self.optimizer_g, reports, "g")}
+        means = step_optimizer(self.optimizer_g, reports, "g")
+        return {"g_loss": mean_of(reports, "loss"), **means}
 
     def score(self, pyramid, text):
         """The mean over points of the last prediction for the highest images of a pyramid with their captions, [B]."""
@@ -331,7 +334,7 @@ def has_momentum(optimizer):
     return any(group["betas"][0] for group in optimizer.param_groups)
 
 
-def update(optimizer, reports, prefix):
+def step_optimizer(optimizer, reports, prefix):
     """One step of an optimizer, after backward → the means of the reports, the gradients' norm, `rejected`.
 
     If a gradient is not finite, which is then so on all ranks, the weights do not change. The device decides that, so

@@ -57,7 +57,7 @@ def keep_freed_memory():
 @torch.no_grad()
 def freeze(module):
     """Computes once what a ModulatedConv2d computes from its weights alone. They must not change afterwards."""
-    module.products = module.kernel_products()
+    module.cached_products = module.kernel_products()
     if isinstance(module, UpsamplingConv2d):
         module.weight.data = module.weight.data.movedim(2, -1).contiguous().movedim(-1, 2)  # the order of reading
 

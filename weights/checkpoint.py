@@ -1,7 +1,8 @@
 """Checkpoints, the state of a run: a folder STEP-DIGEST with state.pt and the generator's file, its moving average.
 
 A checkpoint is written once and never changed. The digest in its name is of state.pt, which contains the digest of the
-generator's file: so every changed bit is noticed. train.save, Loop.save and RunFolder.save say what is in state.pt.
+generator's file: so every changed bit is noticed. state.pt contains the networks without the moving average, the
+optimizers, the phase of growth, the recipe, the progress (step, skipped pairs, seconds) and what identifies the run.
 """
 
 import contextlib
