@@ -203,39 +203,53 @@ def centre_square(data, resolution):
             raise Unusable(LARGE)
         image.draft(None, (4 * resolution, 4 * resolution))  # a large JPEG is decoded at a fraction of its size
         image.load()  # a TIFF is upright from here on
-        profile = image.info.get("icc_profile")
-        gamma = 0 if profile or "srgb" in image.info else image.info.get("gamma", 0)  # of a PNG
+        facts = dict(image.info)
         with contextlib.suppress(Exception):  # an EXIF tag of a wrong type raises any error, after the image is turned
             ImageOps.exif_transpose(image, in_place=True)
-        is_16_bit = image.mode.startswith("I;16")
-        if image.mode in ("F", "I"):
-            raise Unusable(FORMAT)  # it is unknown which value is white
-        if image.format == "TIFF" and is_16_bit and (image.tag_v2.get(WHITE_IS), image.tag_v2.get(BITS)) != (1, (16,)):
-            raise Unusable(FORMAT)  # Pillow reads the numbers, and not what they mean
-        if image.format == "PNG" and data[24] != 8 and data[25] in (0, 2) and image.has_transparency_data:
-            if data[24] == 16:  # Pillow compares pixels of 8 bits with a transparent color of other bits
-                raise Unusable(FORMAT)
-            image.info["transparency"] *= 255 // (2 ** data[24] - 1)
-        if is_16_bit:
-            image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
-        if image.format == "BMP" and image.mode == "RGBA" and image.getextrema()[3] == (0, 0):
-            image = image.convert("RGB")  # many programs leave the fourth byte of a pixel at zero
-        if image.has_transparency_data:
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-            if image.convert("L").getextrema() == (255, 255):
-                raise Unusable(CLEAR)
-        if image.mode not in ("L", "CMYK"):
-            image = image.convert("RGB")
-        if profile and profile[16:20] == b"GRAY" and not np.ptp(np.asarray(image.convert("RGB")), axis=-1).any():
-            image = image.convert("L")  # of a palette, or with alpha
-        image = ImageOps.fit(image, (resolution, resolution), Image.Resampling.LANCZOS)
-        with contextlib.suppress(ImageCms.PyCMSError, OSError, TypeError, ValueError):
-            if profile:
-                return ImageCms.applyTransform(image, to_srgb(profile, image.mode))
-        image = image.convert("RGB")
-        if gamma:
-            image = image.point([round(255 * (value / 255) ** (1 / (2.2 * gamma))) for value in range(256)] * 3)
-        return image
+        image = on_white(in_8_bits(image, data))
+        return in_srgb(image, resolution, facts.get("icc_profile"), 0 if "srgb" in facts else facts.get("gamma", 0))
+
+
+def in_8_bits(image, data):
+    """An image with up to 8 bits in each value, and a transparency that fits them. Raises Unusable.
+
+    data: the bytes of its file, for what Pillow does not tell.
+    """
+    is_16_bit = image.mode.startswith("I;16")
+    if image.mode in ("F", "I"):
+        raise Unusable(FORMAT)  # it is unknown which value is white
+    if image.format == "TIFF" and is_16_bit and (image.tag_v2.get(WHITE_IS), image.tag_v2.get(BITS)) != (1, (16,)):
+        raise Unusable(FORMAT)  # Pillow reads the numbers, and not what they mean
+    if image.format == "PNG" and data[24] != 8 and data[25] in (0, 2) and image.has_transparency_data:
+        if data[24] == 16:  # Pillow compares pixels of 8 bits with a transparent color of other bits
+            raise Unusable(FORMAT)
+        image.info["transparency"] *= 255 // (2 ** data[24] - 1)
+    if image.format == "BMP" and image.mode == "RGBA" and image.getextrema()[3] == (0, 0):
+        return image.convert("RGB")  # many programs leave the fourth byte of a pixel at zero
+    return Image.fromarray((np.asarray(image) // 257).astype(np.uint8)) if is_16_bit else image
+
+
+def on_white(image):
+    """An image without transparency, in RGB, L or CMYK. Raises Unusable if it shows nothing."""
+    if image.has_transparency_data:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+        if image.convert("L").getextrema() == (255, 255):
+            raise Unusable(CLEAR)
+    return image if image.mode in ("L", "CMYK") else image.convert("RGB")
+
+
+def in_srgb(image, resolution, profile, gamma):
+    """The centre square of an image, resized, in sRGB. profile: an ICC profile as bytes; gamma: a PNG's, or 0."""
+    if profile and profile[16:20] == b"GRAY" and not np.ptp(np.asarray(image.convert("RGB")), axis=-1).any():
+        image = image.convert("L")  # of a palette, or with alpha
+    image = ImageOps.fit(image, (resolution, resolution), Image.Resampling.LANCZOS)
+    with contextlib.suppress(ImageCms.PyCMSError, OSError, TypeError, ValueError):
+        if profile:
+            return ImageCms.applyTransform(image, to_srgb(profile, image.mode))
+    image = image.convert("RGB")
+    if gamma and not profile:
+        image = image.point([round(255 * (value / 255) ** (1 / (2.2 * gamma))) for value in range(256)] * 3)
+    return image
 
 
 @functools.lru_cache(maxsize=16)

@@ -117,6 +117,26 @@ def write_each(pipe: Pipeline, prompts, num, seed, psi, folder: Path, checkpoint
         for i, (prompt, n) in enumerate(itertools.product(prompts, range(num)))
     ]
     lines = [json.dumps(about, ensure_ascii=False).encode() + b"\n" for about in abouts]
+    missing = find_missing(folder, abouts, lines)
+    for first in tqdm(range(0, len(abouts), latent.BATCH), unit="batch"):
+        batch = abouts[first : first + latent.BATCH]
+        if not any(about["file"] in missing for about in batch):
+            continue
+        frames = []
+        for prompt, members in itertools.groupby(batch, key=lambda about: about["prompt"]):
+            frames += pipe.frames(prompt, num, seed, psi, [about["number"] for about in members])
+        for about, picture in zip(batch, pipe.draw(frames).pictures, strict=True):
+            if about["file"] in missing:
+                save([picture], folder / about["file"], about)
+    atomically(folder / INDEX, lambda temporary: temporary.write_bytes(b"".join(lines)))
+    return len(missing)
+
+
+def find_missing(folder, abouts, lines):
+    """The names of the pictures that a folder of write_each still lacks. Raises UserError for pictures of other kinds.
+
+    lines: of the index, one for each of abouts.
+    """
     index, missing = folder / INDEX, set()
     listed = set(index.read_bytes().splitlines(keepends=True)) if index.exists() else set()
     names = {about["file"] for about in abouts}
@@ -137,15 +157,4 @@ def write_each(pipe: Pipeline, prompts, num, seed, psi, folder: Path, checkpoint
             same = False
         if not same:
             raise UserError(f"--each {folder} contains a foreign {path.name}; name another folder")
-    for first in tqdm(range(0, len(abouts), latent.BATCH), unit="batch"):
-        batch = abouts[first : first + latent.BATCH]
-        if not any(about["file"] in missing for about in batch):
-            continue
-        frames = []
-        for prompt, members in itertools.groupby(batch, key=lambda about: about["prompt"]):
-            frames += pipe.frames(prompt, num, seed, psi, [about["number"] for about in members])
-        for about, picture in zip(batch, pipe.draw(frames).pictures, strict=True):
-            if about["file"] in missing:
-                save([picture], folder / about["file"], about)
-    atomically(index, lambda temporary: temporary.write_bytes(b"".join(lines)))
-    return len(missing)
+    return missing
