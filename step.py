@@ -296,13 +296,15 @@ class Learner:
     def load_weights(self, weights):
         """Loads weights of some networks, {name: state dict} → what was missing, in words; it stays as initialized.
 
-        A generator may have fewer levels than this one. Raises RuntimeError if a shape differs.
+        A generator may have fewer levels than this one. Raises RuntimeError for other shapes or more layers.
         """
         missing = [name for name in NETWORKS if name not in weights]
         for name in NETWORKS:
             if name in weights:
-                lost = getattr(self, name).load_state_dict(weights[name], strict=False).missing_keys
-                missing += [f"{len(lost)} tensors of {name}"] if lost else []
+                lost = getattr(self, name).load_state_dict(weights[name], strict=False)
+                if lost.unexpected_keys:
+                    raise RuntimeError(f"{name} has no {lost.unexpected_keys[0]}")
+                missing += [f"{len(lost.missing_keys)} tensors of {name}"] if lost.missing_keys else []
         return missing
 
     def weights_are_finite(self):

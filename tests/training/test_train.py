@@ -19,7 +19,7 @@ from growth import Growth
 from presets import PRESETS
 from sampling import views
 from sampling.pipeline import draw
-from step import Learner, update
+from step import Learner, step_optimizer
 from tests import figures
 from tests.data.files import good, write_shard
 from tests.training.runs import COMMON, SHORT, build, identical, run, state_of
@@ -88,7 +88,7 @@ def test_an_update_that_is_not_finite_changes_nothing():
     for gradient in (1.0, float("nan"), 1.0):
         before = [weight.detach().clone() for weight in weights]
         weights[0].grad, weights[1].grad = torch.full((3,), gradient), torch.ones(3)
-        report = update(optimizer, [{"loss": torch.ones(())}], "g")
+        report = step_optimizer(optimizer, [{"loss": torch.ones(())}], "g")
         assert report["rejected"] == math.isnan(gradient)
         assert torch.equal(torch.stack(before), torch.stack(weights)) == math.isnan(gradient)
     assert all(state["step"] == 2 and state["exp_avg_sq"].isfinite().all() for state in optimizer.state.values())
@@ -180,6 +180,14 @@ def test_a_new_run_starts_from_the_weights_of_another(undisturbed, tmp_path, kin
     assert torch.equal(second.learner.generator.get_parameter(name), started_from[name])
     assert torch.equal(second.learner.ema.get_parameter(name), first["ema"][name])
     assert second.loop.progress.step == 0 and second.growth.active == [4, 8]
+
+
+def test_weights_with_more_layers_than_the_preset_are_refused(undisturbed, tmp_path):
+    path = shutil.copy(undisturbed / "generator_ema.safetensors", tmp_path / "mine.safetensors")
+    weights = checkpoint.load_weights(checkpoint.checkpoints(undisturbed / "checkpoints")[0])["discriminator"]
+    save_file(weights | {"text_head.blocks.9.norm1.weight": torch.ones(1)}, tmp_path / "mine_discriminator.safetensors")
+    with pytest.raises(UserError, match="give the preset that it was trained with"):
+        build(*SHORT, "--out", tmp_path / "second", "--init", path)
 
 
 def test_it_starts_at_the_highest_resolution_of_the_weights(stopped_after, tmp_path):
