@@ -152,9 +152,7 @@ class Preset:
 SMALL_RECIPE = dict(
     lr_generator=5e-3, lr_discriminator=8e-3, lower_scales=0.02, clip_weight=0.2, matching_weight_generator=0.1
 )
-SMALL_GENERATOR = dict(
-    mapping_layers=2, clip_width=384, text_dim=128, text_layers=1, lr_mul=0.3, residual_gain=0.7, attn_gain=1.0
-)
+SMALL_GENERATOR = dict(mapping_layers=2, clip_width=384, text_dim=128, lr_mul=0.3, residual_gain=0.7, attn_gain=1.0)
 # fmt: off
 SMALL_DISCRIMINATOR = dict(
     clip_width=384, text_dim=128, text_layers=1, head_layers=2, lr_mul=0.1, clip_channels=128,
@@ -162,8 +160,8 @@ SMALL_DISCRIMINATOR = dict(
 )
 
 
-def emoji(channels, discriminator_channels, w_dim, head_dim, **recipe):
-    """A Preset for emoji, whose networks have these channels at 4×4, 8×8, 16×16, 32×32 and 64×64."""
+def emoji(channels, w_dim, head_dim, text_layers, **recipe):
+    """A Preset for emoji, whose generator has these channels at 4×4, 8×8, 16×16, 32×32 and 64×64."""
     levels = (
         Level(4, channels[0], num_blocks=1, deformable=True),
         Level(8, channels[1], num_blocks=1, attn_depth=1, num_experts=4, deformable=True),
@@ -173,12 +171,14 @@ def emoji(channels, discriminator_channels, w_dim, head_dim, **recipe):
     )
     discriminator_levels = tuple(
         DiscriminatorLevel(resolution, c, num_blocks=0, attn_depth=1 if resolution == 8 else 0)
-        for resolution, c in zip((4, 8, 16, 32, 64), discriminator_channels, strict=True)
+        for resolution, c in zip((4, 8, 16, 32, 64), (128, 160, 96, 48, 24), strict=True)
     )
     widths = dict(fourier_channels=w_dim, w_dim=w_dim, mapping_dim=w_dim)
     return Preset(
-        GeneratorConfig(levels, **widths, num_heads=4, head_dim=head_dim, **SMALL_GENERATOR),
-        DiscriminatorConfig(discriminator_levels, num_heads=4, head_dim=head_dim, **SMALL_DISCRIMINATOR),
+        GeneratorConfig(
+            levels, **widths, num_heads=4, head_dim=head_dim, text_layers=text_layers, **SMALL_GENERATOR
+        ),
+        DiscriminatorConfig(discriminator_levels, num_heads=4, head_dim=24, **SMALL_DISCRIMINATOR),
         # Without the mode-seeking loss the seeds of a prompt look alike; with a balance of 0.001 few experts take all.
         Recipe(
             steps=60_000, fid_samples=1024, fid_factor=1.0, r1_gamma=4.0, balance_weight=0.01, mode_seeking_weight=0.1,
@@ -232,12 +232,12 @@ PRESETS = {
     ),
     # A laptop without GPU: emoji at 64×64, whole Aurora in small.
     "emoji": emoji(
-        (192, 128, 96, 48, 24), (128, 160, 96, 48, 24), w_dim=192, head_dim=24, batch=32, ema_half_life=10_000,
+        (192, 128, 96, 48, 24), w_dim=192, head_dim=24, text_layers=1, batch=32, ema_half_life=10_000,
         images_per_phase={4: 0, 8: 0, 16: 96_000, 32: 256_000}, fid_every=16_000,
     ),
-    # One GPU for 15 to 30 minutes: the same with about twice the channels.
+    # The demo. One GPU for 15 to 30 minutes: the same with about twice the channels in the generator.
     "emoji-gpu": emoji(
-        (256, 256, 192, 96, 48), (256, 256, 192, 128, 64), w_dim=256, head_dim=32, batch=64, ema_half_life=20_000,
+        (256, 256, 192, 96, 48), w_dim=256, head_dim=32, text_layers=2, batch=64, ema_half_life=20_000,
         images_per_phase={4: 0, 8: 0, 16: 96_000, 32: 450_000}, fid_every=64_000,
     ),
     # The second stage. The paper gives no sizes: ours are near those of GigaGAN's upsampler (359 M parameters). Growing
@@ -275,7 +275,7 @@ PRESETS = {
             Level(64, 48, num_blocks=1, num_kernels=2),
             Level(128, 32, num_blocks=1),
             Level(256, 16, num_blocks=1),
-        ), w_dim=128, mapping_dim=128, num_heads=4, head_dim=24, **SMALL_GENERATOR),
+        ), w_dim=128, mapping_dim=128, num_heads=4, head_dim=24, text_layers=1, **SMALL_GENERATOR),
         # The stages end at 8, not at 4: crops are half as wide as pictures, and so are their maps.
         DiscriminatorConfig(levels=(
             DiscriminatorLevel(8, 128, num_blocks=0, takes_images=False),
