@@ -79,7 +79,7 @@ def check(args):
         raise UserError(f"--count {args.count}: FID, precision and recall need {NEIGHBOURS + 1} images or more")
     if args.clip.partition(":")[0] in ("inception", "efficientnet"):
         raise UserError(f"--clip {args.clip} cannot read text; give judge or MODEL:WEIGHTS of open_clip")
-    check_file(args.out / "evaluation.json")
+    check_file(args.out / "evaluation.json", b'"protocol"')
 
 
 def open_source(args, generator, resolution):

@@ -141,6 +141,8 @@ def is_address(name):
 def main():
     args = parse_args()
     with errors_in_one_line(), Server(args) as server:
+        for path in args.checkpoint:
+            generator_of(path)
         server.model(0)
         print(f"The page is at http://{args.host}:{args.port}; Ctrl-C ends it", flush=True)
         with contextlib.suppress(KeyboardInterrupt):

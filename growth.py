@@ -11,6 +11,7 @@ import torch
 from common import distributed, stopping
 from common.cli import UserError
 from common.disk import Damaged, atomically, load_tensors, write_tensors
+from common.distributed import say
 from evaluation.features import extract_clip_features, extract_fake_features
 from evaluation.metrics import fid, frechet_distance, statistics
 from layers import resize
@@ -74,7 +75,10 @@ class Growth:
             raise UserError(f"{error}; delete it, and it is made again") from error
         if not isinstance(kept, dict) or "reference_fid" not in kept:
             raise UserError(f"{path} is not a reference FID of train.py; move it elsewhere")
-        return kept if kept.get("made from") == made_from else None
+        if kept.get("made from") != made_from:
+            say(f"note: {path.name} is measured again, because the data, the CLIP or an option changed")
+            return None
+        return kept
 
     def compute_reference(self, source):
         """→ {"captions", "given": an upsampler's inputs, "statistics": {resolution: (mean, covariance)},

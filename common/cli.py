@@ -99,19 +99,24 @@ def reason(error):
 
 
 def first_line(error):
-    """The first line of an exception's message, at most 200 characters."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+    """The first line of an exception's message, at most 200 characters. If it ends with a colon, the next one too."""
+    line, *more = (str(error).strip() or type(error).__name__).splitlines()
+    return " ".join([line, more[0].strip()] if line.endswith(":") and more else [line])[:200]
 
 
-def check_file(path, data=""):
+def check_file(path, mark=b""):
     """Makes the folder of a file, and fails before the work if the file cannot be written. Raises OSError; UserError if
-    the file exists in the folder `data`.
+    another file has this name.
+
+    mark: bytes within the first 4 KB of every file that the command writes there. Only such a file is replaced.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-    if path.exists() and data and path.resolve().is_relative_to(Path(data).resolve()):
-        raise UserError(f"--out {path} exists in the folder of --data; name a file elsewhere")
+    if path.exists():
+        with open(path, "rb") as file:
+            if mark not in file.read(4096):
+                raise UserError(f"{path} exists, and this command did not make it; name another file with --out")
     probe = path.with_name(f".{path.name[:50]}.{os.getpid()}")  # of this rank
     try:
         probe.touch()

@@ -50,6 +50,7 @@ CAUSES = (
     NO_IMAGE := "captions without an image next to them",
     CLEAR := "images with transparency that show nothing on white",
     FIELD := ".json files whose field for the caption is missing or is no text",
+    JSON := ".json files that are not in JSON",
     LINK := "links to other files, or sparse files, in a shard",
     REFUSED := "drawings that are not in UTF-8, use other files, pictures, entities, text or CSS that is not read, "
     "show nothing, or take too long",
@@ -101,23 +102,24 @@ def read_pair(sample, resolution, caption_key=None):
 
 def facts_of(data):
     """The bytes of a .json → its fields as a dict, {} if it cannot be read."""
-    try:
-        facts = json.loads(data) if data else {}
-    except (ValueError, RecursionError):
-        return {}
-    return facts if isinstance(facts, dict) else {}
+    with contextlib.suppress(ValueError, RecursionError):
+        if isinstance(facts := json.loads(data or b""), dict):
+            return facts
+    return {}
 
 
-def captions_in(facts, key):
+def captions_in(data, key):
     """The captions in a field of a .json, given as bytes: a text with one caption a line, or a list of texts.
 
     Raises Unusable.
     """
     try:
-        facts.decode(json.detect_encoding(facts))
+        facts = json.loads(data.decode(json.detect_encoding(data)))
     except UnicodeDecodeError as error:
         raise Unusable(ENCODING) from error
-    value = facts_of(facts).get(key)
+    except (ValueError, RecursionError) as error:
+        raise Unusable(JSON) from error
+    value = facts.get(key) if isinstance(facts, dict) else None
     texts = value if isinstance(value, list) else [value]
     if not texts or not all(isinstance(text, str) for text in texts):
         raise Unusable(FIELD)
@@ -224,6 +226,8 @@ def in_8_bits(image, data):
         if data[24] == 16:  # Pillow compares pixels of 8 bits with a transparent color of other bits
             raise Unusable(FORMAT)
         image.info["transparency"] *= 255 // (2 ** data[24] - 1)
+    if image.format == "PNG" and (at := data.find(b"cICP", 0, data.find(b"IDAT"))) > 0 and data[at + 5] in (16, 18):
+        raise Unusable(FORMAT)  # HDR: its curve is PQ or HLG
     if image.format == "BMP" and image.mode == "RGBA" and image.getextrema()[3] == (0, 0):
         return image.convert("RGB")  # many programs leave the fourth byte of a pixel at zero
     return Image.fromarray((np.asarray(image) // 257).astype(np.uint8)) if is_16_bit else image

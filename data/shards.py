@@ -105,7 +105,8 @@ class Shards(Source):
             number += count
             reached_ends = reached_ends and count < SAMPLES_TRIED
         if len(without_caption & without_image) > self.complete / 10:
-            raise UserError(f"--data: in {tried[0]} the files of a sample lie apart; make it with tar --sort=name -cf")
+            shard = min(without_caption & without_image).rpartition(" in ")[2]
+            raise UserError(f"--data: in {shard} the files of a sample lie apart; make it with tar --sort=name -cf")
         self.alone = len(without_caption)
         self.number = number * len(self.urls) // len(tried) if reached_ends else math.inf  # estimate of all samples
         self.json_holds_out = "aurora_held_out" in self.fields

@@ -20,7 +20,7 @@ import torch
 from aurora import Generator
 from baselines.shared import load, system_of
 from common.cli import Parser, UserError, a_path, check_file, errors_in_one_line, positive_int
-from common.disk import atomically, write_text
+from common.disk import write_text
 from data import sources
 from discriminator import Discriminator
 from evaluation import emoji
@@ -30,6 +30,7 @@ from evaluation.metrics import NEIGHBOURS
 from experiments.bench import peak_memory, processor_seconds
 from presets import PRESETS
 from sampling import inference
+from sampling.files import check_picture, save
 from sampling.pictures import grid, to_pil
 from training.plan import FlopCounter
 from training.run_folder import step_of
@@ -191,14 +192,15 @@ def main():
             raise UserError(f"--count {args.count}: precision and recall need {NEIGHBOURS + 1} pictures or more")
         if len(dict(args.systems)) < len(args.systems):
             raise UserError("two systems have the same NAME; give each its own")
-        for name in ("compare.md", "compare.json", "compare.png"):
-            check_file(args.out / name)
+        for name in ("compare.md", "compare.json"):
+            check_file(args.out / name, b"training images")
+        check_picture(args.out / "compare.png")
         columns, picture = compare(args)
         print(table(columns))
         numbers = json.dumps(columns, indent=1, ensure_ascii=False)
         write_text(args.out / "compare.md", table(columns) + "\n")
         write_text(args.out / "compare.json", numbers)
-        atomically(args.out / "compare.png", lambda temporary: picture.save(temporary, "PNG"))
+        save([picture], args.out / "compare.png", dict(args.systems))
         print(f"The table, its numbers and a picture are in {args.out.resolve()}")
 
 

@@ -64,7 +64,7 @@ def main():
     parser.add_argument("--out", type=a_path, default=Path("nearest.png"))
     args = parser.parse_args()
     with errors_in_one_line():
-        files.check_picture(args.out, data=args.data)
+        files.check_picture(args.out)
         generator, clip, _ = load_generator(args.checkpoint)
         latent.print_notes(clip, args.prompt)
         source = sources.open_data(args.data, generator.config.levels[-1].resolution, args.seed, args.caption_key)

@@ -14,22 +14,23 @@ from data.pairs import FORMATS, IMAGE, SMALL, Unusable, read_image
 from sampling import latent
 from sampling.pipeline import Pipeline
 
-KINDS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # that are written
+KINDS = ("PNG", "JPEG", "GIF")  # that are written
 KEY = "aurora"  # the PNG's text field, which contains JSON
+MARK = KEY.encode() + b"\0"  # so a PNG starts its text field, and we the comment of other kinds
 INDEX = "pictures.jsonl"  # in the folder of write_each: a line for each picture
 FRAME_MS = 80  # milliseconds per frame of an animation
 
 
-def check_picture(path, given=None, data=""):
-    """Checks that a picture can be written to a path. Raises UserError for an unknown suffix, OSError.
+def check_picture(path, given=None):
+    """Checks that a picture can be written to a path, and replaces only a picture of `save`. Raises UserError, OSError.
 
-    given, data: the user's own picture or folder, in which nothing may be overwritten.
+    given: the picture that the user gave, which may also be of `save`.
     """
     if Image.registered_extensions().get(path.suffix.lower()) not in KINDS:
         raise UserError(f"--out {path}: unknown picture format {path.suffix!r}; use .png or .jpg")
     if given and given.exists() and path.exists() and path.samefile(given):
         raise UserError(f"--out {path} is the picture that you gave; name another file with --out")
-    check_file(path, data)
+    check_file(path, MARK)
 
 
 def read_picture(path, resolution):
@@ -68,13 +69,15 @@ def read_small(path, resolution):
 
 
 def save(pictures, path, about):
-    """Writes PIL images as one file, atomically. A PNG also contains `about`, {name: value}, see `how_made`."""
+    """Writes PIL images as one file, atomically, with `about`, {name: value}, in it. Of a PNG, `how_made` reads it."""
     first, *others = pictures
     kind = Image.registered_extensions()[path.suffix.lower()]
     options = {"save_all": True, "append_images": others, "duration": FRAME_MS, "loop": 0} if others else {}
     if kind == "PNG":
         options["pnginfo"] = PngImagePlugin.PngInfo()
         options["pnginfo"].add_itxt(KEY, json.dumps(about, ensure_ascii=False))
+    else:
+        options["comment"] = MARK + json.dumps(about).encode()[:60_000]  # a JPEG has room for 65,533 bytes
     try:
         atomically(path.resolve(), lambda temporary: first.save(temporary, kind, **options))  # a link stays a link
     except (OSError, ValueError, KeyError) as error:

@@ -62,7 +62,7 @@ def print_notes(clip, prompts):
     for prompt in prompts:
         for note in notes(clip, prompt):
             print(f"note: {note}")
-        if unknown := boxes(prompt):
+        if unknown := [character for character in boxes(prompt) if character.isprintable()]:
             print(f"note: captions show boxes in place of {' '.join(unknown[:10])}")
 
 

@@ -19,7 +19,8 @@ COLORS = (  # of experts, distinguishable with red-green color blindness too
 def in_range(images):
     """Clamps a network's images to [−1, 1]. Raises UserError if one is not finite."""
     if (~images.isfinite()).any():
-        raise UserError("the pictures are not finite numbers: give a smaller psi, or another checkpoint")
+        advice = "give a smaller psi, or another checkpoint; in training, lower learning rates"
+        raise UserError(f"the pictures are not finite numbers: {advice}")
     return images.clamp(-1, 1)
 
 

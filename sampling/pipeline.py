@@ -170,7 +170,7 @@ def up_to(resolution, generator, upsampler):
     known = [*generator.config.resolutions, *(upsampler.config.resolutions if upsampler else ())]
     if resolution not in known:
         why = "" if upsampler else "; for larger ones name an upsampler with --upsampler"
-        raise UserError(f"--resolution {resolution}: choose one of {', '.join(map(str, known))}{why}")
+        raise UserError(f"--resolution {resolution!r}: choose one of {', '.join(map(str, known))}{why}")
     if resolution in generator.config.resolutions:
         upsampler = None
     stage = upsampler or generator

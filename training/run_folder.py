@@ -91,12 +91,6 @@ class RunFolder:
         """→ the path of the checkpoint to resume from, and its state; (None, None) for a new run."""
         if self.identity.get("clip") in ("judge", os.path.realpath(BUILT_IN["judge"])):
             raise UserError("--clip judge is for evaluation, which would then favour this run; take another, or emoji")
-        try:
-            for folder in (self.checkpoints, self.path / "samples"):
-                folder.mkdir(parents=True, exist_ok=True)
-            self.lock()
-        except OSError as error:
-            raise UserError(f"--out {self.path} cannot be written: {reason(error)}") from error
         for name in ("config.json", "metrics.jsonl", generator_file.FILE, "reference.pt", "clip.safetensors"):
             if (self.path / name).is_dir():
                 raise UserError(f"{self.path / name} is a folder, and a run writes a file there; move the folder")
@@ -104,6 +98,14 @@ class RunFolder:
         for name in ("config.json", "metrics.jsonl", generator_file.FILE, "samples/step_*"):
             if not own and any(self.path.glob(name)):  # a run writes its first checkpoint before these
                 raise UserError(f"{self.path} has {name} and no checkpoint to resume from; give another --out")
+        if resume == "moved" and not own:
+            raise UserError(f"--resume moved: {self.path} has no checkpoint; give the --out of the run")
+        try:
+            for folder in (self.checkpoints, self.path / "samples"):
+                folder.mkdir(parents=True, exist_ok=True)
+            self.lock()
+        except OSError as error:
+            raise UserError(f"--out {self.path} cannot be written: {reason(error)}") from error
         if resume in ("auto", "moved"):
             path, state = checkpoint.newest(self.checkpoints)
         elif own:
@@ -147,7 +149,8 @@ class RunFolder:
         for name in files if moved else ():
             del changed[name]
         if changed:
-            options = ", ".join(f"--{name} {shlex.quote(str(then.get(name)))}" for name in changed)
+            given = [(name, then.get(name)) for name in changed]
+            options = ", ".join(f"no --{k}" if v is None else f"--{k} {shlex.quote(str(v))}" for k, v in given)
             may_move = changed.keys() == files and "system" not in self.identity  # a baseline has no --resume
             advice = "; if these files only moved, give --resume moved" if may_move else ""
             raise UserError(f"the run in {path} was started with {options}; repeat that, or give another --out{advice}")

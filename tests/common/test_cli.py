@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from common.cli import Parser, UserError, a_path, add_data, errors_in_one_line, signals
+from common.cli import Parser, UserError, a_path, add_data, errors_in_one_line, first_line, signals
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -62,6 +62,19 @@ def test_errors_of_the_user_and_of_files_are_one_line(error, says, capsys):
 def test_another_error_keeps_its_traceback(error):
     with pytest.raises(type(error), match=str(error.args[-1])), errors_in_one_line():
         raise error
+
+
+@pytest.mark.parametrize(
+    ("message", "line"),
+    [
+        ("Error(s) in loading:\n\tMissing key: w\nmore", "Error(s) in loading: Missing key: w"),
+        ("a\nb", "a"),
+        ("a:", "a:"),
+        ("", "ValueError"),
+    ],
+)
+def test_the_first_line_of_an_error_says_something(message, line):
+    assert first_line(ValueError(message)) == line
 
 
 def test_a_path_expands_the_home_folder_and_refuses_what_is_no_file(tmp_path, monkeypatch):

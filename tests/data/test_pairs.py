@@ -164,6 +164,17 @@ def test_the_gamma_of_a_png_is_read():
         torch.testing.assert_close(pixel, torch.tensor(color), atol=1, rtol=0)
 
 
+@pytest.mark.parametrize(("curve", "cause"), [(13, None), (1, None), (16, FORMAT), (18, FORMAT)])
+def test_a_png_with_the_curve_of_hdr_is_refused(curve, cause):
+    plain = encoded(Image.new("RGB", (20, 20), (184, 2, 2)))
+    content = plain[:33] + chunk(b"cICP", bytes([9, curve, 0, 1])) + plain[33:]
+    if cause is None:
+        assert torch.equal(read(content), read(plain))
+    else:
+        with pytest.raises(Unusable, match=f"^{cause}$"):
+            read(content)
+
+
 @pytest.mark.parametrize("bits", [1, 2, 4])
 def test_the_transparent_color_of_a_png_of_few_bits_is_read(bits):
     """The color 1 becomes white, 0 stays black."""

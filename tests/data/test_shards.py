@@ -22,7 +22,7 @@ from PIL import Image, features
 
 from common.cli import UserError
 from data import shards, sources
-from data.pairs import DUPLICATE, EMPTY, ENCODING, FIELD, IMAGE, LINK, NO_CAPTION, NO_IMAGE, SHARD, Sample
+from data.pairs import DUPLICATE, EMPTY, ENCODING, FIELD, IMAGE, JSON, LINK, NO_CAPTION, NO_IMAGE, SHARD, Sample
 from data.sources import is_held_out
 from tests.data.files import (
     PICTURE,
@@ -278,7 +278,7 @@ def test_captions_in_a_field_of_the_json(tmp_path, place):
     files += [("windows.jpg", PICTURE), ("windows.json", '{"prompt": "café"}'.encode("cp1252"))]
     source = opened(place, tmp_path, files, caption_key="prompt")
     assert sorted(lines for _, lines in source.examples()) == [["five"], ["one", "two"], ["six"], ["three", "four"]]
-    assert source.skips.counts == {FIELD: 7, EMPTY: 1, ENCODING: 1}
+    assert source.skips.counts == {FIELD: 5, JSON: 2, EMPTY: 1, ENCODING: 1}
     with pytest.raises(UserError, match=r"fields .*prompt.*--caption-key"):
         opened(place, tmp_path, files)
     with pytest.raises(UserError, match=rf"{FIELD} \(first: .*0.* has prompt.* \.txt files are not read, because"):
@@ -357,10 +357,12 @@ def test_missing_shards_are_reported_unless_they_are_most(tmp_path, undecoded):
 
 
 def test_files_of_a_sample_that_lie_apart_are_refused(tmp_path):
-    """First all images, then all captions, as `tar` may write a folder."""
+    """First all images, then all captions, as `tar` may write a folder. The message names this shard, not another."""
     files = [(f"{i}.jpg", PICTURE) for i in range(8)] + [(f"{i}.txt", str(i).encode()) for i in range(8)]
-    with pytest.raises(UserError, match=r"0\.tar.* lie apart; .* tar --sort=name"):
-        opened("tar", tmp_path, files)
+    write_tar(tmp_path / "0.tar", named([good(0), good(1)]))
+    write_tar(tmp_path / "1.tar", files)
+    with pytest.raises(UserError, match=r"in \S*1\.tar the files .* lie apart; .* tar --sort=name"):
+        source_of(tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["tar", "pipe", "gz", "bz2", "xz"])

@@ -17,6 +17,7 @@ from data.pairs import EMPTY, ENCODING, FILE, IMAGE, SHARD
 from data.sources import Skips
 from tests.data.files import (
     COLORS,
+    PICTURE,
     captions_of,
     color_of,
     good,
@@ -252,3 +253,10 @@ def test_too_little_shared_memory_is_reported_at_the_first_error(monkeypatch, ca
     with pytest.raises(UserError, match=r"^there is too little shared memory .* --workers 0, .* --shm-size"):
         loaded(Figures(8), 1)
     assert "replaced" not in capsys.readouterr().out
+
+
+def test_the_reason_why_a_drawing_is_refused_is_told(tmp_path, capsys):
+    svg = b'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 9 9"><text>a</text></svg>'
+    source = opened("folder", tmp_path, named([{"jpg": PICTURE, "txt": b"a"}] * 4 + [{"svg": svg, "txt": b"b"}]))
+    next(source.evaluation())
+    assert "(first: " in (said := capsys.readouterr().out) and ".svg: text at depth 2)" in said, said

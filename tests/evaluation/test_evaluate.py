@@ -141,9 +141,11 @@ def test_mistakes_are_one_line(run, tmp_path):
     (tmp_path / "null.json").write_text('{"images": [], "annotations": [{"image_id": 1, "caption": null}]}')
     (tmp_path / "file").touch()
     (tmp_path / "taken" / "evaluation.json").mkdir(parents=True)
+    (tmp_path / "evaluation.json").write_text('{"mine": 1}')
     for arguments, says in (
         (("--data", train), "is not of COCO 2014 val"),
         (("--data", val, "--count", 7), "has 6 images"),
+        (("--count", 4, "--out", tmp_path), "evaluation.json exists, and this command did not make it"),
         (("--data", val, "--count", 1), "need 4 images"),
         (("--data", val, "--count", 5, "--images", tmp_path / "nowhere"), "with --images"),
         (("--data", val, "--caption-key", "text"), "--caption-key for other data; leave it out"),

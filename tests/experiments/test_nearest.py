@@ -34,6 +34,6 @@ def test_the_picture_has_a_row_for_each_prompt(tmp_path, monkeypatch, run_main):
     for main in (nearest.main, small_clip.main):  # a picture of the data is not overwritten
         own = sorted(data.glob("*.png"))[0]
         status, _, error = run_main(main, "--data", data, "--out", own, *["red circle"] * (main == nearest.main))
-        assert status == 2 and "exists in the folder of --data" in error and Image.open(own).format == "PNG"
+        assert status == 2 and "this command did not make it" in error and Image.open(own).format == "PNG"
     picture = Image.open(tmp_path / "nearest.jpg")
     assert picture.format == "JPEG" and 4 * 128 > picture.width > 3 * 128 and picture.height > 2 * 128

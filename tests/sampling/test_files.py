@@ -43,6 +43,21 @@ def test_a_picture_is_written_through_a_link_and_an_error_of_the_disk_says_so(ru
         files.save([Image.new("RGB", (4, 4))], tmp_path / "taken.png", {})
 
 
+@pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.gif"])
+def test_only_a_picture_of_ours_is_replaced(run_main, tmp_path, name):
+    """Also one behind a link, and one that another program wrote over ours."""
+    path, options = tmp_path / name, ("red heart", "--num", 1, "--resolution", 64, "--device", "cpu", "--out")
+    for _ in range(2):
+        assert run_main(sample.main, *options, path)[0] == 0
+    Image.open(path).convert("L").save(path, comment=b"mine")
+    (tmp_path / "link").with_suffix(path.suffix).symlink_to(path)
+    before = path.read_bytes()
+    for out in (path, (tmp_path / "link").with_suffix(path.suffix)):
+        status, _, error = run_main(sample.main, *options, out)
+        assert status == 2 and "exists, and this command did not make it; name another file" in error
+    assert path.read_bytes() == before
+
+
 def test_a_grid_says_it_too(run_main, tmp_path):
     assert run_main(sample.main, "red heart", "--num", 1, "--device", "cpu", "--out", tmp_path / "a.png")[0] == 0
     about = files.how_made(tmp_path / "a.png")

@@ -93,6 +93,7 @@ def test_a_run_killed_before_the_generator_had_its_name_gives_it(tmp_path):
         ("auto", {"data": "emoji"}, "give another --out$"),
         ("moved", {"data": "emoji"}, "give another --out$"),
         ("moved", {"data": "/after", "seed": 1}, r"started with --seed 0; repeat that, or give another --out$"),
+        ("auto", {"caption-key": "text"}, "started with no --caption-key; repeat that"),
     ],
 )
 def test_a_run_that_is_refused_changes_nothing(tmp_path, resume, identity, says):
@@ -116,9 +117,16 @@ def test_a_new_run_overwrites_no_file_of_another_program(tmp_path, name):
     """For example if --out is the folder of another model, or of a run of a former version."""
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_text('{"model_type": "bert"}\n')
+    before = contents(tmp_path)
     with pytest.raises(UserError, match="give another --out"):
         opened(tmp_path)
-    assert (tmp_path / name).read_text() == '{"model_type": "bert"}\n'
+    assert contents(tmp_path) == before and len(list(tmp_path.rglob("*"))) == 1 + name.count("/")
+
+
+def test_a_run_that_is_said_to_have_moved_is_there(tmp_path):
+    with pytest.raises(UserError, match="run has no checkpoint; give the --out of the run"):
+        opened(tmp_path / "run", "moved")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("name", ["generator_ema.safetensors", "reference.pt", "clip.safetensors", "config.json"])
