@@ -150,11 +150,18 @@ def mode_seeking_loss(first, second):
     """1 / mean |first − second| of images [B, 3, R, R] of the same captions under other z (Mao et al. 2019).
 
     The authors divide by the distance between the z. It is nearly the same for all pairs, so we do not. Images are
-    averaged down to 8×8, so that shapes and colors are to differ, not details. The mean is over all ranks.
+    averaged down to 8×8, so that shapes are to differ, not details. They are standardized, because otherwise the
+    generator mostly makes the pictures of one caption brighter or darker. The mean is over all ranks.
     """
-    difference = full_precision(first - second)
-    distances = resize(difference, min(8, difference.shape[-1])).abs().mean((1, 2, 3))
+    first, second = (standardized(resize(full_precision(x), min(8, x.shape[-1]))) for x in (first, second))
+    distances = (first - second).abs().mean((1, 2, 3))
     return 1 / (distributed.gather(distances).mean() + 1e-3)
+
+
+def standardized(images):
+    """[B, 3, R, R] → each image with mean 0 and a standard deviation of nearly 1, over pixels and channels."""
+    variance, mean = torch.var_mean(images, (1, 2, 3), keepdim=True)
+    return (images - mean) / torch.sqrt(variance + 0.05**2)  # so an image of one color has a gradient
 
 
 def perceptual_distance(maps, others):

@@ -167,11 +167,20 @@ def test_the_losses_of_a_router_are_their_formulas():
     torch.testing.assert_close(losses.load_balancing_loss(logits, index), balance)
 
 
-def test_mode_seeking_is_the_inverse_of_the_distance_at_8x8():
+def test_mode_seeking_is_the_inverse_of_the_distance_of_standardized_images_at_8x8():
     first, second = torch.randn(2, 2, 3, 16, 16, dtype=torch.float64)
-    small = [x.numpy().reshape(2, 3, 8, 2, 8, 2).mean((3, 5)) for x in (first, second)]
+    small = [x.numpy().reshape(2, 3, 8, 2, 8, 2).mean((3, 5)).reshape(2, -1) for x in (first, second)]
+    small = [(x - x.mean(1, keepdims=True)) / np.sqrt(x.var(1, ddof=1, keepdims=True) + 0.05**2) for x in small]
     distance = np.abs(small[0] - small[1]).mean()
     assert losses.mode_seeking_loss(first, second).item() == pytest.approx(1 / (distance + 1e-3))
+
+
+def test_brighter_pictures_are_no_other_modes_and_pictures_of_one_color_have_a_gradient():
+    images = torch.randn(2, 3, 16, 16)
+    assert losses.mode_seeking_loss(images, 1.5 * images + 0.2) > 50 * losses.mode_seeking_loss(images, images.flip(3))
+    plain = torch.zeros(2, 3, 16, 16, requires_grad=True)
+    losses.mode_seeking_loss(plain, images).backward()
+    assert plain.grad.isfinite().all() and plain.grad.any()
 
 
 def test_mode_seeking_compares_the_finished_images():
@@ -183,7 +192,7 @@ def test_mode_seeking_compares_the_finished_images():
     other = generator(-z[::4], text.tokens[::4], text.eot[::4], 8)
     options = text, torch.arange(6), CHANCES[:, 1], discriminator, clip, recipe
     report = losses.generator_loss(output, other, *options)
-    expected = 1 / ((output.image[::4] - other.image).abs().mean().item() + 1e-3)
+    expected = losses.mode_seeking_loss(output.image[::4], other.image).item()
     assert report["g_mode_seeking"].item() == pytest.approx(expected, rel=1e-5)
     assert (report["loss"] - report["g_moe"]).item() == pytest.approx(2 * expected, rel=1e-5)
 
