@@ -36,7 +36,7 @@ def parse_args(argv=None):
         "--checkpoint",
         type=a_path,
         nargs="+",
-        default=[DEMO],
+        action="extend",
         help="models to choose from: runs, also of baselines, generator_ema.safetensors, or the authors' aurora_v1.pth",
     )
     add("--clip", help="MODEL:WEIGHTS of open_clip, to read a large CLIP from a file; default: as in the checkpoint")
@@ -44,7 +44,9 @@ def parse_args(argv=None):
     add("--dtype", choices=("auto", *inference.DTYPES), default="auto", help="auto: bf16 for large models, if fast")
     add("--host", default="127.0.0.1", help="the address to serve at; 0.0.0.0 allows other machines")
     add("--port", type=positive_int, default=8080)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    args.checkpoint = args.checkpoint or [DEMO]
+    return args
 
 
 def load_model(args, number):

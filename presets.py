@@ -181,7 +181,7 @@ def emoji(channels, w_dim, head_dim, text_layers, **recipe):
         DiscriminatorConfig(discriminator_levels, num_heads=4, head_dim=24, **SMALL_DISCRIMINATOR),
         # Without the mode-seeking loss the seeds of a prompt look alike; with a balance of 0.001 few experts take all.
         Recipe(
-            steps=60_000, fid_samples=1024, fid_factor=1.0, r1_gamma=4.0, balance_weight=0.01, mode_seeking_weight=0.1,
+            steps=60_000, fid_samples=1024, fid_factor=1.0, r1_gamma=4.0, balance_weight=0.01, mode_seeking_weight=0.2,
             **SMALL_RECIPE, **recipe,
         ), "emoji",
     )

@@ -69,7 +69,7 @@ def parse_args(argv=None):
     look = parser.add_argument_group("views, one at a time").add_mutually_exclusive_group()
     each = "a folder for one file per picture; run again to complete it"
     look.add_argument("--each", type=a_path, metavar="DIR", help=each)
-    look.add_argument("--seeds", nargs="+", type=natural_number, help="a column for each seed")
+    look.add_argument("--seeds", nargs="+", action="extend", type=natural_number, help="a column for each seed")
     look.add_argument("--truncation-sweep", action="store_true", help="a column for each of several truncations")
     look.add_argument("--interpolate", nargs=2, metavar=("FROM", "TO"), help="interpolate between two prompts")
     look.add_argument("--mix", nargs=2, metavar=("COARSE", "FINE"), help="low layers use one prompt, others another")

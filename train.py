@@ -57,7 +57,14 @@ def parse_args(argv=None):
     add("--resume", default="auto", help="auto: the run in --out; moved: its files are elsewhere; no; or a checkpoint")
     add("--clip", help="train (a small CLIP on --data), emoji, a small CLIP's file, or MODEL:WEIGHTS of "
         "open_clip (default: the preset's; for a small preset on other data: train)")  # fmt: skip
-    add("--set", nargs="+", default=[], metavar="FIELD=VALUE", help="change the recipe: lr_generator=1e-3 …")
+    add(
+        "--set",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="FIELD=VALUE",
+        help="change the recipe: lr_generator=1e-3 …",
+    )
     add("--init", type=a_path, help="start a new run from these weights: a generator_ema.safetensors, or a checkpoint")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add("--dtype", choices=("auto", *DTYPES), default="auto", help="auto: bf16 if the device is fast at it")
@@ -123,7 +130,7 @@ def build(args, device):
                 learner.load_state_dict(state)
             for name, then in state.get("recipe", {}).items():
                 if (now := getattr(recipe, name, then)) != then:
-                    say(f"note: {name} was {then}; now it is the recipe's, {now}")
+                    say(f"note: {name} was {then}; now it is {now}")
         if args.init and state:
             say(f"note: --init {args.init} is not used, because the run in {args.out} is resumed")
         elif args.init:

@@ -116,7 +116,7 @@ def check_file(path, mark=b""):
     if path.exists():
         with open(path, "rb") as file:
             if mark not in file.read(4096):
-                raise UserError(f"{path} exists, and this command did not make it; name another file with --out")
+                raise UserError(f"{path} exists, and this command did not make it; give another --out")
     probe = path.with_name(f".{path.name[:50]}.{os.getpid()}")  # of this rank
     try:
         probe.touch()

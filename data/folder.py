@@ -13,9 +13,10 @@ import numpy as np
 
 from common.cli import UserError
 from data.pairs import FILE, IMAGE_SUFFIXES, LIMITS, Sample, facts_of
-from data.sources import FEWEST, SHARD_SUFFIXES, TXT_UNREAD, Source, leads_out, sample_indices
+from data.sources import FEWEST, SHARD_SUFFIXES, TXT_UNREAD, Source, leads_out, sample_indices, some
 
 ALONE = "images have no caption"
+HIDDEN = (".", "__MACOSX", "@eaDir", "$RECYCLE.BIN", "lost+found")  # how names start that people do not see
 BELOW = "shard(s) in subfolders are not read: name a pattern or their folder"
 
 
@@ -48,7 +49,7 @@ class Folder(Source):
         for problem, paths in self.problems.items():
             yield f"{len(paths)} {problem}, such as {paths[0]}."
         if self.others:
-            yield f"Not read: {', '.join(f'{number} {kind}' for kind, number in self.others.most_common(6))}."
+            yield f"Not read: {some(f'{number} {kind}' for kind, number in self.others.most_common())}."
         if self.caption_key and self.others[".txt"]:
             yield TXT_UNREAD
         if not self.caption_key and (fields := self.fields()):
@@ -145,7 +146,7 @@ def walk(path, problems):
             continue
         seen.add(real)
         for kind in (folders, names):
-            shown = sorted(name for name in kind if not name.startswith((".", "__MACOSX")))
+            shown = sorted(name for name in kind if not name.startswith(HIDDEN))
             kind.clear()
             for name in shown:
                 if leads_out(os.path.join(folder, name), path):

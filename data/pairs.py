@@ -22,7 +22,7 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".t
 # Passed to every Image.open. Without it, Pillow detects an EPS by its content and starts Ghostscript on it.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", *["AVIF"] * features.check("avif"))
 PNG = b"\x89PNG\r\n\x1a\n"  # its first bytes; bytes 24 and 25 are the bits of a value and the type of color
-BITS, WHITE_IS = 258, 262  # tags of a TIFF; the second is 1 if the largest value is white
+BITS, WHITE_IS, PLANES = 258, 262, 284  # tags of a TIFF: 1 if the largest value is white; 2 if colors lie apart
 # Those of JPEG 2000 and JPEG XL (both as a file, each as a stream), icons, Photoshop, EPS, PPM and compressed SVGs.
 FOREIGN = (b"\0\0\0\x0c", b"\xff\x4f\xff\x51", b"\xff\x0a", b"\0\0\1\0", b"8BPS", b"%!PS", b"P6", b"\x1f\x8b")
 FOREIGN += (b"%PDF", b"II*\0", b"MM\0*")  # and of PDF, and of a TIFF that Pillow does not know
@@ -222,6 +222,8 @@ def in_8_bits(image, data):
         raise Unusable(FORMAT)  # it is unknown which value is white
     if image.format == "TIFF" and is_16_bit and (image.tag_v2.get(WHITE_IS), image.tag_v2.get(BITS)) != (1, (16,)):
         raise Unusable(FORMAT)  # Pillow reads the numbers, and not what they mean
+    if image.format == "TIFF" and image.tag_v2.get(PLANES) == 2 and 16 in image.tag_v2.get(BITS, ()):
+        raise Unusable(FORMAT)  # Pillow mixes the planes of 16 bits up
     if image.format == "PNG" and data[24] != 8 and data[25] in (0, 2) and image.has_transparency_data:
         if data[24] == 16:  # Pillow compares pixels of 8 bits with a transparent color of other bits
             raise Unusable(FORMAT)

@@ -24,7 +24,7 @@ import numpy as np
 from common.cli import UserError, first_line
 from data.folder import BELOW
 from data.pairs import DUPLICATE, IMAGE_SUFFIXES, LIMITS, SHARD, Sample
-from data.sources import FEWEST, TXT_UNREAD, Source
+from data.sources import FEWEST, TXT_UNREAD, Source, some
 
 TRIED, SAMPLES_TRIED = 5, 300  # shards, and samples of each, that are read when a source is opened
 STRETCH = 3  # samples, on average, that are read from one random place of a tar
@@ -125,7 +125,7 @@ class Shards(Source):
         if self.missing:
             yield f"{len(self.missing)} shard(s) do not exist, such as {self.missing[0]}."
         if others := [kind for kind in self.kinds if kind not in LIMITS]:
-            yield f"Not read: {', '.join(others[:8])}."
+            yield f"Not read: {some(others)}."
         if self.below:
             yield f"{len(self.below)} {BELOW}, such as {self.below[0]}."
         if self.caption_key and self.kinds[".txt"]:

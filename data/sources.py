@@ -224,6 +224,12 @@ class Source:
         return counted
 
 
+def some(texts, most=8):
+    """The first texts, and how many others there are."""
+    first, others = (texts := list(texts))[:most], len(texts) - most
+    return ", ".join(first) + (f" and {others} other kinds" if others > 0 else "")
+
+
 def is_held_out(image, facts):
     """Whether a pair is held out: by a hash of its picture, so that all copies of it are held out.
 

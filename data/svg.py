@@ -54,6 +54,8 @@ def check(svg):
         elements.append(name.rpartition(":")[2])
         if elements[-1] in ("script", "foreignObject", "text") or len(inside) > MAX_DEPTH:
             raise Refused(f"{name} at depth {len(inside)}")
+        if elements[-1] == "style" and attributes.get("media", "all") not in ("all", "screen"):
+            raise Refused(f"a style for {attributes['media']}")
         inside.append(attributes.get("id", inside[-1]))
         sizes[inside[-1]] += 1
         if inside[-1] != inside[-2]:

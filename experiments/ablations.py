@@ -219,7 +219,7 @@ def table(results):
 def main():
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--preset", choices=VARIANTS, default="emoji", help="the base up to 16×16, or the second stage")
-    parser.add_argument("--only", nargs="+", help="variants to run (default: all)")
+    parser.add_argument("--only", nargs="+", action="extend", help="variants to run (default: all)")
     parser.add_argument("--seeds", type=positive_int, default=3, help="runs of each variant")
     parser.add_argument("--minutes", type=finite_number, default=20, help="of one core, to train each run")
     parser.add_argument("--out", type=a_path, default=Path("runs/ablations"), help="folder of the results")

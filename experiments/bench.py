@@ -207,7 +207,7 @@ CASES = {"sample": sampling, "train": training, "experts": experts, "attention":
 
 def main():
     parser = Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), help="which cases")
+    parser.add_argument("--cases", nargs="+", action="extend", choices=CASES, help="which cases (default: all)")
     parser.add_argument("--seconds", type=positive_int, default=2, help="minimum time to measure each case")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     args = parser.parse_args()
@@ -216,7 +216,7 @@ def main():
         device = distributed.start(args.device)
         print(f"{distributed.describe(device)}, PyTorch {torch.__version__}", HEAD, sep="\n\n")
         stopwatch = Stopwatch(device, args.seconds)
-        for case in args.cases:
+        for case in args.cases or CASES:
             for row in CASES[case](stopwatch):
                 print(row, flush=True)
 

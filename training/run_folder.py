@@ -1,5 +1,7 @@
 """The folder of a run: checkpoints, log, pictures and generator. The main rank writes it for all."""
 
+import atexit
+import contextlib
 import functools
 import json
 import math
@@ -24,6 +26,7 @@ from common.distributed import say
 from data.sources import NAMES, SHARD_SUFFIXES
 from weights import checkpoint, generator_file
 
+LOCK = ".lock"  # in checkpoints/: a file that a run keeps locked
 MAY_MOVE = {"data": NAMES, "clip": BUILT_IN}  # options that name files; {option: values that are no files}
 
 
@@ -100,8 +103,10 @@ class RunFolder:
                 raise UserError(f"{self.path} has {name} and no checkpoint to resume from; give another --out")
         if resume == "moved" and not own:
             raise UserError(f"--resume moved: {self.path} has no checkpoint; give the --out of the run")
+        folders = self.path, self.checkpoints, self.path / "samples"
+        atexit.register(remove_if_empty, [folder for folder in folders if not folder.exists()])
         try:
-            for folder in (self.checkpoints, self.path / "samples"):
+            for folder in folders:
                 folder.mkdir(parents=True, exist_ok=True)
             self.lock()
         except OSError as error:
@@ -126,7 +131,7 @@ class RunFolder:
 
     def lock(self):
         """Keeps other runs out of this folder while this process lives. Raises UserError and OSError."""
-        self.lock_file = (self.checkpoints / ".lock").open("a")
+        self.lock_file = (self.checkpoints / LOCK).open("a")
         if fcntl is None:
             return
         try:
@@ -219,6 +224,15 @@ class RunFolder:
     def write_generator(self, path):
         """Links the generator's file of a checkpoint into this folder."""
         disk.link(path / generator_file.FILE, self.generator)
+
+
+def remove_if_empty(folders):
+    """Deletes the folders that a run made, if it was refused before it wrote anything."""
+    for folder in reversed(folders):
+        with contextlib.suppress(OSError):  # it does not exist, or contains files
+            if [path.name for path in folder.iterdir()] == [LOCK]:
+                (folder / LOCK).unlink()
+            folder.rmdir()
 
 
 def on_host(state):

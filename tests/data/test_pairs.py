@@ -209,6 +209,16 @@ def tiff_of_16_bits(white_is):
     return content.replace(tag.pack(*usual), tag.pack(*usual[:3], white_is))
 
 
+def planar_tiff():
+    """An RGB TIFF of 16 bits whose colors lie apart, as Photoshop writes "per channel"."""
+    size, end = 20 * 20 * 2, 8 + 2 + 10 * 12 + 4
+    starts = [end + 30 + i * size for i in range(3)]
+    entries = [(256, 3, 1, 20), (257, 3, 1, 20), (258, 3, 3, end), (259, 3, 1, 1), (262, 3, 1, 2), (273, 4, 3, end + 6)]
+    entries += [(277, 3, 1, 3), (278, 3, 1, 20), (279, 4, 3, end + 18), (284, 3, 1, 2)]
+    head = b"II*\0" + struct.pack("<IH", 8, 10) + b"".join(struct.pack("<HHII", *entry) for entry in entries) + bytes(4)
+    return head + struct.pack("<3H3I3I", 16, 16, 16, *starts, size, size, size) + bytes(3 * size)
+
+
 @pytest.mark.parametrize(
     ("content", "cause"),
     [
@@ -224,6 +234,7 @@ def tiff_of_16_bits(white_is):
         *((with_clear_color(*form), FORMAT) for form in ((16,), (16, 2))),
         (b"II*\0" + bytes(99), FORMAT),
         (tiff_of_16_bits(white_is=0), FORMAT),
+        (planar_tiff(), FORMAT),
         (b"\0\0\0\x18ftypheic" + bytes(99), FORMAT),
         (encoded(Image.new("RGB", (20, 20)), "EPS"), FORMAT),  # Pillow would start Ghostscript on it
         *((encoded(Image.new("RGB", (20, 20)), kind), FORMAT) for kind in ("PPM", "ICO", "JPEG2000")),
@@ -238,6 +249,7 @@ def tiff_of_16_bits(white_is):
         (b"<svg", IMAGE),
         (b'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 9 9"><g/></svg>', REFUSED),
         *((drawing("<g id='é'/>").decode().encode(code), REFUSED) for code in ("latin-1", "utf-16")),
+        (drawing("<style media='print'>rect { fill: black }</style><rect width='9' height='9' fill='red'/>"), REFUSED),
         (drawing("<g id='é'/>", head='<?xml version="1.0" encoding="latin-1"?>').decode().encode("latin-1"), REFUSED),
     ],
 )

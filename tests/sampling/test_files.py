@@ -54,7 +54,7 @@ def test_only_a_picture_of_ours_is_replaced(run_main, tmp_path, name):
     before = path.read_bytes()
     for out in (path, (tmp_path / "link").with_suffix(path.suffix)):
         status, _, error = run_main(sample.main, *options, out)
-        assert status == 2 and "exists, and this command did not make it; name another file" in error
+        assert status == 2 and "exists, and this command did not make it; give another --out" in error
     assert path.read_bytes() == before
 
 

@@ -123,6 +123,20 @@ def test_a_new_run_overwrites_no_file_of_another_program(tmp_path, name):
     assert contents(tmp_path) == before and len(list(tmp_path.rglob("*"))) == 1 + name.count("/")
 
 
+def test_a_run_that_is_refused_before_it_wrote_anything_leaves_no_folder(tmp_path, monkeypatch):
+    """Only the folders that it made are deleted, as the process ends."""
+    at_exit = Mock()
+    monkeypatch.setattr(run_folder.atexit, "register", at_exit)
+    (tmp_path / "mine").mkdir()
+    for name in ("new", "mine"):
+        opened(tmp_path / name)
+        at_exit.call_args.args[0](*at_exit.call_args.args[1:])
+    assert [path.name for path in tmp_path.rglob("*")] == ["mine"]
+    made(tmp_path / "run")
+    at_exit.call_args.args[0](*at_exit.call_args.args[1:])
+    assert opened(tmp_path / "run")[1]["progress"]["step"] == 2
+
+
 def test_a_run_that_is_said_to_have_moved_is_there(tmp_path):
     with pytest.raises(UserError, match="run has no checkpoint; give the --out of the run"):
         opened(tmp_path / "run", "moved")
