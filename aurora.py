@@ -133,8 +133,8 @@ class FourierFeatures(nn.Module):
     def __init__(self, channels, size, w_dim):
         super().__init__()
         freqs = torch.randn(channels, 2)
-        # The length r of a normal vector becomes exp(−r²/4). The square of this is uniform in [0, 1]: so the
-        # frequencies are uniform in a disc.
+        # Uniform in a disc: the length r of a normal vector becomes exp(−r²/4). Its square, exp(−r²/2), is uniform in
+        # [0, 1].
         radii = freqs.norm(dim=1, keepdim=True)
         self.register_buffer("freqs", freqs / radii * (-radii.square() / 4).exp())
         self.register_buffer("phases", torch.rand(channels) - 0.5)
@@ -175,7 +175,7 @@ class StartBlock(nn.Module):
         self.fourier = FourierFeatures(config.fourier_channels, level.resolution, config.w_dim)
         self.conv = level_conv(config, level, config.fourier_channels)
 
-    def forward(self, _, w):
+    def forward(self, _, w):  # there is no level below
         return lrelu(self.conv(self.fourier(w), w))
 
 
@@ -224,7 +224,7 @@ class Output:
     image: torch.Tensor  # [B, 3, R, R], about [−1, 1]
     pyramid: dict[int, torch.Tensor]  # resolution → image, low to high; the last is `image`
     w: torch.Tensor  # [B, w_dim], or [B, L, w_dim] as given to `synthesis`
-    routings: dict[str, Routing]  # of every router, by "resolution.block.depth"
+    routings: dict[str, Routing]  # of every router, by "resolution.block.router"
 
 
 class SynthesisLevel(nn.Module):

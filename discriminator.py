@@ -17,7 +17,7 @@ from presets import DiscriminatorConfig
 from text import TextHead
 
 ATTN_GAIN = 0.3  # for the branch only: a scaled x would shrink at every block
-LOGIT_GAIN = 0.25  # at 1, one step of Adam changes a prediction by more than another caption does
+LOGIT_GAIN = 0.25  # at 1, a step of Adam moves a prediction more than a change of the caption does
 CLIP = "clip"  # the name of a further stage, whose maps come from CLIP's feature maps
 
 
@@ -55,7 +55,7 @@ class TiedSelfAttention(nn.Module):
 
 
 class Flatten(nn.Module):
-    """The last stride: a convolution without padding turns a map into one point, [B, C, side, side] → [B, D, 1, 1].
+    """The last step down: a convolution without padding turns a map into one point, [B, C, side, side] → [B, D, 1, 1].
     From pictures larger than training's crops it makes several points.
     """
 

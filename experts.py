@@ -19,8 +19,8 @@ class Experts(nn.Module):
 
     forward: points [P, C], expert_index [P], gate [P] → gate · expert(point), [P, C]. The points are sorted by expert,
     so that each expert multiplies one contiguous slice; together this costs as much as one expert over all points. No
-    point is ever dropped. An expert without points multiplies an empty slice, and its gradient is zero. As each weight
-    is one tensor for all experts, DDP never waits for the gradient of a single one. On a GPU, Triton kernels run all
+    point is ever dropped. An expert without points multiplies an empty slice, and its gradient is zero. All experts
+    share one parameter tensor, which always gets a gradient, so DDP never waits. On a GPU, Triton kernels run all
     experts at once; tests compare both.
     For top-k routing call this once for each choice, and add the results. An assertion refuses several experts a point.
     """

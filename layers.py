@@ -133,11 +133,11 @@ class Downsample(nn.Module):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Resampling with the binomial filter [1, 3, 3, 1] (StyleGAN2). It is a cascade of three two-tap averages.
+# Resampling.
 
 
 def upsample(x):
-    """×2: inserts zeros, then filters with gain 4. This equals bilinear interpolation with zeros outside the image."""
+    """×2, bilinear, with zeros outside the image: the same as StyleGAN2's, which inserts zeros and then filters."""
     x = F.interpolate(F.pad(x, (1, 1, 1, 1)), scale_factor=2, mode="bilinear", align_corners=False)
     return x[..., 2:-2, 2:-2]
 

@@ -3,8 +3,8 @@ then those that only some recipes use.
 
 A pyramid contains an image for each active resolution. The discriminator scores each image after every stage that it
 passes. A *prediction* is named (input, stage), by their resolutions. `scales`, {resolution: weight}, weighs images.
-Losses are means over a rank's images, CLIP's and the mode-seeking loss over the global batch. DDP averages gradients
-over ranks, which gives those of the global batch.
+The CLIP loss and the mode-seeking loss are of the global batch. The others are means over a rank's images; DDP averages
+their gradients over ranks, which gives those of the global batch.
 """
 
 import open_clip
@@ -71,7 +71,7 @@ def wrong_captions(ids):
     batch, position = len(ids), torch.arange(len(ids), device=ids.device)
     differs = torch.cdist(ids.float(), ids.float(), p=0) > 0  # [B, B]; p=0 counts the tokens that differ
     places = (position - position[:, None]) % batch  # [B, B]: how many places caption j comes after caption i
-    places = torch.where(differs, places, places + batch)  # equal ones come last, the caption itself first
+    places = torch.where(differs, places, places + batch)  # after all that differ; of the equal ones, itself first
     return places.argmin(1)
 
 
@@ -89,8 +89,8 @@ def r1_penalty(discriminator, clip, pyramid, tokens, eot, gamma, scales):
     """R1 (Mescheder et al. 2018) on real images, as the discriminator sees them, and their captions, in float32: a
     scalar.
 
-    Each image of the pyramid adds scale · γ_r/2 · ‖gradient by its pixels‖², γ_r = gamma · (r/64)²: the gradient of the
-    sum of its predictions, in which those before the last stage have weight EARLY_ADVERSARIAL.
+    Each image of the pyramid adds scale · γ_r/2 · ‖gradient by its pixels‖², with γ_r = gamma · (r/64)². It is the
+    gradient of the sum of the image's predictions; those before the last stage have weight EARLY_ADVERSARIAL.
     No image affects the predictions for another sample or another resolution, so one backward pass gives all gradients.
     """
     with float32_region(tokens), sdpa_kernel(SDPBackend.MATH):  # fused attention, as in CLIP, has no second derivative
@@ -301,15 +301,15 @@ def fooling_losses(output, text, wrong, chances, clip_maps, discriminator, clip,
         code = discriminator.encode_text(text.tokens, text.eot)
     wrong_code, is_wrong = wrong_codes(code, wrong)
     pyramid = augment(output.pyramid, recipe.augment, chances)
-    if recipe.augment:  # CLIP has seen the images themselves; the discriminator needs its maps of augmented ones
+    if recipe.augment:  # clip_maps are of the images themselves; here the maps of the augmented ones are needed
         maps = feature_maps(discriminator, clip, pyramid)
     else:
         maps = discriminator.maps(pyramid, clip_maps if discriminator.map_readers else ())
     right_logits = discriminator.score(maps, code)
     adversarial = logistic_loss(right_logits, -1, EARLY_ADVERSARIAL, scales).mean()
-    # The discriminator learns that these images are fake under a wrong caption, too; this term is the generator's
-    # answer. A wrong caption does not describe the image, so here the generator only learns to look real. Results get
-    # worse with the matching loss in the discriminator alone, and better with it in both (GigaGAN, table 1).
+    # The discriminator learns to reject these images under a wrong caption, too, and the generator to be accepted. A
+    # wrong caption does not describe the image, so it can only learn to look real. Results get worse with the matching
+    # loss in the discriminator alone, and better with it in both (GigaGAN, table 1).
     wrong_logits = discriminator.score(maps, wrong_code)
     matching = logistic_loss(wrong_logits, -1, EARLY_MATCHING, scales) * is_wrong
     return adversarial, matching.mean()

@@ -12,8 +12,8 @@ from torch import nn
 
 from layers import Linear, float32_region, full_precision, in_float32
 
-# In sampling, a convolution is computed as a matrix product if the input channels are at least this many times the
-# points that share a kernel. In training, this would keep the unfolded input in memory.
+# In sampling, a convolution is computed as a matrix product if it has at least this many input channels for each point
+# that shares a kernel. In training, this would keep the unfolded input in memory.
 CHANNELS_PER_POINT = 4
 
 
@@ -64,7 +64,9 @@ class ModulatedConv2d(nn.Module):
     until the backward pass; with gradient checkpointing it keeps those of one level at a time.
     """
 
-    cached_products = None  # kernel_products(), computed once by sampling/inference.py, as the weights do not change
+    # kernel_products(). Only sampling/inference.py sets it, once, as its weights do not change. So it also tells
+    # sampling from training.
+    cached_products = None
 
     def __init__(self, in_channels, out_channels, kernel_size, w_dim, num_kernels=1):
         super().__init__()
@@ -150,12 +152,12 @@ class UpsamplingConv2d(ModulatedConv2d):
     """
 
     def mixed_kernels(self, mix):
-        """The same kernels, with C last in memory, so that folded_transposed_convolution need not copy them."""
+        """The same kernels. Mixed ones have C last in memory, so folded_transposed_convolution need not copy them."""
+        if mix is None:
+            return self.weight
         kernels = self.weight.movedim(2, -1)  # [n, D, k, k, C]
-        if mix is not None:
-            mixed = mix.to(kernels.dtype) @ kernels.flatten(1)
-            kernels = mixed.unflatten(1, kernels.shape[1:])
-        return kernels.movedim(-1, 2)
+        mixed = mix.to(kernels.dtype) @ kernels.flatten(1)
+        return mixed.unflatten(1, kernels.shape[1:]).movedim(-1, 2)
 
     def convolve(self, x, kernels):
         y = folded_transposed_convolution(x, kernels)  # [B, D, 2H + 1, 2W + 1]

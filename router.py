@@ -17,7 +17,7 @@ class Routing(NamedTuple):
     gate: torch.Tensor  # [B, N]: that expert's probability; it scales the output, and so gradients reach the router
 
     def sent_to(self, expert_index):
-        """For sampling, which can force experts: other ones, expert_index [B, N]; the gates are their probabilities."""
+        """For sampling, which can force experts: the same logits, other experts [B, N], and their probabilities."""
         gate = self.logits.softmax(-1).gather(-1, expert_index[..., None])[..., 0]
         return Routing(self.logits, expert_index, gate)
 

@@ -1,6 +1,7 @@
 """One step of Aurora's training: the discriminator learns, then the generator, then the moving average follows.
 
-This file knows nothing of files, progress or signals: training/loop.py repeats the step, training/plan.py counts it.
+This file knows nothing of files, progress or signals: training/loop.py repeats the step, and training/plan.py measures
+its memory and its operators.
 """
 
 import contextlib
@@ -97,7 +98,7 @@ class Learner:
 
     @functools.cached_property
     def learn(self):
-        """update_networks, or a CUDA graph of it.
+        """→ a function: update_networks, or a CUDA graph of it.
 
         Large networks, those that recompute, need no graph: they keep a GPU busy, and have no memory to spare. With
         several ranks we record none, because we had no two GPUs to test whether a graph can replay NCCL's messages.
@@ -130,7 +131,8 @@ class Learner:
         noise = draw_input_noise(config, self.batch, rng)
         places = torch.rand(self.batch, 2, generator=rng)  # y, x of the crops
         shape = len(batches), distributed.world_size(), -1
-        drawn = [x.unflatten(0, shape) for x in (z, chances, noise, places)]  # each [micro-batches, ranks, b, …]
+        # Each [micro-batches, ranks, b, …]; the loader cuts the images in the same order.
+        drawn = [x.unflatten(0, shape) for x in (z, chances, noise, places)]
         mine = [x[:, distributed.rank()] for x in drawn]  # of each micro-batch, this rank's images
         return [self.micro_batch(*parts) for parts in zip(batches, *mine, strict=True)]
 
@@ -167,7 +169,7 @@ class Learner:
         self.optimizer_d.zero_grad(set_to_none=True)  # here, because R1 adds its gradients first
         if adversarial and r1_weight:
             report["r1"] = self.penalize(micro_batches, r1_weight)
-        # Of several micro-batches without graphs: generator_step draws them again.
+        # Several micro-batches keep no graph here; generator_step draws them again, with one.
         with torch.set_grad_enabled(len(micro_batches) == 1):
             outputs = [self.draw(batch, batch.z) for batch in micro_batches]
         d_report = self.discriminator_step(micro_batches, outputs) if adversarial else {"rejected": 0}
@@ -190,7 +192,7 @@ class Learner:
 
         R1 takes several times the memory of the other losses, and no image affects another's penalty. So it uses
         smaller batches, and comes first, while no other graph is in memory. It bypasses the DDP wrapper, so its
-        gradients wait in .grad. In the backward pass of discriminator_step, DDP averages all that .grad contains.
+        gradients wait in .grad, as after no_sync(): the backward pass of discriminator_step averages all of .grad.
         """
         scales, total = scale_weights(micro_batches[0].real, self.recipe.lower_scales), 0
         for batch in micro_batches:
@@ -200,7 +202,7 @@ class Learner:
                 some_real = {r: x[some] for r, x in real.items()}
                 tokens, eot = batch.text.tokens[some], batch.text.eot[some]
                 r1 = r1_penalty(self.discriminator, self.clip, some_real, tokens, eot, self.recipe.r1_gamma, scales)
-                r1 = r1 * len(eot) / (len(micro_batches) * size)
+                r1 = r1 * len(eot) / (len(micro_batches) * size)  # from these images' mean to a mean over all
                 (r1_weight * r1).backward()
                 total += r1.detach()
         return total

@@ -57,5 +57,5 @@ class TextHead(nn.Module):
         x = self.align(tokens)
         for block in self.blocks:
             x = block(x, mask)
-        others = position[:-1] + (position[:-1] >= eot[:, None])  # [B, T−1]: all indices; from eot on, the next ones
+        others = position[:-1] + (position[:-1] >= eot[:, None])  # [B, T−1]: 0 … T−1 without eot
         return x[torch.arange(len(x), device=x.device), eot], x.take_along_dim(others[..., None], dim=1)

@@ -50,8 +50,10 @@ def enlarge(image):
 def add_detail(rgb, image, side):
     """The RGB of a level [B, 3, 2R, 2R] and the image below [B, 3, R, R] → the image at 2R.
 
+    side: of the upsampler's input image, or of its crop, in pixels.
+
     Adds the RGB without its low frequencies: only detail that the input cannot show. So the large picture keeps the
-    colors of the small one. Otherwise early steps of training would shift colors that are right. side: of the input.
+    colors of the small one. Otherwise early steps of training would shift colors that are right.
     """
     coarse = F.interpolate(resize(rgb, side), rgb.shape[-1], mode="bilinear", align_corners=False)
     return rgb - coarse + enlarge(image)
@@ -106,9 +108,9 @@ def given_images(config, images, noise):
 
 
 def draw_input_noise(config, count, generator):
-    """N(0, 1) for `count` input images of an upsampler, from a torch.Generator on the CPU. For the base [count, 0],
-    so that callers can share it out to ranks in the same way. Sampling uses the same noise for all pictures, see
-    sampling/pipeline.py.
+    """N(0, 1) for `count` input images of an upsampler, from a torch.Generator on the CPU. For the base, which
+    has no input image, an empty tensor with `count` rows, so that callers need no case for it. Sampling uses the same
+    noise for all pictures, see sampling/pipeline.py.
     """
     shape = (3, config.input_resolution, config.input_resolution) if isinstance(config, UpsamplerConfig) else (0,)
     return torch.randn(count, *shape, generator=generator)
@@ -118,7 +120,7 @@ def crop(images, input_resolution, side, places):
     """Cuts a square from each of images [B, 3, R, R], at the same place of the picture for any R. With a side of 32 and
     an input of 64 pixels, it cuts 32×32 pixels of the input, and 128×128 of the image of 256×256.
 
-    A pyramid keeps its keys. places [B, 2], on the CPU, uniform in [0, 1): of the squares.
+    places [B, 2], on the CPU, uniform in [0, 1): of the squares.
     """
     scale = images.shape[-1] // input_resolution
     corners = ((places * (input_resolution - side + 1)).long() * scale).tolist()

@@ -75,7 +75,9 @@ class System:
         parameters = list(self.networks[name].parameters())
         self.optimizers[name].zero_grad(set_to_none=True)
         loss.backward(inputs=parameters)
-        distributed.average_gradients(parameters)
+        for parameter in parameters:
+            if parameter.grad is not None:
+                parameter.grad = distributed.mean(parameter.grad)
         self.optimizers[name].step()
 
     @torch.no_grad()

@@ -149,15 +149,6 @@ def mean(x):
     return x.detach()
 
 
-def average_gradients(parameters):
-    """Replaces gradients by their means over ranks, with one message: DDP in its simplest form."""
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    if has_ranks():
-        means = mean(torch.cat([gradient.flatten() for gradient in gradients]))
-        for gradient, part in zip(gradients, means.split([gradient.numel() for gradient in gradients]), strict=True):
-            gradient.copy_(part.view_as(gradient))
-
-
 def broadcast(value):
     """→ the main rank's value, on every rank. It must be picklable."""
     values = [value]
