@@ -20,6 +20,7 @@ import torch
 
 from common import distributed
 from common.cli import (
+    MADE_BY,
     HelpFormatter,
     Parser,
     UserError,
@@ -79,7 +80,7 @@ def check(args):
         raise UserError(f"--count {args.count}: FID, precision and recall need {NEIGHBOURS + 1} images or more")
     if args.clip.partition(":")[0] in ("inception", "efficientnet"):
         raise UserError(f"--clip {args.clip} cannot read text; give judge or MODEL:WEIGHTS of open_clip")
-    check_file(args.out / "evaluation.json", b'"protocol"')
+    check_file(args.out / "evaluation.json")
 
 
 def open_source(args, generator, resolution):
@@ -181,7 +182,7 @@ def evaluate(args, device):
         draws["enlarged by the second stage"] = enlarged(
             small, enlarger(upsampler, clip), upsampler.config.resolutions[-1]
         )
-    result = {"protocol": protocol} | measure_all(draws, captions, real, args, resolution, extractors)
+    result = {"about": MADE_BY, "protocol": protocol} | measure_all(draws, captions, real, args, resolution, extractors)
     if args.data == "emoji":
         result |= measure_emoji(draws["generated images"], args, resolution, extractors)
     if distributed.is_main():

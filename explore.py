@@ -118,7 +118,8 @@ class Handler(BaseHTTPRequestHandler):
                 raise UserError("the request is too long")
             result = self.server.answer(self.path, json.loads(self.rfile.read(length)))
         except Exception as error:  # of any kind: the page shows it and can draw again
-            result = {"error": first_line(error)}
+            advice = "" if isinstance(error, UserError) else "; reload the page"
+            result = {"error": first_line(error) + advice}
         self.reply("application/json", json.dumps(result).encode())
 
     def reply(self, kind, content):

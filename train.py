@@ -42,6 +42,7 @@ from weights import checkpoint, generator_file
 from weights.perceptual import perceptual_network
 
 NUM_PICTURES = 24
+MOST_BATCH = 2**16  # images; a mistyped number would collect them for ever
 
 
 def parse_args(argv=None):
@@ -150,9 +151,11 @@ def preset_of(args):
     preset = dataclasses.replace(preset, recipe=recipe)
     for name in preset.unused & {field.partition("=")[0] for field in args.set}:
         raise UserError(f"--set {name} has no effect on {args.preset} with this recipe; leave it out")
-    for name, least in (("fid_samples", 2), ("clip_lower_every", 1)):
+    for name, least in (("steps", 1), ("fid_samples", 2), ("clip_lower_every", 1)):
         if (value := getattr(recipe, name)) < least:
             raise UserError(f"--set {name}={value}: give {least} or more")
+    if (batch := args.batch or recipe.batch) > MOST_BATCH:
+        raise UserError(f"a batch of {batch} images is never complete; give {MOST_BATCH} or fewer")
     if recipe.crop and recipe.crop not in preset.crops:
         raise UserError(f"--set crop={recipe.crop}: choose 0, or one of {', '.join(map(str, preset.crops))}")
     return preset

@@ -2,6 +2,7 @@
 
 import argparse
 import ast
+import atexit
 import contextlib
 import dataclasses
 import errno
@@ -13,6 +14,7 @@ import sys
 from pathlib import Path
 
 DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no space, a quota, a limit on the size of files
+MADE_BY = "made by Aurora (arXiv 2309.03904)"  # in the first 4 KB of every file that a command may replace
 
 
 class UserError(ValueError):
@@ -104,18 +106,31 @@ def first_line(error):
     return " ".join([line, more[0].strip()] if line.endswith(":") and more else [line])[:200]
 
 
-def check_file(path, mark=b""):
-    """Makes the folder of a file, and fails before the work if the file cannot be written. Raises OSError; UserError if
-    another file has this name.
-
-    mark: bytes within the first 4 KB of every file that the command writes there. Only such a file is replaced.
+def make_folder(folder):
+    """Makes a folder and those above it. Those that are still empty when the process ends are deleted again: a command
+    that is refused leaves nothing behind. Raises OSError.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    new = [each for each in (folder, *folder.parents) if not each.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    atexit.register(remove_if_empty, new)
+
+
+def remove_if_empty(folders):
+    for folder in folders:
+        with contextlib.suppress(OSError):  # it contains files
+            folder.rmdir()
+
+
+def check_file(path):
+    """Makes the folder of a file, and fails before the work if the file cannot be written, or exists without MADE_BY in
+    it. Raises OSError and UserError.
+    """
+    make_folder(path.parent)
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     if path.exists():
         with open(path, "rb") as file:
-            if mark not in file.read(4096):
+            if MADE_BY.encode() not in file.read(4096):
                 raise UserError(f"{path} exists, and this command did not make it; give another --out")
     probe = path.with_name(f".{path.name[:50]}.{os.getpid()}")  # of this rank
     try:
@@ -133,9 +148,9 @@ def a_text(text):
     try:
         text.encode()  # what is written about it, such as JSON, is in UTF-8
     except UnicodeEncodeError:
-        raise argparse.ArgumentTypeError(
-            "it has bytes that are not UTF-8; give UTF-8 text, or rename the file"
-        ) from None
+        encoding = sys.getfilesystemencoding()
+        fix = "give UTF-8 text, or rename the file" if encoding == "utf-8" else "set the variable PYTHONUTF8=1"
+        raise argparse.ArgumentTypeError(f"it has bytes that are not {encoding.upper()}; {fix}") from None
     return text
 
 
@@ -168,9 +183,9 @@ def whole_number(text):
 
 
 def positive_int(text):
-    """An argument's type: a whole number from 1."""
-    if (number := whole_number(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    """An argument's type: a whole number from 1 to 2³¹ − 1."""
+    if not 0 < (number := whole_number(text)) < 2**31:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number, or is too large")
     return number
 
 

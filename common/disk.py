@@ -14,7 +14,9 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-from common.cli import UserError, first_line
+from common.cli import DISK_IS_FULL, UserError, first_line
+
+UNFINISHED = ".unfinished"  # the end of a temporary name
 
 
 class Damaged(UserError):
@@ -24,11 +26,11 @@ class Damaged(UserError):
 def atomically(path, write):
     """Calls write(temporary path), then renames: a reader of `path` finds the whole old file or the whole new one.
 
-    The file is on the disk before it gets its name, so this is true after a loss of power too. The next call overwrites
-    what a killed process left unfinished. Raises OSError if the file cannot be written.
+    The file is on the disk before it gets its name, so this is true after a loss of power too. Two processes may write
+    the same file. Raises OSError if the file cannot be written.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name[:50]}.unfinished")
+    temporary = path.with_name(f".{path.name[:50]}.{os.getpid()}{UNFINISHED}")
     try:
         temporary.unlink(missing_ok=True)
         temporary.touch()
@@ -41,11 +43,18 @@ def atomically(path, write):
         number = re.search(r"os error (\d+)", str(error))
         raise OSError(int(number[1]) if number else None, first_line(error), str(path)) from error
     except OSError as error:
-        if str(error.filename) == str(temporary):
+        if str(error.filename) == str(temporary) or error.errno in DISK_IS_FULL:
             error.filename = str(path)
         raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def delete_unfinished(folder):
+    """Deletes what killed processes left in a folder and below it. No other process may be writing there."""
+    for path in folder.rglob(f".*{UNFINISHED}"):
+        with contextlib.suppress(OSError):  # such as a folder
+            path.unlink()
 
 
 def write_text(path, content):

@@ -26,6 +26,7 @@ BITS, WHITE_IS, PLANES = 258, 262, 284  # tags of a TIFF: 1 if the largest value
 # Those of JPEG 2000 and JPEG XL (both as a file, each as a stream), icons, Photoshop, EPS, PPM and compressed SVGs.
 FOREIGN = (b"\0\0\0\x0c", b"\xff\x4f\xff\x51", b"\xff\x0a", b"\0\0\1\0", b"8BPS", b"%!PS", b"P6", b"\x1f\x8b")
 FOREIGN += (b"%PDF", b"II*\0", b"MM\0*")  # and of PDF, and of a TIFF that Pillow does not know
+CURVES = (1, 2, 4, 6, 13, 14, 15)  # numbers of transfer_curve near that of sRGB, and 2: not specified
 MAX_FILE = 2**28  # bytes of an image that are read
 MAX_PIXELS = 2**26  # of an image; more is a mistake or an attack
 MAX_CAPTION = 1000  # characters; no CLIP reads more, and tokenizing a novel takes minutes
@@ -123,7 +124,10 @@ def captions_in(data, key):
     texts = value if isinstance(value, list) else [value]
     if not texts or not all(isinstance(text, str) for text in texts):
         raise Unusable(FIELD)
-    return captions_of("\n".join(texts).encode("utf-8", "replace"))
+    try:
+        return captions_of("\n".join(texts).encode())
+    except UnicodeEncodeError as error:  # half of a pair of UTF-16
+        raise Unusable(ENCODING) from error
 
 
 def captions_of(data):
@@ -228,11 +232,19 @@ def in_8_bits(image, data):
         if data[24] == 16:  # Pillow compares pixels of 8 bits with a transparent color of other bits
             raise Unusable(FORMAT)
         image.info["transparency"] *= 255 // (2 ** data[24] - 1)
-    if image.format == "PNG" and (at := data.find(b"cICP", 0, data.find(b"IDAT"))) > 0 and data[at + 5] in (16, 18):
-        raise Unusable(FORMAT)  # HDR: its curve is PQ or HLG
+    if image.format in ("PNG", "AVIF") and transfer_curve(data) not in CURVES:
+        raise Unusable(FORMAT)  # such as HDR, whose curve is PQ or HLG
     if image.format == "BMP" and image.mode == "RGBA" and image.getextrema()[3] == (0, 0):
         return image.convert("RGB")  # many programs leave the fourth byte of a pixel at zero
     return Image.fromarray((np.asarray(image) // 257).astype(np.uint8)) if is_16_bit else image
+
+
+def transfer_curve(data):
+    """The number of the transfer curve in a PNG or AVIF (ITU-T H.273), which Pillow ignores; 2 if the file has none."""
+    if (at := data.find(b"cICP", 0, data.find(b"IDAT"))) > 0:
+        return data[at + 5]
+    at = data.find(b"colrnclx", 0, data.find(b"mdat"))
+    return int.from_bytes(data[at + 10 : at + 12]) if at > 0 else 2
 
 
 def on_white(image):

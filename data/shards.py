@@ -305,11 +305,11 @@ def members(url, start=0, stop=math.inf):
     start, stop: yield the samples after that of the first file at byte `start`, up to that of the first file at `stop`.
     So each sample belongs to one of consecutive stretches, and is whole.
     """
-    first = last = None  # keys of the first file from `start` on, and from `stop` on
+    first = last = end = None  # keys of the first file from `start` on, and from `stop` on; the place after a file
     former = ""
     with opened(url, max(0, start - LONG_NAME)) as tar:
         for info in iter(tar.next, None):
-            tar.members = []  # else it keeps all in memory
+            tar.members, end = [], tar.offset  # else it keeps all members in memory
             folder, _, name = info.name.rpartition("/")
             is_link = info.islnk() or info.issym() or info.issparse()  # a sparse file's bytes are not in one piece
             if info.offset < start or not (info.isfile() or is_link) or name.startswith(".") or "__MACOSX" in folder:
@@ -333,5 +333,6 @@ def members(url, start=0, stop=math.inf):
                 if len(data) < size:
                     raise tarfile.ReadError("unexpected end of data")
             yield key, suffix, data
-        if tar.fileobj.tell() % tarfile.BLOCKSIZE:  # tarfile takes half a header for the end
+        # tarfile takes half a header for the end, and does not ask for the empty blocks that end a tar.
+        if tar.fileobj.tell() % tarfile.BLOCKSIZE or tar.offset == end:
             raise tarfile.ReadError("unexpected end of data")

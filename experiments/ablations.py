@@ -24,7 +24,7 @@ from tqdm import tqdm
 import aurora
 import discriminator
 from clip import load_clip
-from common.cli import Parser, UserError, a_path, check_file, errors_in_one_line, finite_number, positive_int
+from common.cli import Parser, UserError, a_path, errors_in_one_line, finite_number, make_folder, positive_int
 from common.disk import write_text
 from data import sources
 from evaluation import enlarging
@@ -195,7 +195,7 @@ def run_all(preset, names, seeds, minutes, out):
     for name, seed in tqdm(jobs, unit="run"):
         path = out / preset / f"{minutes:g}-minutes" / name.replace(" ", "-") / f"{seed}.json"
         if not path.is_file():
-            check_file(path)
+            make_folder(path.parent)
             written = json.dumps(run(VARIANTS[preset][name], full_preset(preset), seed, minutes))
             write_text(path, written)
         results[name].append(json.loads(path.read_text("utf-8")))
@@ -229,7 +229,7 @@ def main():
         names = args.only or list(known)
         if unknown := set(names) - known.keys():
             raise UserError(f"no variant {min(unknown)!r}; choose from: {', '.join(known)}")
-        args.out.mkdir(parents=True, exist_ok=True)
+        make_folder(args.out)
         torch.set_num_threads(1)
         print(table(run_all(args.preset, names, args.seeds, args.minutes, args.out)))
 

@@ -19,7 +19,7 @@ import torch
 
 from aurora import Generator
 from baselines.shared import load, system_of
-from common.cli import Parser, UserError, a_path, check_file, errors_in_one_line, positive_int
+from common.cli import MADE_BY, Parser, UserError, a_path, check_file, errors_in_one_line, positive_int
 from common.disk import write_text
 from data import sources
 from discriminator import Discriminator
@@ -193,12 +193,12 @@ def main():
         if len(dict(args.systems)) < len(args.systems):
             raise UserError("two systems have the same NAME; give each its own")
         for name in ("compare.md", "compare.json"):
-            check_file(args.out / name, b"training images")
+            check_file(args.out / name)
         check_picture(args.out / "compare.png")
         columns, picture = compare(args)
         print(table(columns))
-        numbers = json.dumps(columns, indent=1, ensure_ascii=False)
-        write_text(args.out / "compare.md", table(columns) + "\n")
+        numbers = json.dumps({"about": MADE_BY, "systems": columns}, indent=1, ensure_ascii=False)
+        write_text(args.out / "compare.md", f"<!-- {MADE_BY} -->\n\n{table(columns)}\n")
         write_text(args.out / "compare.json", numbers)
         save([picture], args.out / "compare.png", dict(args.systems))
         print(f"The table, its numbers and a picture are in {args.out.resolve()}")

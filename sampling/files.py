@@ -7,16 +7,14 @@ from pathlib import Path
 from PIL import Image, PngImagePlugin
 from tqdm import tqdm
 
-from common.cli import UserError, check_file, first_line
-from common.disk import Damaged, atomically
+from common.cli import MADE_BY, UserError, check_file, first_line, make_folder
+from common.disk import Damaged, atomically, delete_unfinished
 from data import svg
 from data.pairs import FORMATS, IMAGE, SMALL, Unusable, read_image
 from sampling import latent
 from sampling.pipeline import Pipeline
 
 KINDS = ("PNG", "JPEG", "GIF")  # that are written
-KEY = "aurora"  # the PNG's text field, which contains JSON
-MARK = KEY.encode() + b"\0"  # so a PNG starts its text field, and we the comment of other kinds
 INDEX = "pictures.jsonl"  # in the folder of write_each: a line for each picture
 FRAME_MS = 80  # milliseconds per frame of an animation
 
@@ -30,7 +28,7 @@ def check_picture(path, given=None):
         raise UserError(f"--out {path}: unknown picture format {path.suffix!r}; use .png or .jpg")
     if given and given.exists() and path.exists() and path.samefile(given):
         raise UserError(f"--out {path} is the picture that you gave; name another file with --out")
-    check_file(path, MARK)
+    check_file(path)
 
 
 def read_picture(path, resolution):
@@ -75,9 +73,9 @@ def save(pictures, path, about):
     options = {"save_all": True, "append_images": others, "duration": FRAME_MS, "loop": 0} if others else {}
     if kind == "PNG":
         options["pnginfo"] = PngImagePlugin.PngInfo()
-        options["pnginfo"].add_itxt(KEY, json.dumps(about, ensure_ascii=False))
+        options["pnginfo"].add_itxt(MADE_BY, json.dumps(about, ensure_ascii=False))
     else:
-        options["comment"] = MARK + json.dumps(about).encode()[:60_000]  # a JPEG has room for 65,533 bytes
+        options["comment"] = f"{MADE_BY}: {json.dumps(about)}".encode()[:60_000]  # a JPEG has room for 65,533 bytes
     try:
         atomically(path.resolve(), lambda temporary: first.save(temporary, kind, **options))  # a link stays a link
     except (OSError, ValueError, KeyError) as error:
@@ -94,7 +92,7 @@ def how_made(path):
     try:
         with Image.open(path, formats=FORMATS) as picture:
             picture.load()
-            about = json.loads(picture.text[KEY])
+            about = json.loads(picture.text[MADE_BY])
             about.items()
     except FileNotFoundError:
         raise UserError(f"--show {path}: there is no such file") from None
@@ -112,7 +110,8 @@ def write_each(pipe: Pipeline, prompts, num, seed, psi, folder: Path, checkpoint
     written last. A folder that contains some of the pictures is completed: every call draws the same batches, so the
     pictures are identical. Raises UserError if the folder contains pictures of another command or model.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
+    delete_unfinished(folder)
     weights = pipe.digest()
     abouts = [
         {"file": f"{i:06d}.png", "prompt": prompt, "number": n, "seed": seed, "psi": psi, "checkpoint": checkpoint}
@@ -144,7 +143,7 @@ def find_missing(folder, abouts, lines):
     listed = set(index.read_bytes().splitlines(keepends=True)) if index.exists() else set()
     names = {about["file"] for about in abouts}
     surplus = [path for path in folder.glob("[0-9]*.png") if path.name not in names]
-    if surplus or not listed <= set(lines):
+    if surplus or not listed <= set(lines) or (index.exists() and not listed):
         raise UserError(f"--each {folder} contains pictures of another command or model; name another folder")
     for about, line in zip(abouts, lines, strict=True):
         path = folder / about["file"]

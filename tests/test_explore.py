@@ -157,7 +157,7 @@ def test_a_baseline_takes_a_prompt_a_seed_and_a_number(ask):
         ({"forced": {"router": "8.0.0", "points": [[0, 0]], "expert": 99}}, "no expert 99"),
         ({"forced": {"router": "8.0.0", "points": [[0, 9999]], "expert": 0}}, "out of bounds"),
         ({"centre": [1.0, 2.0]}, "must match"),
-        ({"layers": "x"}, "not supported"),
+        ({"layers": "x"}, "; reload the page"),
         ({"layers": [-1]}, "index -1 is negative"),
         ({"model": -1}, "index -1 is negative"),
         ({"path": "/enlarge", "number": -1}, "index -1 is negative"),

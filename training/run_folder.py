@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_map_only
 
 from clip import BUILT_IN
 from common import disk, distributed
-from common.cli import UserError, reason
+from common.cli import UserError, make_folder, reason
 from common.disk import write_text
 from common.distributed import say
 from data.sources import NAMES, SHARD_SUFFIXES
@@ -104,11 +104,11 @@ class RunFolder:
         if resume == "moved" and not own:
             raise UserError(f"--resume moved: {self.path} has no checkpoint; give the --out of the run")
         folders = self.path, self.checkpoints, self.path / "samples"
-        atexit.register(remove_if_empty, [folder for folder in folders if not folder.exists()])
         try:
             for folder in folders:
-                folder.mkdir(parents=True, exist_ok=True)
+                make_folder(folder)
             self.lock()
+            disk.delete_unfinished(self.path)
         except OSError as error:
             raise UserError(f"--out {self.path} cannot be written: {reason(error)}") from error
         if resume in ("auto", "moved"):
@@ -132,6 +132,7 @@ class RunFolder:
     def lock(self):
         """Keeps other runs out of this folder while this process lives. Raises UserError and OSError."""
         self.lock_file = (self.checkpoints / LOCK).open("a")
+        atexit.register(remove_lock, self.checkpoints)
         if fcntl is None:
             return
         try:
@@ -226,13 +227,11 @@ class RunFolder:
         disk.link(path / generator_file.FILE, self.generator)
 
 
-def remove_if_empty(folders):
-    """Deletes the folders that a run made, if it was refused before it wrote anything."""
-    for folder in reversed(folders):
-        with contextlib.suppress(OSError):  # it does not exist, or contains files
-            if [path.name for path in folder.iterdir()] == [LOCK]:
-                (folder / LOCK).unlink()
-            folder.rmdir()
+def remove_lock(checkpoints):
+    """Deletes the lock's file if it is alone, so that make_folder can delete the folder."""
+    with contextlib.suppress(OSError):
+        if [path.name for path in checkpoints.iterdir()] == [LOCK]:
+            (checkpoints / LOCK).unlink()
 
 
 def on_host(state):

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from clip import BUILT_IN, load_minilm, made_from, new_small, save_small
 from common import distributed, stopping
 from common.cli import (
+    MADE_BY,
     Parser,
     UserError,
     a_path,
@@ -42,7 +43,6 @@ REACH = 0.1  # of `mislead` in the last step
 POOL = 16  # batches drawn at a time; half of them contain captions that are neighbours in the alphabet
 STEPS = 1000, 4000  # least and most
 MAX_PAIRS = 50_000  # in memory
-MARK = b"training.small_clip"  # in the metadata of the command's file
 
 
 def train_small_clip(source, steps=None, batch=128, seed=0, device="cpu"):
@@ -201,7 +201,7 @@ def main():
     parser.add_argument("--seed", type=natural_number, default=0)
     args = parser.parse_args()
     with errors_in_one_line():
-        check_file(args.out, MARK)
+        check_file(args.out)
         if args.out.suffix != ".safetensors":
             raise UserError(f"--out {args.out}: name a file that ends with .safetensors")
         source = sources.open_data(args.data, 32, args.seed, args.caption_key)
@@ -209,7 +209,7 @@ def main():
         if note := latent.unread(load_minilm(), captions):
             print(note)
         clip = train_small_clip(source, args.steps, seed=args.seed)
-        about = {MARK.decode(): f"--data {args.data} --seed {args.seed} --steps {args.steps}"}
+        about = {MADE_BY: f"training.small_clip --data {args.data} --seed {args.seed} --steps {args.steps}"}
         atomically(args.out, lambda temporary: save_small(clip, temporary, about))
         print(f"A small CLIP for --clip of train.py: {args.out}")
 

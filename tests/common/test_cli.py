@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from common.cli import Parser, UserError, a_path, add_data, errors_in_one_line, first_line, signals
+from common.cli import Parser, UserError, a_path, add_data, errors_in_one_line, first_line, positive_int, signals
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -87,6 +87,25 @@ def test_a_path_expands_the_home_folder_and_refuses_what_is_no_file(tmp_path, mo
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(argparse.ArgumentTypeError):
         a_path(str(tmp_path / "pipe"))
+
+
+def test_a_refused_command_leaves_no_folder(tmp_path):
+    script = "from pathlib import Path; from common.cli import check_file; check_file(Path('new/deep/a.png')); exit(2)"
+    (tmp_path / "mine").mkdir()
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env={"PYTHONPATH": str(ROOT)})
+    assert done.returncode == 2 and [path.name for path in tmp_path.rglob("*")] == ["mine"]
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "9" * 25, "1.5"])
+def test_a_number_that_is_not_positive_or_too_large_is_refused(text):
+    with pytest.raises(argparse.ArgumentTypeError):
+        positive_int(text)
+
+
+def test_text_that_the_locale_cannot_read_is_refused_with_the_variable_to_set(monkeypatch):
+    monkeypatch.setattr(sys, "getfilesystemencoding", lambda: "ascii")
+    with pytest.raises(argparse.ArgumentTypeError, match="not ASCII; set the variable PYTHONUTF8=1"):
+        a_path("caf\udcc3\udca9")
 
 
 def test_signals_that_a_system_lacks_are_left_out(monkeypatch):

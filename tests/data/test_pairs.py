@@ -164,10 +164,15 @@ def test_the_gamma_of_a_png_is_read():
         torch.testing.assert_close(pixel, torch.tensor(color), atol=1, rtol=0)
 
 
-@pytest.mark.parametrize(("curve", "cause"), [(13, None), (1, None), (16, FORMAT), (18, FORMAT)])
-def test_a_png_with_the_curve_of_hdr_is_refused(curve, cause):
-    plain = encoded(Image.new("RGB", (20, 20), (184, 2, 2)))
-    content = plain[:33] + chunk(b"cICP", bytes([9, curve, 0, 1])) + plain[33:]
+@pytest.mark.parametrize(("curve", "cause"), [(13, None), (1, None), (8, FORMAT), (16, FORMAT), (18, FORMAT)])
+@pytest.mark.parametrize("kind", ["PNG", "AVIF"])
+def test_a_picture_with_the_curve_of_hdr_is_refused(curve, cause, kind):
+    plain = encoded(Image.new("RGB", (20, 20), (184, 2, 2)), kind)
+    if kind == "PNG":
+        content = plain[:33] + chunk(b"cICP", bytes([9, curve, 0, 1])) + plain[33:]
+    else:
+        at = plain.index(b"colrnclx") + 10
+        content = plain[:at] + struct.pack(">H", curve) + plain[at + 2 :]
     if cause is None:
         assert torch.equal(read(content), read(plain))
     else:

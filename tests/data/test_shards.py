@@ -276,9 +276,10 @@ def test_captions_in_a_field_of_the_json(tmp_path, place):
     files = named([{"jpg": PICTURE, "json": json.dumps(each).encode()} for each in facts + bad])
     files += [("broken.jpg", PICTURE), ("broken.json", b"{"), ("deep.jpg", PICTURE), ("deep.json", b"[" * 100_000)]
     files += [("windows.jpg", PICTURE), ("windows.json", '{"prompt": "café"}'.encode("cp1252"))]
+    files += [("half.jpg", PICTURE), ("half.json", b'{"prompt": "half a character \\ud83d"}')]
     source = opened(place, tmp_path, files, caption_key="prompt")
     assert sorted(lines for _, lines in source.examples()) == [["five"], ["one", "two"], ["six"], ["three", "four"]]
-    assert source.skips.counts == {FIELD: 5, JSON: 2, EMPTY: 1, ENCODING: 1}
+    assert source.skips.counts == {FIELD: 5, JSON: 2, EMPTY: 1, ENCODING: 2}
     with pytest.raises(UserError, match=r"fields .*prompt.*--caption-key"):
         opened(place, tmp_path, files)
     with pytest.raises(UserError, match=rf"{FIELD} \(first: .*0.* has prompt.* \.txt files are not read, because"):
@@ -335,9 +336,10 @@ def test_true_causes_in_a_shard_that_is_cut_short(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("kind", ["tar", "tar.gz", "pipe"])
-def test_a_shard_cut_within_a_header_is_reported(tmp_path, capsys, kind):
+@pytest.mark.parametrize("cut", [0, 100])
+def test_a_shard_cut_before_or_within_a_header_is_reported(tmp_path, capsys, kind, cut):
     shard = write_tar(tmp_path / "0.tar", named([good(i) for i in range(8)]))
-    os.truncate(shard, (tmp_path / "0.tar").read_bytes().index(b"000005.jpg") + 100)
+    os.truncate(shard, (tmp_path / "0.tar").read_bytes().index(b"000005.jpg") + cut)
     if kind == "tar.gz":
         (tmp_path / "0.tar.gz").write_bytes(gzip.compress((tmp_path / "0.tar").read_bytes()))
     shard = {"tar": shard, "tar.gz": f"{shard}.gz", "pipe": f"pipe:cat {shard}"}[kind]

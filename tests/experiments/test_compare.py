@@ -60,8 +60,8 @@ def test_a_small_comparison(run, tmp_path, run_main, monkeypatch):
     status, stdout, error = run_main(compare.main, *systems, "--count", 6, "--out", tmp_path)
     assert status == 0, error
     assert "|  | Aurora | LadaGAN | real pictures |" in stdout and "| variety | " in stdout
-    assert (tmp_path / "compare.md").read_text() in stdout
-    results = json.loads((tmp_path / "compare.json").read_text())
+    assert (tmp_path / "compare.md").read_text().partition("-->\n")[2] in stdout
+    results = json.loads((tmp_path / "compare.json").read_text())["systems"]
     assert results["Aurora"].keys() == results["LadaGAN"].keys()
     assert results["Aurora"]["training images, thousands"] == 0
     assert Image.open(tmp_path / "compare.png").height > 2 * 128

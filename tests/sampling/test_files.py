@@ -1,6 +1,9 @@
 """Pictures that say how they were made, and folders of thousands."""
 
+import errno
 import json
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +12,7 @@ from PIL import Image
 import sample
 from sampling import files
 from sampling.pipeline import Pipeline
+from tests.fake_cuda import ROOT
 from weights.generator_file import DEMO, content, load_generator, save_generator
 
 
@@ -45,17 +49,48 @@ def test_a_picture_is_written_through_a_link_and_an_error_of_the_disk_says_so(ru
 
 @pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.gif"])
 def test_only_a_picture_of_ours_is_replaced(run_main, tmp_path, name):
-    """Also one behind a link, and one that another program wrote over ours."""
+    """Also one behind a link, one that another program wrote over ours, and one that mentions Aurora."""
     path, options = tmp_path / name, ("red heart", "--num", 1, "--resolution", 64, "--device", "cpu", "--out")
     for _ in range(2):
         assert run_main(sample.main, *options, path)[0] == 0
-    Image.open(path).convert("L").save(path, comment=b"mine")
+    Image.open(path).convert("L").save(path, comment=b"northern lights, aurora\0", exif=b"Exif\0\0aurora\0")
     (tmp_path / "link").with_suffix(path.suffix).symlink_to(path)
     before = path.read_bytes()
     for out in (path, (tmp_path / "link").with_suffix(path.suffix)):
         status, _, error = run_main(sample.main, *options, out)
         assert status == 2 and "exists, and this command did not make it; give another --out" in error
     assert path.read_bytes() == before
+
+
+def test_two_processes_that_write_one_file_do_not_mix(tmp_path):
+    """Of files whose names begin alike, and of the same file: each has the bytes of one call."""
+    script = """
+import sys
+from pathlib import Path
+from common.disk import atomically
+for _ in range(300):
+    atomically(Path(sys.argv[1]), lambda temporary: temporary.write_bytes(sys.argv[2].encode() * 10_000))
+"""
+    for names in (("a" * 100 + "1", "a" * 100 + "2"), ("same", "same")):
+        commands = [
+            [sys.executable, "-c", script, tmp_path / name, letter] for name, letter in zip(names, "xy", strict=True)
+        ]
+        started = [subprocess.Popen(command, cwd=ROOT) for command in commands]
+        assert [process.wait() for process in started] == [0, 0]
+        contents = [(tmp_path / name).read_bytes() for name in names]
+        assert [content[:1] * 10_000 for content in contents] == contents
+        assert names == ("same", "same") or contents[0] != contents[1]
+
+
+def test_a_full_disk_is_reported_as_one(run_main, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", fail)
+    for option in ("--out", "--each"):
+        path = tmp_path / ("a.png" if option == "--out" else "all")
+        status, _, error = run_main(sample.main, "red heart", "--num", 1, "--resolution", 64, option, path)
+        assert status == 2 and "No space left on device; make room on that disk" in error and str(path) in error
 
 
 def test_a_grid_says_it_too(run_main, tmp_path):
@@ -74,7 +109,7 @@ def test_a_killed_folder_is_completed_with_the_same_pictures(each, tmp_path, mon
     for name in ("000003.png", "000009.png"):
         (folder / name).unlink()
     (folder / files.INDEX).unlink()
-    (folder / ".000003.png.unfinished").touch()  # killed within a picture
+    (folder / ".000003.png.123.unfinished").touch()  # killed within a picture
     assert each(*arguments)[0] == 0
     assert {path.name: path.read_bytes() for path in folder.glob("*.png")} == whole
     assert not list(folder.glob(".*"))
@@ -107,7 +142,7 @@ def test_mistakes_are_one_line(each, run_main, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["000001.png", "000002.png", files.INDEX])
-@pytest.mark.parametrize("content", [b"mine", b"[1, 2]\n", b"my notes, without an end of line"])
+@pytest.mark.parametrize("content", [b"", b"mine", b"[1, 2]\n", b"my notes, without an end of line"])
 def test_a_folder_with_files_of_the_users_is_refused_and_left_alone(each, tmp_path, name, content):
     (tmp_path / "all").mkdir()
     (tmp_path / "all" / name).write_bytes(content)

@@ -1,10 +1,12 @@
 """The folder of a run: it touches no file of the user's, keeps other runs out, and resumes only the same run."""
 
+import atexit
 import os
 import re
 import subprocess
 import sys
 import threading
+from functools import partial
 from unittest.mock import Mock
 
 import pytest
@@ -57,13 +59,12 @@ USERS_FILES = (
 )
 UNFINISHED = (
     "checkpoints/.unfinished/state.pt",
-    ".metrics.jsonl.unfinished",
-    ".generator_ema.safetensors.unfinished",
-    "samples/.step_0000050.png.unfinished",
+    ".metrics.jsonl.123.unfinished",
+    "samples/.step_0000050.png.123.unfinished",
 )
 
 
-def test_files_of_a_killed_run_are_overwritten_and_files_of_the_user_stay(tmp_path):
+def test_files_of_a_killed_run_are_deleted_and_files_of_the_user_stay(tmp_path):
     for name in (*USERS_FILES, *UNFINISHED):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("mine")
@@ -125,15 +126,17 @@ def test_a_new_run_overwrites_no_file_of_another_program(tmp_path, name):
 
 def test_a_run_that_is_refused_before_it_wrote_anything_leaves_no_folder(tmp_path, monkeypatch):
     """Only the folders that it made are deleted, as the process ends."""
-    at_exit = Mock()
-    monkeypatch.setattr(run_folder.atexit, "register", at_exit)
+    at_exit = []
+    monkeypatch.setattr(atexit, "register", lambda function, *args: at_exit.append(partial(function, *args)))
     (tmp_path / "mine").mkdir()
-    for name in ("new", "mine"):
+    for name in ("new/deep", "mine"):
         opened(tmp_path / name)
-        at_exit.call_args.args[0](*at_exit.call_args.args[1:])
+    while at_exit:
+        at_exit.pop()()
     assert [path.name for path in tmp_path.rglob("*")] == ["mine"]
     made(tmp_path / "run")
-    at_exit.call_args.args[0](*at_exit.call_args.args[1:])
+    while at_exit:
+        at_exit.pop()()
     assert opened(tmp_path / "run")[1]["progress"]["step"] == 2
 
 
