@@ -216,6 +216,14 @@ def test_a_request_of_unknown_length_or_path_is_refused(server, path, length, st
     assert connection.getresponse().status == status
 
 
+def test_a_request_that_is_too_long_is_not_read(server):
+    connection = http.client.HTTPConnection(*server.server_address, timeout=9)
+    connection.putrequest("POST", "/draw")
+    connection.putheader("Content-Length", str(explore.MAX_BYTES + 1))
+    connection.endheaders()
+    assert json.loads(connection.getresponse().read()) == {"error": "the request is too long"}
+
+
 def test_mistakes_are_one_line(run_main, tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         free = taken.getsockname()[1]

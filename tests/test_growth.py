@@ -188,5 +188,7 @@ def test_a_phase_ends_at_the_reference_fid_or_when_it_stops_falling_or_by_its_im
     ):
         phase.images, phase.best_fid, phase.evaluations_since_best = images, fid, since
         assert measured.reason_to_grow() == reason
+    phase.images, phase.best_fid, phase.evaluations_since_best = 100, 0.5, growth.PATIENCE
     measured.grow()
     assert measured.active == [4, 8] and measured.reason_to_grow() is None
+    assert measured.phase == growth.Phase(1)  # its FID and its images are counted anew

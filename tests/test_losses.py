@@ -41,6 +41,11 @@ def test_logistic_loss_is_its_formula(early):
     np.testing.assert_allclose(losses.logistic_loss(logits, -1, early, scale), expected, rtol=1e-12)
 
 
+def test_the_last_prediction_is_of_the_highest_image_after_the_last_stage():
+    logits = {key: torch.randn(2, 1) for key in ((4, 4), (8, 4), (8, 8), (4, CLIP), (8, CLIP))}
+    assert losses.last_prediction(logits) is logits[8, 4]
+
+
 def test_scale_weights_are_the_papers():
     assert losses.scale_weights([4, 8, 16, 32, 64], PRESETS["aurora-64"].recipe.lower_scales) == pytest.approx(
         {64: 0.33 / 1.01, 32: 0.17 / 1.01, 16: 0.17 / 1.01, 8: 0.17 / 1.01, 4: 0.17 / 1.01}
@@ -255,7 +260,7 @@ CHANCES = torch.rand(6, 2, NUM_CHANCES, generator=torch.Generator().manual_seed(
 
 def test_both_objectives_are_the_sum_of_their_parts():
     generator, discriminator, clip, real, fake, captions, z = objectives()
-    recipe = dataclasses.replace(TINY.recipe, balance_weight=1.0)
+    recipe = dataclasses.replace(TINY.recipe, balance_weight=1.0, adversarial_weight=0.7)
     ids = clip.tokenize(captions)
     text, wrong = clip.encode_text(ids), losses.wrong_captions(ids)
     report = losses.DiscriminatorLoss(discriminator, clip, recipe)(real, fake, text, wrong, CHANCES)
@@ -287,7 +292,7 @@ def test_both_objectives_are_the_sum_of_their_parts():
     embeddings = {r: clip.encode_image(x) for r, x in output.pyramid.items()}
     alignment = losses.clip_loss(clip, embeddings, text.embedding, weight).item()
     assert report["g_clip"].item() == pytest.approx(alignment, rel=1e-6)  # of each resolution by its own weight
-    expected = adversarial + recipe.matching_weight_generator * matching + recipe.clip_weight * alignment
+    expected = 0.7 * (adversarial + recipe.matching_weight_generator * matching) + recipe.clip_weight * alignment
     assert report["loss"].item() == pytest.approx(expected + losses.moe_loss(output, 1.0).item(), rel=1e-4)
     assert math.isfinite(report["loss"].item())
 

@@ -1,7 +1,9 @@
 """One step's parts: who learns, what noise and gradients the parts of a batch get, and the moving average."""
 
 import copy
+import dataclasses
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ import step as step_module
 from clip import load_clip
 from common import distributed
 from losses import r1_penalty, scale_weights
+from router import Routing
 from step import OPTIMIZERS, Learner
 from tests.figures import TINY, Figures
 
@@ -142,6 +145,43 @@ def test_one_rank_that_torchrun_started_records_its_steps(learner, monkeypatch):
         learner.learn_at([4, 8])
         assert learner.learn == learner.update_networks
     learner.learn_at([4, 8])
+
+
+def test_a_loaded_state_is_not_trained_by_a_graph_recorded_before(learner):
+    state = learner.state_dict()
+    assert learner.learn and "learn" in vars(learner)
+    learner.load_state_dict(state)
+    assert "learn" not in vars(learner)
+
+
+def test_the_generators_step_adds_nothing_to_the_discriminators_gradients(learner, monkeypatch):
+    before, step = [], learner.generator_step
+    learning = [p for p in learner.discriminator.parameters() if p.requires_grad]
+    monkeypatch.setattr(
+        learner, "generator_step", lambda *x: before.extend(p.grad.clone() for p in learning) or step(*x)
+    )
+    learner.step(1, learner.prepare(0, 1, batches(1, 4)))
+    assert any(gradient.any() for gradient in before)
+    assert all(torch.equal(gradient, p.grad) for gradient, p in zip(before, learning, strict=True))
+
+
+def test_modes_are_sought_between_two_z_of_one_caption(learner, monkeypatch):
+    drawn, draw = [], learner.draw
+    monkeypatch.setattr(learner, "recipe", dataclasses.replace(learner.recipe, mode_seeking_weight=0.1))
+    monkeypatch.setattr(learner, "draw", lambda *x: drawn.append(x[1:]) or draw(*x))
+    (part,) = learner.prepare(0, 1, batches(1, 4))
+    learner.step(1, [part])
+    (z,), (other, every) = drawn
+    assert torch.equal(z, part.z) and torch.equal(other, part.other_z) and every == 4 and not (z[::4] == other).any()
+
+
+def test_the_least_share_is_that_of_the_expert_with_the_fewest_points():
+    index = torch.tensor([[0, 0, 0, 1, 1, 2]])  # of four experts: 3, 2, 1 and 0 points
+    some, all_used = (Routing(torch.zeros(1, 6, number), index, torch.ones(1, 6)) for number in (4, 3))
+    w = torch.zeros(1, 8)
+    assert step_module.least_share(SimpleNamespace(w=w, routings={"8.0.0": all_used})) == 0.5  # of a mean of 2
+    assert step_module.least_share(SimpleNamespace(w=w, routings={"8.0.0": all_used, "8.1.0": some})) == 0
+    assert step_module.least_share(SimpleNamespace(w=w, routings={})) == 1
 
 
 class Wrapper:

@@ -76,7 +76,7 @@ def train_small_clip(source, steps=None, batch=128, seed=0, device="cpu"):
             images = [x.to(device) for x in at_all_resolutions(pixels[index].float() / 127.5 - 1)]
             after = (step / steps - MISLED_AFTER) / (1 - MISLED_AFTER)
             text_codes = torch.stack([codes[text] for text in texts])
-            learn(clip, optimizer, schedule, images, texts, text_codes, REACH * after if after > 0 else None)
+            learn(clip, optimizer, schedule, images, text_codes, REACH * after if after > 0 else None)
     return clip.requires_grad_(False).eval()
 
 
@@ -137,13 +137,12 @@ def sentence_codes(text, captions, batch=256):
     return codes
 
 
-def learn(clip, optimizer, schedule, images, captions, codes, reach):
+def learn(clip, optimizer, schedule, images, codes, reach):
     """One step → its loss. codes [B, D]: of the captions. reach: of `mislead`; None: do not mislead."""
     text_features = F.normalize(clip.projection(codes), dim=-1)
-    same = torch.tensor([[a == b for b in captions] for a in captions], device=text_features.device)
     if reach is not None:
-        images = mislead(clip, images, text_features.detach(), same, reach)
-    loss = contrast(clip, images, text_features, same)
+        images = mislead(clip, images, text_features.detach(), reach)
+    loss = contrast(clip, images, text_features)
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     optimizer.step()
@@ -152,25 +151,25 @@ def learn(clip, optimizer, schedule, images, captions, codes, reach):
     return loss
 
 
-def contrast(clip, images, text_features, same):
+def contrast(clip, images, text_features):
     """CLIP's loss between captions and images. images: a list of batches of different sizes.
 
-    same [B, B]: which captions are equal; these fit each other's images (UniCL, Yang et al. 2022, equation 3).
+    The loss would be the same if the captions that are equal shared their targets, as their features are equal too.
     """
     image_features = F.normalize(clip.encode_image(*images), dim=-1)
     logits = clip.logit_scale * image_features @ text_features.T
-    targets = same / same.sum(1, keepdim=True)
+    targets = torch.arange(len(logits), device=logits.device)
     return (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
 
 
-def mislead(clip, images, text_features, same, reach):
+def mislead(clip, images, text_features, reach):
     """Moves every pixel so that the captions fit less, by up to `reach`, of a range of 2 → images.
 
     This is one step along the sign of the gradient (Goodfellow et al. 2015). The gradients of networks trained on such
     images change what people see; those of other networks are noise to people (Santurkar et al. 2019).
     """
     images = [part.detach().requires_grad_() for part in images]
-    gradients = torch.autograd.grad(contrast(clip, images, text_features, same), images)
+    gradients = torch.autograd.grad(contrast(clip, images, text_features), images)
     amounts = [reach * torch.rand(len(part), 1, 1, 1, device=part.device) for part in images]
     return [(x + amount * g.sign()).detach() for x, amount, g in zip(images, amounts, gradients, strict=True)]
 

@@ -11,7 +11,17 @@ from pathlib import Path
 
 import pytest
 
-from common.cli import Parser, UserError, a_path, add_data, errors_in_one_line, first_line, positive_int, signals
+from common.cli import (
+    Parser,
+    UserError,
+    a_path,
+    add_data,
+    errors_in_one_line,
+    finite_number,
+    first_line,
+    positive_int,
+    signals,
+)
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -100,6 +110,12 @@ def test_a_refused_command_leaves_no_folder(tmp_path):
 def test_a_number_that_is_not_positive_or_too_large_is_refused(text):
     with pytest.raises(argparse.ArgumentTypeError):
         positive_int(text)
+
+
+@pytest.mark.parametrize("text", ["nan", "inf", "-1e400", "half", ""])
+def test_a_number_that_is_not_finite_is_refused(text):
+    with pytest.raises(argparse.ArgumentTypeError, match="not a finite number"):
+        finite_number(text)
 
 
 def test_text_that_the_locale_cannot_read_is_refused_with_the_variable_to_set(monkeypatch):

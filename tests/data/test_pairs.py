@@ -101,6 +101,22 @@ def test_errors_outside_the_pixels_of_a_png_are_repaired(damaged):
     assert torch.equal(read(content[:33] + damaged + content[33:], 80), read(content, 80))
 
 
+def test_the_transparency_of_a_repaired_png_stays():
+    content = encoded(Image.new("P", (20, 20), 0), transparency=0)
+    with pytest.raises(Unusable, match=f"^{pairs.CLEAR}$"):  # as without the damage
+        read(content[:33] + chunk(b"tEXt", b"a\0b", damage=1) + content[33:])
+
+
+def test_white_of_16_bits_is_white():
+    assert (read(encoded(Image.fromarray(np.full((20, 20), 65535, np.uint16)))) == 1).all()
+
+
+def test_a_large_jpeg_decoded_at_a_fraction_of_its_size_keeps_its_detail():
+    content = encoded(NOISE.resize((1280, 1280), Image.Resampling.BICUBIC), "JPEG", quality=95)
+    whole = NOISE.resize((1280, 1280), Image.Resampling.BICUBIC).resize((80, 80), Image.Resampling.LANCZOS)
+    assert (read(content, 80) - pairs.to_tensor(whole)).abs().mean() < 0.05
+
+
 @pytest.mark.parametrize("progressive", [False, True])
 def test_a_jpeg_without_its_last_two_bytes_is_whole_and_without_more_is_not(progressive):
     content = encoded(NOISE, "JPEG", quality=95, progressive=progressive)
@@ -148,7 +164,8 @@ def test_colors_are_read_as_their_profile_says():
     for kind in ("PNG", "WEBP"):
         pixel = (read(encoded(image, kind, lossless=True, icc_profile=SWAPPED))[:, 0, 0] + 1) * 127.5
         torch.testing.assert_close(pixel, torch.tensor([80.0, 200, 120]), atol=2, rtol=0)
-    assert torch.equal(read(encoded(image, icc_profile=b"none")), read(encoded(image)))
+    for kind in ("PNG", "JPEG"):
+        assert torch.equal(read(encoded(image, kind, icc_profile=b"none")), read(encoded(image, kind)))
     assert torch.equal(read(encoded(grey, icc_profile=SWAPPED)), read(encoded(grey)))
     for form in ("L", "LA", "P"):  # 90 is a luminance of (90/255)², which is 99 in sRGB
         pixel = (read(encoded(grey.convert(form), icc_profile=gray_profile(gamma=2)))[:, 0, 0] + 1) * 127.5
@@ -403,3 +420,12 @@ def test_hostile_captions_do_no_harm():
             taken += captions_of(text if i % 2 else rng.bytes(int(rng.integers(1, 60))))
     assert len(taken) >= 50
     assert clip.read(taken).embedding.isfinite().all()
+
+
+def test_a_picture_that_may_be_cut_at_the_limit_is_too_large(monkeypatch):
+    content = jpeg((1, 2, 3))
+    sample = pairs.Sample("0", {".jpg": content, ".txt": b"x"})
+    assert pairs.read_pair(sample, 8)[1] == ["x"]
+    monkeypatch.setattr(pairs, "MAX_FILE", len(content))
+    with pytest.raises(Unusable, match=f"^{LARGE}$"):
+        pairs.read_pair(sample, 8)

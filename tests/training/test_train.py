@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 import explore
 import sample
 import train
-from clip import BUILT_IN
+from clip import BUILT_IN, load_clip
 from common import stopping
 from common.cli import UserError
 from growth import Growth
@@ -28,7 +28,7 @@ from tests.data.files import good, write_shard
 from tests.training.runs import COMMON, SHORT, build, identical, run, state_of
 from tests.training.test_distributed import torchrun
 from weights import checkpoint
-from weights.generator_file import DEMO, load_generator
+from weights.generator_file import DEMO, load_generator, read_safetensors
 
 
 def log_of(out):
@@ -62,6 +62,7 @@ def test_a_run_writes_what_it_promises(undisturbed):
     assert [row["step"] for row in log if "fid" in row] == [2, 4]
     assert [row["step"] for row in log if "r1" in row] == [1]  # in one step of 16
     generator, _, notes = load_generator(undisturbed)
+    assert read_safetensors(undisturbed / "generator_ema.safetensors")[0]["clip"] == load_clip("emoji").name
     assert notes["resolution"] == 8 and notes["images"] == 20 and "ema" not in state_of(undisturbed)  # it is there once
     average = checkpoint.moving_average(state_of(undisturbed))
     assert all(torch.equal(value, average[name]) for name, value in generator.state_dict().items())
