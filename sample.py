@@ -26,7 +26,6 @@ from sampling.pictures import animation, expert_map, grid, to_pil
 from sampling.pipeline import Pipeline
 from weights.generator_file import DEMO
 
-MOST = 1000  # pictures in one file
 COLUMNS = 16  # at most, without a view
 
 # The options that each view uses, of those that not all use.
@@ -143,8 +142,10 @@ def check_view(args, prompts):
         raise UserError(f"--latent-walk needs one prompt; {len(prompts)} were given")
     is_sequence = args.interpolate or args.latent_walk
     pictures = args.steps if is_sequence else len(prompts) * (len(args.seeds) if args.seeds else args.num)
-    if pictures > MOST and not args.each:
-        raise UserError(f"{pictures} pictures are too many for one file; ask for {MOST} at most, or draw with --each")
+    if pictures > files.MOST and not args.each:
+        raise UserError(
+            f"{pictures} pictures are too many for one file; ask for {files.MOST} at most, or draw with --each"
+        )
 
 
 def lay_out(pipe, frames, columns, title, with_experts, animated, picture):

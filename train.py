@@ -17,10 +17,12 @@ from augment import check as check_augment
 from clip import load_clip
 from common import distributed, stopping
 from common.cli import (
+    MOST_BATCH,
     Parser,
     UserError,
     a_path,
     add_data,
+    batch_size,
     errors_in_one_line,
     natural_number,
     positive_int,
@@ -42,7 +44,6 @@ from weights import checkpoint, generator_file
 from weights.perceptual import perceptual_network
 
 NUM_PICTURES = 24
-MOST_BATCH = 2**16  # images; a mistyped number would collect them for ever
 
 
 def parse_args(argv=None):
@@ -52,7 +53,7 @@ def parse_args(argv=None):
     add_data(add)
     add("--out", type=a_path, help="the run's folder (default: runs/PRESET)")
     add("--steps", type=positive_int, help="total steps of the run (default: the preset's)")
-    add("--batch", type=positive_int, help="global batch, over all ranks (default: the preset's)")
+    add("--batch", type=batch_size, help="global batch, over all ranks (default: the preset's)")
     add("--accumulate", type=auto_or_positive, default="auto", help="micro-batches of each batch; auto: as a GPU needs")
     add("--seed", type=natural_number, default=0, help="of weights, data and noise")
     add("--resume", default="auto", help="auto: the run in --out; moved: its files are elsewhere; no; or a checkpoint")
@@ -154,8 +155,8 @@ def preset_of(args):
     for name, least in (("steps", 1), ("fid_samples", 2), ("clip_lower_every", 1)):
         if (value := getattr(recipe, name)) < least:
             raise UserError(f"--set {name}={value}: give {least} or more")
-    if (batch := args.batch or recipe.batch) > MOST_BATCH:
-        raise UserError(f"a batch of {batch} images is never complete; give {MOST_BATCH} or fewer")
+    if recipe.batch > MOST_BATCH:
+        raise UserError(f"--set batch={recipe.batch}: give {MOST_BATCH} or fewer")
     if recipe.crop and recipe.crop not in preset.crops:
         raise UserError(f"--set crop={recipe.crop}: choose 0, or one of {', '.join(map(str, preset.crops))}")
     return preset

@@ -22,6 +22,7 @@ from common.cli import (
     UserError,
     a_path,
     add_data,
+    batch_size,
     errors_in_one_line,
     finite_number,
     first_line,
@@ -32,7 +33,7 @@ from common.distributed import say
 from data import sources
 from layers import parameter_groups
 from sampling import latent
-from sampling.files import check_picture, read_picture, save
+from sampling.files import MOST, check_picture, read_picture, save
 from sampling.pictures import grid, in_range, to_pil
 from step import ema_weight, rng_of
 from training.loop import Loop
@@ -123,7 +124,7 @@ def main(system_class):
     add("--clip", default="emoji", help="emoji, a file of training/small_clip.py, or MODEL:WEIGHTS of open_clip")
     add("--resolution", type=int, choices=RESOLUTIONS, default=32)
     add("--minutes", type=positive_int, default=60, help="how long to train")
-    add("--batch", type=positive_int, default=32, help="images of a step, over all ranks")
+    add("--batch", type=batch_size, default=32, help="images of a step, over all ranks")
     add("--out", type=a_path, default=Path("runs") / name, help="the run's folder; a run in it is resumed")
     add("--seed", type=natural_number, default=0)
     add("--workers", type=natural_number, default=1, help="processes that load data")
@@ -238,6 +239,8 @@ def generator_file(system, notes):
 def sample(system_class, name, args):
     latent.check(args.prompt)
     check_picture(args.out, args.edit)
+    if (pictures := len(args.prompt) * args.num) > MOST:
+        raise UserError(f"{pictures} pictures are too many for one file; ask for {MOST} at most")
     system, _ = load(system_class, args.checkpoint)
     options = {"truncation": args.truncation} if args.truncation != 1 else {}
     if args.edit:

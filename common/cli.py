@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no space, a quota, a limit on the size of files
+MOST_BATCH = 2**16  # images of a training step
 MADE_BY = "made by Aurora (arXiv 2309.03904)"  # in the first 4 KB of every file that a command may replace
 
 
@@ -186,6 +187,13 @@ def positive_int(text):
     """An argument's type: a whole number from 1 to 2³¹ − 1."""
     if not 0 < (number := whole_number(text)) < 2**31:
         raise argparse.ArgumentTypeError(f"{text} is not a positive number, or is too large")
+    return number
+
+
+def batch_size(text):
+    """An argument's type: how many images a step has. A mistyped number would collect images for ever."""
+    if (number := positive_int(text)) > MOST_BATCH:
+        raise argparse.ArgumentTypeError(f"{text} images are too many; give {MOST_BATCH} or fewer")
     return number
 
 

@@ -32,9 +32,11 @@ PROPERTY = re.compile(
 )
 UNREAD_VALUE = re.compile(
     r"(?<![\w-])(?!(?:url|rgba?|hsla?|blur|brightness|contrast|drop-shadow|grayscale|invert|saturate|sepia)\()[\w-]+\("
-    r"|(?:rgb|hsl)a?\([^,)]*\)"  # without commas
-    r"|non-scaling-stroke"
+    r"|(?:rgb|hsl)a?\([^,)]*\)|hsla?\([^,)]*[a-z]"  # without commas, or with a unit
+    r"|\b(?i:none|currentcolor)\b(?<!none)(?<!currentColor)"  # resvg knows only this case
+    r"|non-scaling-stroke|plus-lighter|plus-darker|\b(?:unset|revert)\b"
 )
+UNREAD_KEYS = ("pathLength", "transform-box")
 
 
 class Refused(ValueError):
@@ -64,7 +66,7 @@ def check(svg):
             refer(REFERENCE.findall(value))
             if key == "style":
                 check_declarations(COMMENT.sub("", value))
-            elif PROPERTY.fullmatch(key) and UNREAD_VALUE.search(value):
+            elif key in UNREAD_KEYS or (PROPERTY.fullmatch(key) and UNREAD_VALUE.search(value)):
                 raise Refused(f"{key}={value}")
             if key.rpartition(":")[2] == "href" and elements[-1] != "a":  # the target of a click is no part
                 refer([value])

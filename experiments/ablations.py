@@ -198,7 +198,10 @@ def run_all(preset, names, seeds, minutes, out):
             make_folder(path.parent)
             written = json.dumps(run(VARIANTS[preset][name], full_preset(preset), seed, minutes))
             write_text(path, written)
-        results[name].append(json.loads(path.read_text("utf-8")))
+        try:
+            results[name].append(json.loads(path.read_text("utf-8")))
+        except ValueError as error:
+            raise UserError(f"{path} is damaged; delete it, and give the same command again") from error
     return results
 
 
@@ -226,9 +229,11 @@ def main():
     args = parser.parse_args()
     with errors_in_one_line():
         known = VARIANTS[args.preset]
-        names = args.only or list(known)
+        names = list(dict.fromkeys(args.only or known))
         if unknown := set(names) - known.keys():
             raise UserError(f"no variant {min(unknown)!r}; choose from: {', '.join(known)}")
+        if args.minutes <= 0:
+            raise UserError(f"--minutes {args.minutes:g}: give a positive number")
         make_folder(args.out)
         torch.set_num_threads(1)
         print(table(run_all(args.preset, names, args.seeds, args.minutes, args.out)))

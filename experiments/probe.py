@@ -12,10 +12,10 @@ import math
 import torch
 import torch.nn.functional as F
 
-from common.cli import Parser, a_path, errors_in_one_line, positive_int
+from common.cli import Parser, UserError, a_path, errors_in_one_line, positive_int
 from data import sources
 from sampling import latent, views
-from sampling.pipeline import draw
+from sampling.pipeline import draw, routers
 from weights.generator_file import DEMO, load_generator
 
 UNLIKE = 0.1  # a point belongs to the object if a color channel, in [0, 1], differs from white by more
@@ -68,6 +68,8 @@ def main():
     args = parser.parse_args()
     with errors_in_one_line():
         generator, clip, _ = load_generator(args.checkpoint)
+        if not routers(generator):
+            raise UserError(f"{args.checkpoint} has no experts; give a model that draws 8×8 or more")
         captions = names_of_emoji(args.count)
         for router, bits in experts_know(generator, clip, captions).items():
             print(f"Expert and object or background at {router}, {len(captions)} pictures, bits:")

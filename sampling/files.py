@@ -14,6 +14,7 @@ from data.pairs import FORMATS, IMAGE, SMALL, Unusable, read_image
 from sampling import latent
 from sampling.pipeline import Pipeline
 
+MOST = 1000  # pictures in one file
 KINDS = ("PNG", "JPEG", "GIF")  # that are written
 INDEX = "pictures.jsonl"  # in the folder of write_each: a line for each picture
 FRAME_MS = 80  # milliseconds per frame of an animation

@@ -41,7 +41,8 @@ LR = 2e-3
 MISLED_AFTER = 0.6  # share of the steps before pictures are misled, see mislead
 REACH = 0.1  # of `mislead` in the last step
 POOL = 16  # batches drawn at a time; half of them contain captions that are neighbours in the alphabet
-STEPS = 1000, 4000  # least and most
+STEPS = 1000, 4000  # least and most, by default
+FEWEST_STEPS = 100  # for the schedule of the learning rate
 MAX_PAIRS = 50_000  # in memory
 
 
@@ -203,6 +204,8 @@ def main():
         check_file(args.out)
         if args.out.suffix != ".safetensors":
             raise UserError(f"--out {args.out}: name a file that ends with .safetensors")
+        if args.steps < FEWEST_STEPS:
+            raise UserError(f"--steps {args.steps}: give {FEWEST_STEPS} or more")
         source = sources.open_data(args.data, 32, args.seed, args.caption_key)
         captions = [lines[0] for _, lines in itertools.islice(source.examples(), 100)]
         if note := latent.unread(load_minilm(), captions):

@@ -316,7 +316,12 @@ def uses(levels, times=10):
         *(drawing(f'<rect {x}="var(--a,.5)"/>') for x in ("opacity", "stroke-width")),
         *(drawing(f'<rect style="{x}"/>') for x in ("FILL:red", "clip-path:circle(9px)", "opacity:var(--a)")),
         *(drawing(f'<rect style="fill:{x}"/>') for x in ("var(--a,red)", "oklch(.6 .2 20)", "rgb(255 0 0 / 50%)")),
-        drawing('<rect fill="hsl(0deg 100% 50%)"/>'),
+        *(
+            drawing(f'<rect fill="{x}"/>')
+            for x in ("hsl(0deg 100% 50%)", "hsl(240deg,100%,50%)", "currentcolor", "NONE")
+        ),
+        *(drawing(f'<rect style="{x}"/>') for x in ("fill:unset", "mix-blend-mode:plus-lighter")),
+        *(drawing(f"<rect {x}/>") for x in ('pathLength="1"', 'transform-box="fill-box"')),
         drawing('<rect style="stroke:red;fill:color(display-p3 1 0 0)"/>'),  # without a color in sRGB before it
     ],
 )
@@ -331,7 +336,9 @@ def test_svgs_of_figma_with_prefixes_and_with_links_are_drawn():
     wide = 'style="fill:red;fill:color(display-p3 1.0000 0.0000 0.0000);fill-opacity:1;"'
     linked = f'<a href="https://example.org">{circle.format(wide)}</a>'
     by_class = "<style>/* a { */ .a, g>#b { fill : red; transform:none }</style>" + circle.format('class="a"')
-    for content in (circle.format(wide), linked, by_class, circle.format('fill="rgba(255, 0, 0, 1)"')):
+    by_name = f'<g color="red">{circle.format("""fill="currentColor" stroke="none" """)}</g>'
+    in_hsl = circle.format('fill="hsl(0, 100%, 50%)"')
+    for content in (circle.format(wide), linked, by_class, by_name, in_hsl, circle.format('fill="rgba(255, 0, 0, 1)"')):
         assert torch.equal(read(drawing(content)), red)
     prefixed = b'<s:svg xmlns:s="http://www.w3.org/2000/svg" viewBox="0 0 9 9"><s:rect width="9" height="9"/></s:svg>'
     assert torch.equal(read(prefixed), -torch.ones(3, 8, 8))

@@ -74,7 +74,7 @@ def test_a_short_series_ends_in_a_table(tmp_path, monkeypatch, run_main, name):
     monkeypatch.setattr(ablations, "COUNT_LARGE", 8)
     monkeypatch.setattr(extractors, "efficientnet", lambda device: figures.GRID_MEANS)
     monkeypatch.setattr(enlarging, "efficientnet", lambda device: figures.GRID_MEANS)
-    options = ["--preset", name, "--only", "full", "--seeds", 2, "--minutes", 0.001, "--out", tmp_path]
+    options = ["--preset", name, "--only", "full", "full", "--seeds", 2, "--minutes", 0.001, "--out", tmp_path]
     status, stdout, error = run_main(ablations.main, *options)
     assert status == 0 and "| full |" in stdout and stdout.count(" ± ") >= 3, error
     results = sorted((tmp_path / name / "0.001-minutes" / "full").glob("*.json"))
@@ -85,8 +85,17 @@ def test_a_short_series_ends_in_a_table(tmp_path, monkeypatch, run_main, name):
 
 
 @pytest.mark.parametrize(
-    ("options", "says"), [("--only nothing", "no variant 'nothing'"), ("--out /proc/x", "error: /proc/x: No such")]
+    ("options", "says"),
+    [
+        ("--only nothing", "no variant 'nothing'"),
+        ("--out /proc/x", "error: /proc/x: No such"),
+        ("--minutes 0", "--minutes 0: give a positive number"),
+        ("--only full --seeds 1", "0.json is damaged; delete it"),
+    ],
 )
-def test_mistakes_are_one_line(run_main, options, says):
-    status, _, error = run_main(ablations.main, *options.split())
+def test_mistakes_are_one_line(run_main, tmp_path, options, says):
+    damaged = tmp_path / "emoji" / "20-minutes" / "full" / "0.json"
+    damaged.parent.mkdir(parents=True)
+    damaged.write_text('{"FID": 1')
+    status, _, error = run_main(ablations.main, "--out", tmp_path, *options.split())
     assert status == 2 and says in error.splitlines()[-1]

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from experiments import probe
+from tests import figures
 
 
 def test_information_of_equal_of_independent_and_of_noisy_labels():
@@ -29,3 +30,8 @@ def test_the_demos_answer_is_printed(run_main):
     _, stdout, _ = run_main(probe.main, "--count", 2)
     for words in ("at 8.0.0", "shuffled", "entropy of the object"):
         assert words in stdout
+
+
+def test_a_model_without_experts_is_refused(run_main):
+    status, _, error = run_main(probe.main, "--checkpoint", figures.generator_file(4))
+    assert status == 2 and "has no experts" in error

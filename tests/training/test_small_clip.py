@@ -150,3 +150,5 @@ def test_a_full_disk_is_reported_before_a_clip_is_trained(tmp_path, monkeypatch)
 def test_the_command_writes_no_other_file(run_main, tmp_path):
     status, _, error = run_main(small_clip.main, "--data", "emoji", "--out", tmp_path / "picture.png")
     assert status == 2 and "name a file that ends with .safetensors" in error and not any(tmp_path.iterdir())
+    status, _, error = run_main(small_clip.main, "--steps", 10, "--out", tmp_path / "clip.safetensors")
+    assert status == 2 and "--steps 10: give 100 or more" in error
