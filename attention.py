@@ -49,19 +49,21 @@ def blockwise_l2_attention(q, k, v):
     """Computes the map one block after another, in float32, and each block again in the backward pass. A block is
     several whole maps if they fit (the inner loop then runs once), else some rows of one map.
     """
-    leading, n, t = q.shape[:2], q.shape[2], k.shape[2]  # B, heads: a map for each
+    n, t = q.shape[2], k.shape[2]
+    batch_and_heads = q.shape[:2]  # a map for each
     entries = MAP_ENTRIES[q.device.type]
-    maps, rows = max(1, entries // (n * t)), max(1, entries // t)  # if a map fits, rows ≥ n
+    maps_at_a_time = max(1, entries // (n * t))
+    rows_at_a_time = max(1, entries // t)  # at least n, if a map fits
     results = []
     with float32_region(q):
-        groups = zip(*(full_precision(x).flatten(0, 1).split(maps) for x in (q, k, v)), strict=True)
-        for some_q, some_k, some_v in groups:  # each [≤ maps, N or T, …]
+        groups = (full_precision(x).flatten(0, 1).split(maps_at_a_time) for x in (q, k, v))
+        for some_q, some_k, some_v in zip(*groups, strict=True):  # each [≤ maps_at_a_time, N or T, …]
             some_q, some_k = with_norms(some_q, some_k)
             parts = []
-            for q_rows in some_q.split(rows, dim=1):
+            for q_rows in some_q.split(rows_at_a_time, dim=1):
                 parts.append(recomputed(attend, q_rows, some_k, some_v))
             results.append(torch.cat(parts, dim=1))
-    return torch.cat(results).unflatten(0, leading).to(v.dtype)
+    return torch.cat(results).unflatten(0, batch_and_heads).to(v.dtype)
 
 
 def with_norms(q, k):
@@ -69,10 +71,13 @@ def with_norms(q, k):
 
     It is (−2q, ‖q‖², 1)·(k, 1, ‖k‖²)/d.
     """
-    q, k = (x / math.sqrt(x.shape[-1]) for x in (q, k))
-    square_q, square_k = (x.square().sum(-1, keepdim=True) for x in (q, k))
-    one_q, one_k = torch.ones_like(square_q), torch.ones_like(square_k)
-    return torch.cat([-2 * q, square_q, one_q], dim=-1), torch.cat([k, one_k, square_k], dim=-1)
+    q = q / math.sqrt(q.shape[-1])
+    k = k / math.sqrt(k.shape[-1])
+    square_q = q.square().sum(-1, keepdim=True)
+    square_k = k.square().sum(-1, keepdim=True)
+    of_q = torch.cat([-2 * q, square_q, torch.ones_like(square_q)], dim=-1)
+    of_k = torch.cat([k, torch.ones_like(square_k), square_k], dim=-1)
+    return of_q, of_k
 
 
 def attend(q, k, v):
