@@ -54,7 +54,7 @@ class TiedSelfAttention(nn.Module):
         return x + ATTN_GAIN * h.transpose(1, 2).view_as(x)
 
 
-class Flatten(nn.Module):
+class ToPoint(nn.Module):
     """The last step down: a convolution without padding turns a map into one point, [B, C, side, side] → [B, D, 1, 1].
     From pictures larger than training's crops it makes several points.
     """
@@ -89,7 +89,7 @@ class MapReader(nn.Sequential):
         while side > 4:
             steps.append(Downsample(map_channels, channels))
             map_channels, side = channels, side // 2
-        super().__init__(*steps, Flatten(map_channels, channels, side))
+        super().__init__(*steps, ToPoint(map_channels, channels, side))
 
 
 class Head(nn.Module):
@@ -128,7 +128,7 @@ class Discriminator(nn.Module):
         stages, heads = {}, {}
         for resolution, level in levels.items():
             below = levels.get(resolution // 2)
-            step = Downsample(level.channels, below.channels) if below else Flatten(level.channels, level.channels)
+            step = Downsample(level.channels, below.channels) if below else ToPoint(level.channels, level.channels)
             stages[str(resolution)] = Stage(config, level, step)
             width = below.channels if below else level.channels  # after the stage's step
             heads[str(resolution)] = Head(width, config.text_dim, config.head_layers)

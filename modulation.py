@@ -109,7 +109,7 @@ class ModulatedConv2d(nn.Module):
         if products is None:
             norm = torch.linalg.vector_norm(kernels, dim=(-2, -1))
             return norm.square()
-        if mix is None:  # n = 1
+        if mix is None:  # n = 1, in sampling
             return products[0]
         pairs = mix[:, :, None] * mix[:, None]  # [B, n, n]
         products = products.flatten(0, 1)  # [n·n, D, C]

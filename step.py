@@ -227,7 +227,7 @@ class Learner:
                 if len(micro_batches) > 1:  # the outputs have no graph
                     output = self.draw(batch, batch.z)
                 other = None
-                if self.recipe.mode_seeking_weight:
+                if self.recipe.mode_seeking_weight:  # DDP counts gradients, not forward passes, so a second one is fine
                     other = self.draw(batch, batch.other_z, MODE_SEEKING_EVERY)
                 with self.autocast():
                     report = generator_loss(
