@@ -155,6 +155,8 @@ def preset_of(args):
     for name, least in (("steps", 1), ("fid_samples", 2), ("clip_lower_every", 1)):
         if (value := getattr(recipe, name)) < least:
             raise UserError(f"--set {name}={value}: give {least} or more")
+    if recipe.momentum_generator >= 1:
+        raise UserError(f"--set momentum_generator={recipe.momentum_generator}: give less than 1, such as 0.9")
     if recipe.batch > MOST_BATCH:
         raise UserError(f"--set batch={recipe.batch}: give {MOST_BATCH} or fewer")
     if recipe.crop and recipe.crop not in preset.crops:

@@ -35,7 +35,7 @@ from losses import MODE_SEEKING_EVERY, R1_INTERVAL
 from presets import fitted_to
 from sampling.latent import BATCH as DRAWN
 from step import Learner, MicroBatch
-from upsampler import crop, draw_input_noise, given_images
+from upsampler import draw_input_noise, given_images
 from weights.perceptual import perceptual_network
 
 # Measured on an H200, with micro-batches of 16 and before attention was fused: a mean step of aurora-64 took 1.38 s. It
@@ -252,10 +252,10 @@ def empty_batch(learner, size):
     text = clip.encode_text(torch.zeros(size, clip.text.context_length, dtype=torch.long))
     images, wrong = torch.empty(size, 3, side, side), torch.zeros(size, dtype=torch.long)
     real, given = pyramid(images, learner.active), given_images(config, images, draw_input_noise(config, size, None))
-    if learner.recipe.crop:
-        cut = config.input_resolution, learner.recipe.crop, torch.zeros(size, 2)
-        real = {r: crop(x, *cut) for r, x in real.items()}
-        given = tuple(crop(x, *cut) for x in given)
+    if side := learner.recipe.crop:  # upsampler.crop would have to read where, and these tensors have no content
+        sides = {r: r * side // config.input_resolution for r in real}
+        real = {r: x[..., : sides[r], : sides[r]] for r, x in real.items()}
+        given = tuple(x[..., :side, :side] for x in given)
     z, chances = torch.empty(size, config.z_dim), torch.empty(size, 2, NUM_CHANCES)
     return MicroBatch(real, text, wrong, z, z[::MODE_SEEKING_EVERY], chances, given)
 

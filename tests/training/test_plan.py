@@ -13,6 +13,7 @@ import train
 from clip import BUILT_IN, load_small
 from common.cli import UserError
 from layers import recomputed
+from presets import PRESETS
 from step import Learner
 from tests.figures import QUICK
 from tests.test_attention import peak_memory
@@ -206,3 +207,11 @@ def test_the_table_has_a_row_for_each_number_of_gpus(rehearsed, monkeypatch, cap
 def test_numbers_of_gpus_that_cannot_share_a_batch_are_refused():
     with pytest.raises(UserError, match="--batch 256 cannot be shared by --gpus 48"):
         plan.print_plan(train.parse_args(["--plan", "--batch", "256", "--gpus", "48"]), QUICK)
+
+
+def test_a_preset_with_crops_is_planned_by_its_crops():
+    """Its steps multiply about a quarter of what whole pictures would: a crop has half the sides."""
+    preset = PRESETS["emoji-256"]
+    whole = dataclasses.replace(preset, recipe=dataclasses.replace(preset.recipe, crop=0))
+    cropped, uncropped = (Rehearsal(each, "emoji", torch.float32).of("step", 8)["float32"] for each in (preset, whole))
+    assert 0.2 < cropped / uncropped < 0.4
