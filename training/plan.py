@@ -308,7 +308,7 @@ def print_plan(args, preset):
     print(f"  mean step on 32 images:  {bfloat16:.4g} TFLOP in bfloat16, {float32:.4g} in float32, ", end="")
     print(f"{moved:.4g} TB of memory traffic; every {R1_INTERVAL}th step has R1")
     names = "GPUs", "--accumulate", "images per batch", "images per R1 batch", "memory, GB", "a step, s", "days"
-    print("".join(f"{name:>{len(name) + 4}s}" for name in names))
+    print("".join(f"{name:>{len(name) + 6}s}" for name in names))
     for gpus in sorted(n for n in {1, 8, 64, args.gpus or 1} if batch % n == 0):
         micro_batches, r1_images = rehearsal.divide(batch // gpus, hardware.memory)
         images = batch // gpus // micro_batches
@@ -317,7 +317,7 @@ def print_plan(args, preset):
         evaluated = recipe.fid_samples * batch / recipe.fid_every / gpus  # images a step, on average
         seconds += evaluated / DRAWN * hardware.seconds(rehearsal.of("evaluation", DRAWN))
         row = gpus, micro_batches, images, r1_images, memory, seconds, steps * seconds / 86400
-        print("".join(f"{float(f'{value:.3g}'):{len(name) + 4},g}" for name, value in zip(names, row, strict=True)))
+        print("".join(f"{float(f'{value:.3g}'):{len(name) + 6},g}" for name, value in zip(names, row, strict=True)))
     factor = 1 / SHARE_OF_PEAK
     peak = (work["bfloat16"] + work["float32"]) / hardware.bfloat16 / hardware.seconds(work)
     print(
