@@ -89,8 +89,8 @@ def r1_penalty(discriminator, clip, pyramid, tokens, eot, gamma, scales):
     """R1 (Mescheder et al. 2018) on real images, as the discriminator sees them, and their captions, in float32: a
     scalar.
 
-    Each image of the pyramid adds scale · γ_r/2 · ‖gradient by its pixels‖², with γ_r = gamma · (r/64)². It is the
-    gradient of the sum of the image's predictions; those before the last stage have weight EARLY_ADVERSARIAL.
+    Each image of the pyramid adds scale · γ_r/2 · ‖gradient by its pixels‖², with γ_r = gamma · (r/64)². This is
+    the gradient of the sum of the image's predictions; those before the last stage have weight EARLY_ADVERSARIAL.
     No image affects the predictions for another sample or another resolution, so one backward pass gives all gradients.
     """
     with float32_region(tokens), sdpa_kernel(SDPBackend.MATH):  # fused attention, as in CLIP, has no second derivative
