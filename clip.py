@@ -97,10 +97,13 @@ class MiniLM(nn.Module):
         return sum(len(more.ids) - more.ids.count(0) - 2 for more in self.tokenizer.encode(caption).overflowing)
 
     def unknown(self, caption):
-        """The parts of a caption that the vocabulary lacks, for example emoji."""
-        read = self.tokenizer.encode(caption)
-        parts = zip(read.tokens, read.offsets, strict=True)
-        return [caption[start:end] for token, (start, end) in parts if token == "[UNK]"]
+        """The words of a caption that the model does not know: emoji, and words with letters that English lacks."""
+        read, words = self.tokenizer.encode(caption), set()
+        for token, word in zip(read.tokens, read.word_ids, strict=True):
+            is_foreign = token.strip("#").isalpha() and not token.isascii()  # of such words it has only the letters
+            if token == "[UNK]" or is_foreign:
+                words.add(word)
+        return [caption[slice(*read.word_to_chars(word))] for word in sorted(words)]
 
     def encode(self, ids):
         exists = ids != 0  # [B, T]

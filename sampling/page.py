@@ -160,10 +160,12 @@ def draw(model, settings):
 
 
 @functools.lru_cache(maxsize=MOST)
-def draw_large(pipe, settings, number):
-    """One picture of `draw`, by the second stage → PIL image."""
-    drawn, todo = draw(pipe, settings)
-    return pipeline.enlarge(pipe.upsampler, drawn.images[number : number + 1], [todo[number].large]).pictures[0]
+def draw_large(model, settings, number):
+    """One picture of `draw`, by the second stage → PIL image. Raises UserError for a model without one."""
+    if getattr(model, "upsampler", None) is None:
+        raise UserError("this model has no second stage")
+    drawn, todo = draw(model, settings)
+    return pipeline.enlarge(model.upsampler, drawn.images[number : number + 1], [todo[number].large]).pictures[0]
 
 
 # ----------------------------------------------------------------------------------------------------------------------

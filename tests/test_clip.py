@@ -140,6 +140,7 @@ def test_any_text_is_safe(small, large):
         assert clip.text.num_tokens_cut("a red circle") == 0
     assert small.text.unknown('a cat, "ünïcode" [UNK]') == []
     assert small.text.unknown("a 猫 for 🍕x") == ["猫", "🍕x"]
+    assert small.text.unknown("a café, 5½ – красное heart, Ω") == ["красное", "Ω"]
     assert large.text.unknown("🍕") == []
     assert ((ids == ids.max()).sum(1) == 1).all()  # one end of text each
     exists = (small.tokenize(texts) != 0).long()

@@ -161,6 +161,7 @@ def test_a_baseline_takes_a_prompt_a_seed_and_a_number(ask):
         ({"layers": [-1]}, "index -1 is negative"),
         ({"model": -1}, "index -1 is negative"),
         ({"path": "/enlarge", "number": -1}, "index -1 is negative"),
+        ({"path": "/enlarge", "number": 0, "model": 1}, "no second stage"),
         ({"forced": {"router": "8.0.0", "points": [[0, -1]], "expert": 0}}, "index -1 is negative"),
         ({"forced": {"router": "8.0.0", "points": [[0, 0]], "expert": -1}}, "no expert -1"),
     ],

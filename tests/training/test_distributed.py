@@ -43,18 +43,27 @@ def test_gradients_do_not_depend_on_the_number_of_ranks(tmp_path):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device")
-def test_two_gpus_start_grow_stop_and_go_on(tmp_path, monkeypatch):
-    """train.py's main: plan, reference FID, steps with R1 and without, evaluation, growth, saving, resuming."""
+@pytest.mark.parametrize(
+    "preset, resolutions",
+    [
+        ("--preset quick", [4, 4, 8, 8, 8]),
+        ("--preset tiny-larger --steps 5 --batch 4 --set fid_samples=8 fid_every=8", [16, 32, 32, 32, 32]),
+    ],
+)
+def test_two_gpus_start_grow_stop_and_go_on(tmp_path, monkeypatch, preset, resolutions):
+    """train.py's main for each stage: plan, reference FID, steps with R1 and without, evaluation, growth, saving,
+    resuming.
+    """
     monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")  # as in examples/slurm.sh
     out = tmp_path / "run"
-    options = f"--preset quick --data {figures.folder()} --out {out} --clip emoji --workers 0 --sample-every 2"
+    options = f"{preset} --data {figures.folder()} --out {out} --clip emoji --workers 0 --sample-every 2"
     done = torchrun(2, "tests/training/two_gpus.py", *options.split(), restarts=1)
     assert done.returncode == 0, done.stderr
     said = done.stdout
     assert "--accumulate 1: micro-batches of 2 images a GPU, R1 of 2 at a time" in said and "2 rank(s)" in said
     assert said.count("Stopped and saved") == said.count("Resuming from step 3.") == said.count("Done. 5 steps") == 1
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text("utf-8").splitlines()]
-    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5] and [row["resolution"] for row in rows] == [4, 4, 8, 8, 8]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5] and [row["resolution"] for row in rows] == resolutions
     assert [row["step"] for row in rows if "r1" in row] == [1]
     assert [row["step"] for row in rows if "fid" in row] == [2, 4]
     assert all(row["rejected"] == 0 for row in rows)
