@@ -116,15 +116,16 @@ def test_coco_end_to_end(run, tmp_path):
 
 
 def test_coco_draws_different_images_and_one_caption_of_each(tmp_path):
-    source = coco.Coco(write_coco(tmp_path), None, 32, count=5, seed=3)
+    source = coco.Coco(path := write_coco(tmp_path), None, 32, count=5, seed=3)
     batch = next(source.evaluation_pairs())
     assert batch.images.shape == (6, 3, 32, 32) and len({path for path, _ in source.pairs}) == 6
-    for path, caption in source.pairs:
-        assert figures.caption(int(path.stem[-12:]), 99) in caption
-        middle = Image.open(path).crop((16, 0, 80, 64)).resize((32, 32), Image.Resampling.LANCZOS)
+    for image, caption in source.pairs:
+        assert figures.caption(int(image.stem[-12:]), 99) in caption
+        middle = Image.open(image).crop((16, 0, 80, 64)).resize((32, 32), Image.Resampling.LANCZOS)
         expected = torch.from_numpy(np.array(middle)).permute(2, 0, 1) / 127.5 - 1
-        torch.testing.assert_close(coco.read_image(path, 32), expected, atol=1e-6, rtol=0)
-    path = tmp_path / "annotations" / "captions_val2014.json"
+        torch.testing.assert_close(coco.read_image(image, 32), expected, atol=1e-6, rtol=0)
+    chosen = {image for seed in range(4) for image, _ in coco.Coco(path, None, 32, 1, seed).pairs}
+    assert len(chosen) > 2  # two for each seed, and not the same ones
     path.write_text(path.read_text().replace("COCO_", "val2014/COCO_"))  # as some tools write the names
     assert coco.Coco(path, None, 32, 5, seed=3).pairs == source.pairs
 

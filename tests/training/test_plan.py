@@ -100,6 +100,8 @@ def test_the_counts_are_those_of_a_step(both, images, monkeypatch):
     """
     rehearsal, learner = both
     kept = sum(size for name, size in rehearsal.kept.items() if name != "gradients at most")
+    captions = learner.clip.tokenize(["a red heart"] * images)
+    assert flop(lambda: plan.empty_batch(learner, images)) == flop(lambda: learner.clip.encode_text(captions))
     fast = torch.backends.mha.get_fastpath_enabled()
     monkeypatch.setattr(learner, "r1_images", images)
     batch = batch_of(learner, images)
