@@ -3,6 +3,7 @@
 """
 
 import contextlib
+import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -144,7 +145,7 @@ def two_gpus_on_cpu():
             "torch.cuda.is_available": lambda: True,
             "torch.cuda.is_bf16_supported": lambda: True,
             "torch.cuda.device_count": lambda: 2,
-            "torch.cuda.set_device": lambda device: None,
+            "torch.cuda.set_device": is_own,
             "torch.cuda.get_device_name": lambda device: "no GPU",
             "torch.cuda.get_device_properties": lambda device: SimpleNamespace(total_memory=80e9),
             "torch.cuda.is_current_stream_capturing": lambda: False,
@@ -154,6 +155,10 @@ def two_gpus_on_cpu():
         }.items():
             stack.enter_context(mock.patch(name, value))
         yield stack.enter_context(OnCpu())
+
+
+def is_own(device):
+    assert device.index == int(os.environ["LOCAL_RANK"])  # two ranks on one GPU share its memory
 
 
 class GpuParallel(DistributedDataParallel):

@@ -106,6 +106,17 @@ def test_ranks_wait_an_hour_for_each_other(launched, monkeypatch):
     assert waits[0].total_seconds() == 3600
 
 
+def test_nccl_sends_no_tensors_of_the_cpu(monkeypatch):
+    devices = []
+    monkeypatch.setattr(distributed, "has_ranks", lambda: True)
+    monkeypatch.setattr(distributed, "mean", lambda failed: failed)
+    monkeypatch.setattr(distributed.dist, "get_backend", lambda: "nccl")
+    monkeypatch.setattr(torch, "tensor", lambda failed, device: devices.append(device) or failed)
+    with distributed.together():
+        pass
+    assert devices == ["cuda"]
+
+
 def test_an_error_names_the_address_of_ranks_that_cannot_be_joined(launched):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
