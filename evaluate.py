@@ -11,6 +11,8 @@ for the caption of each real image. On the emoji it also measures how often name
 right, and how much seeds differ.
 """
 
+import common.interrupts  # noqa: F401
+
 import argparse
 import json
 import platform

@@ -4,6 +4,8 @@ Also shows the latent space: several seeds or truncations, interpolation between
 prompts, a walk as GIF, and which expert took which point.
 """
 
+import common.interrupts  # noqa: F401
+
 import shlex
 import sys
 from pathlib import Path
@@ -23,7 +25,7 @@ from common.cli import (
 )
 from sampling import files, inference, latent, views
 from sampling.pictures import animation, expert_map, grid, to_pil
-from sampling.pipeline import Pipeline
+from sampling.pipeline import Pipeline, check_psi
 from weights.generator_file import DEMO
 
 COLUMNS = 16  # at most, without a view
@@ -104,6 +106,7 @@ def read_prompts(args):
 def choose_view(args, pipe, prompts, picture):
     """→ the frames to draw, how many there are in a row, and the title."""
     seed, psi, noise = args.seed, args.truncation, f"seed {args.seed}, psi {args.truncation:g}"
+    check_psi(psi)
     if args.seeds:
         frames = pipe.view(views.seeds_by_prompts, prompts, args.seeds, psi)
         return frames, len(args.seeds), f"A seed for each column, psi {psi:g}"

@@ -5,6 +5,8 @@ learns against it and towards CLIP, and the moving average follows. The resoluti
 near the FID between two sets of real images, when it stops falling, or after a number of images.
 """
 
+import common.interrupts  # noqa: F401
+
 import argparse
 import dataclasses
 import shlex
@@ -188,6 +190,8 @@ def train(run):
     growth.measure_reference(source, folder.path / "reference.pt")
     if note := latent.unread(learner.clip.text, growth.captions):
         say(note)
+    if len(set(growth.captions)) == 1:
+        say("note: all captions are the same, so the generator learns nothing about text")
     pairs = watched_pairs(source, learner.clip)
     save(run)
     loop.check_saved()

@@ -14,6 +14,8 @@ Differences from the paper:
 - Truncation, which scales z, is ours.
 """
 
+import common.interrupts  # noqa: F401
+
 import itertools
 import math
 import sys

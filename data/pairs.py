@@ -10,6 +10,7 @@ import functools
 import io
 import json
 import re
+import warnings
 from typing import NamedTuple
 
 import numpy as np
@@ -25,7 +26,8 @@ PNG = b"\x89PNG\r\n\x1a\n"  # its first bytes; bytes 24 and 25 are the bits of a
 BITS, WHITE_IS, PLANES = 258, 262, 284  # tags of a TIFF: 1 if the largest value is white; 2 if colors lie apart
 # Those of JPEG 2000 and JPEG XL (both as a file, each as a stream), icons, Photoshop, EPS, PPM and compressed SVGs.
 FOREIGN = (b"\0\0\0\x0c", b"\xff\x4f\xff\x51", b"\xff\x0a", b"\0\0\1\0", b"8BPS", b"%!PS", b"P6", b"\x1f\x8b")
-FOREIGN += (b"%PDF", b"II*\0", b"MM\0*")  # and of PDF, and of a TIFF that Pillow does not know
+TIFF = (b"II*\0", b"MM\0*")
+FOREIGN += (b"%PDF", *TIFF)  # and of PDF, and of a TIFF that Pillow does not know
 CURVES = (1, 2, 4, 6, 13, 14, 15)  # numbers of transfer_curve near that of sRGB, and 2: not specified
 MAX_FILE = 2**28  # bytes of an image that are read
 MAX_PIXELS = 2**26  # of an image; more is a mistake or an attack
@@ -35,6 +37,7 @@ MAX_HEAD = 1000  # first bytes of a file, in which an SVG is recognized
 MAX_FACTS = 2**24  # bytes of a .json that are read; some programs write the picture into it
 LIMITS = {".txt": MAX_TEXT, ".json": MAX_FACTS} | dict.fromkeys(IMAGE_SUFFIXES, MAX_FILE)  # bytes that are read
 
+warnings.filterwarnings("ignore", module="PIL")  # they name no file, and what cannot be read is counted
 Image.MAX_IMAGE_PIXELS = None  # centre_square checks the size itself, before a pixel is decoded
 
 CAUSES = (
@@ -170,8 +173,15 @@ def read_image(file, resolution):
     except Exception as error:  # on broken files Pillow raises errors of every kind
         is_avif = data[8:12] in (b"avif", b"avis")  # HEIC files have other values here
         is_unread = data[4:8] == b"ftyp" and not (is_avif and "AVIF" in FORMATS)
-        raise Unusable(FORMAT if is_unread or data.startswith(FOREIGN) else IMAGE) from error
+        is_unread = is_unread or (data.startswith(FOREIGN) and not is_cut_tiff(data, error))
+        raise Unusable(FORMAT if is_unread else IMAGE) from error
     return to_tensor(image)
+
+
+def is_cut_tiff(data, error):
+    """Whether these are the first bytes of a TIFF without the others. error: what Pillow raised for it."""
+    directory = int.from_bytes(data[4:8], "little" if data.startswith(b"II") else "big")  # where its tags begin
+    return data.startswith(TIFF) and (directory >= len(data) or "truncated" in str(error))
 
 
 def to_tensor(image):

@@ -6,6 +6,8 @@ The perceptual distance is a mean over the pictures, from EfficientNet's feature
 this distance. The Fréchet distance is between EfficientNet's features of enlarged and of true pictures at 224×224.
 """
 
+import common.interrupts  # noqa: F401
+
 import itertools
 
 import torch

@@ -8,6 +8,8 @@ The model has no switches for this: a variant is another preset, or replaces a c
 measured. Finished runs are not repeated, so two commands can share the variants between two cores.
 """
 
+import common.interrupts  # noqa: F401
+
 import contextlib
 import dataclasses
 import json

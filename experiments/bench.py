@@ -8,6 +8,8 @@ of a shared machine varies, so product and case alternate: compare only ratios. 
 even if a faster implementation computes something twice.
 """
 
+import common.interrupts  # noqa: F401
+
 import gc
 import itertools
 import os

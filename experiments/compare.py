@@ -8,6 +8,8 @@ are measured with the networks of evaluate.py. Times are processor time, so othe
 numbers as JSON and a picture go to --out.
 """
 
+import common.interrupts  # noqa: F401
+
 import argparse
 import functools
 import json

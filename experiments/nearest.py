@@ -5,6 +5,8 @@
 Nearness is the cosine between features of EfficientNet-lite0. A picture that equals its neighbour is memorized.
 """
 
+import common.interrupts  # noqa: F401
+
 import itertools
 from pathlib import Path
 

@@ -8,7 +8,6 @@ pictures = pipe.sample("red heart", num=4, seed=0)
 import contextlib
 import dataclasses
 import hashlib
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from numbers import Integral
@@ -27,6 +26,7 @@ from sampling.pictures import at_own_size, in_range
 from upsampler import draw_input_noise, given_images
 from weights.generator_file import DEMO, load_generator, load_upsampler, upsampler_of
 
+MOST_PSI = 10  # far more than is of use
 LARGE = ", large"  # suffix of the second stage's router names, some of which the first stage has too
 
 
@@ -160,9 +160,9 @@ def check_seed(seed):
 def check_psi(psi):
     """Raises UserError."""
     with contextlib.suppress(TypeError, ValueError):
-        if math.isfinite(psi):
+        if abs(psi) <= MOST_PSI:  # NaN is not
             return
-    raise UserError(f"psi={psi!r}: give a finite number, such as 0.7")
+    raise UserError(f"psi={psi!r}: give a number from −{MOST_PSI} to {MOST_PSI}, such as 0.7")
 
 
 def up_to(resolution, generator, upsampler):

@@ -231,6 +231,13 @@ def tiff_of_16_bits(white_is):
     return content.replace(tag.pack(*usual), tag.pack(*usual[:3], white_is))
 
 
+def cut_tiff(compression):
+    """The first half of a TIFF, whose tags are at the front or at the end."""
+    noise = np.random.default_rng(0).integers(255, size=(20, 20, 3), dtype=np.uint8)
+    content = encoded(Image.fromarray(noise), "TIFF", compression=compression)
+    return content[: len(content) // 2]
+
+
 def planar_tiff():
     """An RGB TIFF of 16 bits whose colors lie apart, as Photoshop writes "per channel"."""
     size, end = 20 * 20 * 2, 8 + 2 + 10 * 12 + 4
@@ -257,6 +264,7 @@ def planar_tiff():
         (b"II*\0" + bytes(99), FORMAT),
         (tiff_of_16_bits(white_is=0), FORMAT),
         (planar_tiff(), FORMAT),
+        *((cut_tiff(compression), IMAGE) for compression in (None, "tiff_lzw")),
         (b"\0\0\0\x18ftypheic" + bytes(99), FORMAT),
         (encoded(Image.new("RGB", (20, 20)), "EPS"), FORMAT),  # Pillow would start Ghostscript on it
         *((encoded(Image.new("RGB", (20, 20)), kind), FORMAT) for kind in ("PPM", "ICO", "JPEG2000")),

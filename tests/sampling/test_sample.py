@@ -134,6 +134,7 @@ def test_a_bad_checkpoint_is_one_line(run, tmp_path, kind):
         (("x", "y", "--num", "501"), "1002 pictures are too many for one file"),
         (("x", "--num", "2.5"), "'2.5' is not a whole number"),
         (("x", "--truncation", "much"), "'much' is not a finite number"),
+        (("x", "--truncation", "1e30"), "psi=1e+30: give a number from −10 to 10"),
         (("x", "--device", "abacus"), "use auto, cpu, cuda"),
         (("x", "--steps", "9"), "without a view --steps is not used; leave it out"),
         (("x", "--seeds", "1", "2", "--num", "2"), "with --seeds --num is not used"),

@@ -244,6 +244,14 @@ def test_a_small_clip_is_trained_first_for_other_data(tmp_path, monkeypatch, cap
 # Signals and errors.
 
 
+def test_captions_that_are_all_the_same_are_told(tmp_path, capsys):
+    for number in range(6):
+        figures.picture(number, 32, seed=0).save(tmp_path / f"{number}.png")
+        (tmp_path / f"{number}.txt").write_text("a shape")
+    run(*SHORT, "--data", tmp_path, "--out", tmp_path / "run", "--steps", 1)
+    assert "all captions are the same" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
 def test_signals_ask_a_run_to_stop(number):
     if number == signal.SIGHUP:
