@@ -56,6 +56,8 @@ class UpsamplerConfig(GeneratorConfig):
 
     input_resolution: int = 64
     input_noise: float = 0.1  # standard deviation of the noise on the input, whose range is [−1, 1]
+    input_bend: float = 1.0  # most standard deviation of its displacements in training, in pixels
+    input_stain: float = 0.1  # and of its changes of color
     encoder_blocks: int = 1  # residual ones of the way down, at each resolution
 
     @property
@@ -288,7 +290,7 @@ PRESETS = {
         ), num_heads=4, head_dim=24, **SMALL_DISCRIMINATOR | {"clip_maps": ()}),
         Recipe(
             steps=60_000, batch=8, images_per_phase={128: 0}, ema_half_life=2_000, fid_samples=128, fid_every=20_000,
-            r1_gamma=4.0, crop=32, l1_weight=10.0, perceptual_weight=5.0, momentum_generator=0.9,
+            r1_gamma=1.0, crop=32, l1_weight=10.0, perceptual_weight=5.0, momentum_generator=0.9,
             **SMALL_RECIPE | {"lower_scales": 0.2},
         ), clip_model="emoji",
     ),

@@ -31,7 +31,7 @@ from losses import (
     wrong_captions,
 )
 from training.cuda_graph import Graphed
-from upsampler import crop, draw_input_noise, given_images, new_generator
+from upsampler import crop, distort, draw_distortions, draw_input_noise, given_images, new_generator
 
 NETWORKS = ("generator", "discriminator", "ema")
 OPTIMIZERS = ("optimizer_g", "optimizer_d")
@@ -130,18 +130,22 @@ class Learner:
         chances = torch.rand(self.batch, 2, NUM_CHANCES, generator=rng)  # for real images, and for fake ones
         noise = draw_input_noise(config, self.batch, rng)
         places = torch.rand(self.batch, 2, generator=rng)  # y, x of the crops
+        distortions = draw_distortions(config, self.batch, rng)
         shape = len(batches), distributed.world_size(), -1
         # Each [micro-batches, ranks, b, …]; the loader cuts the images in the same order.
-        drawn = [x.unflatten(0, shape) for x in (z, chances, noise, places)]
+        drawn = [x.unflatten(0, shape) for x in (z, chances, noise, distortions, places)]
         mine = [x[:, distributed.rank()] for x in drawn]  # of each micro-batch, this rank's images
         return [self.micro_batch(*parts) for parts in zip(batches, *mine, strict=True)]
 
-    def micro_batch(self, batch, z, chances, noise, places):
+    def micro_batch(self, batch, z, chances, noise, distortions, places):
         """A data.sources.Batch and its random numbers, on the CPU → MicroBatch. places [b, 2]: of the crops."""
-        images, z, chances, noise = (x.to(self.device) for x in (batch.images, z, chances, noise))
-        real, given = pyramid(images, self.active), given_images(self.generator.config, images, noise)
+        images, z, chances = (x.to(self.device) for x in (batch.images, z, chances))
+        real, config = pyramid(images, self.active), self.generator.config
+        if given := given_images(config, images, noise):
+            small, noise = given
+            given = distort(small, distortions.to(small), config), noise
         if given and self.recipe.crop:
-            cut = self.generator.config.input_resolution, self.recipe.crop, places
+            cut = config.input_resolution, self.recipe.crop, places
             real = {r: crop(x, *cut) for r, x in real.items()}
             given = tuple(crop(x, *cut) for x in given)
         ids = distributed.gather(self.clip.tokenize(batch.captions))

@@ -15,6 +15,9 @@ from aurora import ConvBlock, Generator, Synthesis
 from layers import Conv2d, Downsample, ResidualBlock, lrelu, resize
 from presets import GeneratorConfig, UpsamplerConfig
 
+KEPT = 8  # pixels of the input image; the upsampler keeps what is coarser
+SPACING = 4  # pixels of the input image between the independent distortions of `distort`
+
 
 class Encoder(nn.Module):
     """Images [B, 3, R, R] → feature maps {resolution: [B, C, r, r]}, from R down to the lowest level's resolution.
@@ -52,10 +55,11 @@ def add_detail(rgb, image, side):
 
     side: of the upsampler's input image, or of its crop, in pixels.
 
-    Adds the RGB without its low frequencies: only detail that the input cannot show. So the large picture keeps the
-    colors of the small one. Otherwise early steps of training would shift colors that are right.
+    Adds the RGB without what is coarser than KEPT pixels of the input. So the large picture keeps the colors of the
+    small one, and the network can redraw its shapes. Otherwise early steps of training would shift colors that are
+    right.
     """
-    coarse = F.interpolate(resize(rgb, side), rgb.shape[-1], mode="bilinear", align_corners=False)
+    coarse = F.interpolate(resize(rgb, max(1, side // KEPT)), rgb.shape[-1], mode="bilinear", align_corners=False)
     return rgb - coarse + enlarge(image)
 
 
@@ -114,6 +118,29 @@ def draw_input_noise(config, count, generator):
     """
     shape = (3, config.input_resolution, config.input_resolution) if isinstance(config, UpsamplerConfig) else (0,)
     return torch.randn(count, *shape, generator=generator)
+
+
+def draw_distortions(config, count, generator):
+    """N(0, 1) for `distort`, as draw_input_noise, times the strength of each image's distortion, from 0 to 1."""
+    shape = (5, *2 * [config.input_resolution // SPACING]) if isinstance(config, UpsamplerConfig) else (0,)
+    strength = torch.rand(count, *[1] * len(shape), generator=generator)
+    return strength * torch.randn(count, *shape, generator=generator)
+
+
+def distort(images, distortions, config):
+    """Bends and stains images [B, 3, S, S]: smooth displacements by up to config.input_bend pixels, and smooth changes
+    of color by up to config.input_stain, as standard deviations.
+
+    The first stage draws wavy edges and mottled areas, and pictures averaged down have none. An upsampler that learns
+    from distorted inputs corrects both. The strength differs, so it also learns to leave a clean picture alone.
+    """
+    side = images.shape[-1]
+    smooth = F.interpolate(distortions, side, mode="bicubic", align_corners=False)
+    moves, stains = smooth.split([2, 3], 1)
+    places = F.affine_grid(torch.eye(2, 3).expand(len(images), 2, 3), list(images.shape), align_corners=False)
+    places = places.to(images) + moves.permute(0, 2, 3, 1) * config.input_bend * 2 / side
+    bent = F.grid_sample(images, places, padding_mode="border", align_corners=False)
+    return (bent + config.input_stain * stains).clamp(-1, 1)
 
 
 def crop(images, input_resolution, side, places):

@@ -119,6 +119,7 @@ SECOND_STAGE = {
     "L1 only": Variant(recipe={"adversarial_weight": 0.0, "clip_weight": 0.0, "perceptual_weight": 0.0}),
     "no text": Variant(replaced=((aurora, "TextHead", UnreadText),)),
     "no noise on the input": Variant(generator={"input_noise": 0.0}),
+    "inputs without distortion": Variant(generator={"input_bend": 0.0, "input_stain": 0.0}),
     "one expert": Variant(levels={"num_experts": 1}),
 }
 VARIANTS = {"emoji": BASE, "emoji-256": SECOND_STAGE}

@@ -8,13 +8,14 @@ import torch
 import torch.nn.functional as F
 
 import losses
+import step
 import train
 from clip import load_minilm
 from losses import moe_loss
 from presets import DiscriminatorLevel, Level, UpsamplerConfig
 from tests import figures
 from training import loop
-from upsampler import Upsampler, add_detail, crop, draw_input_noise, enlarge, given_images, new_generator
+from upsampler import Upsampler, add_detail, crop, distort, draw_input_noise, enlarge, given_images, new_generator
 from weights import checkpoint
 from weights.generator_file import load_upsampler
 
@@ -96,14 +97,15 @@ def test_each_resolution_of_the_way_down_is_used_once(config):
 
 
 def test_what_a_level_adds_shifts_no_color():
-    """Of its RGB counts what is finer than the input; and that is all of what is finer."""
+    """Of its RGB counts what is finer than eight pixels of the input; and that is all of what is finer."""
     torch.manual_seed(0)
-    image, rgb = torch.randn(2, 3, 8, 8).double(), torch.randn(2, 3, 16, 16).double()
-    added = add_detail(rgb, image, side=4) - enlarge(image)
-    shifted = add_detail(rgb + torch.randn(2, 3, 1, 1), image, side=4) - enlarge(image)
+    image, rgb = torch.randn(2, 3, 16, 16).double(), torch.randn(2, 3, 32, 32).double()
+    added = add_detail(rgb, image, side=16) - enlarge(image)
+    shifted = add_detail(rgb + torch.randn(2, 3, 1, 1), image, side=16) - enlarge(image)
     torch.testing.assert_close(shifted, added)
-    fine = rgb - F.interpolate(F.avg_pool2d(rgb, 4), scale_factor=4)  # of mean zero in every square of the input
-    torch.testing.assert_close(add_detail(fine, image, side=4) - enlarge(image), fine)
+    fine = rgb - F.interpolate(F.avg_pool2d(rgb, 16), scale_factor=16)  # of mean zero in each such square
+    torch.testing.assert_close(add_detail(fine, image, side=16) - enlarge(image), fine)
+    assert torch.isfinite(add_detail(rgb, image, side=4)).all()  # a crop smaller than such a square
 
 
 def test_recomputing_levels_changes_no_gradient(config):
@@ -125,6 +127,33 @@ def test_it_is_given_real_pictures_averaged_down_with_noise(config, generator_co
     torch.testing.assert_close(given, F.avg_pool2d(images, 4))
     assert its_noise.shape == given.shape and torch.equal(its_noise, noise)
     assert given_images(generator_config, images, draw_input_noise(generator_config, 2, None)) == ()
+
+
+def test_distortions_move_points_by_so_many_pixels_and_change_colors(config):
+    torch.manual_seed(0)
+    images, distortions = torch.rand(2, 3, 16, 16) * 0.8, torch.zeros(2, 5, 4, 4)
+    torch.testing.assert_close(distort(images, distortions, config), images)
+    distortions[:, 0] = 3.0  # x
+    torch.testing.assert_close(distort(images, distortions, config)[..., :-3], images[..., 3:])
+    distortions[:, :2] = torch.tensor([2.0, -2.0])[:, None, None]
+    torch.testing.assert_close(distort(images, distortions, config)[..., 2:, :-2], images[..., :-2, 2:])
+    distortions[:] = torch.tensor([0.0, 0.0, 1.0, -1.0, 99.0])[:, None, None]
+    expected = torch.stack([images[:, 0] + 0.1, images[:, 1] - 0.1, torch.ones(2, 16, 16)], 1)
+    torch.testing.assert_close(distort(images, distortions, config), expected)
+
+
+def test_in_training_its_input_is_distorted_and_the_truth_is_not(tmp_path, monkeypatch):
+    args = ["--preset", "tiny-larger", "--data", str(figures.folder()), "--clip", "emoji", "--set", "crop=0"]
+    args += ["--out", str(tmp_path / "run")]
+    learner = train.build(train.parse_args([*args, "--batch", "2", "--device", "cpu"]), torch.device("cpu")).learner
+    batch = next(figures.Figures(32).batches(range(9), 2, 0, 1))
+    distorted = learner.prepare(0, 0, [batch])[0]
+    monkeypatch.setattr(step, "distort", lambda images, *_: images)
+    plain = learner.prepare(0, 0, [batch])[0]
+    torch.testing.assert_close(distorted.real[16], F.avg_pool2d(batch.images, 2))
+    assert torch.equal(distorted.given[1], plain.given[1])
+    torch.testing.assert_close(plain.given[0], F.avg_pool2d(batch.images, 4))
+    assert (distorted.given[0] - plain.given[0]).abs().max() > 0.1
 
 
 def test_crops_of_all_resolutions_show_the_same(config):

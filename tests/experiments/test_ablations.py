@@ -30,6 +30,8 @@ def test_variants_of_recipes_and_sizes():
     full = PRESETS["emoji-256"]
     second = {name: variant.preset(full) for name, variant in ablations.SECOND_STAGE.items()}
     assert second["no noise on the input"].generator.input_noise == 0 < full.generator.input_noise
+    plain = second["inputs without distortion"].generator
+    assert plain.input_bend == plain.input_stain == 0 < full.generator.input_bend * full.generator.input_stain
     assert max(level.num_experts for level in second["one expert"].generator.levels) == 1
     l1_only = second["L1 only"].recipe
     assert l1_only.adversarial_weight == l1_only.clip_weight == l1_only.perceptual_weight == 0 < l1_only.l1_weight

@@ -38,8 +38,10 @@ def test_gradients_do_not_depend_on_the_number_of_ranks(tmp_path):
     one, two = found
     assert one.keys() == two.keys() and len(one) > 300
     for name, gradient in one.items():
-        # 1e-15: for gradients that are zero except for rounding, such as of biases that shift an upsampler's colors
-        assert (two[name] - gradient).abs().max() < 1e-10 * gradient.abs().max() + 1e-15, name
+        if "to_rgb.bias" in name and gradient.abs().max() < 1e-14:  # zero but for rounding: it shifts no color
+            assert two[name].abs().max() < 1e-14, name
+        else:
+            assert (two[name] - gradient).abs().max() < 1e-10 * gradient.abs().max() + 1e-15, name
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device")
