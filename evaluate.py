@@ -100,6 +100,8 @@ def open_source(args, generator, resolution):
         source, resizer = Coco(args.data, args.images, size, args.count, args.seed), RESIZER
     else:
         source = sources.open_data(args.data, size, args.seed, args.caption_key)
+        for line in source.describe():
+            distributed.say(line)
         resizer = "centre crop, then Pillow's Lanczos, JPEGs decoded small"
     then = f"; from {size}×{size} averaged down as in training" if averaged else ""
     return source, resizer + then

@@ -98,7 +98,8 @@ def read_prompts(args):
         except UnicodeDecodeError:
             prompts = ["\0"]
         if any("\0" in prompt for prompt in prompts):
-            raise UserError(f"--prompts {args.prompts} is not UTF-8 text; save it as UTF-8") from None
+            why = "is not UTF-8 text, or contains a NUL character; save it as UTF-8 without one"
+            raise UserError(f"--prompts {args.prompts} {why}") from None
     latent.check(prompts)
     return prompts
 

@@ -139,11 +139,12 @@ class Learner:
 
     def micro_batch(self, batch, z, chances, noise, distortions, places):
         """A data.sources.Batch and its random numbers, on the CPU → MicroBatch. places [b, 2]: of the crops."""
-        images, z, chances = (x.to(self.device) for x in (batch.images, z, chances))
+        drawn = batch.images, z, chances, noise, distortions
+        images, z, chances, noise, distortions = (x.to(self.device) for x in drawn)
         real, config = pyramid(images, self.active), self.generator.config
         if given := given_images(config, images, noise):
             small, noise = given
-            given = distort(small, distortions.to(small), config), noise
+            given = distort(small, distortions, config), noise
         if given and self.recipe.crop:
             cut = config.input_resolution, self.recipe.crop, places
             real = {r: crop(x, *cut) for r, x in real.items()}

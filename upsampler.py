@@ -137,8 +137,9 @@ def distort(images, distortions, config):
     side = images.shape[-1]
     smooth = F.interpolate(distortions, side, mode="bicubic", align_corners=False)
     moves, stains = smooth.split([2, 3], 1)
-    places = F.affine_grid(torch.eye(2, 3).expand(len(images), 2, 3), list(images.shape), align_corners=False)
-    places = places.to(images) + moves.permute(0, 2, 3, 1) * config.input_bend * 2 / side
+    unmoved = torch.eye(2, 3, device=images.device, dtype=images.dtype).expand(len(images), 2, 3)
+    places = F.affine_grid(unmoved, list(images.shape), align_corners=False)
+    places = places + moves.permute(0, 2, 3, 1) * config.input_bend * 2 / side
     bent = F.grid_sample(images, places, padding_mode="border", align_corners=False)
     return (bent + config.input_stain * stains).clamp(-1, 1)
 

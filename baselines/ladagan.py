@@ -14,8 +14,6 @@ Differences from the paper:
 - Truncation, which scales z, is ours.
 """
 
-import common.interrupts  # noqa: F401
-
 import itertools
 import math
 import sys

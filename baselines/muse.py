@@ -12,8 +12,6 @@ Differences from the paper:
 - Codes that no image uses are moved to vectors of images (Codebook.restart).
 """
 
-import common.interrupts  # noqa: F401
-
 import math
 import sys
 from pathlib import Path

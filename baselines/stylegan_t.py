@@ -17,8 +17,6 @@ Differences from the paper:
 - Both losses of the generator are means over the batch. The authors' code accumulates gradients and averages only one.
 """
 
-import common.interrupts  # noqa: F401
-
 import math
 import sys
 from pathlib import Path

@@ -29,7 +29,7 @@ def check(prompts):
         if not shows_something(prompt):
             raise UserError("a prompt is empty; say what to draw")
         if "\0" in prompt or prompt != prompt.encode("utf-8", "replace").decode():
-            raise UserError("a prompt is not UTF-8 text; remove its special characters")
+            raise UserError("a prompt is not UTF-8 text, or contains a NUL character; remove its special characters")
 
 
 def read(generator, clip, prompts):

@@ -130,6 +130,14 @@ def test_coco_draws_different_images_and_one_caption_of_each(tmp_path):
     assert coco.Coco(path, None, 32, 5, seed=3).pairs == source.pairs
 
 
+def test_what_a_folder_contains_beside_pairs_is_told(run, tmp_path):
+    figures.write(tmp_path / "own", count=8)
+    (tmp_path / "own" / "0007.txt").unlink()
+    status, stdout, stderr = run("--data", tmp_path / "own", "--count", 4, "--resolution", 32)
+    assert status == 0, stderr
+    assert "1 images have no caption" in stdout and "0007.png" in stdout
+
+
 def test_mistakes_are_one_line(run, tmp_path):
     val = write_coco(tmp_path)
     (tmp_path / "train").mkdir()
