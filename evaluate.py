@@ -27,10 +27,10 @@ from common.cli import (
     Parser,
     UserError,
     a_path,
+    a_truncation,
     add_data,
     check_file,
     errors_in_one_line,
-    finite_number,
     natural_number,
     positive_int,
 )
@@ -64,7 +64,7 @@ def parse_args(argv=None):
         "--clip",
         help="for CLIP score, R-precision: a small CLIP, or MODEL:WEIGHTS (default: that of the run, or judge)",
     )
-    add("--truncation", type=finite_number, default=1.0, help="psi: 1 is all variety")
+    add("--truncation", type=a_truncation, default=1.0, help="psi: 1 is all variety")
     add("--seed", type=natural_number, default=0, help="of z, and of the choice of COCO's images")
     add("--out", type=a_path, default=Path("runs/evaluation"), help="folder for evaluation.json")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
@@ -100,8 +100,7 @@ def open_source(args, generator, resolution):
         source, resizer = Coco(args.data, args.images, size, args.count, args.seed), RESIZER
     else:
         source = sources.open_data(args.data, size, args.seed, args.caption_key)
-        for line in source.describe():
-            distributed.say(line)
+        source.announce()
         resizer = "centre crop, then Pillow's Lanczos, JPEGs decoded small"
     then = f"; from {size}×{size} averaged down as in training" if averaged else ""
     return source, resizer + then

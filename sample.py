@@ -18,14 +18,14 @@ from common.cli import (
     Parser,
     UserError,
     a_path,
+    a_truncation,
     errors_in_one_line,
-    finite_number,
     natural_number,
     positive_int,
 )
 from sampling import files, inference, latent, views
 from sampling.pictures import animation, expert_map, grid, to_pil
-from sampling.pipeline import Pipeline, check_psi
+from sampling.pipeline import Pipeline
 from weights.generator_file import DEMO
 
 COLUMNS = 16  # at most, without a view
@@ -52,7 +52,7 @@ def parse_args(argv=None):
     add("--prompts", type=a_path, help="a UTF-8 text file with a prompt on each line")
     add("--num", type=positive_int, default=4, help="pictures for each prompt")
     add("--seed", type=natural_number, default=0, help="the same seed gives the same pictures")
-    add("--truncation", type=finite_number, default=1.0, help="psi: 1 is all variety, 0 each prompt's mean picture")
+    add("--truncation", type=a_truncation, default=1.0, help="psi: 1 is all variety, 0 each prompt's mean picture")
     add("--checkpoint", type=a_path, default=DEMO, help="a run, its generator, or the authors' aurora_v1.pth")
     add("--clip", help="MODEL:WEIGHTS of open_clip, to read a large CLIP from a file; default: as in the checkpoint")
     add(
@@ -107,7 +107,6 @@ def read_prompts(args):
 def choose_view(args, pipe, prompts, picture):
     """→ the frames to draw, how many there are in a row, and the title."""
     seed, psi, noise = args.seed, args.truncation, f"seed {args.seed}, psi {args.truncation:g}"
-    check_psi(psi)
     if args.seeds:
         frames = pipe.view(views.seeds_by_prompts, prompts, args.seeds, psi)
         return frames, len(args.seeds), f"A seed for each column, psi {psi:g}"
@@ -191,7 +190,7 @@ def main():
             if args.prompt or args.prompts:
                 raise UserError("--show draws nothing; give no prompt")
             for name, value in files.how_made(args.show).items():
-                print(f"{name}: {value}")
+                print(f"{name}: {''.join(c if c.isprintable() else ascii(c)[1:-1] for c in str(value))}")
             return
         prompts = read_prompts(args)
         check_view(args, prompts)

@@ -185,8 +185,7 @@ def train(run):
     """Trains to the last step. Raises UserError, and Stopped if the run is asked to stop earlier."""
     args, learner, growth, source, loop = run
     recipe, batch, folder = learner.recipe, learner.batch, loop.folder
-    for line in source.describe():
-        say(line)
+    source.announce()
     growth.measure_reference(source, folder.path / "reference.pt")
     if note := latent.unread(learner.clip.text, growth.captions):
         say(note)

@@ -14,16 +14,14 @@ Differences from the paper:
 - Truncation, which scales z, is ours.
 """
 
+import common.interrupts  # noqa: F401
+
 import itertools
 import math
-import sys
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-
-sys.path.append(str(Path(__file__).parents[1]))  # for `python baselines/ladagan.py`
 
 from attention import merge_heads, split_heads
 from augment import NUM_CHANCES, augment

@@ -12,15 +12,13 @@ Differences from the paper:
 - Codes that no image uses are moved to vectors of images (Codebook.restart).
 """
 
+import common.interrupts  # noqa: F401
+
 import math
-import sys
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-
-sys.path.append(str(Path(__file__).parents[1]))  # for `python baselines/muse.py`
 
 from attention import merge_heads, split_heads
 from baselines.shared import System, main

@@ -1,7 +1,7 @@
 """What the systems of this folder share: `System`, and the command that trains one and draws with it.
 
-python baselines/stylegan_t.py train --data emoji --minutes 60
-python baselines/stylegan_t.py sample "red heart" --num 6
+python -m baselines.stylegan_t train --data emoji --minutes 60
+python -m baselines.stylegan_t sample "red heart" --num 6
 """
 
 import copy
@@ -21,10 +21,10 @@ from common.cli import (
     Parser,
     UserError,
     a_path,
+    a_truncation,
     add_data,
     batch_size,
     errors_in_one_line,
-    finite_number,
     first_line,
     natural_number,
     positive_int,
@@ -138,7 +138,7 @@ def main(system_class):
     add("prompt", nargs="+", help="one or more texts, each in quotes")
     add("--num", type=positive_int, default=4, help="pictures for each prompt")
     add("--seed", type=natural_number, default=0)
-    add("--truncation", type=finite_number, default=1.0, help="1: full variety; 0: the mean picture of each prompt")
+    add("--truncation", type=a_truncation, default=1.0, help="1: full variety; 0: the mean picture of each prompt")
     add("--edit", type=a_path, help="a picture for Muse to change toward the prompts")
     generator = Path("runs") / name / "generator_ema.safetensors"
     add("--checkpoint", type=a_path, default=generator, help="a run's folder or its generator file")
@@ -180,8 +180,7 @@ def run(system_class, name, args, device):
         if state:
             with loop.resuming(state):
                 restore(system, state)
-    for line in source.describe():
-        say(line)
+    source.announce()
     save_run(loop, system)
     loop.check_saved()
     folder.write_config(as_texts(args))

@@ -17,17 +17,15 @@ Differences from the paper:
 - Both losses of the generator are means over the batch. The authors' code accumulates gradients and averages only one.
 """
 
+import common.interrupts  # noqa: F401
+
 import math
-import sys
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 from torchvision.transforms.functional import gaussian_blur
-
-sys.path.append(str(Path(__file__).parents[1]))  # for `python baselines/stylegan_t.py`
 
 from augment import NUM_CHANCES, augment
 from aurora import FourierFeatures

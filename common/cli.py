@@ -15,6 +15,7 @@ from pathlib import Path
 
 DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no space, a quota, a limit on the size of files
 MOST_BATCH = 2**16  # images of a training step
+MOST_PSI = 10  # of the truncation; far more than is of use
 MADE_BY = "made by Aurora (arXiv 2309.03904)"  # in the first 4 KB of every file that a command may replace
 
 
@@ -214,6 +215,13 @@ def finite_number(text):
     raise argparse.ArgumentTypeError(f"{text!r} is not a finite number, such as 0.7")
 
 
+def a_truncation(text):
+    """An argument's type: the truncation ψ."""
+    if abs(psi := finite_number(text)) > MOST_PSI:
+        raise argparse.ArgumentTypeError(f"{text}: give a number from -{MOST_PSI} to {MOST_PSI}, such as 0.7")
+    return psi
+
+
 def with_fields(settings, option, assignments):
     """Sets fields of a dataclass from an option's texts, for example "lr_generator=1e-3" → a copy. Raises UserError."""
     changes = {}
@@ -221,6 +229,8 @@ def with_fields(settings, option, assignments):
         name, _, text = assignment.partition("=")
         if name not in vars(settings):
             raise UserError(f"{option}: {name!r} is no field here; choose one of {', '.join(vars(settings))}")
+        if name in changes:
+            raise UserError(f"{option} {name}=… is given twice; leave one out")
         former, value = getattr(settings, name), text
         with contextlib.suppress(ValueError, SyntaxError, TypeError):
             if not isinstance(former, str):

@@ -158,6 +158,11 @@ class Source:
         else:
             yield f"None is held out for evaluation, as there are fewer than {FEWEST}: evaluation uses training pairs."
 
+    def announce(self):
+        """Prints the description on the main rank."""
+        for line in self.describe():
+            distributed.say(line)
+
     def check(self, usable):
         """Raises UserError unless a usable pair was found. What was skipped until now is not counted again."""
         if not usable:

@@ -95,8 +95,7 @@ def main():
         networks = {str(path): load_upsampler(path, text, device) for path in args.upsampler}
         config = next(iter(networks.values())).config
         source = sources.open_data(args.data, config.resolutions[-1], 0, args.caption_key)
-        for line in source.describe():
-            print(line)
+        source.announce()
         enlargers = {"bicubic": bicubic} | {name: enlarger(network, text) for name, network in networks.items()}
         small, large = config.input_resolution, config.resolutions[-1]
         for name, values in compare(enlargers, source, small, large, args.count, device).items():

@@ -19,14 +19,13 @@ from PIL import Image
 from tqdm import trange
 
 from common import distributed
-from common.cli import UserError
+from common.cli import MOST_PSI, UserError
 from router import Routing
 from sampling import inference, latent, views
 from sampling.pictures import at_own_size, in_range
 from upsampler import draw_input_noise, given_images
 from weights.generator_file import DEMO, load_generator, load_upsampler, upsampler_of
 
-MOST_PSI = 10  # far more than is of use
 LARGE = ", large"  # suffix of the second stage's router names, some of which the first stage has too
 
 

@@ -28,8 +28,9 @@ def test_fields_keep_their_types():
         ("images_per_phase={4: 0}", "with a value like {4: 0, 8: 0, 16: 96000, 32: 256000}"),
         ("images_per_phase={4: 0, 8: 0, 16: 0, 32: 'all'}", "write images_per_phase=VALUE"),
         ("data=emoji", "no field here"),
+        ("batch=8; batch=16", "batch=… is given twice"),
     ],
 )
 def test_mistakes_say_what_to_write(assignment, says):
     with pytest.raises(ValueError, match=says):
-        with_fields(PRESETS["emoji"].recipe, "--set", [assignment])
+        with_fields(PRESETS["emoji"].recipe, "--set", assignment.split("; "))

@@ -209,8 +209,7 @@ def main():
         if args.steps < FEWEST_STEPS:
             raise UserError(f"--steps {args.steps}: give {FEWEST_STEPS} or more")
         source = sources.open_data(args.data, 32, args.seed, args.caption_key)
-        for line in source.describe():
-            print(line)
+        source.announce()
         captions = [lines[0] for _, lines in itertools.islice(source.examples(), 100)]
         if note := latent.unread(load_minilm(), captions):
             print(note)

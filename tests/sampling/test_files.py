@@ -99,6 +99,11 @@ def test_a_grid_says_it_too(run_main, tmp_path):
     assert about["prompts"] == ["red heart"] and about["seed"] == 0 and "'red heart' --num 1" in about["command"]
 
 
+def test_what_a_foreign_file_says_cannot_control_the_terminal(run_main, tmp_path):
+    files.save([Image.new("RGB", (4, 4))], tmp_path / "a.png", {"prompt": "a\033]0;b\x9b2J ψ"})
+    assert run_main(sample.main, "--show", tmp_path / "a.png")[1] == "prompt: a\\x1b]0;b\\x9b2J ψ\n"
+
+
 def test_a_killed_folder_is_completed_with_the_same_pictures(each, tmp_path, monkeypatch):
     monkeypatch.setattr(files.latent, "BATCH", 4)
     arguments = ("red heart", "whale", "--num", 5)
