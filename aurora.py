@@ -339,5 +339,5 @@ class Generator(nn.Module):
 
     @torch.no_grad()
     def update_w_avg(self, batch_mean, decay=0.995):
-        """Moves the running mean of w toward a batch's mean, [w_dim]."""
-        self.w_avg.lerp_(batch_mean, 1 - decay)
+        """Moves the running mean of w toward a batch's mean, [w_dim]; not toward numbers that are not finite."""
+        self.w_avg.lerp_(torch.where(batch_mean.isfinite(), batch_mean, self.w_avg), 1 - decay)

@@ -50,8 +50,8 @@ class Text(NamedTuple):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Text encoders: ids = tokenize(captions); encode(ids) → Text; read(captions) → Text. Each has a name, a width (of the
-# features of tokens) and a context_length (in tokens).
+# Text encoders: ids = tokenize(captions); encode(ids) → Text; read(captions) → Text. Messages use num_tokens_cut and
+# unknown. Each has a name, a width (of the features of tokens) and a context_length (in tokens).
 
 
 class MiniLM(nn.Module):
@@ -200,7 +200,7 @@ class ClipText(nn.Module):
         m = self.model
         x = m.token_embedding(ids) + m.positional_embedding
         tokens = full_precision(m.ln_final(m.transformer(x, attn_mask=m.attn_mask)))
-        eot = ids.argmax(-1)
+        eot = ids.argmax(-1)  # the end-of-text token has the largest id
         embedding = tokens[torch.arange(len(ids), device=ids.device), eot] @ m.text_projection
         return Text(tokens, eot, F.normalize(embedding, dim=-1))
 
@@ -268,7 +268,6 @@ class FrozenClip(nn.Module):
         seen = self.visual.forward_intermediates(torch.cat(inputs), indices=_map_blocks(self.visual))
         return seen["image_features"], seen["image_intermediates"]
 
-    @property
     def map_shapes(self):
         """The (C, side) of each feature map."""
         _, maps = self.see(self.mean.new_zeros(1, 3, 1, 1))
@@ -298,7 +297,7 @@ def load_clip(spec, device="cpu"):
         return fold_batch_norms(load_small(path)).to(device)
     import open_clip  # not at the top: it takes two seconds, and sampling with our own files does not need it
 
-    model = create(spec)
+    model = create_open_clip(spec)
     if not isinstance(model, open_clip.CLIP):
         raise UserError(f"{spec}: not of OpenAI's CLIP architecture; use for example ViT-L-14-quickgelu:openai")
     return fold_batch_norms(from_open_clip(model, spec)).to(device)
@@ -310,7 +309,7 @@ def load_text(name, device="cpu"):
     return text.to(device)
 
 
-def create(spec):
+def create_open_clip(spec):
     """ "MODEL:WEIGHTS" → open_clip's model, of any class. Raises UserError."""
     import open_clip
 

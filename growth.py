@@ -95,8 +95,8 @@ class Growth:
                 raise UserError(f"--data has {len(captions)} usable pairs; training needs at least 4")
         half = len(captions) // 2
         kept = {"captions": captions[:half], "statistics": {}, "reference_fid": {}}
-        given = zip(*given[:half], strict=True)  # all images, all noise
-        kept["given"] = tuple(torch.stack(inputs).cpu() for inputs in given)
+        images_and_noise = zip(*given[:half], strict=True)
+        kept["given"] = tuple(torch.stack(inputs).cpu() for inputs in images_and_noise)
         for r in self.resolutions:
             every = torch.cat([part for share in distributed.collect(features[r]) for part in share])
             one, other = every[: 2 * half].split(half)

@@ -3,8 +3,8 @@ then those that only some recipes use.
 
 A pyramid contains an image for each active resolution. The discriminator scores each image after every stage that it
 passes. A *prediction* is named (input, stage), by their resolutions. `scales`, {resolution: weight}, weighs images.
-The CLIP loss and the mode-seeking loss are of the global batch. The others are means over a rank's images; DDP averages
-their gradients over ranks, which gives those of the global batch.
+The CLIP loss and the mode-seeking loss are of a micro-batch on all ranks, which without gradient accumulation is the
+global batch. The others are means over a rank's images; DDP averages their gradients over ranks.
 """
 
 import open_clip
@@ -72,15 +72,17 @@ def wrong_captions(ids):
     differs = torch.cdist(ids.float(), ids.float(), p=0) > 0  # [B, B]; p=0 counts the tokens that differ
     places = (position - position[:, None]) % batch  # [B, B]: how many places caption j comes after caption i
     places = torch.where(differs, places, places + batch)  # after all that differ; of the equal ones, itself first
+    # Captions a, b, a: [[3, 1, 5], [2, 3, 1], [4, 2, 3]].
     return places.argmin(1)
 
 
-def feature_maps(discriminator, clip, pyramid):
+def feature_maps(discriminator, clip, pyramid, clip_maps=None):
     """Discriminator.maps of a pyramid. The base's discriminator also reads CLIP's maps of the highest image: it is
-    vision-aided (GigaGAN, section 3.4). The upsampler's is not (section 3.5 there).
+    vision-aided (GigaGAN, section 3.4). The upsampler's is not (section 3.5 there). clip_maps: these maps, if known.
     """
-    clip_maps = ()
-    if discriminator.map_readers:
+    if not discriminator.map_readers:
+        clip_maps = ()
+    elif clip_maps is None:
         _, clip_maps = clip.see(pyramid[max(pyramid)])
     return discriminator.maps(pyramid, clip_maps)
 
@@ -109,7 +111,7 @@ def r1_penalty(discriminator, clip, pyramid, tokens, eot, gamma, scales):
 
 
 def clip_loss(clip, embeddings, text_embedding, scales, lower_every=1):
-    """Symmetric InfoNCE between captions and images over the global batch, a weighted sum over the resolutions.
+    """Symmetric InfoNCE between captions and images over all ranks, a weighted sum over the resolutions.
 
     embeddings: {resolution: CLIP's embeddings [B, D]}, not normalized; below the highest resolution, of every n-th
     image, n = lower_every. text_embedding [B, D], of unit length. Gradients pass through the gather. Otherwise an image
@@ -252,9 +254,10 @@ def generator_loss(output, other, text, wrong, chances, discriminator, clip, rec
     real: the pyramid of the true images. perceptual: a frozen network, images [B, 3, R, R] → feature maps. The
     upsampler's recipes need both.
     """
-    g_clip, clip_maps = pyramid_clip_loss(output.pyramid, text, clip, recipe)
-    losses = {"g_clip": g_clip, "g_moe": moe_loss(output, recipe.balance_weight)}
-    weights = {"g_clip": recipe.clip_weight, "g_moe": 1}
+    losses, weights, clip_maps = {"g_moe": moe_loss(output, recipe.balance_weight)}, {"g_moe": 1}, None
+    if recipe.clip_weight:
+        losses["g_clip"], clip_maps = pyramid_clip_loss(output.pyramid, text, clip, recipe)
+        weights["g_clip"] = recipe.clip_weight
     if recipe.adversarial_weight:
         fooling = fooling_losses(output, text, wrong, chances, clip_maps, discriminator, clip, recipe)
         losses["g_adversarial"], losses["g_matching"] = fooling
@@ -283,8 +286,8 @@ def pyramid_clip_loss(pyramid, text, clip, recipe):
     highest = max(pyramid)
     lower = [r for r in pyramid if r < highest and r <= SEEN_BY_CLIP]
     seen = {r: pyramid[r][:: recipe.clip_lower_every] for r in lower}
-    seen[highest] = pyramid[highest]
-    embeddings, maps = clip.see(*seen.values())  # one pass for all; the highest images come last
+    seen[highest] = pyramid[highest]  # comes last
+    embeddings, maps = clip.see(*seen.values())  # one pass for all
     embeddings = dict(zip(seen, embeddings.split([len(images) for images in seen.values()]), strict=True))
     scales = scale_weights(seen, recipe.lower_scales)
     loss = clip_loss(clip, embeddings, text.embedding, scales, recipe.clip_lower_every)
@@ -301,10 +304,8 @@ def fooling_losses(output, text, wrong, chances, clip_maps, discriminator, clip,
         code = discriminator.encode_text(text.tokens, text.eot)
     wrong_code, is_wrong = wrong_codes(code, wrong)
     pyramid = augment(output.pyramid, recipe.augment, chances)
-    if recipe.augment:  # clip_maps are of the images themselves; here the maps of the augmented ones are needed
-        maps = feature_maps(discriminator, clip, pyramid)
-    else:
-        maps = discriminator.maps(pyramid, clip_maps if discriminator.map_readers else ())
+    # clip_maps are of the images themselves; the discriminator needs those of the augmented ones.
+    maps = feature_maps(discriminator, clip, pyramid, None if recipe.augment else clip_maps)
     right_logits = discriminator.score(maps, code)
     adversarial = logistic_loss(right_logits, -1, EARLY_ADVERSARIAL, scales).mean()
     # The discriminator learns to reject these images under a wrong caption, too, and the generator to be accepted. A

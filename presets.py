@@ -143,7 +143,9 @@ class Preset:
 
     @property
     def crops(self):
-        """The sides of the upsampler's crops for which no map of a network ends in a half, or below 4×4."""
+        """The sides of the upsampler's crops for which no map of a network ends in a half, or below 4×4: of `emoji-256`
+        32, 40, …, 64.
+        """
         side, lowest = self.generator.input_resolution, self.discriminator.levels[0].resolution
         return range(4 * side // lowest, side + 1, side // min(lowest, self.generator.levels[0].resolution))
 

@@ -18,6 +18,7 @@ from clip import Text
 from common import distributed
 from discriminator import Discriminator
 from evaluation.metrics import expert_counts
+from experts import routed_experts
 from layers import full_precision, parameter_groups, pyramid
 from losses import (
     MODE_SEEKING_EVERY,
@@ -84,7 +85,7 @@ class Learner:
         """Drops the DDP wrappers and the recorded graph, which functools.cached_property keeps in vars(self); the next
         step builds them again. Needed whenever resolutions, learning rates or optimizer states change.
         """
-        for name in ("parallel_generator", "discriminator_loss", "learn"):
+        for name in ("parallel_generator", "discriminator_loss", "updater"):
             vars(self).pop(name, None)
         gc.collect()  # frees DDP's buckets and recorded graphs before new ones are built
 
@@ -97,14 +98,15 @@ class Learner:
         return self.parallel(DiscriminatorLoss(self.discriminator, self.clip, self.recipe))
 
     @functools.cached_property
-    def learn(self):
+    def updater(self):
         """→ a function: update_networks, or a CUDA graph of it.
 
-        Large networks, those that recompute, need no graph: they keep a GPU busy, and have no memory to spare. With
-        several ranks we record none, because we had no two GPUs to test whether a graph can replay NCCL's messages.
+        Large networks, those that recompute, need no graph: they keep a GPU busy, and have no memory to spare. Without
+        Triton the experts wait for the device, which a graph cannot record. With several ranks we record none, because
+        we had no two GPUs to test whether a graph can replay NCCL's messages.
         """
         alone = torch.cuda.is_available() and self.device.type == "cuda" and distributed.world_size() == 1
-        recorded = alone and not self.recipe.recompute
+        recorded = alone and routed_experts and not self.recipe.recompute
         r1_weights = 0, R1_INTERVAL  # one graph for each
         return Graphed(self.update_networks, r1_weights) if recorded else self.update_networks
 
@@ -142,13 +144,14 @@ class Learner:
         drawn = batch.images, z, chances, noise, distortions
         images, z, chances, noise, distortions = (x.to(self.device) for x in drawn)
         real, config = pyramid(images, self.active), self.generator.config
-        if given := given_images(config, images, noise):
+        given = given_images(config, images, noise)
+        if given:  # the second stage
             small, noise = given
             given = distort(small, distortions, config), noise
-        if given and self.recipe.crop:
-            cut = config.input_resolution, self.recipe.crop, places
-            real = {r: crop(x, *cut) for r, x in real.items()}
-            given = tuple(crop(x, *cut) for x in given)
+            if self.recipe.crop:
+                cut = config.input_resolution, self.recipe.crop, places
+                real = {r: crop(x, *cut) for r, x in real.items()}
+                given = tuple(crop(x, *cut) for x in given)
         ids = distributed.gather(self.clip.tokenize(batch.captions))
         wrong = wrong_captions(ids)  # indices among the captions of all ranks
         wrong = wrong.unflatten(0, (distributed.world_size(), -1))[distributed.rank()]
@@ -158,7 +161,7 @@ class Learner:
 
     def step(self, number, micro_batches):
         """One step of both networks → {name: scalar}. `rejected` counts updates skipped for non-finite gradients."""
-        report, w = self.learn(micro_batches, R1_INTERVAL if number % R1_INTERVAL == 0 else 0)
+        report, w = self.updater(micro_batches, R1_INTERVAL if number % R1_INTERVAL == 0 else 0)
         self.update_ema(number, w)
         return report
 
@@ -201,7 +204,7 @@ class Learner:
         """
         scales, total = scale_weights(micro_batches[0].real, self.recipe.lower_scales), 0
         for batch in micro_batches:
-            real, size = augment(batch.real, self.recipe.augment, batch.chances[:, 0]), len(batch.wrong)
+            real, size = augment(batch.real, self.recipe.augment, batch.chances[:, 0]), len(batch.text.eot)
             for first in range(0, size, self.r1_images):
                 some = slice(first, first + self.r1_images)
                 some_real = {r: x[some] for r, x in real.items()}
@@ -280,8 +283,8 @@ class Learner:
         return state
 
     def load_state_dict(self, state):
-        """Loads a state_dict, but keeps the recipe's learning rates: a run whose losses were not finite can be resumed
-        with lower ones.
+        """Loads a state_dict, but keeps the recipe's learning rates and momentum: a run whose losses were not finite
+        can be resumed with lower ones.
         """
         if state["clip"] != self.clip.name:
             raise ValueError(f"it learned with {state['clip']}, and this is {self.clip.name}")
@@ -289,15 +292,15 @@ class Learner:
             getattr(self, name).load_state_dict(state[name])
         for name in OPTIMIZERS:
             optimizer = getattr(self, name)
-            wanted = [{"lr": group["lr"], "eps": group["eps"]} for group in optimizer.param_groups]
+            wanted = [{key: group[key] for key in ("lr", "eps", "betas")} for group in optimizer.param_groups]
             adam_state = {}
             for number, of_parameter in state[name]["state"].items():
                 omitted = {"exp_avg": torch.zeros_like(of_parameter["exp_avg_sq"])}  # see state_dict
                 adam_state[number] = omitted | of_parameter
             optimizer.load_state_dict(state[name] | {"state": adam_state})
-            for group, rates in zip(optimizer.param_groups, wanted, strict=True):
+            for group, own in zip(optimizer.param_groups, wanted, strict=True):
                 # A checkpoint from a CPU has capturable=False, which a CUDA graph does not allow.
-                group.update(rates, capturable=self.device.type == "cuda")
+                group.update(own, capturable=self.device.type == "cuda")
         self.forget()
 
     def load_weights(self, weights):

@@ -44,6 +44,7 @@ class TextHead(nn.Module):
 
     def __init__(self, clip_width, dim, num_layers, num_heads, lr_mul, mix_tokens=True):
         super().__init__()
+        # The bias starts at 1, as in the release.
         self.align = nn.Identity() if clip_width == dim else Linear(clip_width, dim, bias_init=1.0, lr_mul=lr_mul)
         self.blocks = nn.ModuleList(TextBlock(dim, num_heads, lr_mul) for _ in range(num_layers))
         self.mix_tokens = mix_tokens

@@ -116,7 +116,7 @@ def build(args, device):
             clip_of_new_run(clip, args.data, args.caption_key, args.seed, device)
     with distributed.together():
         clip = load_clip(str(clip), device)
-        preset = fitted_to(preset, clip.width, clip.map_shapes)
+        preset = fitted_to(preset, clip.width, clip.map_shapes())
         torch.manual_seed(args.seed)
         if perceptual := perceptual_network(recipe):
             perceptual.to(device)
@@ -191,7 +191,7 @@ def train(run):
         say(note)
     if len(set(growth.captions)) == 1:
         say("note: all captions are the same, so the generator learns nothing about text")
-    pairs = watched_pairs(source, learner.clip)
+    pairs = watched_pairs(source, learner.clip) if recipe.adversarial_weight else None
     save(run)
     loop.check_saved()
     folder.write_config({**vars(args), "steps": loop.last_step, "recipe": dataclasses.asdict(recipe)})

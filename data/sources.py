@@ -101,7 +101,7 @@ class Skips:
 
 
 class Source:
-    """Captioned images. A subclass implements the three methods that raise NotImplementedError here.
+    """Captioned images. A subclass implements the four methods that raise NotImplementedError here.
 
     It passes a Sample to `example` and a list of examples to `collate`. It calls `skips.fail` if the disk or network
     fails, and sets `skips.failures` to 0 if it works.

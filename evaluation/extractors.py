@@ -12,7 +12,7 @@ from open_clip.transform import PreprocessCfg, image_transform_v2
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from torchvision.transforms.functional import to_pil_image
 
-from clip import BUILT_IN, create, load_clip
+from clip import BUILT_IN, create_open_clip, load_clip
 from common.cli import UserError, first_line
 from weights.efficientnet import load_efficientnet
 
@@ -89,7 +89,7 @@ def inception(path, device):
 
 def open_clip_model(spec, device):
     """Any model of open_clip, with its own preprocessing by Pillow."""
-    model = create(spec).to(device).eval()
+    model = create_open_clip(spec).to(device).eval()
     preprocessing = PreprocessCfg(**model.visual.preprocess_cfg)
     prepare = image_transform_v2(preprocessing, is_train=False)
     tokenizer = open_clip.get_tokenizer(spec.partition(":")[0])

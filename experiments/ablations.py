@@ -151,7 +151,7 @@ def learn(preset, seed, minutes):
     """
     clip, recipe = load_clip(preset.clip_model), preset.recipe
     torch.manual_seed(seed)
-    preset = fitted_to(preset, clip.width, clip.map_shapes)
+    preset = fitted_to(preset, clip.width, clip.map_shapes())
     learner = Learner(preset, clip, CPU, torch.float32, recipe.batch, perceptual_network(recipe))
     resolutions = learner.resolutions
     batches = sources.loader(sources.open_data("emoji", resolutions[-1], seed), 0, recipe.batch, workers=0)

@@ -133,7 +133,7 @@ def training(stopwatch):
     """Steps at the highest resolution, with and without R1, with the small CLIP instead of a large one."""
     clip = load_clip("emoji", stopwatch.device)
     for name, batch in TRAINED[stopwatch.device.type].items():
-        preset = fitted_to(PRESETS[name], clip.width, clip.map_shapes)
+        preset = fitted_to(PRESETS[name], clip.width, clip.map_shapes())
         learner = Learner(preset, clip, stopwatch.device, torch.float32, batch)
         batches = sources.loader(sources.open_data("emoji", learner.resolutions[-1], seed=0), 0, batch, workers=0)
         inputs = learner.prepare(0, 0, [next(batches)])

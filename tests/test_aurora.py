@@ -121,6 +121,8 @@ def test_w_avg_is_a_running_mean(generator):
     generator.update_w_avg(torch.ones(20), decay=0.75)
     generator.update_w_avg(torch.ones(20), decay=0.75)
     torch.testing.assert_close(generator.w_avg, torch.full((20,), 0.4375))
+    generator.update_w_avg(torch.full((20,), torch.nan))
+    torch.testing.assert_close(generator.w_avg, torch.full((20,), 0.4375))
 
 
 def test_presets():

@@ -95,7 +95,7 @@ def test_the_feature_maps_are_outputs_of_open_clips_blocks(small, large):
     outputs[4:] = [x[:, 1:].transpose(1, 2).unflatten(2, visual.grid_size) for x in outputs[4:]]
     torch.testing.assert_close(maps, outputs)
     for clip, seen in ((small, maps[:4]), (large, maps[4:])):
-        assert clip.map_shapes == tuple((x.shape[1], x.shape[2]) for x in seen)
+        assert clip.map_shapes() == tuple((x.shape[1], x.shape[2]) for x in seen)
 
 
 class Products(TorchDispatchMode):

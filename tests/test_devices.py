@@ -50,7 +50,7 @@ def learner_of(recompute=False):
     levels = lowest, dataclasses.replace(higher, num_kernels=2, deformable=True)
     generator = dataclasses.replace(preset.generator, levels=levels)
     discriminator = dataclasses.replace(preset.discriminator, levels=preset.discriminator.levels[:2])
-    preset = fitted_to(Preset(generator, discriminator, recipe), clip.width, clip.map_shapes)
+    preset = fitted_to(Preset(generator, discriminator, recipe), clip.width, clip.map_shapes())
     return Learner(preset, clip, DEVICE, torch.bfloat16, BATCH)
 
 
@@ -83,7 +83,7 @@ def test_a_step_of_the_second_stage_waits_for_its_batch_alone(device):
     with DEVICE:
         clip = clip_without_weights("emoji")
         perceptual = perceptual_network(LARGER.recipe, with_weights=False)
-    learner = Learner(fitted_to(LARGER, clip.width, clip.map_shapes), clip, DEVICE, torch.bfloat16, BATCH, perceptual)
+    learner = Learner(fitted_to(LARGER, clip.width, clip.map_shapes()), clip, DEVICE, torch.bfloat16, BATCH, perceptual)
     report = step(device, learner, [batch_of(BATCH)._replace(images=torch.empty(BATCH, 3, 32, 32))])
     assert {"r1", "g_l1", "g_perceptual"} < report.keys()
 

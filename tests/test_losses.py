@@ -149,7 +149,7 @@ def test_r1_reaches_through_a_vision_transformer(discriminator_config):
     vision = dict(image_size=16, layers=4, width=16, head_width=8, patch_size=8)
     text = dict(context_length=7, vocab_size=9, width=12, heads=2, layers=1)
     clip = from_open_clip(open_clip.CLIP(embed_dim=8, vision_cfg=vision, text_cfg=text), "test").double()
-    tiny = Discriminator(dataclasses.replace(discriminator_config, clip_maps=clip.map_shapes)).double()
+    tiny = Discriminator(dataclasses.replace(discriminator_config, clip_maps=clip.map_shapes())).double()
     pyramid, tokens, eot = real(), torch.randn(2, 7, 12, dtype=torch.float64), torch.tensor([6, 3])
 
     def penalty(*_):
@@ -200,6 +200,15 @@ def test_mode_seeking_compares_the_finished_images():
     expected = losses.mode_seeking_loss(output.image[::4], other.image).item()
     assert report["g_mode_seeking"].item() == pytest.approx(expected, rel=1e-5)
     assert (report["loss"] - report["g_moe"]).item() == pytest.approx(2 * expected, rel=1e-5)
+
+
+def test_a_loss_of_weight_zero_costs_no_pass_through_clip(monkeypatch):
+    generator, discriminator, clip, _, _, captions, z = objectives()
+    recipe = dataclasses.replace(TINY.recipe, adversarial_weight=0.0, clip_weight=0.0)
+    text = clip.read(captions)
+    output = generator(z, text.tokens, text.eot, 8)
+    monkeypatch.setattr(clip, "see", lambda *_: pytest.fail("CLIP saw images"))
+    losses.generator_loss(output, None, text, torch.arange(6), CHANCES[:, 1], discriminator, clip, recipe)
 
 
 def test_balanced_routing_costs_one():

@@ -139,19 +139,21 @@ def test_one_rank_that_torchrun_started_records_its_steps(learner, monkeypatch):
         patch.setattr(learner, "device", torch.device("cuda", 0))
         patch.setattr(step_module, "Graphed", lambda function, variants: ("recorded", variants))
         learner.learn_at([4, 8])
-        assert learner.learn == ("recorded", (0, 16))
-        patch.setattr(distributed, "world_size", lambda: 2)
-        patch.setattr(learner, "parallel", lambda module: module)
-        learner.learn_at([4, 8])
-        assert learner.learn == learner.update_networks
+        assert learner.updater == ("recorded", (0, 16))
+        for module, name, value in ((step_module, "routed_experts", None), (distributed, "world_size", lambda: 2)):
+            with monkeypatch.context() as without:
+                without.setattr(module, name, value)
+                without.setattr(learner, "parallel", lambda module: module)
+                learner.learn_at([4, 8])
+                assert learner.updater == learner.update_networks
     learner.learn_at([4, 8])
 
 
 def test_a_loaded_state_is_not_trained_by_a_graph_recorded_before(learner):
     state = learner.state_dict()
-    assert learner.learn and "learn" in vars(learner)
+    assert learner.updater and "updater" in vars(learner)
     learner.load_state_dict(state)
-    assert "learn" not in vars(learner)
+    assert "updater" not in vars(learner)
 
 
 def test_the_generators_step_adds_nothing_to_the_discriminators_gradients(learner, monkeypatch):

@@ -171,7 +171,7 @@ class Rehearsal:
     def __init__(self, preset, clip_model, dtype=torch.bfloat16):
         with distributed.alone(), as_on_gpu(dtype), FakeTensorMode(allow_non_fake_inputs=True), Meter() as meter:
             clip = clip_without_weights(clip_model)
-            preset = fitted_to(preset, clip.width, clip.map_shapes)
+            preset = fitted_to(preset, clip.width, clip.map_shapes())
             perceptual = perceptual_network(preset.recipe, with_weights=False)
             learner = Learner(preset, clip, torch.device("cpu"), dtype, 1, perceptual)
             self.parameters, self.kept = parameters_and_memory(learner)

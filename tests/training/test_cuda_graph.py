@@ -47,7 +47,7 @@ def learner_after(steps, lr, eager):
     """→ the learner, and the reports of its steps."""
     device = distributed.start("cuda")
     clip = load_clip("emoji", device)
-    preset = fitted_to(TINY, clip.width, clip.map_shapes)
+    preset = fitted_to(TINY, clip.width, clip.map_shapes())
     torch.manual_seed(0)
     learner = Learner(preset, clip, device, torch.float32, batch=4)
     for network in (learner.generator, learner.discriminator):
@@ -56,7 +56,7 @@ def learner_after(steps, lr, eager):
                 parameter.data.normal_(std=0.1)  # otherwise to-RGB, which starts at zero, hides most of the network
     learner.learn_at([4, 8])
     if eager:
-        learner.learn = learner.update_networks
+        learner.updater = learner.update_networks
     for name in OPTIMIZERS:
         for group in getattr(learner, name).param_groups:
             group["lr"] *= lr
@@ -72,7 +72,7 @@ def learner_after(steps, lr, eager):
 def test_losses_and_gradients_are_those_of_the_step():
     """The weights do not change: otherwise rounding soon sends a point to another expert."""
     (one, expected), (other, found) = (learner_after(STEPS, 0, eager) for eager in (True, False))
-    assert len(other.learn.recorded) == 2  # without R1 and with it
+    assert len(other.updater.recorded) == 2  # without R1 and with it
     for row, same in zip(expected, found, strict=True):
         assert row == pytest.approx(same, rel=1e-3, abs=1e-4)
     for name in OPTIMIZERS:

@@ -51,6 +51,12 @@ def test_a_resumed_run_is_bit_identical_to_an_uninterrupted_one(undisturbed, sto
     assert without_seconds(log_of(out)) == without_seconds(log_of(undisturbed))
 
 
+def test_a_run_without_adversarial_loss_does_not_ask_its_untrained_discriminator(tmp_path, monkeypatch):
+    """Whether it overfits."""
+    monkeypatch.setattr(train, "watched_pairs", lambda *_: pytest.fail("it was asked"))
+    run(*SHORT, "--out", tmp_path, "--steps", 1, "--set", "adversarial_weight=0")
+
+
 def test_a_run_writes_what_it_promises(undisturbed):
     named = {"checkpoints", "generator_ema.safetensors", "metrics.jsonl", "config.json", "samples", "reference.pt"}
     assert {path.name for path in undisturbed.iterdir()} == named
@@ -156,8 +162,10 @@ def test_two_ranks_resume_a_run_of_one(stopped_after):
     assert load_generator(out)[2]["step"] == 4 and [row["step"] for row in log_of(out)] == [1, 2, 3, 4]
 
 
-def test_a_new_learning_rate_is_used_on_resume_and_noted(stopped_after, capsys):
-    learner = build(*SHORT, "--out", stopped_after(3), "--set", "lr_generator=1e-4", "r1_gamma=3").learner
+def test_a_new_learning_rate_and_momentum_are_used_on_resume_and_noted(stopped_after, capsys):
+    learner = build(
+        *SHORT, "--out", stopped_after(3), "--set", "lr_generator=1e-4", "r1_gamma=3", "momentum_generator=0.5"
+    ).learner
     fresh = Learner(figures.QUICK, learner.clip, learner.device, torch.float32, 4)
     factor = 1e-4 / figures.QUICK.recipe.lr_generator
     groups = zip(learner.optimizer_g.param_groups, fresh.optimizer_g.param_groups, strict=True)
@@ -165,7 +173,8 @@ def test_a_new_learning_rate_is_used_on_resume_and_noted(stopped_after, capsys):
     assert learner.optimizer_d.param_groups[0]["lr"] == fresh.optimizer_d.param_groups[0]["lr"]
     said = capsys.readouterr().out
     assert f"lr_generator was {figures.QUICK.recipe.lr_generator}; now it is " in said
-    assert "r1_gamma was" in said and said.count("now it is ") == 2
+    assert "r1_gamma was" in said and said.count("now it is ") == 3
+    assert {group["betas"][0] for group in learner.optimizer_g.param_groups} == {0.5}
 
 
 @pytest.mark.parametrize("kind", ["generator", "generator and discriminator", "checkpoint"])
