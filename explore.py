@@ -89,6 +89,10 @@ class Server(ThreadingHTTPServer):
 
 
 class Handler(BaseHTTPRequestHandler):
+    def handle(self):
+        with contextlib.suppress(ConnectionError):  # the page was closed
+            super().handle()
+
     def parse_request(self):
         """Refuses a Host that is not a name of this machine. Otherwise a foreign site could read this page by pointing
         its own name at this machine's address (DNS rebinding).
@@ -125,12 +129,11 @@ class Handler(BaseHTTPRequestHandler):
         self.reply("application/json", json.dumps(result).encode())
 
     def reply(self, kind, content):
-        with contextlib.suppress(ConnectionError):  # the page was closed
-            self.send_response(200)
-            self.send_header("Content-Type", kind)
-            self.send_header("Content-Length", str(len(content)))
-            self.end_headers()
-            self.wfile.write(content)
+        self.send_response(200)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
 
     def log_message(self, *_):
         """Prints nothing, instead of a line for each picture."""

@@ -6,6 +6,7 @@ prompts, a walk as GIF, and which expert took which point.
 
 import common.interrupts  # noqa: F401
 
+import argparse
 import shlex
 import sys
 from pathlib import Path
@@ -40,6 +41,7 @@ VIEWS = {
     "latent_walk": {"seed", "truncation", "steps", "experts", "out"},
     "like": {"experts", "out"},
     "enlarge": {"seed", "out"},
+    "show": set(),
     "": {"num", "seed", "truncation", "experts", "out"},
 }
 
@@ -80,10 +82,13 @@ def parse_args(argv=None):
     look.add_argument("--enlarge", type=a_path, metavar="PICTURE", help="enlarge a square picture of the prompt")
     add("--steps", type=positive_int, default=8, help="frames of --interpolate and --latent-walk")
     add("--part", choices=("both", "global", "local"), default="both", help="which text --interpolate changes")
-    args = parser.parse_args(argv)
+    options = sorted(set.union(*VIEWS.values()))
+    args = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(options)))  # None: it was not given
     view = next((name for name in VIEWS if name and getattr(args, name)), "")
-    for name in sorted(set.union(*VIEWS.values()) - VIEWS[view]):
-        if getattr(args, name) != parser.get_default(name):
+    for name in options:
+        if getattr(args, name) is None:
+            setattr(args, name, parser.get_default(name))
+        elif name not in VIEWS[view]:
             where = f"with --{view.replace('_', '-')}" if view else "without a view"
             raise UserError(f"{where} --{name} is not used; leave it out")
     return args
@@ -97,8 +102,8 @@ def read_prompts(args):
             prompts += filter(str.strip, args.prompts.read_text(encoding="utf-8-sig").split("\n"))
         except UnicodeDecodeError:
             prompts = ["\0"]
-        if any("\0" in prompt for prompt in prompts):
-            why = "is not UTF-8 text, or contains a NUL character; save it as UTF-8 without one"
+        if any("\0" in prompt or "\x1b" in prompt for prompt in prompts):
+            why = "is not UTF-8 text, or contains a NUL or escape character; save it as UTF-8 without one"
             raise UserError(f"--prompts {args.prompts} {why}") from None
     latent.check(prompts)
     return prompts
@@ -204,7 +209,7 @@ def main():
         if args.enlarge:
             return enlarge(args, pipe, prompts)
         if args.experts and not any(level.attn_depth for level in pipe.generator.config.levels):
-            raise UserError(f"--experts: {args.checkpoint} has no experts; leave it out")
+            raise UserError(f"--experts: {args.checkpoint} has no experts at this resolution; leave it out")
         if args.each:
             new = files.write_each(pipe, prompts, args.num, args.seed, args.truncation, args.each, args.checkpoint.name)
             print(f"{new} new pictures, {len(prompts) * args.num} in all, in {args.each.resolve()}")

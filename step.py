@@ -287,7 +287,7 @@ class Learner:
         can be resumed with lower ones.
         """
         if state["clip"] != self.clip.name:
-            raise ValueError(f"it learned with {state['clip']}, and this is {self.clip.name}")
+            raise ValueError(f"it learned with {state['clip']}, and its file is now {self.clip.name}; restore the file")
         for name in NETWORKS:
             getattr(self, name).load_state_dict(state[name])
         for name in OPTIMIZERS:

@@ -173,6 +173,8 @@ def start_from(args, learner, growth):
     except (RuntimeError, KeyError) as error:
         message = f"--init {args.init} does not fit preset {args.preset}, whose networks have other sizes"
         raise UserError(f"{message}; give the preset that it was trained with") from error
+    if not learner.weights_are_finite():
+        raise UserError(f"--init {args.init} has weights that are not finite; give another file")
     for level in learner.ema.synthesis.levels:
         if level.to_rgb and level.to_rgb.weight.any():  # zero until it learns
             growth.phase = Phase(learner.resolutions.index(level.resolution))

@@ -216,7 +216,7 @@ def save_run(loop, system):
 def restore(system, state):
     """Loads a checkpoint. Raises ValueError if the run learned with another CLIP."""
     if state["clip"] != system.clip.name:
-        raise ValueError(f"it learned with {state['clip']}, and this is {system.clip.name}")
+        raise ValueError(f"it learned with {state['clip']}, and its file is now {system.clip.name}; restore the file")
     system.networks.load_state_dict(state["networks"])
     for name, optimizer in system.optimizers.items():
         optimizer.load_state_dict(state["optimizers"][name])

@@ -130,6 +130,8 @@ def check_file(path):
     it. Raises OSError and UserError.
     """
     make_folder(path.parent)
+    with contextlib.suppress(FileNotFoundError):
+        path.stat()  # raises an error for links in a circle, which path.exists() would not
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     if path.exists():

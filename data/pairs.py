@@ -11,11 +11,12 @@ import io
 import json
 import re
 import warnings
+import zlib
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageCms, ImageOps, features
+from PIL import Image, ImageCms, ImageOps, PngImagePlugin, features
 
 from data import svg
 
@@ -23,6 +24,7 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".t
 # Passed to every Image.open. Without it, Pillow detects an EPS by its content and starts Ghostscript on it.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", *["AVIF"] * features.check("avif"))
 PNG = b"\x89PNG\r\n\x1a\n"  # its first bytes; bytes 24 and 25 are the bits of a value and the type of color
+SHOWN = (b"eXIf", b"iCCP", b"gAMA", b"sRGB", b"cICP")  # chunks of a PNG that turn its picture or change its colors
 BITS, WHITE_IS, PLANES = 258, 262, 284  # tags of a TIFF: 1 if the largest value is white; 2 if colors lie apart
 # Those of JPEG 2000 and JPEG XL (both as a file, each as a stream), icons, Photoshop, EPS, PPM and compressed SVGs.
 FOREIGN = (b"\0\0\0\x0c", b"\xff\x4f\xff\x51", b"\xff\x0a", b"\0\0\1\0", b"8BPS", b"%!PS", b"P6", b"\x1f\x8b")
@@ -38,6 +40,7 @@ MAX_FACTS = 2**24  # bytes of a .json that are read; some programs write the pic
 LIMITS = {".txt": MAX_TEXT, ".json": MAX_FACTS} | dict.fromkeys(IMAGE_SUFFIXES, MAX_FILE)  # bytes that are read
 
 warnings.filterwarnings("ignore", module="PIL")  # they name no file, and what cannot be read is counted
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**26  # bytes; by default 1 MB, also of profiles
 Image.MAX_IMAGE_PIXELS = None  # centre_square checks the size itself, before a pixel is decoded
 
 CAUSES = (
@@ -200,7 +203,7 @@ def decode(data, resolution):
         raise
     except Exception:
         if data.startswith(PNG):
-            return centre_square(pixels_alone(data), resolution)
+            return centre_square(repaired(data), resolution)
         # A JPEG without its end marker is complete if bytes added there do not change the picture.
         square, other = (centre_square(data + more + b"\xff\xd9", resolution) for more in (b"", b"\x55\xaa" * 32))
         if square.tobytes() != other.tobytes():
@@ -286,11 +289,14 @@ def to_srgb(profile, mode):
     return ImageCms.buildTransform(io.BytesIO(profile), ImageCms.createProfile("sRGB"), mode, "RGB")
 
 
-def pixels_alone(png):
-    """A PNG file without the chunks that do not change its pixels. A chunk is its length, kind, data and checksum."""
+def repaired(png):
+    """A PNG file without the chunks that change nothing of its picture, and without those of SHOWN whose checksum is
+    wrong. A chunk is its length, kind, data and checksum.
+    """
     kept, at = png[: len(PNG)], len(PNG)
     while chunk := png[at : at + 12 + int.from_bytes(png[at : at + 4])]:
-        if chunk[4:5].isupper() or chunk[4:8] == b"tRNS":
+        is_whole = zlib.crc32(chunk[4:-4]) == int.from_bytes(chunk[-4:])
+        if chunk[4:5].isupper() or chunk[4:8] == b"tRNS" or (chunk[4:8] in SHOWN and is_whole):
             kept += chunk
         at += len(chunk)
     return kept

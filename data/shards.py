@@ -51,8 +51,8 @@ class Shards(Source):
 
     Each rank and worker reads an endless stream. It reads a few samples from a random place of a random shard, then of
     another, and shuffles them in a buffer that is full before the first batch. So each sample is about equally likely,
-    and the pairs of a batch come from many shards. Compressed shards and commands are read from the front, LANES in
-    turn.
+    and the pairs of a batch come from many shards. If any shard is compressed, a command, or contains a tar, all are
+    read from the front, LANES in turn.
 
     After BLOCK samples a stream starts anew, with a seed made of the run's, the block's and its own. A resumed run
     continues exactly if ranks, workers and batch are the same, and decodes nothing of the block's earlier batches.
@@ -111,7 +111,10 @@ class Shards(Source):
         self.number = number * len(self.urls) // len(tried) if reached_ends else math.inf  # estimate of all samples
         self.json_holds_out = "aurora_held_out" in self.fields
         self.holds_out = self.json_holds_out or self.number >= FEWEST
-        self.are_plain = all(is_plain_tar(url) for url in tried if command_of(url) or os.access(url, os.R_OK))
+        # A tar inside a shard has headers like the shard's own, which a random place would take for those.
+        names_are_plain = all(url.lower().endswith(".tar") and not command_of(url) for url in shards)
+        tried_are_plain = all(is_plain_tar(url) for url in tried if command_of(url) or os.access(url, os.R_OK))
+        self.are_plain = names_are_plain and tried_are_plain and ".tar" not in self.kinds
         self.stretch = STRETCH * size // max(number, 1)  # bytes
         return usable
 

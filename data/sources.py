@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from common import distributed, stopping
 from common.cli import UserError, first_line, signals
-from data.pairs import FIELD, IMAGE_SUFFIXES, REFUSED, Unusable, read_pair
+from data.pairs import FIELD, IMAGE_SUFFIXES, REFUSED, SMALL, Unusable, read_pair
 
 EMOJI = Path(__file__).parent / "emoji.tar.gz"
 NAMES = ("emoji",)  # of the built-in data
@@ -187,6 +187,8 @@ class Source:
             cause, place = str(error), sample.place
             if cause == FIELD and sample.facts:
                 place = f"{place} has {', '.join(sample.facts)}"
+            if cause == SMALL:
+                place = f"{place}; {self.resolution} pixels are needed"
             if cause == REFUSED:
                 place = f"{place}: {first_line(error.__cause__)}"
             self.skips.skip(cause, place, sample.shard)

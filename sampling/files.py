@@ -60,10 +60,7 @@ def read_small(path, resolution):
         except Exception:  # of any kind, because it is no SVG either
             return read_picture(path, resolution)  # its error is precise
     if width != height:
-        raise UserError(
-            f"{path} is not square ({width}×{height}); give a square picture of {resolution}×{resolution}, "
-            "or a larger one"
-        )
+        raise UserError(f"{path} is not square; give a square picture of {resolution}×{resolution}, or a larger one")
     return read_picture(path, resolution)
 
 

@@ -75,7 +75,7 @@ class Pipeline:
         device = distributed.start(str(device))
         generator, clip, notes = load_generator(Path(checkpoint), device, clip)
         path = upsampler_of(checkpoint) if upsampler is None else upsampler
-        upsampler = load_upsampler(path, clip, device) if path else None
+        upsampler = None if path in (None, False) else load_upsampler(path, clip, device)
         if resolution is not None:
             generator, upsampler = up_to(resolution, generator, upsampler)
         pipe = cls(generator, clip, notes, upsampler)
@@ -111,8 +111,7 @@ class Pipeline:
         if not isinstance(num, Integral) or num < 1:
             raise UserError(f"num={num!r}: give a whole number, 1 or more")
         check_seed(seed)
-        check_psi(psi)
-        return self.view(views.samples, prompts, int(num), int(seed), psi, numbers)
+        return self.view(views.samples, prompts, int(num), int(seed), checked_psi(psi), numbers)
 
     def view(self, view, *arguments) -> list[views.Frame]:
         """The frames of a function(generator, clip, *arguments) of views.py, for both stages from the same z."""
@@ -156,11 +155,11 @@ def check_seed(seed):
         raise UserError(f"seed={seed!r}: give a whole number from 0 to {2**32 - 1}")
 
 
-def check_psi(psi):
-    """Raises UserError."""
-    with contextlib.suppress(TypeError, ValueError):
-        if abs(psi) <= MOST_PSI:  # NaN is not
-            return
+def checked_psi(psi):
+    """→ a float. Raises UserError."""
+    with contextlib.suppress(TypeError, ValueError, RuntimeError):
+        if not isinstance(psi, str) and abs(number := float(psi)) <= MOST_PSI:  # NaN is not
+            return number
     raise UserError(f"psi={psi!r}: give a number from −{MOST_PSI} to {MOST_PSI}, such as 0.7")
 
 

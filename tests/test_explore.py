@@ -5,7 +5,9 @@ import http.client
 import io
 import json
 import socket
+import struct
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -223,6 +225,16 @@ def test_a_request_that_is_too_long_is_not_read(server):
     connection.putheader("Content-Length", str(explore.MAX_BYTES + 1))
     connection.endheaders()
     assert json.loads(connection.getresponse().read()) == {"error": "the request is too long"}
+
+
+@pytest.mark.parametrize("sent", [b"GET / HT", b"GET /nothing HTTP/1.1\r\nHost: localhost\r\n\r\n"])
+def test_a_connection_that_the_browser_resets_prints_nothing(server, capfd, sent):
+    with socket.create_connection(server.server_address) as connection:
+        connection.sendall(sent)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # so that it is reset
+    assert request(server, "GET", "/")[0] == 200
+    time.sleep(0.2)  # for the other thread
+    assert capfd.readouterr().err == ""
 
 
 def test_mistakes_are_one_line(run_main, tmp_path):

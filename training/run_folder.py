@@ -23,11 +23,12 @@ from common import disk, distributed
 from common.cli import UserError, make_folder, reason
 from common.disk import write_text
 from common.distributed import say
-from data.sources import NAMES, SHARD_SUFFIXES
+from data.sources import NAMES
 from weights import checkpoint, generator_file
 
 LOCK = ".lock"  # in checkpoints/: a file that a run keeps locked
-MAY_MOVE = {"data": NAMES, "clip": BUILT_IN}  # options that name files; {option: values that are no files}
+# Options that name files, {option: values that are no files}.
+MAY_MOVE = {"data": NAMES, "clip": (*BUILT_IN, "train")}
 
 
 def written(what):
@@ -266,6 +267,6 @@ def resolved(identity):
         spec = identity.get(option)
         if spec is None or spec in names or "://" in spec or spec.startswith("pipe:"):
             continue
-        if os.path.exists(spec) or spec.endswith(SHARD_SUFFIXES):  # a pattern of shards does not exist
+        if os.path.exists(spec) or option == "data" or ":" not in spec:
             found[option] = os.path.realpath(spec)
     return found

@@ -101,6 +101,19 @@ def test_errors_outside_the_pixels_of_a_png_are_repaired(damaged):
     assert torch.equal(read(content[:33] + damaged + content[33:], 80), read(content, 80))
 
 
+@pytest.mark.parametrize(
+    ("shown", "changes"),
+    [(b"eXIf", b"II*\0\x08\0\0\0\1\0\x12\1\3\0\1\0\0\0\6\0\0\0\0\0\0\0"), (b"gAMA", struct.pack(">I", 100_000))],
+)
+def test_a_repaired_png_is_turned_and_colored_as_it_says(shown, changes):
+    """Unless the chunk that says so is the damaged one."""
+    content, damaged = encoded(NOISE), chunk(b"tEXt", b"a\0b", damage=1)
+    changed = read(content[:33] + chunk(shown, changes) + content[33:], 80)
+    assert not torch.equal(changed, read(content, 80))
+    assert torch.equal(read(content[:33] + chunk(shown, changes) + damaged + content[33:], 80), changed)
+    assert torch.equal(read(content[:33] + chunk(shown, changes, damage=1) + content[33:], 80), read(content, 80))
+
+
 def test_the_transparency_of_a_repaired_png_stays():
     content = encoded(Image.new("P", (20, 20), 0), transparency=0)
     with pytest.raises(Unusable, match=f"^{pairs.CLEAR}$"):  # as without the damage

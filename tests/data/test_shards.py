@@ -86,6 +86,20 @@ def test_the_pairs_of_a_batch_come_from_as_many_shards(tmp_path, undecoded):
     assert (counts * (counts - 1)).sum() / (200 * 199) < 1.5 / 40
 
 
+def test_of_plain_and_compressed_shards_every_sample_is_reached(tmp_path, undecoded):
+    for number in range(6):
+        name, mode = (f"{number}.tar.gz", "w:gz") if number % 2 else (f"{number}.tar", "w")
+        write_tar(tmp_path / name, named(numbered(20, 20 * number)), mode)
+    assert len(set(seen(source_of(tmp_path), 1000))) == 120
+
+
+def test_a_tar_inside_a_shard_is_not_read(tmp_path, undecoded):
+    inner = write_tar(tmp_path / "inner", named(numbered(40, 100)))
+    with open(inner, "rb") as file:
+        source = opened("tar", tmp_path, [*named(numbered(10)), ("more.tar", file.read())])
+    assert {int(caption) for caption in seen(source, 100)} == set(range(10))
+
+
 @pytest.mark.parametrize("kind", ["tar", "tar.gz", "tar.bz2", "tar.xz"])
 def test_a_batch_mixes_shards_that_are_larger_than_the_buffer(tmp_path, undecoded, monkeypatch, kind):
     monkeypatch.setattr(shards, "BUFFER", 40)

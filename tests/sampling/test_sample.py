@@ -125,19 +125,22 @@ def test_a_bad_checkpoint_is_one_line(run, tmp_path, kind):
         (("x", "--prompts", "/missing.txt"), "error: /missing.txt: No such"),
         (("x", "--prompts", "latin1.txt"), "latin1.txt is not UTF-8"),
         (("x", "--prompts", "utf16.txt"), "utf16.txt is not UTF-8"),
+        (("x", "--prompts", "jis.txt"), "or contains a NUL or escape character"),
         (("x", "--out", "/proc/a.png"), "error: /proc/a.png: No such"),
         *((("x", "--out", f"picture.{suffix}"), "unknown picture format") for suffix in ("xyz", "ico")),
         (("x", "--out", "folder.png"), "error: folder.png: a folder is where a file is needed"),
+        (("x", "--out", "circle.png"), "error: circle.png: Too many levels of symbolic links"),
         (("x", "--out", "latin1.txt/a.png"), "a file or a broken link is where a folder is needed"),
         (("x", "--checkpoint", MODELS / "judge_clip.safetensors"), "of Aurora; give the generator_ema.safetensors"),
         (("x", "--num", "0"), "not a positive number"),
         (("x", "y", "--num", "501"), "1002 pictures are too many for one file"),
         (("x", "--num", "2.5"), "'2.5' is not a whole number"),
         (("x", "--truncation", "much"), "'much' is not a finite number"),
-        (("x", "--truncation", "1e30"), "psi=1e+30: give a number from −10 to 10"),
+        (("x", "--truncation", "1e30"), "1e30: give a number from -10 to 10"),
         (("x", "--device", "abacus"), "use auto, cpu, cuda"),
         (("x", "--steps", "9"), "without a view --steps is not used; leave it out"),
-        (("x", "--seeds", "1", "2", "--num", "2"), "with --seeds --num is not used"),
+        (("x", "--seeds", "1", "2", "--num", "4"), "with --seeds --num is not used"),  # 4 is the default
+        (("--show", "a.png", "--num", "4"), "with --show --num is not used"),
         (("x", "--truncation-sweep", "--truncation", "0"), "with --truncation-sweep --truncation is not used"),
         (("x", "--enlarge", "a.png", "--experts"), "with --enlarge --experts is not used"),
         (("x", "--each", "all", "--out", "a.png"), "with --each --out is not used"),
@@ -147,6 +150,8 @@ def test_mistakes_are_one_line(run, tmp_path, monkeypatch, arguments, says):
     monkeypatch.chdir(tmp_path)
     Path("folder.png").mkdir()
     Path("utf16.txt").write_bytes("red heart".encode("utf-16-le"))
+    Path("jis.txt").write_bytes("赤い心".encode("iso2022_jp"))
+    Path("circle.png").symlink_to("circle.png")
     Path("latin1.txt").write_bytes("ein grüner Kreis".encode("latin-1"))
     status, _, stderr = run(*arguments)
     assert status == 2 and says in stderr.splitlines()[-1] and "Traceback" not in stderr

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from common import disk, distributed
 from common.cli import UserError
 from training import run_folder
-from training.run_folder import RunFolder
+from training.run_folder import RunFolder, resolved
 from weights import checkpoint
 
 IDENTITY = {"preset": "tiny", "data": "/my pictures", "batch": 4, "seed": 0, "clip": "emoji"}
@@ -138,6 +138,20 @@ def test_a_run_that_is_refused_before_it_wrote_anything_leaves_no_folder(tmp_pat
     while at_exit:
         at_exit.pop()()
     assert opened(tmp_path / "run")[1]["progress"]["step"] == 2
+
+
+def test_files_that_are_gone_are_not_taken_for_others(tmp_path, monkeypatch):
+    """What reads them says that they are gone."""
+    for name in ("pictures", "clip.safetensors"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path)
+    given = {"data": "pictures", "clip": "clip.safetensors"}
+    there = resolved(given)
+    for name in ("pictures", "clip.safetensors"):
+        (tmp_path / name).rmdir()
+    assert resolved(given) == there == {name: str(tmp_path / value) for name, value in given.items()}
+    kept = {"data": "pipe:cat a.tar", "clip": "train"}
+    assert resolved(kept) == kept and resolved({"clip": "ViT-L-14:openai"}) == {"clip": "ViT-L-14:openai"}
 
 
 def test_a_run_that_is_said_to_have_moved_is_there(tmp_path):

@@ -28,7 +28,7 @@ from tests.data.files import good, write_shard
 from tests.training.runs import COMMON, SHORT, build, identical, run, state_of
 from tests.training.test_distributed import torchrun
 from weights import checkpoint
-from weights.generator_file import DEMO, load_generator, read_safetensors
+from weights.generator_file import DEMO, load_generator, read_safetensors, save_generator
 
 
 def log_of(out):
@@ -175,6 +175,14 @@ def test_a_new_learning_rate_and_momentum_are_used_on_resume_and_noted(stopped_a
     assert f"lr_generator was {figures.QUICK.recipe.lr_generator}; now it is " in said
     assert "r1_gamma was" in said and said.count("now it is ") == 3
     assert {group["betas"][0] for group in learner.optimizer_g.param_groups} == {0.5}
+
+
+def test_a_run_does_not_start_from_weights_that_are_not_finite(undisturbed, tmp_path, run_main):
+    metadata, tensors = read_safetensors(undisturbed / "generator_ema.safetensors")
+    save_generator(tmp_path / "nan.safetensors", {name: x * torch.nan for name, x in tensors.items()}, metadata)
+    options = *SHORT, "--out", tmp_path / "run", "--init", tmp_path / "nan.safetensors"
+    status, _, error = run_main(train.main, *options)
+    assert status == 2 and "has weights that are not finite; give another file" in error
 
 
 @pytest.mark.parametrize("kind", ["generator", "generator and discriminator", "checkpoint"])
