@@ -22,7 +22,7 @@ import zlib
 import numpy as np
 
 from common.cli import UserError, first_line
-from data.folder import BELOW
+from data.folder import BELOW, HIDDEN
 from data.pairs import DUPLICATE, IMAGE_SUFFIXES, LIMITS, SHARD, Sample
 from data.sources import FEWEST, TXT_UNREAD, Source, some
 
@@ -315,7 +315,8 @@ def members(url, start=0, stop=math.inf):
             tar.members, end = [], tar.offset  # else it keeps all members in memory
             folder, _, name = info.name.rpartition("/")
             is_link = info.islnk() or info.issym() or info.issparse()  # a sparse file's bytes are not in one piece
-            if info.offset < start or not (info.isfile() or is_link) or name.startswith(".") or "__MACOSX" in folder:
+            is_hidden = any(part.startswith(HIDDEN) and part != "." for part in info.name.split("/"))
+            if info.offset < start or not (info.isfile() or is_link) or is_hidden:
                 continue
             stem, _, suffix = name.rpartition(".")
             key, suffix = f"{folder}/{stem or name}".lstrip("/"), f".{suffix}".lower() if stem else ""

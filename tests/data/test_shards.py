@@ -256,6 +256,16 @@ def test_several_lines_are_several_captions_of_which_each_use_draws_one(tmp_path
     assert len(counts) == 24 and max(counts.values()) < 4 * min(counts.values())
 
 
+def test_hidden_files_and_folders_of_a_shard_are_not_read(tmp_path, undecoded):
+    files = named(numbered(5))
+    shown = [(f"./{name}", content) for name, content in files]
+    hidden = [
+        (f"./{folder}/9{name}", content) for folder in (".trash", "__MACOSX", "a/@eaDir") for name, content in files
+    ]
+    source = opened("tar", tmp_path, shown + hidden)
+    assert all_captions(source) == [str(i) for i in range(5)]
+
+
 def test_names_with_periods_and_folders(tmp_path):
     stems = [f"IMG 2.{i}" for i in range(5)] + ["a.b/c.d.e", "v1.0/v1.0", "trailing."]
     files = [(stem + kind, data) for stem in stems for kind, data in ((".jpg", PICTURE), (".txt", stem.encode()))]
