@@ -155,6 +155,7 @@ def main():
         print(f"The page is at http://{args.host}:{args.port}; Ctrl-C ends it", flush=True)
         with contextlib.suppress(KeyboardInterrupt):
             server.serve_forever()
+        server.drawing.acquire()  # PyTorch would abort the process if it ended while a thread draws
 
 
 if __name__ == "__main__":

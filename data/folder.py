@@ -16,7 +16,8 @@ from data.pairs import FILE, IMAGE_SUFFIXES, LIMITS, Sample, facts_of
 from data.sources import FEWEST, SHARD_SUFFIXES, TXT_UNREAD, Source, leads_out, sample_indices, some
 
 ALONE = "images have no caption"
-HIDDEN = (".", "__MACOSX", "@eaDir", "$RECYCLE.BIN", "lost+found")  # how names start that people do not see
+SYSTEM_FOLDERS = ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "lost+found")
+HIDDEN = "images have names that begin with a period, and are not read"
 BELOW = "shard(s) in subfolders are not read: name a pattern or their folder"
 
 
@@ -46,10 +47,7 @@ class Folder(Source):
         suffix = ".json" if self.caption_key else ".txt"
         place = f'the field "{self.caption_key}" of a .json' if self.caption_key else "a .txt"
         yield f"{len(self.pairs)} images have a caption in {place} next to them, such as cat.jpg with cat{suffix}."
-        for problem, paths in self.problems.items():
-            yield f"{len(paths)} {problem}, such as {paths[0]}."
-        if self.others:
-            yield f"Not read: {some(f'{number} {kind}' for kind, number in self.others.most_common())}."
+        yield from describe(self.problems, self.others)
         if self.caption_key and self.others[".txt"]:
             yield TXT_UNREAD
         if not self.caption_key and (fields := self.fields()):
@@ -114,8 +112,9 @@ def search(path, caption_key=None):
                     problems["captions have no image"].append(folder / name)
                 elif captions[stem_of(name)] != name:  # cat.TXT next to cat.txt
                     problems["captions belong to an image that has another"].append(folder / name)
-            elif folder != Path(path) and name.name.lower().endswith(SHARD_SUFFIXES):
-                problems[BELOW].append(folder)
+            elif name.name.lower().endswith(SHARD_SUFFIXES):
+                if folder != Path(path):
+                    problems[BELOW].append(folder)
             elif kind not in IMAGE_SUFFIXES:
                 others[kind or "no suffix"] += 1
             elif stem_of(name) in captions:
@@ -123,6 +122,19 @@ def search(path, caption_key=None):
             else:
                 problems[ALONE].append(folder / name)
     return sorted(pairs), problems, others
+
+
+def describe(problems, others):
+    """What `search` found beside pairs, in lines for the user."""
+    for problem, paths in problems.items():
+        yield f"{len(paths)} {problem}, such as {paths[0]}."
+    if others:
+        yield f"Not read: {some(f'{number} {kind}' for kind, number in others.most_common())}."
+
+
+def is_hidden(name):
+    """Whether people do not see the file or folder of this name."""
+    return (name.startswith(".") and name != ".") or name in SYSTEM_FOLDERS
 
 
 def stem_of(name):
@@ -146,10 +158,13 @@ def walk(path, problems):
             continue
         seen.add(real)
         for kind in (folders, names):
-            shown = sorted(name for name in kind if not name.startswith(HIDDEN))
+            found = sorted(kind)
             kind.clear()
-            for name in shown:
-                if leads_out(os.path.join(folder, name), path):
+            for name in found:
+                if is_hidden(name):
+                    if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith("._"):  # a Mac's, and no image
+                        problems[HIDDEN].append(Path(folder, name))
+                elif leads_out(os.path.join(folder, name), path):
                     problems["links lead out of the folder and are not followed"].append(Path(folder, name))
                 else:
                     kind.append(name)

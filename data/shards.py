@@ -22,7 +22,7 @@ import zlib
 import numpy as np
 
 from common.cli import UserError, first_line
-from data.folder import BELOW, HIDDEN
+from data.folder import is_hidden
 from data.pairs import DUPLICATE, IMAGE_SUFFIXES, LIMITS, SHARD, Sample
 from data.sources import FEWEST, TXT_UNREAD, Source, some
 
@@ -61,11 +61,11 @@ class Shards(Source):
     samples are held out, and `aurora_weight` how likely a sample is used when it is read. In other data a hash of the
     picture holds out one in 50; of fewer than 200 samples, none.
 
-    below: for each shard in a subfolder, which is not read, its folder.
+    beside: lines about what is in the same folder and is not read.
     """
 
-    def __init__(self, urls, resolution, seed, caption_key=None, below=()):
-        self.below = below
+    def __init__(self, urls, resolution, seed, caption_key=None, beside=()):
+        self.beside = list(beside)
         self.urls = [url.removeprefix("file://") for url in urls]
         self.sizes = {}  # {shard: bytes} of those that exist; 0 for a command
         for url in self.urls:
@@ -129,8 +129,7 @@ class Shards(Source):
             yield f"{len(self.missing)} shard(s) do not exist, such as {self.missing[0]}."
         if others := [kind for kind in self.kinds if kind not in LIMITS]:
             yield f"Not read: {some(others)}."
-        if self.below:
-            yield f"{len(self.below)} {BELOW}, such as {self.below[0]}."
+        yield from self.beside
         if self.caption_key and self.kinds[".txt"]:
             yield TXT_UNREAD
         if not self.complete and self.fields:
@@ -144,15 +143,23 @@ class Shards(Source):
         """Samples of a shard, or of its bytes from start to stop, not decoded; up to where it is unreadable."""
         try:
             for key, files in itertools.groupby(members(url, start, stop), operator.itemgetter(0)):
-                parts = {}
-                for _, suffix, data in files:
-                    another = suffix in IMAGE_SUFFIXES and not parts.keys().isdisjoint(IMAGE_SUFFIXES)
-                    if suffix in parts or another:
-                        self.skips.note(DUPLICATE, f"{key}{suffix} in {url}")
+                parts = collections.defaultdict(dict)  # {"": those of the sample; ".mask": those of 0.mask.png; …}
+                for _, name, data in files:
+                    middle = name.rpartition(".")[0]
+                    own, suffix = parts[middle], name[len(middle) :]
+                    another = suffix in IMAGE_SUFFIXES and not own.keys().isdisjoint(IMAGE_SUFFIXES)
+                    if suffix in own or another:
+                        self.skips.note(DUPLICATE, f"{key}{name} in {url}")
                     else:
-                        parts[suffix] = data
+                        own[suffix] = data
                 self.skips.failures = 0
-                yield Sample(f"{key} in {url}", parts, url)
+                sample = parts.pop("", {})
+                for middle, own in parts.items():
+                    if is_pair(own.keys()):
+                        yield Sample(f"{key}{middle} in {url}", own, url)
+                    else:
+                        sample |= {middle + suffix: None for suffix in own}
+                yield Sample(f"{key} in {url}", sample, url)
         except ERRORS as error:
             self.skips.fail(SHARD, f"{url}: {first_line(error)}", url)
 
@@ -232,6 +239,11 @@ def shuffled(samples, rng, most):
             yield buffer.pop()
 
 
+def is_pair(suffixes):
+    """Whether these are the suffixes of an image and of what may contain its caption."""
+    return not suffixes.isdisjoint(IMAGE_SUFFIXES) and not suffixes.isdisjoint((".txt", ".json"))
+
+
 def weight_of(sample):
     """The chance that a sample is used when it is read: `aurora_weight` in its .json, by default 1."""
     weight = sample.facts.get("aurora_weight", 1)
@@ -302,21 +314,20 @@ def members(url, start=0, stop=math.inf):
     """Yields (key, suffix, bytes) of the files in a shard. Raises one of ERRORS.
 
     The key is the name without its last suffix; but after a file of the key 0, such as 0.jpg, 0.mask.png also has the
-    key 0. The bytes are None for a link or a sparse file, and for a file that is no image, caption or .json; they are
-    cut at LIMITS.
+    key 0, and the suffix .mask.png. The bytes are None for a link or a sparse file, and for a file that is no image,
+    caption or .json; they are cut at LIMITS.
 
     start, stop: yield the samples after that of the first file at byte `start`, up to that of the first file at `stop`.
     So each sample belongs to one of consecutive stretches, and is whole.
     """
     first = last = end = None  # keys of the first file from `start` on, and from `stop` on; the place after a file
-    former = ""
+    former, unclear, passed = "", [], False
     with opened(url, max(0, start - LONG_NAME)) as tar:
         for info in iter(tar.next, None):
             tar.members, end = [], tar.offset  # else it keeps all members in memory
             folder, _, name = info.name.rpartition("/")
             is_link = info.islnk() or info.issym() or info.issparse()  # a sparse file's bytes are not in one piece
-            is_hidden = any(part.startswith(HIDDEN) and part != "." for part in info.name.split("/"))
-            if info.offset < start or not (info.isfile() or is_link) or is_hidden:
+            if info.offset < start or not (info.isfile() or is_link) or any(map(is_hidden, info.name.split("/"))):
                 continue
             stem, _, suffix = name.rpartition(".")
             key, suffix = f"{folder}/{stem or name}".lstrip("/"), f".{suffix}".lower() if stem else ""
@@ -326,17 +337,31 @@ def members(url, start=0, stop=math.inf):
             if last is None and info.offset >= stop:
                 last = key
             if last not in (None, key):
-                return
-            if start and (key == first or first.startswith(f"{key}.")):
+                break
+            if start and key == first:
                 continue
-            data, limit = None, LIMITS.get(suffix)
+            data, limit = None, LIMITS.get(f".{suffix.rpartition('.')[2]}")
             if limit and not is_link:
                 size = min(info.size, limit)
                 tar.fileobj.seek(info.offset_data)  # several times as fast as extractfile
                 data = tar.fileobj.read(size)
                 if len(data) < size:
                     raise tarfile.ReadError("unexpected end of data")
+            if start and not passed and first.startswith(f"{key}."):
+                unclear.append((key, suffix, data))
+                continue
+            yield from whole(unclear)
+            unclear, passed = [], True
             yield key, suffix, data
-        # tarfile takes half a header for the end, and does not ask for the empty blocks that end a tar.
-        if tar.fileobj.tell() % tarfile.BLOCKSIZE or tar.offset == end:
-            raise tarfile.ReadError("unexpected end of data")
+        else:
+            # tarfile takes half a header for the end, and does not ask for the empty blocks that end a tar.
+            if tar.fileobj.tell() % tarfile.BLOCKSIZE or tar.offset == end:
+                raise tarfile.ReadError("unexpected end of data")
+        yield from whole(unclear)
+
+
+def whole(files):
+    """Files of the key 0 after a first file such as 0.mask.png → all, if they are a sample; none, if they are the rest
+    of the first file's sample, such as 0.txt alone.
+    """
+    return files if is_pair({suffix for _, suffix, _ in files}) else []

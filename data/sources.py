@@ -265,7 +265,7 @@ def open_data(spec, resolution, seed, caption_key=None):
     caption_key: the field of each .json that contains the caption; by default a .txt contains it. Raises UserError if
     nothing usable is found, and if a folder contains both kinds.
     """
-    from data.folder import BELOW, Folder, search  # here, because both kinds are built on Source
+    from data.folder import Folder, describe, search  # here, because both kinds are built on Source
     from data.shards import Shards
 
     if spec == "emoji":
@@ -276,13 +276,13 @@ def open_data(spec, resolution, seed, caption_key=None):
     shards = shards_in(spec) if is_folder else expand_shards(spec)
     if not shards:
         return Folder(spec, resolution, seed, caption_key)
-    pairs, problems, _ = search(spec, caption_key) if is_folder else ([], {}, {})
+    pairs, *beside = search(spec, caption_key) if is_folder else ([], {}, {})
     if pairs:
         raise UserError(
             f"--data {spec} contains {len(pairs)} images with captions and {len(shards)} shard(s), such as "
             f"{Path(shards[0]).name}: name a shard or a pattern of them, or move them away to train on the images"
         )
-    return Shards(shards, resolution, seed, caption_key, problems.get(BELOW, []))
+    return Shards(shards, resolution, seed, caption_key, describe(*beside))
 
 
 def shards_in(folder):

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from clip import load_minilm
 from common import distributed
-from common.cli import Parser, a_path, add_data, errors_in_one_line, positive_int
+from common.cli import Parser, UserError, a_path, add_data, errors_in_one_line, positive_int
 from data import sources
 from evaluation.extractors import efficientnet
 from evaluation.features import share, to_pixels
@@ -63,22 +63,30 @@ def enlarged(draw, enlarge, resolution):
 def compare(enlargers, source, small, large, count, device="cpu"):
     """{name: function(images, captions, resolution)} → {name: {"perceptual", "fd"}} over `count` pictures.
 
-    source: of pictures of large × large, held-out ones first. small: the side that they are averaged down to.
+    source: of pictures of large × large, held-out ones first. small: the side that they are averaged down to. Raises
+    UserError if it has fewer pictures.
     """
     network, features_of = load_efficientnet(features_only=True).to(device), efficientnet(device).images
-    distances, features = {name: [] for name in enlargers}, {name: [] for name in (*enlargers, "true")}
-    batches = itertools.islice(source.evaluation_pairs(BATCH), -(-count // BATCH))
-    for batch in tqdm(batches, total=-(-count // BATCH), leave=False):
-        true = batch.images.to(device)
-        maps = network(true)
-        features["true"].append(features_of(to_pixels(true, large)).cpu())
-        for name, enlarge in enlargers.items():
-            made = enlarge(F.interpolate(true, small, mode="area"), batch.captions, large).clamp(-1, 1)
-            distances[name].append(perceptual_distance(network(made), maps).cpu())
-            features[name].append(features_of(to_pixels(made, large)).cpu())
-    features = {name: torch.cat(parts) for name, parts in features.items()}
+    of_true, distances, features = [], {name: [] for name in enlargers}, {name: [] for name in enlargers}
+    pairs, left = source.evaluation_pairs(BATCH), count
+    with tqdm(total=count, leave=False) as bar:
+        while left:
+            if (batch := next(pairs, None)) is None:
+                raise UserError(f"--count {count}: the data has {count - left} usable images; ask for no more")
+            true, captions = batch.images[:left].to(device), batch.captions[:left]
+            maps = network(true)
+            of_true.append(features_of(to_pixels(true, large)).cpu())
+            for name, enlarge in enlargers.items():
+                made = enlarge(F.interpolate(true, small, mode="area"), captions, large).clamp(-1, 1)
+                distances[name].append(perceptual_distance(network(made), maps).cpu())
+                features[name].append(features_of(to_pixels(made, large)).cpu())
+            left -= len(true)
+            bar.update(len(true))
     return {
-        name: {"perceptual": torch.cat(parts).mean().item(), "fd": fid(features[name], features["true"])}
+        name: {
+            "perceptual": torch.cat(parts).mean().item(),
+            "fd": fid(torch.cat(features[name]), torch.cat(of_true)),
+        }
         for name, parts in distances.items()
     }
 
@@ -92,11 +100,11 @@ def main():
     args = parser.parse_args()
     with errors_in_one_line():
         device, text = distributed.start(args.device), load_minilm()
-        networks = {str(path): load_upsampler(path, text, device) for path in args.upsampler}
+        networks = {path: load_upsampler(path, text, device) for path in args.upsampler}
         config = next(iter(networks.values())).config
         source = sources.open_data(args.data, config.resolutions[-1], 0, args.caption_key)
         source.announce()
-        enlargers = {"bicubic": bicubic} | {name: enlarger(network, text) for name, network in networks.items()}
+        enlargers = {"bicubic": bicubic} | {path: enlarger(network, text) for path, network in networks.items()}
         small, large = config.input_resolution, config.resolutions[-1]
         for name, values in compare(enlargers, source, small, large, args.count, device).items():
             print(f"{name}: perceptual distance {values['perceptual']:.4f}, Fréchet distance {values['fd']:.1f}")

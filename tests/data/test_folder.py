@@ -77,7 +77,10 @@ def test_a_folder_describes_what_it_contains(tmp_path):
         assert part in text
     assert "1 captions have no image, such as " in text and "lonely.txt." in text
     assert f"1 captions belong to an image that has another, such as {tmp_path / '5.TXT'}." in text
-    assert "hidden" not in text and "None is held out for evaluation" in text
+    assert (
+        f"1 images have names that begin with a period, and are not read, such as {tmp_path / '.hidden.jpg'}." in text
+    )
+    assert "None is held out for evaluation" in text
 
 
 def test_captions_in_json_are_suggested(tmp_path):
@@ -86,6 +89,25 @@ def test_captions_in_json_are_suggested(tmp_path):
     with pytest.raises(UserError, match=r"The .json files have the fields caption, url; .*--caption-key"):
         source_of(tmp_path)
     assert "5 images have a caption in the field" in described(tmp_path, caption_key="caption")
+
+
+def test_names_that_only_begin_like_a_system_folder_are_read(tmp_path):
+    for name in ("@eaDirector", "lost+found dog", "__MACOSX 2", "4", "5"):
+        pair(tmp_path, name, name)
+    assert len(all_captions(source_of(tmp_path))) == 5
+
+
+def test_what_lies_beside_shards_is_described(tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    write_tar(data / "0.tar", named([{"jpg": PICTURE, "txt": b"a"}] * 6))
+    write_tar(tmp_path / "1.tar", named([{"jpg": PICTURE, "txt": b"b"}] * 6))
+    (data / "1.tar").symlink_to(tmp_path / "1.tar")
+    for name in ("2.tbz2", "3.tar.zst", "0_stats.json"):
+        (data / name).write_bytes(b"x")
+    text = described(data)
+    assert f"1 links lead out of the folder and are not followed, such as {data / '1.tar'}." in text
+    assert all(f"1 {kind}" in text for kind in (".tbz2", ".zst", ".json"))
 
 
 def test_pairs_and_shards_in_one_folder_are_refused_but_not_images_alone(tmp_path):

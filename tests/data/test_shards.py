@@ -256,6 +256,18 @@ def test_several_lines_are_several_captions_of_which_each_use_draws_one(tmp_path
     assert len(counts) == 24 and max(counts.values()) < 4 * min(counts.values())
 
 
+@pytest.mark.parametrize("kind", ["tar", "tar.gz"])
+def test_names_that_another_name_begins_are_samples_of_their_own(tmp_path, undecoded, kind):
+    """In the order of `tar --sort=name`, in which a.1.jpg comes before a.jpg, and in the order of the keys."""
+    keys = [f"photo{i:02d}{version}" for i in range(8) for version in (".1", ".2", "")]
+    keys += [f"{i}{version}" for i in range(400, 408) for version in ("", ".5")]
+    files = [(f"{key}.{suffix}", key.encode()) for key in keys for suffix in ("jpg", "txt")]
+    source = opened(kind, tmp_path, files)
+    assert all_captions(source) == sorted(keys)
+    counts = Counter(seen(source, 500))
+    assert counts.keys() == set(keys) and max(counts.values()) < 4 * min(counts.values())
+
+
 def test_hidden_files_and_folders_of_a_shard_are_not_read(tmp_path, undecoded):
     files = named(numbered(5))
     shown = [(f"./{name}", content) for name, content in files]
