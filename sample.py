@@ -77,7 +77,7 @@ def parse_args(argv=None):
     look.add_argument("--interpolate", nargs=2, metavar=("FROM", "TO"), help="interpolate between two prompts")
     look.add_argument("--mix", nargs=2, metavar=("COARSE", "FINE"), help="low layers use one prompt, others another")
     look.add_argument("--latent-walk", action="store_true", help="one prompt, from seed to seed; best as .gif")
-    edit = "fit w to a picture that the first prompt describes; further prompts edit it"
+    edit = "fit w to a square picture that the first prompt describes; further prompts edit it"
     look.add_argument("--like", type=a_path, metavar="PICTURE", help=edit)
     look.add_argument("--enlarge", type=a_path, metavar="PICTURE", help="enlarge a square picture of the prompt")
     add("--steps", type=positive_int, default=8, help="frames of --interpolate and --latent-walk")
@@ -99,7 +99,8 @@ def read_prompts(args):
     prompts = [*args.prompt, *(args.interpolate or args.mix or ())]
     if args.prompts:
         try:
-            prompts += filter(str.strip, args.prompts.read_text(encoding="utf-8-sig").split("\n"))
+            lines = args.prompts.read_text(encoding="utf-8-sig").split("\n")
+            prompts += filter(None, map(str.strip, lines))
         except UnicodeDecodeError:
             prompts = ["\0"]
         if any("\0" in prompt or "\x1b" in prompt for prompt in prompts):
@@ -181,7 +182,7 @@ def enlarge(args, pipe, prompts):
         raise UserError(
             "--enlarge needs an upsampler: name one with --upsampler, and give no --resolution of the first stage"
         )
-    small = files.read_small(args.enlarge, pipe.upsampler.config.input_resolution)
+    small = files.read_picture(args.enlarge, pipe.upsampler.config.input_resolution)
     picture = pipe.enlarge(small, prompts[0], args.seed)
     about = {"prompts": prompts, "enlarged": args.enlarge.name, "seed": args.seed}
     files.save([picture], args.out, about)

@@ -139,7 +139,7 @@ def main(system_class):
     add("--num", type=positive_int, default=4, help="pictures for each prompt")
     add("--seed", type=natural_number, default=0)
     add("--truncation", type=a_truncation, default=1.0, help="1: full variety; 0: the mean picture of each prompt")
-    add("--edit", type=a_path, help="a picture for Muse to change toward the prompts")
+    add("--edit", type=a_path, help="a square picture for Muse to change toward the prompts")
     generator = Path("runs") / name / "generator_ema.safetensors"
     add("--checkpoint", type=a_path, default=generator, help="a run's folder or its generator file")
     add("--out", type=a_path, default=Path("sample.png"), help="the picture to write")

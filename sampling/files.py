@@ -33,7 +33,9 @@ def check_picture(path, given=None):
 
 
 def read_picture(path, resolution):
-    """A picture file → its central square [3, R, R] in [−1, 1]. Raises UserError."""
+    """The file of a square picture of R pixels or more → [3, R, R] in [−1, 1]. Raises UserError."""
+    if not is_square(path, resolution):
+        raise UserError(f"{path} is not square; give a square picture of {resolution}×{resolution}, or a larger one")
     try:
         with open(path, "rb") as file:
             return read_image(file, resolution)
@@ -49,8 +51,8 @@ def read_picture(path, resolution):
         raise UserError(f"{path} {says}") from error
 
 
-def read_small(path, resolution):
-    """The file of a square picture of R pixels or more → [3, R, R] in [−1, 1]. Raises UserError."""
+def is_square(path, resolution):
+    """Whether a picture's sides are equal. Also True for a file that cannot be read, as its reader says why."""
     try:
         with Image.open(path, formats=FORMATS) as picture:
             width, height = picture.size
@@ -58,10 +60,8 @@ def read_small(path, resolution):
         try:
             width, height = svg.render(path.read_bytes(), resolution).size
         except Exception:  # of any kind, because it is no SVG either
-            return read_picture(path, resolution)  # its error is precise
-    if width != height:
-        raise UserError(f"{path} is not square; give a square picture of {resolution}×{resolution}, or a larger one")
-    return read_picture(path, resolution)
+            return True
+    return width == height
 
 
 def save(pictures, path, about):
