@@ -3,6 +3,7 @@ keeps no state between requests except caches.
 """
 
 import base64
+import contextlib
 import functools
 import io
 import json
@@ -56,7 +57,7 @@ def read_settings(text):
         forced = Forced(forced["router"], points, forced["expert"])
     return Settings(
         prompt=str(fields["prompt"])[:MOST_TEXT].strip(),
-        seed=int(within(fields["seed"], 0, MOST_SEED)),
+        seed=seed_of(fields["seed"]),
         num=int(within(fields["num"], 1, MOST)),
         psi=within(fields["psi"], 0, MOST_PSI),
         second=str(fields["second"])[:MOST_TEXT].strip(),
@@ -76,6 +77,14 @@ def within(value, least, most):
     except (TypeError, ValueError):
         number = math.nan
     return min(max(number, least), most) if math.isfinite(number) else least
+
+
+def seed_of(value):
+    """What was typed as the seed → int. Raises UserError: another seed would give other pictures in silence."""
+    with contextlib.suppress(TypeError, ValueError, OverflowError):
+        if 0 <= (number := float(value)) <= MOST_SEED and number == int(number):
+            return int(number)
+    raise UserError(f"{str(value)[:20]!r} is no seed: give a whole number from 0 to {MOST_SEED}")
 
 
 def natural(index):
