@@ -311,53 +311,71 @@ def opened(url, start):
 
 
 def members(url, start=0, stop=math.inf):
-    """Yields (key, suffix, bytes) of the files in a shard. Raises one of ERRORS.
-
-    The key is the name without its last suffix; but after a file of the key 0, such as 0.jpg, 0.mask.png also has the
-    key 0, and the suffix .mask.png. The bytes are None for a link or a sparse file, and for a file that is no image,
-    caption or .json; they are cut at LIMITS.
+    """Yields (key, suffix, bytes) of the files in a shard, see named_files and content. Raises one of ERRORS.
 
     start, stop: yield the samples after that of the first file at byte `start`, up to that of the first file at `stop`.
     So each sample belongs to one of consecutive stretches, and is whole.
     """
-    first = last = end = None  # keys of the first file from `start` on, and from `stop` on; the place after a file
-    former, unclear, passed = "", [], False
+    first = last = None  # keys of the first file from `start` on, and from `stop` on
+    unclear, passed = [], False  # files right after the first sample, see whole; whether others came
     with opened(url, max(0, start - LONG_NAME)) as tar:
-        for info in iter(tar.next, None):
-            tar.members, end = [], tar.offset  # else it keeps all members in memory
-            folder, _, name = info.name.rpartition("/")
-            is_link = info.islnk() or info.issym() or info.issparse()  # a sparse file's bytes are not in one piece
-            if info.offset < start or not (info.isfile() or is_link) or any(map(is_hidden, info.name.split("/"))):
-                continue
-            stem, _, suffix = name.rpartition(".")
-            key, suffix = f"{folder}/{stem or name}".lstrip("/"), f".{suffix}".lower() if stem else ""
-            if former and key.startswith(f"{former}."):
-                key, suffix = former, key[len(former) :].lower() + suffix
-            former, first = key, first or key
+        for key, suffix, info in named_files(tar, start):
+            first = first or key
             if last is None and info.offset >= stop:
                 last = key
             if last not in (None, key):
                 break
             if start and key == first:
                 continue
-            data, limit = None, LIMITS.get(f".{suffix.rpartition('.')[2]}")
-            if limit and not is_link:
-                size = min(info.size, limit)
-                tar.fileobj.seek(info.offset_data)  # several times as fast as extractfile
-                data = tar.fileobj.read(size)
-                if len(data) < size:
-                    raise tarfile.ReadError("unexpected end of data")
+            file = key, suffix, content(tar, info, suffix)
             if start and not passed and first.startswith(f"{key}."):
-                unclear.append((key, suffix, data))
+                unclear.append(file)
                 continue
             yield from whole(unclear)
             unclear, passed = [], True
-            yield key, suffix, data
-        else:
-            # tarfile takes half a header for the end, and does not ask for the empty blocks that end a tar.
-            if tar.fileobj.tell() % tarfile.BLOCKSIZE or tar.offset == end:
-                raise tarfile.ReadError("unexpected end of data")
+            yield file
         yield from whole(unclear)
+
+
+def named_files(tar, start):
+    """Yields (key, suffix, its TarInfo) of the files from byte `start` on, without hidden ones.
+
+    The key is the name without its last suffix; but after a file of the key 0, such as 0.jpg, 0.mask.png also has the
+    key 0, and the suffix .mask.png.
+    """
+    former, end = "", None  # the former file's key; the place after it
+    for info in iter(tar.next, None):
+        tar.members, end = [], tar.offset  # else it keeps all members in memory
+        if info.offset < start or not (info.isfile() or is_link(info)) or any(map(is_hidden, info.name.split("/"))):
+            continue
+        folder, _, name = info.name.rpartition("/")
+        stem, _, suffix = name.rpartition(".")
+        key, suffix = f"{folder}/{stem or name}".lstrip("/"), f".{suffix}".lower() if stem else ""
+        if former and key.startswith(f"{former}."):
+            key, suffix = former, key[len(former) :].lower() + suffix
+        former = key
+        yield key, suffix, info
+    # tarfile takes half a header for the end, and does not ask for the empty blocks that end a tar.
+    if tar.fileobj.tell() % tarfile.BLOCKSIZE or tar.offset == end:
+        raise tarfile.ReadError("unexpected end of data")
+
+
+def is_link(info):
+    """Whether a tar contains a file's name, and its bytes elsewhere or, of a sparse file, not in one piece."""
+    return info.islnk() or info.issym() or info.issparse()
+
+
+def content(tar, info, suffix):
+    """The bytes of a file, cut at LIMITS; None for a link, and for a file that is no image, caption or .json."""
+    limit = LIMITS.get(f".{suffix.rpartition('.')[2]}")
+    if not limit or is_link(info):
+        return None
+    size = min(info.size, limit)
+    tar.fileobj.seek(info.offset_data)  # several times as fast as extractfile
+    data = tar.fileobj.read(size)
+    if len(data) < size:
+        raise tarfile.ReadError("unexpected end of data")
+    return data
 
 
 def whole(files):
