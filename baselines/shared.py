@@ -243,10 +243,12 @@ def sample(system_class, name, args):
     system, _ = load(system_class, args.checkpoint)
     options = {"truncation": args.truncation} if args.truncation != 1 else {}
     if args.edit:
-        options["edit"] = read_picture(args.edit, system.resolution)
+        options["edit"] = args.edit
     for option in options:
         if option not in inspect.signature(system.draw).parameters:
             raise UserError(f"--{option}: {system_class.__name__} does not have this option; leave it out")
+    if args.edit:
+        options["edit"] = read_picture(args.edit, system.resolution)
     latent.print_notes(system.clip.text, args.prompt)
     images = in_range(system.sample(system.clip.read(args.prompt), args.seed, args.num, **options))
     captions = [prompt for prompt in args.prompt for _ in range(args.num)]

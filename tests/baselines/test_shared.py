@@ -11,6 +11,7 @@ import sys
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from baselines import muse, shared
@@ -88,7 +89,8 @@ def test_a_run_resumes_to_the_last_bit_and_draws(tmp_path, data, learn, draw, sy
     status, output, error = draw(system, generator)
     assert status == 0 and output.startswith("2 picture(s)") and picture.is_file(), error
     assert_one_line(draw(system, generator, "--edit", picture), "is the picture that you gave; name another file")
-    own = shutil.copy(picture, tmp_path / "own.png")
+    own = tmp_path / "own.png"
+    Image.open(picture).resize((64, 64)).save(own)
     accepted, refused = (("--truncation", 0.5), ("--edit", own))[:: -1 if system is Muse else 1]
     assert draw(system, generator, *accepted)[0] == 0
     assert_one_line(draw(system, generator, *refused), f"{refused[0]}: {system.__name__} does not have this option")
