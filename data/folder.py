@@ -134,7 +134,7 @@ def describe(problems, others):
 
 def is_hidden(name):
     """Whether people do not see the file or folder of this name."""
-    return (name.startswith(".") and name != ".") or name in SYSTEM_FOLDERS
+    return (name.startswith(".") and name not in (".", "..")) or name in SYSTEM_FOLDERS
 
 
 def stem_of(name):

@@ -270,7 +270,7 @@ def test_names_that_another_name_begins_are_samples_of_their_own(tmp_path, undec
 
 def test_hidden_files_and_folders_of_a_shard_are_not_read(tmp_path, undecoded):
     files = named(numbered(5))
-    shown = [(f"./{name}", content) for name, content in files]
+    shown = [(f"./../{name}", content) for name, content in files]
     hidden = [
         (f"./{folder}/9{name}", content) for folder in (".trash", "__MACOSX", "a/@eaDir") for name, content in files
     ]
