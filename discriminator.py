@@ -109,6 +109,15 @@ class Head(nn.Module):
         return LOGIT_GAIN * full_precision(self.last(h, text) + self.unconditional(points)).squeeze(-1)
 
 
+def deviation_in_groups(x, group):
+    """Images [B, C, H, W] → the standard deviation of each channel and point over each `group` images in a row, for
+    every image, [B, C, H, W]. If `group` does not divide B, groups are smaller.
+    """
+    group = math.gcd(group, len(x))
+    deviation = torch.sqrt(full_precision(x).unflatten(0, (-1, group)).var(1, correction=0) + 1e-8)
+    return deviation.repeat_interleave(group, 0).to(x.dtype)
+
+
 class Discriminator(nn.Module):
     """Pyramids {resolution: [B, 3, R, R]} and captions → logits {(input, stage): [B, N]}; larger means more like real.
 
@@ -117,6 +126,10 @@ class Discriminator(nn.Module):
     highest image, clip.see()[1], [B, C, side, side] of the shapes config.clip_maps; empty for an upsampler, whose
     discriminator is not vision-aided. The maps do not depend on the text, so a second caption for the same images needs
     only the heads: call maps() once and score() twice.
+
+    With a group of several images, the last stage also reads how much the images of a group differ (StyleGAN's
+    minibatch standard deviation). If they have the same caption, the discriminator notices a generator that draws the
+    same picture under each z.
     """
 
     def __init__(self, config: DiscriminatorConfig):
@@ -136,7 +149,10 @@ class Discriminator(nn.Module):
             heads[CLIP] = Head(config.clip_channels, config.text_dim, config.head_layers)
         self.map_readers = nn.ModuleList(MapReader(*shape, config.clip_channels) for shape in config.clip_maps)
         self.stages, self.heads = nn.ModuleDict(stages), nn.ModuleDict(heads)
-        self.resolutions = sorted(levels, reverse=True)
+        self.resolutions, self.group = sorted(levels, reverse=True), config.group
+        if config.group > 1:
+            width = levels[self.resolutions[-1]].channels
+            self.from_deviation = Conv2d(width, width, 1)
 
     def encode_text(self, tokens, eot):
         """CLIP token features [B, T, clip_width] and eot [B] → the discriminator's own text code t_D [B, text_dim]."""
@@ -164,6 +180,8 @@ class Discriminator(nn.Module):
             if resolution in pyramid:
                 entered[resolution] = lrelu(stage.from_rgb(pyramid[resolution]))
             together = torch.cat(list(entered.values()))  # [inputs · B, C, H, W]
+            if self.group > 1 and resolution == self.resolutions[-1]:
+                together = together + self.from_deviation(deviation_in_groups(together, self.group))
             outputs = stage.body(together).chunk(len(entered))
             entered = dict(zip(entered, outputs, strict=True))
             for entry, x in entered.items():

@@ -37,6 +37,7 @@ from common.cli import (
 from common.disk import write_text
 from data import sources
 from data.coco import RESIZER, Coco
+from data.emoji import read_emoji
 from evaluation import emoji
 from evaluation.enlarging import enlarged, enlarger
 from evaluation.extractors import load_extractor
@@ -151,12 +152,12 @@ def measure_all(draws, captions, real, args, resolution, extractors):
 
 def measure_emoji(draw, args, resolution, extractors):
     """Measures R-precision of words and variety, and prints them → their part of evaluation.json."""
-    pictures = list(emoji.read_emoji())
-    asked = emoji.questions([facts for facts, _ in pictures], args.seed)
+    samples = read_emoji()
+    asked = emoji.questions([sample.facts for sample in samples], args.seed)
     shares = emoji.r_precision(draw, asked, args.seed, resolution, extractors["texts"])
     for kind, (share, number) in shares.items():
         distributed.say(f"R-precision of {kind}: {share:.3f} of {number}")
-    share, number = emoji.variety(draw, pictures, args.seed)
+    share, number = emoji.variety(draw, samples, args.seed)
     distributed.say(
         f"Variety: seeds of a name differ {share:.2f} times as much as real pictures of it ({number} names)"
     )

@@ -16,12 +16,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from augment import augment
 from common import distributed
 from discriminator import CLIP
-from layers import float32_region, full_precision, resize
+from layers import float32_region, full_precision
 
 R1_INTERVAL = 16  # R1 is computed in one step of 16, and counts 16 times there (StyleGAN2, section 4.1).
 EARLY_ADVERSARIAL, EARLY_MATCHING = 0.01, 0.05  # weights of predictions before the last stage
 Z_LOSS_WEIGHT = 0.001  # the release's
-MODE_SEEKING_EVERY = 4  # The mode-seeking loss compares every fourth image: it needs a second one, drawn for it alone.
 SEEN_BY_CLIP = 64  # Of images above this resolution CLIP sees only the largest, because it resizes them to one size.
 
 
@@ -93,7 +92,7 @@ def r1_penalty(discriminator, clip, pyramid, tokens, eot, gamma, scales):
 
     Each image of the pyramid adds scale · γ_r/2 · ‖gradient by its pixels‖², with γ_r = gamma · (r/64)². This is
     the gradient of the sum of the image's predictions; those before the last stage have weight EARLY_ADVERSARIAL.
-    No image affects the predictions for another sample or another resolution, so one backward pass gives all gradients.
+    No image affects the predictions for another resolution or another group, so one backward pass gives all gradients.
     """
     with float32_region(tokens), sdpa_kernel(SDPBackend.MATH):  # fused attention, as in CLIP, has no second derivative
         pyramid = {r: full_precision(x.detach()).requires_grad_() for r, x in pyramid.items()}
@@ -146,24 +145,6 @@ def load_balancing_loss(logits, expert_index):
     probability = logits.softmax(-1).mean(1)
     balance = num_experts * (share * probability).sum(-1)
     return balance.mean()
-
-
-def mode_seeking_loss(first, second):
-    """1 / mean |first − second| of images [B, 3, R, R] of the same captions under other z (Mao et al. 2019).
-
-    The authors divide by the distance between the z. It is nearly the same for all pairs, so we do not. Images are
-    averaged down to 8×8, so that shapes are to differ, not details. They are standardized, because otherwise the
-    generator mostly makes the pictures of one caption brighter or darker. The mean is over all ranks.
-    """
-    first, second = (standardized(resize(full_precision(x), min(8, x.shape[-1]))) for x in (first, second))
-    distances = (first - second).abs().mean((1, 2, 3))
-    return 1 / (distributed.gather(distances).mean() + 1e-3)
-
-
-def standardized(images):
-    """[B, 3, R, R] → each image with mean 0 and a standard deviation of nearly 1, over pixels and channels."""
-    variance, mean = torch.var_mean(images, (1, 2, 3), keepdim=True)
-    return (images - mean) / torch.sqrt(variance + 0.05**2)  # so an image of one color has a gradient
 
 
 def perceptual_distance(maps, others):
@@ -243,12 +224,11 @@ class DiscriminatorLoss(nn.Module):
         }
 
 
-def generator_loss(output, other, text, wrong, chances, discriminator, clip, recipe, real=None, perceptual=None):
-    """The generator's objective: adversarial + matching + multi-level CLIP + mixture of experts + mode seeking; for the
-    upsampler also the L1 and perceptual distances to the true image. → {name: scalar}; `loss` is to be minimized.
+def generator_loss(output, text, wrong, chances, discriminator, clip, recipe, real=None, perceptual=None):
+    """The generator's objective: adversarial + matching + multi-level CLIP + mixture of experts; for the upsampler also
+    the L1 and perceptual distances to the true image. → {name: scalar}; `loss` is to be minimized.
 
     output: aurora.Output for the captions `text`.
-    other: an Output for every fourth caption and other z (MODE_SEEKING_EVERY); None without a mode-seeking loss.
     wrong [B]: from wrong_captions, for these captions. chances [B, NUM_CHANCES]: for the augmentation.
     discriminator, clip: both frozen.
     real: the pyramid of the true images. perceptual: a frozen network, images [B, 3, R, R] → feature maps. The
@@ -263,9 +243,6 @@ def generator_loss(output, other, text, wrong, chances, discriminator, clip, rec
         losses["g_adversarial"], losses["g_matching"] = fooling
         weights["g_adversarial"] = recipe.adversarial_weight
         weights["g_matching"] = recipe.adversarial_weight * recipe.matching_weight_generator
-    if other is not None:
-        losses["g_mode_seeking"] = mode_seeking_loss(output.image[::MODE_SEEKING_EVERY], other.image)
-        weights["g_mode_seeking"] = recipe.mode_seeking_weight
     if recipe.l1_weight:
         scales = scale_weights(output.pyramid, recipe.lower_scales)
         losses["g_l1"] = pixel_distance(output.pyramid, real, scales)

@@ -21,7 +21,6 @@ from evaluation.metrics import expert_counts
 from experts import routed_experts
 from layers import full_precision, parameter_groups, pyramid
 from losses import (
-    MODE_SEEKING_EVERY,
     R1_INTERVAL,
     DiscriminatorLoss,
     feature_maps,
@@ -45,7 +44,6 @@ class MicroBatch(NamedTuple):
     text: Text  # of their captions
     wrong: torch.Tensor  # [b], from wrong_captions: indices into the captions of this micro-batch on all ranks
     z: torch.Tensor  # [b, z_dim]
-    other_z: torch.Tensor  # [b/4, z_dim], for the mode-seeking loss: images under z and other_z are to differ
     chances: torch.Tensor  # [b, 2, NUM_CHANCES], for the augmentation of real images and of fake ones
     given: tuple[torch.Tensor, ...]  # for the second stage: the small images, and noise of their shape; () for the base
 
@@ -128,7 +126,7 @@ class Learner:
         that use every fourth image of a rank are the same only if each rank has a multiple of four images.
         """
         config, rng = self.generator.config, rng_of(seed, number)
-        z = torch.randn(self.batch, 2, config.z_dim, generator=rng)  # two for each caption
+        z = torch.randn(self.batch, config.z_dim, generator=rng)
         chances = torch.rand(self.batch, 2, NUM_CHANCES, generator=rng)  # for real images, and for fake ones
         noise = draw_input_noise(config, self.batch, rng)
         places = torch.rand(self.batch, 2, generator=rng)  # y, x of the crops
@@ -156,8 +154,7 @@ class Learner:
         wrong = wrong_captions(ids)  # indices among the captions of all ranks
         wrong = wrong.unflatten(0, (distributed.world_size(), -1))[distributed.rank()]
         text = self.clip.read(batch.captions)
-        other_z = z[::MODE_SEEKING_EVERY, 1]
-        return MicroBatch(real, text, wrong, z=z[:, 0], other_z=other_z, chances=chances, given=given)
+        return MicroBatch(real, text, wrong, z=z, chances=chances, given=given)
 
     def step(self, number, micro_batches):
         """One step of both networks → {name: scalar}. `rejected` counts updates skipped for non-finite gradients."""
@@ -179,7 +176,7 @@ class Learner:
             report["r1"] = self.penalize(micro_batches, r1_weight)
         # Several micro-batches keep no graph here; generator_step draws them again, with one.
         with torch.set_grad_enabled(len(micro_batches) == 1):
-            outputs = [self.draw(batch, batch.z) for batch in micro_batches]
+            outputs = [self.draw(batch) for batch in micro_batches]
         d_report = self.discriminator_step(micro_batches, outputs) if adversarial else {"rejected": 0}
         with frozen(self.discriminator):
             g_report = self.generator_step(micro_batches, outputs)
@@ -189,18 +186,18 @@ class Learner:
         w = torch.stack([full_precision(output.w.detach()).mean(0) for output in outputs]).mean(0)
         return report, w
 
-    def draw(self, batch, z, every=1):
-        """The generator's Output for a MicroBatch, or for every n-th of its captions, and z."""
-        given, tokens, eot = [x[::every] for x in batch.given], batch.text.tokens[::every], batch.text.eot[::every]
+    def draw(self, batch):
+        """The generator's Output for a MicroBatch."""
         with self.autocast():
-            return self.parallel_generator(*given, z, tokens, eot, self.active[-1])
+            return self.parallel_generator(*batch.given, batch.z, batch.text.tokens, batch.text.eot, self.active[-1])
 
     def penalize(self, micro_batches, r1_weight):
         """Adds the gradients of R1, times r1_weight, to the discriminator's → R1.
 
-        R1 takes several times the memory of the other losses, and no image affects another's penalty. So it uses
-        smaller batches, and comes first, while no other graph is in memory. It bypasses the DDP wrapper, so its
-        gradients wait in .grad, as after no_sync(): the backward pass of discriminator_step averages all of .grad.
+        R1 takes several times the memory of the other losses, and images of different groups do not affect each other's
+        penalties. So it uses smaller batches, and comes first, while no other graph is in memory. It bypasses the DDP
+        wrapper, so its gradients wait in .grad, as after no_sync(): the backward pass of discriminator_step averages
+        all of .grad.
         """
         scales, total = scale_weights(micro_batches[0].real, self.recipe.lower_scales), 0
         for batch in micro_batches:
@@ -233,14 +230,11 @@ class Learner:
         for batch, output in zip(micro_batches, outputs, strict=True):
             with averaging(self.parallel_generator, batch is micro_batches[-1]):
                 if len(micro_batches) > 1:  # the outputs have no graph
-                    output = self.draw(batch, batch.z)
-                other = None
-                if self.recipe.mode_seeking_weight:  # DDP counts gradients, not forward passes, so a second one is fine
-                    other = self.draw(batch, batch.other_z, MODE_SEEKING_EVERY)
+                    output = self.draw(batch)
                 with self.autocast():
                     report = generator_loss(
-                        output, other, batch.text, batch.wrong, batch.chances[:, 1],
-                        self.discriminator, self.clip, self.recipe, real=batch.real, perceptual=self.perceptual,
+                        output, batch.text, batch.wrong, batch.chances[:, 1], self.discriminator, self.clip,
+                        self.recipe, real=batch.real, perceptual=self.perceptual,
                     )  # fmt: skip
                 (report["loss"] / len(micro_batches)).backward()
             reports.append(report)

@@ -122,7 +122,9 @@ def build(args, device):
             perceptual.to(device)
         learner = Learner(preset, clip, device, dtype, batch, perceptual, r1_images)
         growth = Growth(recipe, learner.resolutions, clip, args.seed, preset.generator)
-        source = sources.open_data(args.data, learner.resolutions[-1], args.seed, args.caption_key)
+        source = sources.open_data(
+            args.data, learner.resolutions[-1], args.seed, args.caption_key, preset.discriminator.group
+        )
         loop = Loop(folder, args, batch, micro_batches, args.steps or recipe.steps)
         if state:
             with loop.resuming(state):

@@ -30,7 +30,7 @@ TRIED, SAMPLES_TRIED = 5, 300  # shards, and samples of each, that are read when
 STRETCH = 3  # samples, on average, that are read from one random place of a tar
 LANES = 8  # shards that are read from the front in turn
 BUFFER, BUFFER_BYTES = 2048, 2**27  # most samples in the shuffle buffer, and their most bytes
-BLOCK = 2**14  # samples after which a stream starts anew; more than there are emoji
+BLOCK = 2**14  # samples after which a stream starts anew
 FIRST_BYTE = 60  # seconds until a command must start to write
 LONG_NAME = 8 * tarfile.BLOCKSIZE  # most bytes that a name of over 100 characters adds before its file's header
 ERRORS = (OSError, EOFError, tarfile.TarError, zlib.error, lzma.LZMAError)  # what reading a shard may raise
@@ -57,9 +57,8 @@ class Shards(Source):
     After BLOCK samples a stream starts anew, with a seed made of the run's, the block's and its own. A resumed run
     continues exactly if ranks, workers and batch are the same, and decodes nothing of the block's earlier batches.
 
-    Shards that cannot be read or contain no usable sample are skipped. In our emoji, `aurora_held_out` says which
-    samples are held out, and `aurora_weight` how likely a sample is used when it is read. In other data a hash of the
-    picture holds out one in 50; of fewer than 200 samples, none.
+    Shards that cannot be read or contain no usable sample are skipped. A hash of the picture holds out one sample in
+    50; of fewer than 200 samples, none.
 
     beside: lines about what is in the same folder and is not read.
     """
@@ -100,8 +99,7 @@ class Shards(Source):
                     self.complete += 1
                 else:
                     without_caption.add(sample.place)
-                is_for_training = not sample.facts.get("aurora_held_out")
-                usable = usable or (is_for_training and self.example(sample) is not None)
+                usable = usable or self.example(sample) is not None
             number += count
             reached_ends = reached_ends and count < SAMPLES_TRIED
         if len(without_caption & without_image) > self.complete / 10:
@@ -109,8 +107,7 @@ class Shards(Source):
             raise UserError(f"--data: in {shard} the files of a sample lie apart; make it with tar --sort=name -cf")
         self.alone = len(without_caption)
         self.number = number * len(self.urls) // len(tried) if reached_ends else math.inf  # estimate of all samples
-        self.json_holds_out = "aurora_held_out" in self.fields
-        self.holds_out = self.json_holds_out or self.number >= FEWEST
+        self.holds_out = self.number >= FEWEST
         # A tar inside a shard has headers like the shard's own, which a random place would take for those.
         names_are_plain = all(url.lower().endswith(".tar") and not command_of(url) for url in shards)
         tried_are_plain = all(is_plain_tar(url) for url in tried if command_of(url) or os.access(url, os.R_OK))
@@ -198,7 +195,7 @@ class Shards(Source):
         first one after the batch, which the next batch then contains too.
         """
         rng = np.random.default_rng([self.seed, *seed])
-        chosen = (s for s in self.random_samples(rng) if self.is_for(s, held_out=False) and rng.random() < weight_of(s))
+        chosen = (sample for sample in self.random_samples(rng) if self.is_for(sample, held_out=False))
         mixed = shuffled(chosen, np.random.default_rng([self.seed, *seed, 1]), min(BUFFER, self.number))
         stream = itertools.islice(mixed, done * batch, None)
         ahead = []  # the examples from the start of the batch, None for unusable ones
@@ -242,12 +239,6 @@ def shuffled(samples, rng, most):
 def is_pair(suffixes):
     """Whether these are the suffixes of an image and of what may contain its caption."""
     return not suffixes.isdisjoint(IMAGE_SUFFIXES) and not suffixes.isdisjoint((".txt", ".json"))
-
-
-def weight_of(sample):
-    """The chance that a sample is used when it is read: `aurora_weight` in its .json, by default 1."""
-    weight = sample.facts.get("aurora_weight", 1)
-    return weight if isinstance(weight, int | float) and 0 < weight <= 1 else 1
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -20,7 +20,6 @@ from common import distributed, stopping
 from common.cli import UserError, first_line, signals
 from data.pairs import FIELD, IMAGE_SUFFIXES, REFUSED, SMALL, Unusable, read_pair
 
-EMOJI = Path(__file__).parent / "emoji.tar.gz"
 NAMES = ("emoji",)  # of the built-in data
 SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 TXT_UNREAD = "The .txt files are not read, because --caption-key names a field of the .json files."
@@ -114,7 +113,6 @@ class Source:
         self.skips = Skips(name, num_shards)
         self.reported = set()  # causes of skips
         self.holds_out = True  # whether any pairs are kept from training
-        self.json_holds_out = False  # whether `aurora_held_out` in the .json decides which
 
     def batches(self, steps, batch, rank, world_size):
         """For training: yields for each of the steps, a range without an end, a rank's share of `batch` pairs as Batch.
@@ -151,9 +149,7 @@ class Source:
         """The findings, and what is held out, in lines for the user."""
         for line in self.findings():
             yield line.encode("utf-8", "backslashreplace").decode()  # names of files need not be UTF-8
-        if self.json_holds_out:
-            yield "The .json files say which pairs are held out for evaluation."
-        elif self.holds_out:
+        if self.holds_out:
             yield f"One pair in {HELD_OUT_OF}, by a hash of its picture, is held out for evaluation."
         else:
             yield f"None is held out for evaluation, as there are fewer than {FEWEST}: evaluation uses training pairs."
@@ -173,8 +169,6 @@ class Source:
 
     def is_for(self, sample, held_out):
         """Whether a sample belongs to the held-out pairs, or to those of training."""
-        if self.json_holds_out:
-            return bool(sample.facts.get("aurora_held_out")) == held_out
         return (self.holds_out and is_held_out(sample.image, sample.facts)) == held_out
 
     def example(self, sample):
@@ -258,20 +252,21 @@ def sample_indices(step, batch, rank, world_size):
 # What --data names.
 
 
-def open_data(spec, resolution, seed, caption_key=None):
+def open_data(spec, resolution, seed, caption_key=None, group=1):
     """The Source that --data names: "emoji", a folder of images with captions, or shards (a folder, a file, a pattern,
     URLs, or pipe:COMMAND).
 
-    caption_key: the field of each .json that contains the caption; by default a .txt contains it. Raises UserError if
-    nothing usable is found, and if a folder contains both kinds.
+    caption_key: the field of each .json that contains the caption; by default a .txt contains it. group: of the emoji,
+    see emoji.Emoji. Raises UserError if nothing usable is found, and if a folder contains both kinds.
     """
-    from data.folder import Folder, describe, search  # here, because both kinds are built on Source
+    from data.emoji import Emoji  # here, because all kinds are built on Source
+    from data.folder import Folder, describe, search
     from data.shards import Shards
 
     if spec == "emoji":
         if caption_key:
             raise UserError("--caption-key: the emoji have captions; leave it out")
-        return Shards([str(EMOJI)], resolution, seed)
+        return Emoji(resolution, seed, group)
     is_folder = os.path.isdir(spec)
     shards = shards_in(spec) if is_folder else expand_shards(spec)
     if not shards:

@@ -3,17 +3,13 @@
 data/make_emoji.py explains which pictures are held out.
 """
 
-import gzip
 import io
-import json
-import tarfile
 from collections import Counter, defaultdict
 
 import numpy as np
 import torch
 
 from data.pairs import read_image
-from data.sources import EMOJI
 from evaluation.extractors import Extractor
 from evaluation.features import embed, extract_generated, to_pixels
 from evaluation.metrics import own_caption_first
@@ -23,17 +19,6 @@ SEEDS = 8  # pictures of each name for the variety
 FEWEST = 4  # real pictures that a name needs for the variety
 SIDE = 8  # pixels: pictures differ in shapes and colours, not in details
 WORDS = 400  # names, and as many tags
-
-
-def read_emoji(path=EMOJI):
-    """Yields (facts, svg) of each picture in the shard: the content of its .json, and the bytes of its .svg."""
-    with gzip.open(path) as file, tarfile.open(fileobj=file) as tar:
-        svg = None
-        for member in tar:
-            if member.name.endswith(".svg"):
-                svg = tar.extractfile(member).read()
-            elif member.name.endswith(".json"):
-                yield json.load(tar.extractfile(member)), svg
 
 
 def questions(emoji, seed):
@@ -78,12 +63,13 @@ def spread(points):
 def variety(draw, emoji, seed, names=200):
     """How much SEEDS pictures of one name differ, divided by how much real ones do → the share, the number of names.
 
-    emoji: the list of read_emoji.
+    emoji: the samples of data.emoji.read_emoji.
     """
     pictures = defaultdict(list)
-    for facts, svg in emoji:
+    for sample in emoji:
+        facts = sample.facts
         if not facts["tone"] and not facts["aurora_held_out"]:
-            pictures[facts["name"]].append(svg)
+            pictures[facts["name"]].append(sample.image)
     drawn = sorted(name for name, svgs in pictures.items() if len(svgs) >= FEWEST)
     drawn = np.random.default_rng(seed).permutation(drawn)[:names].tolist()
     captions = [name for name in drawn for _ in range(SEEDS)]

@@ -154,7 +154,8 @@ def learn(preset, seed, minutes):
     preset = fitted_to(preset, clip.width, clip.map_shapes())
     learner = Learner(preset, clip, CPU, torch.float32, recipe.batch, perceptual_network(recipe))
     resolutions = learner.resolutions
-    batches = sources.loader(sources.open_data("emoji", resolutions[-1], seed), 0, recipe.batch, workers=0)
+    source = sources.open_data("emoji", resolutions[-1], seed, group=preset.discriminator.group)
+    batches = sources.loader(source, 0, recipe.batch, workers=0)
     ends, number = time.process_time() + 60 * minutes, 0
     while time.process_time() < ends:
         phase, left = 0, number * recipe.batch

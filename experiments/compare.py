@@ -24,6 +24,7 @@ from baselines.shared import load, system_of
 from common.cli import MADE_BY, Parser, UserError, a_path, check_file, errors_in_one_line, positive_int
 from common.disk import write_text
 from data import sources
+from data.emoji import read_emoji
 from discriminator import Discriminator
 from evaluation import emoji
 from evaluation.extractors import load_extractor
@@ -136,11 +137,11 @@ def compare(args):
     paths = {name: generator_of(path) for name, path in args.systems}
     entries = {name: open_system(path, args.resolution) for name, path in paths.items()}
     extractors, captions, real = real_emoji(args.count, args.resolution)
-    pictures, columns, panels, titles = list(emoji.read_emoji()), {}, [], []
+    samples, columns, panels, titles = read_emoji(), {}, [], []
     for name, entry in entries.items():
         columns[name] = measure_training(entry, paths[name]) | measure_sampling(entry)
         columns[name] |= measure(entry.draw, captions, real, args.count, 0, args.resolution, extractors)
-        columns[name]["variety"], _ = emoji.variety(entry.draw, pictures, 0, NAMES)
+        columns[name]["variety"], _ = emoji.variety(entry.draw, samples, 0, NAMES)
         print(f"{name}: {', '.join(f'{what} {shown(value)}' for what, value in columns[name].items())}", flush=True)
         drawn = torch.cat([to_pixels(images, args.resolution) for images in entry.draw(PROMPTS, 0)])
         panels += [to_pil(image / 127.5 - 1) for image in drawn]

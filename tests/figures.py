@@ -24,7 +24,8 @@ from PIL import Image, ImageDraw
 
 from aurora import Generator
 from clip import load_clip
-from data.sources import EMOJI, Batch, Source, sample_indices
+from data.emoji import SHARD
+from data.sources import Batch, Source, sample_indices
 from evaluation.extractors import Extractor
 from presets import (
     PRESETS,
@@ -185,7 +186,7 @@ def folder():
 def write_emoji(path, names=8):
     """A shard of all the pictures of so many emoji → the path."""
     kept, files = set(), []
-    with tarfile.open(EMOJI) as whole, tarfile.open(path, "w:gz") as some:
+    with tarfile.open(SHARD) as whole, tarfile.open(path, "w:gz") as some:
         for member in whole:
             files.append((member, whole.extractfile(member).read()))
             if not member.name.endswith(".json"):  # the last of a picture's files

@@ -2,11 +2,12 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from discriminator import CLIP, Discriminator, MapReader, squared_l2_attention
+from discriminator import CLIP, Discriminator, MapReader, deviation_in_groups, squared_l2_attention
 from presets import PRESETS
 from tests.figures import TINY
 
@@ -119,6 +120,28 @@ def test_every_active_parameter_gets_a_gradient(discriminator):
             module, resolution = name.split(".")[:2]
             active = module in ("text_head", "map_readers") or resolution in (CLIP, *map(str, resolutions))
             assert (parameter.grad is not None) == active, name
+
+
+@pytest.mark.parametrize(("images", "group"), [(8, 4), (6, 2), (3, 1)])
+def test_the_deviation_in_groups_is_its_formula(images, group):
+    x = torch.randn(images, 2, 3, 3, dtype=torch.float64)
+    deviations = deviation_in_groups(x, 4)
+    for i in range(images):
+        first = i // group * group
+        expected = np.sqrt(x[first : first + group].numpy().var(0) + 1e-8)
+        assert np.allclose(deviations[i], expected, rtol=1e-12)
+
+
+def test_the_images_of_a_group_are_compared_and_no_others(discriminator_config):
+    discriminator = Discriminator(replace(discriminator_config, group=2))
+    tokens, eot = torch.randn(4, 7, 12), torch.tensor([6, 3, 3, 3])
+    pyramid, seen = images(4), clip_maps(batch=4)
+    before = discriminator(pyramid, seen, tokens, eot)
+    pyramid[8][0] += 1
+    after = discriminator(pyramid, seen, tokens, eot)
+    changed = {key: (after[key] != before[key]).any(1).tolist() for key in before}
+    assert changed.pop((8, 4)) == [True, True, False, False] and changed.pop((8, 8)) == [True, False, False, False]
+    assert not any(map(any, changed.values()))
 
 
 def test_squared_l2_attention_is_its_formula_and_twice_differentiable():

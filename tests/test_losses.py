@@ -172,43 +172,13 @@ def test_the_losses_of_a_router_are_their_formulas():
     torch.testing.assert_close(losses.load_balancing_loss(logits, index), balance)
 
 
-def test_mode_seeking_is_the_inverse_of_the_distance_of_standardized_images_at_8x8():
-    first, second = torch.randn(2, 2, 3, 16, 16, dtype=torch.float64)
-    small = [x.numpy().reshape(2, 3, 8, 2, 8, 2).mean((3, 5)).reshape(2, -1) for x in (first, second)]
-    small = [(x - x.mean(1, keepdims=True)) / np.sqrt(x.var(1, ddof=1, keepdims=True) + 0.05**2) for x in small]
-    distance = np.abs(small[0] - small[1]).mean()
-    assert losses.mode_seeking_loss(first, second).item() == pytest.approx(1 / (distance + 1e-3))
-
-
-def test_brighter_pictures_are_no_other_modes_and_pictures_of_one_color_have_a_gradient():
-    images = torch.randn(2, 3, 16, 16)
-    assert losses.mode_seeking_loss(images, 1.5 * images + 0.2) > 50 * losses.mode_seeking_loss(images, images.flip(3))
-    plain = torch.zeros(2, 3, 16, 16, requires_grad=True)
-    losses.mode_seeking_loss(plain, images).backward()
-    assert plain.grad.isfinite().all() and plain.grad.any()
-
-
-def test_mode_seeking_compares_the_finished_images():
-    """A low resolution of the pyramid may differ while the higher ones take the difference back."""
-    generator, discriminator, clip, _, _, captions, z = objectives()
-    recipe = dataclasses.replace(TINY.recipe, mode_seeking_weight=2.0, adversarial_weight=0.0, clip_weight=0.0)
-    text = clip.read(captions)
-    output = generator(z, text.tokens, text.eot, 8)
-    other = generator(-z[::4], text.tokens[::4], text.eot[::4], 8)
-    options = text, torch.arange(6), CHANCES[:, 1], discriminator, clip, recipe
-    report = losses.generator_loss(output, other, *options)
-    expected = losses.mode_seeking_loss(output.image[::4], other.image).item()
-    assert report["g_mode_seeking"].item() == pytest.approx(expected, rel=1e-5)
-    assert (report["loss"] - report["g_moe"]).item() == pytest.approx(2 * expected, rel=1e-5)
-
-
 def test_a_loss_of_weight_zero_costs_no_pass_through_clip(monkeypatch):
     generator, discriminator, clip, _, _, captions, z = objectives()
     recipe = dataclasses.replace(TINY.recipe, adversarial_weight=0.0, clip_weight=0.0)
     text = clip.read(captions)
     output = generator(z, text.tokens, text.eot, 8)
     monkeypatch.setattr(clip, "see", lambda *_: pytest.fail("CLIP saw images"))
-    losses.generator_loss(output, None, text, torch.arange(6), CHANCES[:, 1], discriminator, clip, recipe)
+    losses.generator_loss(output, text, torch.arange(6), CHANCES[:, 1], discriminator, clip, recipe)
 
 
 def test_balanced_routing_costs_one():
@@ -294,7 +264,7 @@ def test_both_objectives_are_the_sum_of_their_parts():
     assert report["d_matching"].item() == pytest.approx(matching, rel=1e-4)
 
     output = generator(z, text.tokens, text.eot, 8)
-    report = losses.generator_loss(output, None, text, wrong, CHANCES[:, 1], discriminator, clip, recipe)
+    report = losses.generator_loss(output, text, wrong, CHANCES[:, 1], discriminator, clip, recipe)
     maps = clip.see(output.image)[1]
     adversarial = total(discriminator(output.pyramid, maps, text.tokens, text.eot), -1, 0.01)
     matching = total(discriminator(output.pyramid, maps, text.tokens[wrong], text.eot[wrong]), -1, 0.05)
@@ -313,7 +283,7 @@ def test_clip_sees_every_nth_of_the_lower_images(every):
     text = clip.read(captions)
     output = generator(z, text.tokens, text.eot, 8)
     options = text, torch.arange(6), CHANCES[:, 1], discriminator, clip, recipe
-    report = losses.generator_loss(output, None, *options)
+    report = losses.generator_loss(output, *options)
     high = losses.clip_loss(clip, {8: clip.encode_image(output.image)}, text.embedding, {8: 2 / 3})
     lower = {4: clip.encode_image(output.pyramid[4][::every])}
     expected = high + losses.clip_loss(clip, lower, text.embedding[::every], {4: 1 / 3})
@@ -329,7 +299,7 @@ def test_clip_sees_the_small_images_and_the_largest(monkeypatch):
     output = Output(image=pyramid[256], pyramid=pyramid, w=torch.zeros(2, 4), routings={})
     recipe = dataclasses.replace(TINY.recipe, adversarial_weight=0.0)
     text = clip.read(["a", "b"])
-    losses.generator_loss(output, None, text, torch.tensor([1, 0]), CHANCES[:2, 1], None, clip, recipe)
+    losses.generator_loss(output, text, torch.tensor([1, 0]), CHANCES[:2, 1], None, clip, recipe)
     assert shown == [32, 64, 256]
 
 
@@ -339,7 +309,7 @@ def test_without_a_wrong_caption_nothing_is_matched():
     text, wrong = clip.encode_text(ids), losses.wrong_captions(ids)
     report = losses.DiscriminatorLoss(discriminator, clip, recipe)(real, fake, text, wrong, CHANCES)
     output = generator(z, text.tokens, text.eot, 8)
-    of_generator = losses.generator_loss(output, None, text, wrong, CHANCES[:, 1], discriminator, clip, recipe)
+    of_generator = losses.generator_loss(output, text, wrong, CHANCES[:, 1], discriminator, clip, recipe)
     assert report["d_matching"] == of_generator["g_matching"] == 0
 
 
@@ -356,9 +326,9 @@ def test_the_discriminator_sees_augmented_images_and_clip_those_as_they_are():
 
     output = generator(z, text.tokens, text.eot, 8)
     common = text, wrong, CHANCES[:, 1], discriminator, clip
-    report, without = (losses.generator_loss(output, None, *common, recipe) for recipe in (augmented, plain))
+    report, without = (losses.generator_loss(output, *common, recipe) for recipe in (augmented, plain))
     changed = augment(output.pyramid, augmented.augment, CHANCES[:, 1])
-    expected = losses.generator_loss(dataclasses.replace(output, pyramid=changed), None, *common, plain)
+    expected = losses.generator_loss(dataclasses.replace(output, pyramid=changed), *common, plain)
     for name, source in (("g_adversarial", expected), ("g_matching", expected), ("g_clip", without)):
         assert report[name].item() == pytest.approx(source[name].item(), rel=1e-5), name
 
@@ -376,7 +346,7 @@ def test_bfloat16_is_safe():
         r1 = losses.r1_penalty(discriminator, clip, real, text.tokens, text.eot, recipe.r1_gamma, scales)
         d_report |= {"r1": r1, "loss": d_report["loss"] + r1}
         output = generator(z, text.tokens, text.eot, 8)
-        g_report = losses.generator_loss(output, None, text, wrong, CHANCES[:, 1], discriminator, clip, recipe)
+        g_report = losses.generator_loss(output, text, wrong, CHANCES[:, 1], discriminator, clip, recipe)
         return d_report, g_report
 
     exact, clip_sees_in = both(), []

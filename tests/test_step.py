@@ -1,7 +1,6 @@
 """One step's parts: who learns, what noise and gradients the parts of a batch get, and the moving average."""
 
 import copy
-import dataclasses
 import weakref
 from types import SimpleNamespace
 
@@ -114,7 +113,7 @@ def test_r1_in_small_parts_has_the_gradients_of_the_whole(learner, size, monkeyp
 def test_real_and_fake_images_are_augmented_by_chances_of_their_own(learner, monkeypatch):
     of_real, of_fake = [], []
     loss, augment = step_module.generator_loss, step_module.augment
-    monkeypatch.setattr(step_module, "generator_loss", lambda *x, **named: of_fake.append(x[4]) or loss(*x, **named))
+    monkeypatch.setattr(step_module, "generator_loss", lambda *x, **named: of_fake.append(x[3]) or loss(*x, **named))
     monkeypatch.setattr(step_module, "augment", lambda *x: of_real.append(x[2]) or augment(*x))  # for R1
     (part,) = learner.prepare(0, 0, batches(1, 4))
     learner.step(0, [part])
@@ -124,7 +123,7 @@ def test_real_and_fake_images_are_augmented_by_chances_of_their_own(learner, mon
 
 def test_the_mean_of_w_is_that_of_all_parts(learner):
     parts, before = learner.prepare(0, 1, batches(2, 2)), learner.generator.w_avg.clone()
-    w = torch.cat([learner.draw(part, part.z).w for part in parts]).detach()
+    w = torch.cat([learner.draw(part).w for part in parts]).detach()
     learner.step(1, parts)
     torch.testing.assert_close(learner.generator.w_avg, before.lerp(w.mean(0), 0.005))
 
@@ -165,16 +164,6 @@ def test_the_generators_step_adds_nothing_to_the_discriminators_gradients(learne
     learner.step(1, learner.prepare(0, 1, batches(1, 4)))
     assert any(gradient.any() for gradient in before)
     assert all(torch.equal(gradient, p.grad) for gradient, p in zip(before, learning, strict=True))
-
-
-def test_modes_are_sought_between_two_z_of_one_caption(learner, monkeypatch):
-    drawn, draw = [], learner.draw
-    monkeypatch.setattr(learner, "recipe", dataclasses.replace(learner.recipe, mode_seeking_weight=0.1))
-    monkeypatch.setattr(learner, "draw", lambda *x: drawn.append(x[1:]) or draw(*x))
-    (part,) = learner.prepare(0, 1, batches(1, 4))
-    learner.step(1, [part])
-    (z,), (other, every) = drawn
-    assert torch.equal(z, part.z) and torch.equal(other, part.other_z) and every == 4 and not (z[::4] == other).any()
 
 
 def test_the_least_share_is_that_of_the_expert_with_the_fewest_points():

@@ -31,7 +31,7 @@ from common.disk import write_text
 from common.distributed import say
 from experts import Experts
 from layers import pyramid
-from losses import MODE_SEEKING_EVERY, R1_INTERVAL
+from losses import R1_INTERVAL
 from presets import fitted_to
 from sampling.latent import BATCH as DRAWN
 from step import Learner, MicroBatch
@@ -240,7 +240,7 @@ def count(learner, meter, images):
     batch = empty_batch(learner, images)
     r1 = meter.measure(lambda: learner.penalize([batch], R1_INTERVAL))
     with torch.no_grad():
-        drawing = meter.measure(lambda: learner.draw(batch, batch.z))
+        drawing = meter.measure(lambda: learner.draw(batch))
         inputs = *batch.given, batch.z, batch.text.tokens, batch.text.eot
         evaluation = meter.measure(lambda: learner.clip.encode_image(learner.ema(*inputs).image))
     return {"step": step, "r1": r1, "drawing": drawing, "evaluation": evaluation}
@@ -257,7 +257,7 @@ def empty_batch(learner, size):
         real = {r: x[..., : sides[r], : sides[r]] for r, x in real.items()}
         given = tuple(x[..., :side, :side] for x in given)
     z, chances = torch.empty(size, config.z_dim), torch.empty(size, 2, NUM_CHANCES)
-    return MicroBatch(real, text, wrong, z, z[::MODE_SEEKING_EVERY], chances, given)
+    return MicroBatch(real, text, wrong, z, chances, given)
 
 
 def parameters_and_memory(learner):
@@ -367,8 +367,11 @@ def choose_micro_batches(accumulate, preset, batch, clip, device, dtype, path):
         raise UserError(
             f"--batch {batch} in {number} part(s) leaves no wrong caption to compare with; take 2 or more each"
         )
-    if batch % (ranks * number):
-        raise UserError(f"--batch {batch} cannot be shared by {ranks} ranks in {number} parts; choose a multiple")
+    if batch % (ranks * number * preset.discriminator.group):
+        raise UserError(
+            f"--batch {batch} cannot be shared by {ranks} ranks in {number} parts, of groups of "
+            f"{preset.discriminator.group} images; choose a multiple of {ranks * number * preset.discriminator.group}"
+        )
     return number, r1_images
 
 

@@ -1,50 +1,95 @@
 """The emoji that ship with the repository: what is drawn in training, and what is held out."""
 
-import json
 from collections import Counter, defaultdict
 
+import numpy as np
 import pytest
+import torch
 
 from data import sources, svg
+from data.emoji import Emoji, captions_of
 
 
 @pytest.fixture(scope="module")
-def samples():
-    """[(facts, captions, picture)] of every picture, none decoded."""
-    source = sources.open_data("emoji", 32, 0)
-    parts = [sample.parts for sample in source.raw(source.urls[0])]
-    return [(json.loads(p[".json"]), p[".txt"].decode().splitlines(), p[".svg"]) for p in parts]
+def emoji():
+    return sources.open_data("emoji", 8, seed=0, group=4)
 
 
-def test_one_caption_in_five_names_the_style(samples):
-    for facts, captions, _ in samples:
-        styled = [caption for caption in captions if f", {facts['style']} style" in caption]
-        assert 5 * len(styled) == len(captions) and captions[0].startswith(facts["name"])
-        assert all(facts["tone"] in caption for caption in captions)
+@pytest.fixture(scope="module")
+def facts(emoji):
+    return [sample.facts for sample in emoji.samples]
 
 
-def test_every_name_is_drawn_as_often_as_it_has_styles(samples):
+def test_one_caption_in_five_names_the_style(emoji):
+    for sample in emoji.samples:
+        styled, others = captions_of(sample, [True]), captions_of(sample, [False])
+        assert len(styled) == 2 and len(others) == 8 and others[0].startswith(sample.facts["name"])
+        assert all(sample.facts["tone"] in caption for caption in styled + others)
+
+
+def test_every_name_is_drawn_as_often_as_it_has_styles(facts):
     drawn, styles = Counter(), defaultdict(set)
-    for facts, *_ in samples:
-        drawn[facts["name"]] += facts["aurora_weight"]
-        styles[facts["name"]].add(facts["style"])
+    for each in facts:
+        drawn[each["name"]] += each["aurora_weight"]
+        styles[each["name"]].add(each["style"])
     assert all(drawn[name] == pytest.approx(len(styles[name]), abs=0.01) for name in styles)
     assert len(set.union(*styles.values())) == 7
 
 
-def test_each_part_of_a_held_out_pair_is_seen_elsewhere_and_a_held_out_name_nowhere(samples):
+def test_pictures_and_groups_are_drawn_by_their_weights(emoji):
+    weights, rng = defaultdict(float), np.random.default_rng(0)
+    for sample in emoji.pictures:
+        weights[bool(sample.facts["tone"])] += sample.facts["aurora_weight"]
+    share = weights[True] / sum(weights.values())
+    for source in (emoji, Emoji(8, seed=0)):
+        tones = [bool(sample.facts["tone"]) for sample, _ in source.draw(8000, rng)]
+        assert np.mean(tones) == pytest.approx(share, abs=0.03)
+        assert share < 0.75 * np.mean([bool(sample.facts["tone"]) for sample in source.pictures])
+
+
+def test_a_group_is_one_emoji_by_different_artists_with_one_caption(emoji):
+    drawn, whole = emoji.draw(320, np.random.default_rng(0)), 0
+    for first in range(0, 240, 4):
+        samples, captions = zip(*drawn[first : first + 4], strict=True)
+        artists = Counter(sample.facts["style"] for sample in emoji.emoji[samples[0].facts["code"]])
+        assert len({sample.facts["code"] for sample in samples}) == 1
+        assert captions == captions[:1] * 4 and len(captions[0]) == 1
+        assert len({sample.place for sample in samples}) == min(4, artists.total())
+        assert not any(style in captions[0][0] for style in (f", {name} style" for name in artists))
+        whole += artists.total() >= 4
+    assert whole > 30
+    assert all(captions == captions_of(sample, [True]) for sample, captions in drawn[240:])
+
+
+def test_the_ranks_share_one_batch_which_the_step_determines(emoji):
+    whole = next(emoji.batches(range(7, 9), 16, 0, 1))
+    halves = [next(emoji.batches(range(7, 9), 8, rank, 2)) for rank in range(2)]
+    assert whole.images.equal(torch.cat([half.images for half in halves]))
+    assert whole.captions[:12] == halves[0].captions + halves[1].captions[:4]
+    assert next(emoji.batches(range(8, 9), 16, 0, 1)).captions != whole.captions
+
+
+def test_each_part_of_a_held_out_pair_is_seen_elsewhere_and_a_held_out_name_nowhere(facts):
     parts = defaultdict(list)
-    for facts, *_ in samples:
-        parts[facts["aurora_held_out"]].append(facts)
-    seen = {(facts["name"], facts["style"]) for facts in parts[None]}
-    names, tones = {name for name, _ in seen}, {facts["tone"] for facts in parts[None]}
-    codes = {facts["code"] for facts in parts[None]}
+    for each in facts:
+        parts[each["aurora_held_out"]].append(each)
+    seen = {(each["name"], each["style"]) for each in parts[None]}
+    names, tones = {name for name, _ in seen}, {each["tone"] for each in parts[None]}
+    codes = {each["code"] for each in parts[None]}
     assert set(parts) == {None, "tone", "style", "name"}
     assert all(f["code"] not in codes and f["name"] in names and f["tone"] in tones for f in parts["tone"])
     assert all((f["name"], f["style"]) not in seen and f["name"] in names for f in parts["style"])
-    assert not names & {facts["name"] for facts in parts["name"]}
+    assert not names & {each["name"] for each in parts["name"]}
 
 
-def test_no_picture_is_refused(samples):
-    for _, _, picture in samples[::5]:
-        svg.check(picture)
+def test_training_sees_no_picture_that_is_held_out(emoji):
+    held_out = [sample for sample in emoji.samples if sample.facts["aurora_held_out"]]
+    assert len(held_out) + len(emoji.pictures) == len(emoji.samples) > 15_000
+    assert not {sample.place for sample in held_out} & {sample.place for sample in emoji.pictures}
+    first = next(emoji.evaluation(held_out=True, batch=2))
+    assert first.images.equal(torch.stack([emoji.example(sample)[0] for sample in held_out[:2]]))
+
+
+def test_no_picture_is_refused(emoji):
+    for sample in emoji.samples[::5]:
+        svg.check(sample.image)

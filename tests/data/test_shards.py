@@ -163,29 +163,6 @@ def test_a_resumed_stream_with_broken_images_is_exact_and_decodes_no_earlier_bat
 # Fields of the .json, and held-out pairs.
 
 
-def test_a_weight_that_is_none_is_one_and_fields_of_other_people_mean_nothing(tmp_path, undecoded):
-    facts = [b'{"weight": 0, "held_out": "false"}', b'{"aurora_weight": 0.25']
-    facts += [
-        b'{"aurora_weight": %s}' % each for each in (b"0", b"-1", b"NaN", b"Infinity", b'"0.5"', b"null", b"true")
-    ]
-    samples = numbered(36)
-    for i, parts in enumerate(samples):
-        parts["json"] = facts[i % len(facts)]
-    source = opened("tar", tmp_path, named(samples))
-    assert len(all_captions(source)) == 36 and not source.json_holds_out
-    counts = Counter(int(caption) % len(facts) for caption in seen(source, 400))
-    assert len(counts) == len(facts) and max(counts.values()) < 1.6 * min(counts.values())
-
-
-def test_a_sample_comes_as_often_as_its_weight_says(tmp_path, undecoded):
-    """`weight`, a field of other people, changes nothing."""
-    samples = numbered(600, json=b'{"weight": 0.25}')
-    for parts in samples[1::2]:
-        parts["json"] = b'{"aurora_weight": 0.25}'
-    captions = seen(opened("tar", tmp_path, named(samples)), 400)
-    assert sum(int(caption) % 2 for caption in captions) / len(captions) == pytest.approx(0.2, abs=0.03)
-
-
 @pytest.mark.parametrize("kind", ["folder", "tar"])
 def test_training_never_sees_the_held_out_pairs_nor_copies_of_them(tmp_path, undecoded, kind):
     source = opened(kind, tmp_path, named(2 * numbered(500)))
@@ -220,15 +197,6 @@ def test_what_is_skipped_after_the_last_whole_batch_is_reported_too(tmp_path, ca
     source = opened(kind, tmp_path, named(samples))
     assert len(captions_of(source.evaluation(batch=4))) == 4
     assert "broken images" in capsys.readouterr().out
-
-
-def test_aurora_held_out_in_the_json_decides_alone(tmp_path, undecoded):
-    samples = numbered(600)
-    for i, parts in enumerate(samples):
-        parts["json"] = json.dumps({"aurora_held_out": "tone" if i % 100 == 7 else None}).encode()
-    source = opened("tar", tmp_path, named(samples))
-    assert sorted(map(int, all_captions(source, held_out=True))) == [7, 107, 207, 307, 407, 507]
-    assert not set(all_captions(source, held_out=True)) & set(seen(source, 200, batch=8))
 
 
 @pytest.mark.parametrize("count", [4, 9])
@@ -480,14 +448,6 @@ BAD = {
     "a pipe": os.mkfifo,
     "a dangling link": lambda path: path.symlink_to(path.with_name("nowhere")),
 }
-
-
-def test_a_shard_whose_pairs_are_all_held_out_is_refused(tmp_path):
-    """Training would look for a pair without an end."""
-    samples = numbered(3, picture=PICTURE, json=b'{"aurora_held_out": "name"}')
-    write_tar(tmp_path / "0.tar", named(samples))
-    with pytest.raises(UserError, match="all are held out"):
-        source_of(tmp_path / "0.tar")
 
 
 @pytest.mark.parametrize("content", BAD)

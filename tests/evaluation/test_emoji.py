@@ -6,6 +6,7 @@ import io
 import pytest
 import torch
 
+from data.emoji import read_emoji
 from data.pairs import read_image
 from evaluation import emoji
 from evaluation.extractors import Extractor
@@ -13,11 +14,11 @@ from evaluation.extractors import Extractor
 
 @pytest.fixture(scope="module")
 def pictures():
-    return list(emoji.read_emoji())
+    return read_emoji()
 
 
 def test_every_question_has_one_answer_and_held_out_names_are_never_seen(pictures):
-    facts = [facts for facts, _ in pictures]
+    facts = [sample.facts for sample in pictures]
     asked = emoji.questions(facts, seed=0)
     assert asked == emoji.questions(facts, seed=0)
     kinds = [kind for kind, _, _ in asked]
@@ -67,7 +68,8 @@ def test_variety_is_a_share_of_that_of_real_pictures(pictures):
     share, _ = emoji.variety(black_and_white, pictures, 0, names=3)
     real = 0.0
     for name in asked[:: emoji.SEEDS]:
-        svgs = [svg for f, svg in pictures if f["name"] == name and not f["tone"] and not f["aurora_held_out"]]
+        same = [s for s in pictures if s.facts["name"] == name]
+        svgs = [s.image for s in same if not s.facts["tone"] and not s.facts["aurora_held_out"]]
         images = torch.stack([read_image(io.BytesIO(svg), 64) for svg in svgs])
         real += emoji.spread(emoji.resize(images, 8).flatten(1))
     assert share == pytest.approx(3 * 2 * 16 / 28 / real, rel=1e-2)  # pictures are rounded to 8 bits

@@ -1,6 +1,5 @@
 """Evaluation compared with torch-fidelity, open_clip and the definitions; and COCO's format end to end."""
 
-import functools
 import json
 
 import numpy as np
@@ -14,7 +13,7 @@ import evaluate
 from clip import load_clip
 from common.cli import UserError
 from data import coco
-from evaluation import emoji, extractors, features, metrics
+from evaluation import extractors, features, metrics
 from tests import figures
 from upsampler import Upsampler
 from weights.generator_file import content, save_generator
@@ -206,9 +205,7 @@ def test_captions_that_the_judge_cannot_tell_apart_are_noted(run, tmp_path):
 
 def test_on_emoji_words_and_variety_are_measured_too(run, tmp_path, monkeypatch):
     """The real command on some of the emoji, at a lower output of the generator."""
-    path = figures.write_emoji(tmp_path / "emoji.tar.gz")
-    monkeypatch.setattr("data.sources.EMOJI", path)
-    monkeypatch.setattr(emoji, "read_emoji", functools.partial(emoji.read_emoji, path))
+    monkeypatch.setattr("data.emoji.SHARD", figures.write_emoji(tmp_path / "emoji.tar.gz"))
     status, stdout, stderr = run(*["--data", "emoji", "--count", "8", "--resolution", "16", "--truncation", "0.5"])
     assert status == 0, stderr
     for words in (

@@ -70,7 +70,7 @@ def test_a_second_stage_without_text_makes_the_same_of_every_caption():
 @pytest.mark.parametrize("name", ["emoji", "emoji-256"])
 def test_a_short_series_ends_in_a_table(tmp_path, monkeypatch, run_main, name):
     """On a small shard in the place of the emoji, with tiny networks; a step or two of each run."""
-    monkeypatch.setattr("data.sources.EMOJI", figures.write_emoji(tmp_path / "emoji.tar.gz"))
+    monkeypatch.setattr("data.emoji.SHARD", figures.write_emoji(tmp_path / "emoji.tar.gz"))
     monkeypatch.setattr(ablations, "full_preset", {"emoji": figures.TINY, "emoji-256": figures.LARGER}.get)
     monkeypatch.setattr(ablations, "COUNT", 8)
     monkeypatch.setattr(ablations, "COUNT_LARGE", 8)

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from baselines.ladagan import LadaGAN
 from baselines.shared import generator_file
 from clip import BUILT_IN, load_clip
-from evaluation import emoji, extractors
+from evaluation import extractors
 from experiments import compare
 from tests import figures
 from weights.generator_file import save_generator
@@ -52,9 +52,7 @@ def test_a_systems_cost_is_counted_up_to_its_generator_and_as_pytorch_does(run):
 
 
 def test_a_small_comparison(run, tmp_path, run_main, monkeypatch):
-    shard = figures.write_emoji(tmp_path / "emoji.tar.gz")
-    monkeypatch.setattr("data.sources.EMOJI", shard)
-    monkeypatch.setattr(emoji.read_emoji, "__defaults__", (shard,))
+    monkeypatch.setattr("data.emoji.SHARD", figures.write_emoji(tmp_path / "emoji.tar.gz"))
     monkeypatch.setattr(extractors, "efficientnet", lambda device: figures.GRID_MEANS)
     systems = [f"Aurora={figures.generator_file()}", f"LadaGAN={run[0]}"]
     status, stdout, error = run_main(compare.main, *systems, "--count", 6, "--out", tmp_path)

@@ -17,7 +17,7 @@ from tests import figures
 from tests.training.runs import build
 
 CASES = (
-    "--preset tiny --set mode_seeking_weight=0.1 clip_lower_every=4",
+    "--preset tiny --set clip_lower_every=4",
     "--preset tiny --accumulate 2",
     "--preset tiny-larger",
 )

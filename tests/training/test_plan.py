@@ -190,6 +190,13 @@ def test_the_choice_is_kept_and_what_does_not_fit_is_refused(rehearsed, monkeypa
         plan.choose_micro_batches("auto", *run)
 
 
+def test_a_batch_that_cuts_a_group_is_refused():
+    """A group that was half real and half generated would give the discriminator the answer."""
+    preset = dataclasses.replace(QUICK, discriminator=dataclasses.replace(QUICK.discriminator, group=4))
+    with pytest.raises(UserError, match=r"--batch 12 cannot .* in 2 parts, of groups of 4 images; .* multiple of 8"):
+        plan.choose_micro_batches(2, preset, 12, "emoji", torch.device("cpu"), torch.float32, None)
+
+
 def test_the_table_has_a_row_for_each_number_of_gpus(rehearsed, monkeypatch, capsys):
     """192 images: 24 on each of 8 GPUs, or in 8 micro-batches on one."""
     monkeypatch.setattr(plan, "Rehearsal", lambda *options: rehearsed)
