@@ -66,25 +66,23 @@ class Emoji(Source):
         return pictures / pictures.sum(), groups / groups.sum()
 
     def draw(self, size, rng):
-        """`size` pictures for training, as pairs of a Sample and its possible captions."""
+        """`size` pictures for training, as pairs of a Sample and its caption."""
         of_pictures, of_groups = self.weights
-        drawn, groups = [], list(self.emoji.values())
+        drawn, emoji = [], list(self.emoji.values())
         number = int(size * GROUPED) // self.group if self.group > 1 else 0
-        for chosen in rng.choice(len(groups), number, p=of_groups):
-            pictures = np.resize(rng.permutation(len(groups[chosen])), self.group)
-            caption = rng.choice(captions_of(groups[chosen][0], styled=[False]))
-            drawn += [(groups[chosen][i], [caption]) for i in pictures]
+        for chosen in rng.choice(len(emoji), number, p=of_groups):
+            pictures = emoji[chosen]
+            caption = rng.choice(captions_of(pictures[0], styled=[False]))
+            drawn += [(pictures[i], caption) for i in np.resize(rng.permutation(len(pictures)), self.group)]
         for chosen in rng.choice(len(self.pictures), size - len(drawn), p=of_pictures):
-            styled = [True] if number else (True, False)
-            drawn.append((self.pictures[chosen], captions_of(self.pictures[chosen], styled)))
+            picture = self.pictures[chosen]
+            drawn.append((picture, rng.choice(captions_of(picture, [True] if number else (True, False)))))
         return drawn
 
     def batches(self, steps, batch, rank, world_size):
         for step in steps:
-            rng = np.random.default_rng([self.seed, step])
-            drawn = self.draw(batch * world_size, rng)[rank * batch :][:batch]
-            examples = [(self.example(sample)[0], captions) for sample, captions in drawn]
-            yield self.collate(examples, np.random.default_rng([self.seed, step, rank]))
+            drawn = self.draw(batch * world_size, np.random.default_rng([self.seed, step]))[rank * batch :][:batch]
+            yield self.collate([(self.example(sample)[0], [str(caption)]) for sample, caption in drawn])
 
     def examples(self, held_out=False, rank=0, world_size=1):
         wanted = [sample for sample in self.samples if self.is_for(sample, held_out)]

@@ -6,8 +6,8 @@
 Every picture is `key.svg` with `key.txt` and `key.json`. Each use of a picture draws one line of its `.txt`: the name,
 another word for it, or a short phrase; one line in five names the style. In the `.json`, `aurora_weight` says how often
 training draws the picture, compared with others. It makes every name equally frequent although people have up to 26
-skin tones. `aurora_held_out` marks the pictures that training never sees: "tone" and "style" are pairs whose parts occur in
-other pictures, "name" is a name that occurs in no other picture.
+skin tones. `aurora_held_out` marks the pictures that training never sees: "tone" and "style" are pairs whose parts
+occur in other pictures, "name" is a name that occurs in no other picture.
 """
 
 import argparse

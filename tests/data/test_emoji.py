@@ -53,19 +53,19 @@ def test_a_group_is_one_emoji_by_different_artists_with_one_caption(emoji):
         samples, captions = zip(*drawn[first : first + 4], strict=True)
         artists = Counter(sample.facts["style"] for sample in emoji.emoji[samples[0].facts["code"]])
         assert len({sample.facts["code"] for sample in samples}) == 1
-        assert captions == captions[:1] * 4 and len(captions[0]) == 1
+        assert captions == captions[:1] * 4
         assert len({sample.place for sample in samples}) == min(4, artists.total())
-        assert not any(style in captions[0][0] for style in (f", {name} style" for name in artists))
+        assert not any(f", {artist} style" in captions[0] for artist in artists)
         whole += artists.total() >= 4
     assert whole > 30
-    assert all(captions == captions_of(sample, [True]) for sample, captions in drawn[240:])
+    assert all(caption in captions_of(sample, [True]) for sample, caption in drawn[240:])
 
 
 def test_the_ranks_share_one_batch_which_the_step_determines(emoji):
     whole = next(emoji.batches(range(7, 9), 16, 0, 1))
     halves = [next(emoji.batches(range(7, 9), 8, rank, 2)) for rank in range(2)]
     assert whole.images.equal(torch.cat([half.images for half in halves]))
-    assert whole.captions[:12] == halves[0].captions + halves[1].captions[:4]
+    assert whole.captions == halves[0].captions + halves[1].captions
     assert next(emoji.batches(range(8, 9), 16, 0, 1)).captions != whole.captions
 
 
