@@ -113,11 +113,11 @@ def test_it_trains_on_a_folder_and_on_shards(tmp_path, capsys, kind):
         (source / "broken.jpg").write_bytes(b"broken")
         (source / "broken.txt").write_text("broken")
     else:
-        write_shard(source / "00000.tar", [good(i) for i in range(12)] + [{"jpg": b"broken", "txt": b"broken"}])
+        write_shard(source / "00000.tar", [good(i) for i in range(12)] + 4 * [{"jpg": b"broken", "txt": b"broken"}])
     run(*SHORT, "--out", out, "--data", source, "--steps", 4)
     rows = log_of(out)
     assert len(rows) == 4 and rows[-1]["skipped"] >= 1 and rows[-1]["rejected"] == 0
-    found = {"folder": "13 images have a caption in a .txt", "shards": "among them 13 images with a caption"}
+    found = {"folder": "13 images have a caption in a .txt", "shards": "among them 16 images with a caption"}
     assert found[kind] in capsys.readouterr().out
 
 
