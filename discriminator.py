@@ -110,10 +110,9 @@ class Head(nn.Module):
 
 
 def deviation_in_groups(x, group):
-    """Images [B, C, H, W] → the standard deviation of each channel and point over each `group` images in a row, for
-    every image, [B, C, H, W]. If `group` does not divide B, groups are smaller.
+    """Maps [B, C, H, W] → the standard deviation of each channel and point over each `group` maps in a row, for every
+    map, [B, C, H, W].
     """
-    group = math.gcd(group, len(x))
     deviation = torch.sqrt(full_precision(x).unflatten(0, (-1, group)).var(1, correction=0) + 1e-8)
     return deviation.repeat_interleave(group, 0).to(x.dtype)
 
@@ -129,7 +128,7 @@ class Discriminator(nn.Module):
 
     With a group of several images, the last stage also reads how much the images of a group differ (StyleGAN's
     minibatch standard deviation). If they have the same caption, the discriminator notices a generator that draws the
-    same picture under each z.
+    same picture under each z. If the size of a group does not divide the number of images, groups are smaller.
     """
 
     def __init__(self, config: DiscriminatorConfig):
@@ -173,6 +172,7 @@ class Discriminator(nn.Module):
         points = [read(x) for read, x in zip(self.map_readers, clip_maps, strict=True)]
         maps = {(max(pyramid), CLIP): torch.cat(points, dim=2)} if points else {}
         entered = {}  # input → its map, on the way down
+        group = math.gcd(self.group, len(pyramid[max(pyramid)]))
         for resolution in self.resolutions:
             if resolution > max(pyramid):
                 continue
@@ -181,7 +181,7 @@ class Discriminator(nn.Module):
                 entered[resolution] = lrelu(stage.from_rgb(pyramid[resolution]))
             together = torch.cat(list(entered.values()))  # [inputs · B, C, H, W]
             if self.group > 1 and resolution == self.resolutions[-1]:
-                together = together + self.from_deviation(deviation_in_groups(together, self.group))
+                together = together + self.from_deviation(deviation_in_groups(together, group))
             outputs = stage.body(together).chunk(len(entered))
             entered = dict(zip(entered, outputs, strict=True))
             for entry, x in entered.items():
