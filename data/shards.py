@@ -82,7 +82,7 @@ class Shards(Source):
     def look(self):
         """Reads the first samples of some shards to learn what they contain → whether one is usable for training."""
         self.kinds, self.fields, self.complete = collections.Counter(), set(), 0
-        number, size, reached_ends, usable = 0, 0, True, False
+        number, size, reached_ends, usable = 0, 0, True, set()  # whether usable ones would be held out
         without_caption, without_image = set(), set()
         shards = list(self.sizes)
         tried = shards[:: -(-len(shards) // TRIED)]
@@ -99,7 +99,8 @@ class Shards(Source):
                     self.complete += 1
                 else:
                     without_caption.add(sample.place)
-                usable = usable or self.example(sample) is not None
+                if False not in usable and self.example(sample):
+                    usable.add(self.is_for(sample, held_out=True))
             number += count
             reached_ends = reached_ends and count < SAMPLES_TRIED
         if len(without_caption & without_image) > self.complete / 10:
@@ -113,7 +114,7 @@ class Shards(Source):
         tried_are_plain = all(is_plain_tar(url) for url in tried if command_of(url) or os.access(url, os.R_OK))
         self.are_plain = names_are_plain and tried_are_plain and ".tar" not in self.kinds
         self.stretch = STRETCH * size // max(number, 1)  # bytes
-        return usable
+        return False in usable or (True in usable and not self.holds_out)
 
     def files(self):
         return self.urls

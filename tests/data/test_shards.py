@@ -450,6 +450,16 @@ BAD = {
 }
 
 
+def test_a_shard_whose_pairs_are_all_held_out_is_refused(tmp_path):
+    """Training would look for a pair without an end. Of fewer than 200 pairs none is held out."""
+    held_out = next(picture for i in itertools.count() if is_held_out(picture := PICTURE + b"%d" % i, {}))
+    write_tar(tmp_path / "0.tar", named([{"jpg": held_out, "txt": b"1"}] * 250))
+    with pytest.raises(UserError, match="all are held out"):
+        source_of(tmp_path / "0.tar")
+    write_tar(tmp_path / "1.tar", named([{"jpg": held_out, "txt": b"1"}] * 5))
+    assert not source_of(tmp_path / "1.tar").holds_out
+
+
 @pytest.mark.parametrize("content", BAD)
 def test_what_is_no_shard_is_one_clear_line(tmp_path, content):
     for name in ("0.tar", "0.tgz"):
