@@ -198,12 +198,8 @@ def evaluate(args, device):
 def main():
     args = parse_args()
     with errors_in_one_line():
-        device = distributed.start(args.device)
-        try:
-            with distributed.lost_ranks_reported():
-                evaluate(args, device)
-        finally:
-            distributed.stop()
+        with distributed.ranks(args.device) as device:
+            evaluate(args, device)
 
 
 if __name__ == "__main__":

@@ -61,14 +61,8 @@ def parse_args(argv=None):
     add("--resume", default="auto", help="auto: the run in --out; moved: its files are elsewhere; no; or a checkpoint")
     add("--clip", help="train (a small CLIP on --data), emoji, a small CLIP's file, or MODEL:WEIGHTS of "
         "open_clip (default: the preset's; for a small preset on other data: train)")  # fmt: skip
-    add(
-        "--set",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="FIELD=VALUE",
-        help="change the recipe: lr_generator=1e-3 …",
-    )
+    add("--set", nargs="+", action="extend", default=[], metavar="FIELD=VALUE",
+        help="change the recipe: lr_generator=1e-3 …")  # fmt: skip
     add("--init", type=a_path, help="start a new run from these weights: a generator_ema.safetensors, or a checkpoint")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add("--dtype", choices=("auto", *DTYPES), default="auto", help="auto: bf16 if the device is fast at it")
@@ -257,12 +251,8 @@ def main():
             return print_plan(args, preset_of(args))
         if args.gpus or args.hardware:
             raise UserError("--gpus and --hardware are for --plan; add it, or leave them out")
-        device = distributed.start(args.device)
-        try:
-            with distributed.lost_ranks_reported(), stopping.listening():
-                train(build(args, device))
-        finally:
-            distributed.stop()
+        with distributed.ranks(args.device) as device, stopping.listening():
+            train(build(args, device))
 
 
 if __name__ == "__main__":

@@ -155,12 +155,8 @@ def as_texts(args):
 
 
 def train(system_class, name, args):
-    device = distributed.start("auto")
-    try:
-        with distributed.lost_ranks_reported(), stopping.listening():
-            run(system_class, name, args, device)
-    finally:
-        distributed.stop()
+    with distributed.ranks("auto") as device, stopping.listening():
+        run(system_class, name, args, device)
 
 
 def run(system_class, name, args, device):

@@ -21,8 +21,6 @@ for name in ("all_gather", "`broadcast_buffers`"):
 
 # How long a rank waits for others: the main rank alone makes the plan or trains a small CLIP, and data may stall.
 PATIENCE = datetime.timedelta(hours=1)
-# What torchrun sets in the environment of each rank.
-RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 def start(device_name):
@@ -39,9 +37,9 @@ def start(device_name):
     if not re.fullmatch(r"cpu|cuda(:[1-9]?\d)?", device_name):
         raise UserError(f"--device {device_name}: use auto, cpu, cuda or cuda:N")
     device = torch.device(device_name)
-    launched = is_launched()
+    launched = "RANK" in os.environ or "WORLD_SIZE" in os.environ
     if device.type == "cuda":
-        index = int(os.environ["LOCAL_RANK"]) if launched else device.index or 0
+        index = int(os.environ.get("LOCAL_RANK", 0)) if launched else device.index or 0
         if index >= torch.cuda.device_count():
             found = f"there is no number {index}, as PyTorch finds {torch.cuda.device_count()} CUDA devices"
             raise UserError(f"--device {device_name}: {found}; use auto, or cpu")
@@ -51,24 +49,10 @@ def start(device_name):
         try:
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
         except (RuntimeError, ValueError) as error:
-            address = os.environ["MASTER_ADDR"]
-            raise UserError(f"the other ranks cannot be joined at {address}: {first_line(error)}") from error
+            address, why = os.environ.get("MASTER_ADDR"), first_line(error)
+            fix = "start all ranks with torchrun, or unset RANK and WORLD_SIZE to run alone"
+            raise UserError(f"the other ranks cannot be joined at {address}: {why}; {fix}") from error
     return device
-
-
-def is_launched():
-    """Whether a launcher started this process as one of several ranks. Raises UserError if variables are missing."""
-    given = {name: os.environ.get(name, "") for name in RANK_VARIABLES}
-    if not given["RANK"] and not given["WORLD_SIZE"]:
-        return False
-    have_numbers = all(given[name].isdecimal() for name in RANK_VARIABLES if name != "MASTER_ADDR")
-    if not (have_numbers and int(given["RANK"]) < int(given["WORLD_SIZE"]) and given["MASTER_ADDR"]):
-        shown = ", ".join(f"{name}={value}" if value else f"no {name}" for name, value in given.items())
-        raise UserError(
-            f"the environment has {shown}, which is not enough to reach the other ranks: start all of them with "
-            "torchrun, or unset RANK and WORLD_SIZE to run alone"
-        )
-    return True
 
 
 def describe(device):
@@ -78,17 +62,14 @@ def describe(device):
     return f"CPU, {torch.get_num_threads()} threads, {platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
 
 
-def stop():
-    if dist.is_initialized():
-        gc.collect()  # reference cycles in DistributedDataParallel keep the group alive
-        dist.destroy_process_group()
-
-
 @contextlib.contextmanager
-def lost_ranks_reported():
-    """Turns the error that a lost rank causes here into a UserError."""
+def ranks(device_name):
+    """A context in which this process is one of the ranks; gives the rank's device. The error that a lost rank causes
+    here becomes a UserError.
+    """
+    device = start(device_name)
     try:
-        yield
+        yield device
     except (dist.DistError, RuntimeError) as error:
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise
@@ -96,6 +77,10 @@ def lost_ranks_reported():
             "another rank was lost; torchrun --max-restarts 3 starts all of them again, and the run resumes from its "
             "last checkpoint"
         ) from error
+    finally:
+        if dist.is_initialized():
+            gc.collect()  # reference cycles in DistributedDataParallel keep the group alive
+            dist.destroy_process_group()
 
 
 @contextlib.contextmanager

@@ -29,17 +29,16 @@ def main(path):
     figures.PRESETS["tiny"] = dataclasses.replace(figures.TINY, discriminator=in_groups)
     torch.set_default_dtype(torch.float64)
     read_in_float64()
-    distributed.start("cpu")
-    data = distributed.broadcast(str(figures.folder()))
-    gradients = {}
-    for number, case in enumerate(CASES):
-        out = Path(f"{path}.run{number}")
-        options = f"{case} --data {data} --clip emoji --dtype fp32 --workers 0 --batch 8 --out {out}"
-        for name, gradient in gradients_of(build(*options.split())):
-            gradients[f"{case} {name}"] = gradient.clone()
-    if distributed.is_main():
-        torch.save(gradients, path)
-    distributed.stop()
+    with distributed.ranks("cpu"):
+        data = distributed.broadcast(str(figures.folder()))
+        gradients = {}
+        for number, case in enumerate(CASES):
+            out = Path(f"{path}.run{number}")
+            options = f"{case} --data {data} --clip emoji --dtype fp32 --workers 0 --batch 8 --out {out}"
+            for name, gradient in gradients_of(build(*options.split())):
+                gradients[f"{case} {name}"] = gradient.clone()
+        if distributed.is_main():
+            torch.save(gradients, path)
 
 
 def gradients_of(run):
