@@ -58,7 +58,6 @@ def blockwise_l2_attention(q, k, v):
     with float32_region(q):
         groups = (full_precision(x).flatten(0, 1).split(maps_at_a_time) for x in (q, k, v))
         for some_q, some_k, some_v in zip(*groups, strict=True):  # each [≤ maps_at_a_time, N or T, …]
-            some_q, some_k = with_norms(some_q, some_k)
             parts = []
             for q_rows in some_q.split(rows_at_a_time, dim=1):
                 parts.append(recomputed(attend, q_rows, some_k, some_v))
@@ -66,24 +65,11 @@ def blockwise_l2_attention(q, k, v):
     return torch.cat(results).unflatten(0, batch_and_heads).to(v.dtype)
 
 
-def with_norms(q, k):
-    """[…, N, d] and […, T, d] → […, N, d + 2] and […, T, d + 2], whose product is ‖q − k‖²/d.
-
-    It is (−2q, ‖q‖², 1)·(k, 1, ‖k‖²)/d.
-    """
-    q = q / math.sqrt(q.shape[-1])
-    k = k / math.sqrt(k.shape[-1])
-    square_q = q.square().sum(-1, keepdim=True)
-    square_k = k.square().sum(-1, keepdim=True)
-    of_q = torch.cat([-2 * q, square_q, torch.ones_like(square_q)], dim=-1)
-    of_k = torch.cat([k, torch.ones_like(square_k), square_k], dim=-1)
-    return of_q, of_k
-
-
 def attend(q, k, v):
-    """One block of l2_attention_plain, [maps, N or T, …], with q and k of with_norms, which have divided by √d.
+    """One block of l2_attention_plain, [maps, N or T, d], by matrix products: ‖q − k‖² is ‖q‖² − 2q·k + ‖k‖².
 
-    Where q = k, the root has an infinite gradient; clamp_min makes it zero.
+    Where q = k, the root has an infinite gradient; cdist makes it zero.
     """
-    distance = torch.bmm(q, k.mT).clamp_min_(1e-12).sqrt_()
+    scale = 1 / math.sqrt(q.shape[-1])
+    distance = torch.cdist(scale * q, scale * k, compute_mode="use_mm_for_euclid_dist")
     return torch.bmm((-distance).softmax(-1), v)

@@ -5,7 +5,6 @@ encoder for English, and an image tower trained to match it (training/small_clip
 """
 
 import functools
-import hashlib
 import itertools
 import logging
 import math
@@ -23,6 +22,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.nn.utils.rnn import pad_sequence
 
 from common.cli import UserError, first_line
+from common.disk import digest_of
 from layers import float32_region, full_precision, rms_norm
 
 # PyTorch reads this at its first dense layer. With it, a ViT computes q, k and v in one matrix product; without it, in
@@ -373,10 +373,7 @@ def load_small(path):
         raise UserError(
             f"{path} is damaged, or not a small CLIP of training/small_clip.py; give another file"
         ) from error
-    sha256 = hashlib.sha256()
-    for _, value in sorted(state.items()):
-        sha256.update(value.contiguous().numpy().tobytes())
-    clip.name = f"small CLIP {sha256.hexdigest()[:16]}"
+    clip.name = f"small CLIP {digest_of(state)}"
     return clip
 
 

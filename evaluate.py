@@ -13,7 +13,6 @@ right, and how much seeds differ.
 
 import common.interrupts  # noqa: F401
 
-import argparse
 import json
 import platform
 from pathlib import Path
@@ -23,7 +22,6 @@ import torch
 from common import distributed
 from common.cli import (
     MADE_BY,
-    HelpFormatter,
     Parser,
     UserError,
     a_path,
@@ -48,10 +46,7 @@ from weights.generator_file import DEMO, load_generator, load_upsampler
 
 
 def parse_args(argv=None):
-    class Formatter(HelpFormatter, argparse.RawDescriptionHelpFormatter):
-        """Keeps the line breaks of the description."""
-
-    parser = Parser(description=__doc__, formatter_class=Formatter)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add("--checkpoint", type=a_path, default=DEMO, help="generator_ema.safetensors, or aurora_v1.pth")
     add("--text-clip", help="the large CLIP of the generator, see --clip of sample.py")
@@ -197,9 +192,8 @@ def evaluate(args, device):
 
 def main():
     args = parse_args()
-    with errors_in_one_line():
-        with distributed.ranks(args.device) as device:
-            evaluate(args, device)
+    with errors_in_one_line(), distributed.ranks(args.device) as device:
+        evaluate(args, device)
 
 
 if __name__ == "__main__":

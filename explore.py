@@ -82,9 +82,9 @@ class Server(ThreadingHTTPServer):
             models = [os.path.relpath(checkpoint) for checkpoint in self.args.checkpoint]
             return {"prompt": self.args.prompt, "models": models, "colors": COLORS}
         with self.drawing:
-            model, settings = self.model(page.natural(request["model"])), page.read_settings(request["settings"])
+            model, settings = self.model(request["model"]), page.read_settings(request["settings"])
             if path == "/enlarge":
-                return page.data_url(page.draw_large(model, settings, page.natural(request["number"])))
+                return page.data_url(page.draw_large(model, settings, request["number"]))
             return page.answer(model, settings, request["router"])
 
 
@@ -112,15 +112,10 @@ class Handler(BaseHTTPRequestHandler):
         self.reply("text/html; charset=utf-8", PAGE.read_bytes())
 
     def do_POST(self):
-        length = self.headers["Content-Length"]
         if self.path not in REQUESTS:
             return self.send_error(404)
-        if length is None:
-            return self.send_error(411)
-        if not length.isdecimal():
-            return self.send_error(400, "Content-Length is not a whole number from 0.")
         try:
-            if (length := int(length)) > MAX_BYTES:
+            if not 0 <= (length := int(self.headers["Content-Length"])) <= MAX_BYTES:
                 raise UserError("the request is too long")
             result = self.server.answer(self.path, json.loads(self.rfile.read(length)))
         except Exception as error:  # of any kind: the page shows it and can draw again

@@ -71,8 +71,10 @@ def errors_in_one_line():
         sys.exit(130)
 
 
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows every default, except None: there the help itself says what happens without the argument."""
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows every default, except None: there the help itself says what happens without the argument. Keeps the line
+    breaks of descriptions.
+    """
 
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
@@ -85,8 +87,8 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 class Parser(argparse.ArgumentParser):
     """Shows defaults in its help, and refuses empty values."""
 
-    def __init__(self, formatter_class=HelpFormatter, **options):
-        super().__init__(formatter_class=formatter_class, **options)
+    def __init__(self, **options):
+        super().__init__(formatter_class=HelpFormatter, **options)
         self.register("type", None, a_text)
 
 

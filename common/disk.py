@@ -143,3 +143,11 @@ def digest(path):
     """Sixteen hexadecimal digits that identify a file's content."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+def digest_of(tensors):
+    """The same for the content of tensors, {name: tensor}."""
+    sha256 = hashlib.sha256()
+    for _, value in sorted(tensors.items()):
+        sha256.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return sha256.hexdigest()[:16]

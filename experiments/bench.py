@@ -19,7 +19,7 @@ import time
 import torch
 from torch.utils.benchmark import Timer
 
-from attention import attend, l2_attention, with_norms
+from attention import attend, l2_attention
 from aurora import Generator
 from clip import load_clip
 from common import distributed
@@ -195,8 +195,7 @@ def attention(stopwatch):
 
 def whole_maps(q, k, v):
     """Like l2_attention, with the whole attention maps in memory."""
-    q, k, v = (x.flatten(0, 1) for x in (q, k, v))
-    return attend(*with_norms(q, k), v)
+    return attend(*(x.flatten(0, 1) for x in (q, k, v)))
 
 
 def forward_and_backward(function, *leaves):

@@ -8,9 +8,9 @@ from PIL import Image, PngImagePlugin
 from tqdm import tqdm
 
 from common.cli import MADE_BY, UserError, check_file, first_line, make_folder
-from common.disk import Damaged, atomically, delete_unfinished
+from common.disk import Damaged, atomically, delete_unfinished, digest_of
 from data import svg
-from data.pairs import FORMATS, IMAGE, SMALL, Unusable, read_image
+from data.pairs import FORMATS, Unusable, read_image
 from sampling import latent
 from sampling.pipeline import Pipeline
 
@@ -33,22 +33,15 @@ def check_picture(path, given=None):
 
 
 def read_picture(path, resolution):
-    """The file of a square picture of R pixels or more → [3, R, R] in [−1, 1]. Raises UserError."""
+    """The file of a square picture of R pixels or more → [3, R, R] in [−1, 1]. Raises UserError and OSError."""
     if not is_square(path, resolution):
         raise UserError(f"{path} is not square; give a square picture of {resolution}×{resolution}, or a larger one")
     try:
         with open(path, "rb") as file:
             return read_image(file, resolution)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from error
     except Unusable as error:
-        if str(error) == SMALL:
-            says = f"is too small; give a picture of {resolution} pixels or more"
-        elif str(error) == IMAGE:
-            says = "is no picture that can be read; give another file, such as a PNG or JPEG"
-        else:
-            says = f"cannot be used ({error}); give another picture, such as a PNG or JPEG"
-        raise UserError(f"{path} {says}") from error
+        fix = f"give another, such as a PNG or JPEG of {resolution} pixels or more"
+        raise UserError(f"{path} cannot be used ({error}); {fix}") from error
 
 
 def is_square(path, resolution):
@@ -110,7 +103,7 @@ def write_each(pipe: Pipeline, prompts, num, seed, psi, folder: Path, checkpoint
     """
     make_folder(folder)
     delete_unfinished(folder)
-    weights = pipe.digest()
+    weights = " ".join(digest_of(stage.state_dict()) for stage in pipe.stages)
     abouts = [
         {"file": f"{i:06d}.png", "prompt": prompt, "number": n, "seed": seed, "psi": psi, "checkpoint": checkpoint}
         | {"weights": weights, "resolution": pipe.resolution}

@@ -3,12 +3,10 @@ keeps no state between requests except caches.
 """
 
 import base64
-import contextlib
 import functools
 import io
 import json
-import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -19,7 +17,7 @@ from sampling.pictures import in_range
 from sampling.pipeline import Drawn, Pipeline, routers
 
 MOST = latent.BATCH  # pictures of a request: one batch, whose points `pipeline.forced` numbers
-MOST_PSI, MOST_SEED, MOST_TEXT = 1.5, 2**32 - 1, 1000  # the last: characters of a prompt
+MOST_TEXT = 1000  # characters of a prompt
 SPREAD = 0.25  # "More like this" moves z by this share of the way to other noise
 
 
@@ -49,49 +47,18 @@ class Settings:
 
 
 def read_settings(text):
-    """JSON, which may contain anything → Settings within bounds. Raises any Exception for wrong fields."""
+    """JSON, which may contain anything → Settings. Raises UserError, or any Exception for wrong fields."""
     fields = json.loads(text)
-    forced = fields["forced"]
-    if forced:
-        points = tuple((natural(picture), natural(index)) for picture, index in forced["points"])
-        forced = Forced(forced["router"], points, forced["expert"])
-    return Settings(
-        prompt=str(fields["prompt"])[:MOST_TEXT].strip(),
-        seed=seed_of(fields["seed"]),
-        num=int(within(fields["num"], 1, MOST)),
-        psi=within(fields["psi"], 0, MOST_PSI),
-        second=str(fields["second"])[:MOST_TEXT].strip(),
-        amount=within(fields["amount"], 0, 1),
-        part=fields["part"],
-        layers=tuple(map(natural, fields["layers"])),
-        walk=within(fields["walk"], 0, MOST_SEED),
-        centre=tuple(fields["centre"]),
-        forced=forced,
-    )
-
-
-def within(value, least, most):
-    """Anything → a number within these bounds; `least` for what is not a finite number."""
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        number = math.nan
-    return min(max(number, least), most) if math.isfinite(number) else least
-
-
-def seed_of(value):
-    """What was typed as the seed → int. Raises UserError: another seed would give other pictures in silence."""
-    with contextlib.suppress(TypeError, ValueError, OverflowError):
-        if 0 <= (number := float(value)) <= MOST_SEED and number == int(number):
-            return int(number)
-    raise UserError(f"{str(value)[:20]!r} is no seed: give a whole number from 0 to {MOST_SEED}")
-
-
-def natural(index):
-    """Raises UserError for a negative index, which Python would count from the end."""
-    if index < 0:
-        raise UserError(f"the index {index} is negative; indices are from 0 on")
-    return index
+    for name in ("layers", "centre"):
+        fields[name] = tuple(fields[name])
+    if forced := fields["forced"]:
+        points = tuple(map(tuple, forced["points"]))
+        fields["forced"] = Forced(forced["router"], points, forced["expert"])
+    settings = Settings(**fields)
+    pipeline.check_seed(settings.seed)
+    if not 1 <= settings.num <= MOST or max(len(settings.prompt), len(settings.second)) > MOST_TEXT:
+        raise UserError(f"ask for 1 to {MOST} pictures, and give prompts of at most {MOST_TEXT} characters")
+    return settings
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -117,33 +84,25 @@ def noise(generator, settings):
     return z
 
 
-def frames_of_stage(generator, clip, settings, layers):
-    """The frames of one stage. layers: those of this stage that use the w of the second prompt."""
-    z, captions = noise(generator, settings), [settings.prompt] * settings.num
-    first = text = read(generator, clip, settings.prompt)
-    second = read(generator, clip, settings.second or settings.prompt)
+def frames_of_stage(generator, clip, settings):
+    """The frames of one stage, all layers with the same w."""
+    text = read(generator, clip, settings.prompt)
     if settings.amount:
-        text = views.between_prompts(first, second, [settings.amount], settings.part)
-    drawn = views.frames(generator, z, text, settings.psi, captions)
-    if not layers:
-        return drawn
-    of_second = torch.zeros(generator.synthesis.num_layers, 1, dtype=torch.bool, device=z.device)
-    of_second[layers] = True
-    others = views.frames(generator, z, second, settings.psi, captions)
-    pairs = zip(drawn, others, strict=True)
-    return [frame._replace(w=torch.where(of_second, other.w, frame.w)) for frame, other in pairs]
+        second = read(generator, clip, settings.second or settings.prompt)
+        text = views.between_prompts(text, second, [settings.amount], settings.part)
+    captions = [settings.prompt] * settings.num
+    return views.frames(generator, noise(generator, settings), text, settings.psi, captions)
 
 
 @torch.no_grad()
 def frames(pipe, settings):
     """A Pipeline and Settings → a views.Frame for each picture, of both stages."""
-    own = pipe.generator.synthesis.num_layers
-    drawn = frames_of_stage(pipe.generator, pipe.clip, settings, [i for i in settings.layers if i < own])
-    if pipe.upsampler is None:
+    drawn = pipe.view(frames_of_stage, settings)
+    if not settings.layers:
         return drawn
-    above = [i - own for i in settings.layers if i >= own]
-    large = frames_of_stage(pipe.upsampler, pipe.clip, settings, above)
-    return [frame._replace(large=its) for frame, its in zip(drawn, large, strict=True)]
+    of_second = replace(settings, prompt=settings.second or settings.prompt, amount=0.0)
+    pairs = zip(drawn, pipe.view(frames_of_stage, of_second), strict=True)
+    return [views.mix(first, second, settings.layers) for first, second in pairs]
 
 
 @functools.lru_cache(maxsize=1)

@@ -7,7 +7,6 @@ pictures = pipe.sample("red heart", num=4, seed=0)
 
 import contextlib
 import dataclasses
-import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from numbers import Integral
@@ -90,14 +89,6 @@ class Pipeline:
     @property
     def resolution(self) -> int:
         return self.stages[-1].config.resolutions[-1]
-
-    def digest(self) -> str:
-        """Identifies the weights of both stages."""
-        sha256 = hashlib.sha256()
-        for stage in self.stages:
-            for value in stage.state_dict().values():
-                sha256.update(value.cpu().flatten().view(torch.uint8).numpy())
-        return sha256.hexdigest()[:16]
 
     def sample(self, prompts: str | list[str], num=1, seed=0, psi=1.0) -> list[Image.Image]:
         """`num` PIL images of each prompt, one prompt after another. The noise depends on the seed alone."""

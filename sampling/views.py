@@ -104,16 +104,18 @@ def layer_mixing(pipe, coarse, fine, seed, psi):
     mixed = []
     for k in range(len(names), -1, -1):
         caption = "all layers: first prompt" if k == len(names) else f"second prompt: from {names[k]} on"
-        frame = mix(first, second, k)._replace(caption=caption)
-        if first.large:
-            frame = frame._replace(large=mix(first.large, second.large, max(0, k - len(first.w))))
-        mixed.append(frame)
+        mixed.append(mix(first, second, range(k, len(names)))._replace(caption=caption))
     return mixed
 
 
-def mix(first, second, k):
-    """A Frame whose first k layers use the w of one Frame, and the others that of another."""
-    return first._replace(w=torch.cat([first.w[:k], second.w[k:]]))
+def mix(first, second, layers):
+    """The first Frame, with the w of the second in these layers, which are numbered through both stages."""
+    own = len(first.w)
+    chosen = [i for i in layers if i < own]
+    w = first.w.clone()
+    w[chosen] = second.w[chosen]
+    large = first.large and mix(first.large, second.large, [i - own for i in layers if i >= own])
+    return first._replace(w=w, large=large)
 
 
 def layer_names(pipe):

@@ -24,7 +24,7 @@ from sampling.pipeline import Pipeline
 from weights.generator_file import DEMO, save_generator
 
 PLAIN = dict(
-    prompt="red heart", seed="3", num="2", psi="1", second="", amount="0", part="both", layers=[], walk=0, centre=[],
+    prompt="red heart", seed=3, num=2, psi=1, second="", amount=0, part="both", layers=[], walk=0, centre=[],
     forced=None,
 )  # fmt: skip
 
@@ -83,10 +83,10 @@ def test_the_page_and_what_it_shows_first(server):
 @pytest.mark.parametrize("psi", [1, 0.5])
 def test_plain_settings_draw_what_the_pipeline_draws(ask, psi):
     small = Pipeline.load(device="cpu", resolution=64).sample("red heart", num=2, seed=3, psi=psi)
-    answer = ask(psi=str(psi))
+    answer = ask(psi=psi)
     assert all(np.array_equal(opened(url), np.asarray(p)) for url, p in zip(answer["pictures"], small, strict=True))
     large = Pipeline.load(device="cpu").sample("red heart", num=2, seed=3, psi=psi)[1]
-    assert np.abs(opened(ask("/enlarge", number=1, psi=str(psi))) - np.asarray(large)).max() <= 1  # another batch
+    assert np.abs(opened(ask("/enlarge", number=1, psi=psi)) - np.asarray(large)).max() <= 1  # another batch
     assert answer["second_stage"] and answer["routers"] == ["8.0.0", "16.0.0"] and not answer["note"]
 
 
@@ -126,7 +126,7 @@ def test_a_walk_goes_from_seed_to_seed_and_likeness_is_near(pipe):
 
 def test_more_like_a_picture_keeps_it(ask):
     before = ask()
-    after = ask(centre=before["z"][1], seed="4")
+    after = ask(centre=before["z"][1], seed=4)
     assert np.abs(opened(after["pictures"][0]) - opened(before["pictures"][1])).max() <= 1
 
 
@@ -159,16 +159,11 @@ def test_a_baseline_takes_a_prompt_a_seed_and_a_number(ask):
         ({"forced": {"router": "8.0.0", "points": [[0, 0]], "expert": 99}}, "no expert 99"),
         ({"forced": {"router": "8.0.0", "points": [[0, 9999]], "expert": 0}}, "out of bounds"),
         ({"centre": [1.0, 2.0]}, "must match"),
-        *(
-            ({"seed": seed}, "is no seed: give a whole number from 0 to")
-            for seed in ("99999999999", "3.7", "-1", "", None)
-        ),
-        ({"layers": "x"}, "; reload the page"),
-        ({"layers": [-1]}, "index -1 is negative"),
-        ({"model": -1}, "index -1 is negative"),
-        ({"path": "/enlarge", "number": -1}, "index -1 is negative"),
+        *(({"seed": seed}, "give a whole number from 0 to") for seed in (99999999999, 3.7, -1, None)),
+        *(({"num": number}, "ask for 1 to 16 pictures") for number in (0, 17)),
+        ({"second": "word " * 500}, "at most 1000 characters"),
+        ({"layers": ["x"]}, "; reload the page"),
         ({"path": "/enlarge", "number": 0, "model": 1}, "no second stage"),
-        ({"forced": {"router": "8.0.0", "points": [[0, -1]], "expert": 0}}, "index -1 is negative"),
         ({"forced": {"router": "8.0.0", "points": [[0, 0]], "expert": -1}}, "no expert -1"),
     ],
 )
@@ -176,20 +171,12 @@ def test_any_error_is_a_sentence_and_the_next_draws(ask, changes, says):
     answer = ask(**changes)
     assert says in answer["error"] and "\n" not in answer["error"]
     assert len(ask()["pictures"]) == 2
-    assert "too long" in ask(prompt="word " * 500)["note"] and "does not know 🍕" in ask(prompt="🍕")["note"]
+    assert "too long" in ask(prompt="word " * 200)["note"] and "does not know 🍕" in ask(prompt="🍕")["note"]
 
 
-def test_what_the_page_sends_is_held_within_bounds(server):
-    for sent in (10**7, -5, None, 1e300, float("nan"), "x", [1]):
-        fields = dict.fromkeys(("num", "psi", "amount", "walk"), sent)
-        fields |= dict.fromkeys(("prompt", "second"), "word " * 9999)
-        wanted = page.read_settings(json.dumps(PLAIN | fields))
-        assert 1 <= wanted.num <= page.MOST and 0 <= wanted.psi <= 1.5 and 0 <= wanted.walk <= page.MOST_SEED
-        assert 0 <= wanted.amount <= 1
-        assert len(wanted.prompt) <= 1000 and len(wanted.second) <= 1000
-    assert [page.within(sent, 1, 9) for sent in ("5", 5)] == [5, 5]
-    for body in ("[", "[]", "{}", '{"model": -9}'):
-        assert "error" in json.loads(request(server, "POST", "/draw", body)[1])
+@pytest.mark.parametrize("body", ["[", "[]", "{}"])
+def test_a_foreign_request_is_answered(server, body):
+    assert "error" in json.loads(request(server, "POST", "/draw", body)[1])
 
 
 @pytest.mark.parametrize(
@@ -210,25 +197,18 @@ def test_the_page_is_served_under_names_of_this_machine_alone(server, host, stat
     assert request(server, "POST", "/start", "{}", host)[0] == status
 
 
-@pytest.mark.parametrize(
-    ("path", "length", "status"),
-    [("/draw", None, 411), ("/draw", "-1", 400), ("/draw", "x", 400), ("/draw", "", 400), ("/none", "0", 404)],
-)
-def test_a_request_of_unknown_length_or_path_is_refused(server, path, length, status):
+def test_another_path_is_refused(server):
+    assert request(server, "POST", "/none", "{}")[0] == 404
+
+
+@pytest.mark.parametrize("length", [None, "-1", "x", str(explore.MAX_BYTES + 1)])
+def test_a_request_that_is_too_long_or_of_unknown_length_is_not_read(server, length):
     connection = http.client.HTTPConnection(*server.server_address, timeout=9)
-    connection.putrequest("POST", path)
+    connection.putrequest("POST", "/draw")
     if length is not None:
         connection.putheader("Content-Length", length)
     connection.endheaders()
-    assert connection.getresponse().status == status
-
-
-def test_a_request_that_is_too_long_is_not_read(server):
-    connection = http.client.HTTPConnection(*server.server_address, timeout=9)
-    connection.putrequest("POST", "/draw")
-    connection.putheader("Content-Length", str(explore.MAX_BYTES + 1))
-    connection.endheaders()
-    assert json.loads(connection.getresponse().read()) == {"error": "the request is too long"}
+    assert "error" in json.loads(connection.getresponse().read())
 
 
 @pytest.mark.parametrize("sent", [b"GET / HT", b"GET /nothing HTTP/1.1\r\nHost: localhost\r\n\r\n"])

@@ -83,6 +83,7 @@ def convolution_backward(upstream, x, weight, *_, out_val, **__):
 
 FORMULAS = flop_registry | {
     aten.convolution_backward: convolution_backward,
+    aten._euclidean_dist: lambda q, k, out_val: 2 * out_val.numel() * (q.shape[-1] + 2),  # with both norms
     aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[aten._scaled_dot_product_flash_attention],
     aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
         aten._scaled_dot_product_flash_attention_backward
@@ -91,7 +92,7 @@ FORMULAS = flop_registry | {
 
 
 class FlopCounter(TorchDispatchMode):
-    """Counts FLOP with PyTorch's formulas, one corrected and two added, for each dtype of the factors.
+    """Counts FLOP with PyTorch's formulas, one corrected and three added, for each dtype of the factors.
 
     PyTorch's FlopCounterMode also counts for each module, and therefore fails in R1.
     """

@@ -133,7 +133,7 @@ def test_a_users_picture_is_enlarged(file, tmp_path, run_main, mode, size):
     ("size", "says"),
     [
         ((8, 10), "give a square picture of 8×8, or a larger one"),
-        ((4, 4), "give a picture of 8 pixels or more"),
+        ((4, 4), "PNG or JPEG of 8 pixels or more"),
         ("20 50", "give a square picture of 8×8, or a larger one"),
     ],
 )
