@@ -41,7 +41,7 @@ from step import Learner
 from training.loop import Loop, overfitting, watched_pairs
 from training.plan import HARDWARE, auto_or_positive, choose_micro_batches, print_plan
 from training.run_folder import RunFolder
-from training.small_clip import clip_for, clip_of_new_run, clip_of_resumed_run
+from training.small_clip import clip_for, clip_of_new_run
 from weights import checkpoint, generator_file
 from weights.perceptual import perceptual_network
 
@@ -58,7 +58,7 @@ def parse_args(argv=None):
     add("--batch", type=batch_size, help="global batch, over all ranks (default: the preset's)")
     add("--accumulate", type=auto_or_positive, default="auto", help="micro-batches of each batch; auto: as a GPU needs")
     add("--seed", type=natural_number, default=0, help="of weights, data and noise")
-    add("--resume", default="auto", help="auto: the run in --out; moved: its files are elsewhere; no; or a checkpoint")
+    add("--resume", choices=("auto", "moved"), default="auto", help="the run in --out; moved: its data moved")
     add("--clip", help="train (a small CLIP on --data), emoji, a small CLIP's file, or MODEL:WEIGHTS of "
         "open_clip (default: the preset's; for a small preset on other data: train)")  # fmt: skip
     add("--set", nargs="+", action="extend", default=[], metavar="FIELD=VALUE",
@@ -101,14 +101,14 @@ def build(args, device):
     identity["caption-key"] = args.caption_key
     sharing = {"accumulate": micro_batches, "workers": args.workers}
     folder = RunFolder(args.out, identity, sharing)
-    state = folder.state(args.resume)
+    state = folder.state(moved=args.resume == "moved")
     if clip == "train":
         clip = folder.path / "clip.safetensors"
-        if state:  # the checkpoint may be another run's, with --resume PATH
-            clip_of_resumed_run(folder.last_good.parent.parent / clip.name, clip)
-        else:
+        if not state:
             clip_of_new_run(clip, args.data, args.caption_key, args.seed, device)
     with distributed.together():
+        if isinstance(clip, Path) and not clip.is_file():
+            raise UserError(f"{clip} is missing, the small CLIP that this run learned with; put it back")
         clip = load_clip(str(clip), device)
         preset = fitted_to(preset, clip.width, clip.map_shapes())
         torch.manual_seed(args.seed)

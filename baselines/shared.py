@@ -166,7 +166,7 @@ def run(system_class, name, args, device):
             raise UserError(f"--batch {args.batch} cannot be divided among {ranks} ranks; give a multiple of {ranks}")
     identity = {option: getattr(args, option.replace("-", "_")) for option in IDENTITY}
     folder = RunFolder(args.out, {"system": name, **identity}, sharing={"workers": args.workers})
-    state = folder.state("auto")
+    state = folder.state()
     torch.manual_seed(args.seed)
     with distributed.together():
         system = system_class(load_clip(args.clip, device), args.resolution, device)

@@ -8,7 +8,6 @@ import math
 import os
 import shlex
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 try:
     import fcntl
@@ -79,19 +78,19 @@ class RunFolder:
     # ------------------------------------------------------------------------------------------------------------------
     # As a run starts.
 
-    def state(self, resume):
-        """→ the state to resume from, on every rank; None for a new run. resume: the value of --resume.
+    def state(self, moved=False):
+        """→ the state to resume from, on every rank; None for a new run. moved: the files of MAY_MOVE may be elsewhere.
 
         Only the main rank compares a checkpoint with its digest. Raises UserError if the folder, the checkpoint and the
         run do not fit together.
         """
         with distributed.together():
-            path, state = self.find(resume) if distributed.is_main() else (None, None)
+            path, state = self.find(moved) if distributed.is_main() else (None, None)
         self.last_good = distributed.broadcast(path)
         with distributed.together():
             return checkpoint.load(self.last_good, verify=False) if self.last_good and not state else state
 
-    def find(self, resume):
+    def find(self, moved):
         """→ the path of the checkpoint to resume from, and its state; (None, None) for a new run."""
         if self.identity.get("clip") in ("judge", os.path.realpath(BUILT_IN["judge"])):
             raise UserError("--clip judge is for evaluation, which would then favour this run; take another, or emoji")
@@ -102,7 +101,7 @@ class RunFolder:
         for name in ("config.json", "metrics.jsonl", generator_file.FILE, "samples/step_*"):
             if not own and any(self.path.glob(name)):  # a run writes its first checkpoint before these
                 raise UserError(f"{self.path} has {name} and no checkpoint to resume from; give another --out")
-        if resume == "moved" and not own:
+        if moved and not own:
             raise UserError(f"--resume moved: {self.path} has no checkpoint; give the --out of the run")
         folders = self.path, self.checkpoints, self.path / "samples"
         try:
@@ -112,20 +111,9 @@ class RunFolder:
             disk.delete_unfinished(self.path)
         except OSError as error:
             raise UserError(f"--out {self.path} cannot be written: {reason(error)}") from error
-        if resume in ("auto", "moved"):
-            path, state = checkpoint.newest(self.checkpoints)
-        elif own:
-            raise UserError(f"--resume {resume}, but {self.path} has a run of its own; give another --out")
-        elif resume == "no":
-            path, state = None, None
-        elif not Path(resume).is_dir():
-            what = "a file; give --init to start from a generator's" if Path(resume).is_file() else "no such checkpoint"
-            raise UserError(f"--resume {resume}: {what}; use auto to resume in --out, or no to start anew")
-        else:
-            path, state = Path(resume), checkpoint.load(resume)
+        path, state = checkpoint.newest(self.checkpoints)
         if state:
-            self.compare(path, state, resume == "moved")
-        if path in own:
+            self.compare(path, state, moved)
             self.saved_step = state["progress"]["step"]
             self.write_generator(path)  # the run may have been killed before it did
         return path, state
@@ -144,7 +132,7 @@ class RunFolder:
         except OSError:
             say(f"note: the disk of {self.path} has no locks, so a second run in it would not be noticed")
 
-    def compare(self, path, state, moved=False):
+    def compare(self, path, state, moved):
         """Compares a checkpoint's identity and sharing with this run's. Raises UserError for an identity that differs,
         except in the names of files if these moved; prints a note for a sharing that differs.
         """

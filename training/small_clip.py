@@ -12,7 +12,6 @@ import common.interrupts  # noqa: F401
 import contextlib
 import itertools
 import math
-import shutil
 
 import torch
 import torch.nn.functional as F
@@ -107,15 +106,6 @@ def clip_of_new_run(path, data, caption_key, seed, device):
             atomically(path, lambda temporary: save_small(clip, temporary, made))
     if distributed.broadcast(stopping.asked()):
         raise stopping.Stopped
-
-
-def clip_of_resumed_run(former, path):
-    """Copies the small CLIP of a run that is resumed, from its former folder. Raises UserError."""
-    with distributed.together():
-        if not former.is_file():
-            raise UserError(f"{former} is missing, the small CLIP that this run learned with; put it back")
-        if distributed.is_main() and former != path:
-            atomically(path, lambda temporary: shutil.copyfile(former, temporary))
 
 
 def until_stopped(things):

@@ -25,7 +25,7 @@ def run(tmp_path, monkeypatch, batches, state=None, minutes_a_step=0, **ends):
     """Runs to the end without networks, from the start or from a state → the loop."""
     monkeypatch.setattr(loop.sources, "loader", lambda *_, **__: iter(batches))
     folder = RunFolder(tmp_path, {"seed": 0})
-    folder.state("auto")
+    folder.state()
     made = Loop(folder, OPTIONS, batch=2, **ends)
     if state:
         with made.resuming(state):
@@ -55,7 +55,7 @@ def test_a_run_whose_minutes_are_over_makes_no_more_steps(tmp_path, monkeypatch,
         made = run(tmp_path, monkeypatch, itertools.repeat(BATCH), state, minutes_a_step=1, minutes=minutes)
         made.conclude()
         assert made.progress.step == steps and f"Its {minutes} minutes are over" in capsys.readouterr().out
-        state = RunFolder(tmp_path, {"seed": 0}).state("auto")
+        state = RunFolder(tmp_path, {"seed": 0}).state()
 
 
 def test_a_checkpoint_is_due_after_some_steps_or_minutes(tmp_path, monkeypatch):

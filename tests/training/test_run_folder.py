@@ -28,10 +28,10 @@ def state(step=0):
     return {"progress": {"step": step}, "discriminator": {"weight": torch.randn(3)}, "generator": {}}
 
 
-def opened(path, resume="auto", identity=None, **options):
+def opened(path, moved=False, identity=None, **options):
     """→ a folder, and the state of the run in it."""
     folder = RunFolder(path, IDENTITY | (identity or {}), **options)
-    return folder, folder.state(resume)
+    return folder, folder.state(moved)
 
 
 def made(path, steps=(1, 2), **options):
@@ -84,24 +84,22 @@ def test_a_run_killed_before_the_generator_had_its_name_gives_it(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("resume", "identity", "says"),
+    ("moved", "identity", "says"),
     [
-        ("no", {}, "has a run of its own"),
-        ("elsewhere", {}, "has a run of its own"),
-        ("auto", {"system": "muse"}, "not of this command"),
-        ("auto", {"data": "emoji", "batch": 8}, "started with --data '/my pictures', --batch 4"),
-        ("auto", {"data": "/after"}, "--data '/my pictures'.*--resume moved"),
-        ("auto", {"data": "emoji"}, "give another --out$"),
-        ("moved", {"data": "emoji"}, "give another --out$"),
-        ("moved", {"data": "/after", "seed": 1}, r"started with --seed 0; repeat that, or give another --out$"),
-        ("auto", {"caption-key": "text"}, "started with no --caption-key; repeat that"),
+        (False, {"system": "muse"}, "not of this command"),
+        (False, {"data": "emoji", "batch": 8}, "started with --data '/my pictures', --batch 4"),
+        (False, {"data": "/after"}, "--data '/my pictures'.*--resume moved"),
+        (False, {"data": "emoji"}, "give another --out$"),
+        (True, {"data": "emoji"}, "give another --out$"),
+        (True, {"data": "/after", "seed": 1}, r"started with --seed 0; repeat that, or give another --out$"),
+        (False, {"caption-key": "text"}, "started with no --caption-key; repeat that"),
     ],
 )
-def test_a_run_that_is_refused_changes_nothing(tmp_path, resume, identity, says):
+def test_a_run_that_is_refused_changes_nothing(tmp_path, moved, identity, says):
     made(tmp_path)
     before = contents(tmp_path)
     with pytest.raises(UserError, match=says):
-        opened(tmp_path, resume, identity)
+        opened(tmp_path, moved, identity)
     assert contents(tmp_path) == before
 
 
@@ -156,7 +154,7 @@ def test_files_that_are_gone_are_not_taken_for_others(tmp_path, monkeypatch):
 
 def test_a_run_that_is_said_to_have_moved_is_there(tmp_path):
     with pytest.raises(UserError, match="run has no checkpoint; give the --out of the run"):
-        opened(tmp_path / "run", "moved")
+        opened(tmp_path / "run", moved=True)
     assert not (tmp_path / "run").exists()
 
 
@@ -167,14 +165,6 @@ def test_a_folder_in_place_of_a_file_is_named_as_the_run_starts(tmp_path, name):
     (tmp_path / name).mkdir()
     with pytest.raises(UserError, match=f"{name} is a folder, and a run writes a file there"):
         opened(tmp_path)
-
-
-def test_a_run_that_starts_from_a_checkpoint_of_another_folder_has_its_own_at_once(tmp_path):
-    path = made(tmp_path / "first").last_good
-    folder, resumed = opened(tmp_path / "second", path)
-    folder.save(2, resumed, ({"generator.weight": torch.ones(2)}, {}), 3)
-    folder.wait()
-    assert folder.last_good.parent == tmp_path / "second/checkpoints" and path.is_dir()
 
 
 def test_a_second_run_in_a_folder_is_refused(tmp_path):
