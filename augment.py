@@ -31,13 +31,9 @@ def augment(pyramid, policy, chances):
     policy: names from POLICIES, in order. chances: [B, NUM_CHANCES], uniform in [0, 1), which decide how.
     """
     side = pyramid[max(pyramid)].shape[-1]
-    return {r: _augment(images, policy, chances.to(images), side) for r, images in pyramid.items()}
-
-
-def _augment(images, policy, chances, side):
     for name in policy:
-        images = POLICIES[name](images, chances, side)
-    return images
+        pyramid = {r: POLICIES[name](images, chances.to(images), side) for r, images in pyramid.items()}
+    return pyramid
 
 
 def translation(images, chances, side):

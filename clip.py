@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
@@ -375,12 +375,3 @@ def load_small(path):
         ) from error
     clip.name = f"small CLIP {digest_of(state)}"
     return clip
-
-
-def made_from(path):
-    """The metadata of a small CLIP's file, {name: text}; {} if it has none or cannot be read."""
-    try:
-        with safe_open(path, "pt") as file:
-            return file.metadata() or {}
-    except SafetensorError:
-        return {}

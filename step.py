@@ -286,15 +286,11 @@ class Learner:
             getattr(self, name).load_state_dict(state[name])
         for name in OPTIMIZERS:
             optimizer = getattr(self, name)
-            wanted = [{key: group[key] for key in ("lr", "eps", "betas")} for group in optimizer.param_groups]
-            adam_state = {}
+            own, adam_state = optimizer.state_dict()["param_groups"], {}
             for number, of_parameter in state[name]["state"].items():
                 omitted = {"exp_avg": torch.zeros_like(of_parameter["exp_avg_sq"])}  # see state_dict
                 adam_state[number] = omitted | of_parameter
-            optimizer.load_state_dict(state[name] | {"state": adam_state})
-            for group, own in zip(optimizer.param_groups, wanted, strict=True):
-                # A checkpoint from a CPU has capturable=False, which a CUDA graph does not allow.
-                group.update(own, capturable=self.device.type == "cuda")
+            optimizer.load_state_dict({"state": adam_state, "param_groups": own})
         self.forget()
 
     def load_weights(self, weights):

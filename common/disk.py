@@ -102,25 +102,13 @@ def flush(path, mode=os.O_RDWR):  # Windows flushes only files that are open for
 
 
 def write_tensors(state, path):
-    """torch.save for nested tensors and plain values. Raises the OSError that PyTorch would hide in its own error."""
-    errors = []
-
-    class Writer:
-        def __init__(self, file):
-            self.file, self.flush = file, file.flush
-
-        def write(self, data):
-            try:
-                return self.file.write(data)
-            except OSError as error:
-                errors.append(error)
-                raise
-
+    """torch.save for nested tensors and plain values. Raises the OSError that PyTorch hides in its own error."""
     with open(path, "wb") as file:
         try:
-            torch.save(state, Writer(file))
+            torch.save(state, file)
         except RuntimeError as error:
-            raise errors[0] if errors else OSError(first_line(error)) from error
+            hidden = error.__context__
+            raise hidden if isinstance(hidden, OSError) else OSError(first_line(error)) from None
 
 
 def load_tensors(path, mmap=False):

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageCms, ImageOps, PngImagePlugin, features
+from PIL import Image, ImageCms, ImageOps, PngImagePlugin, UnidentifiedImageError, features
 
 from data import svg
 
@@ -26,10 +26,6 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", *["AVIF"] * features.che
 PNG = b"\x89PNG\r\n\x1a\n"  # its first bytes; bytes 24 and 25 are the bits of a value and the type of color
 SHOWN = (b"eXIf", b"iCCP", b"gAMA", b"sRGB", b"cICP")  # chunks of a PNG that turn its picture or change its colors
 BITS, WHITE_IS, PLANES = 258, 262, 284  # tags of a TIFF: 1 if the largest value is white; 2 if colors lie apart
-# Those of JPEG 2000 and JPEG XL (both as a file, each as a stream), icons, Photoshop, EPS, PPM and compressed SVGs.
-FOREIGN = (b"\0\0\0\x0c", b"\xff\x4f\xff\x51", b"\xff\x0a", b"\0\0\1\0", b"8BPS", b"%!PS", b"P6", b"\x1f\x8b")
-TIFF = (b"II*\0", b"MM\0*")
-FOREIGN += (b"%PDF", *TIFF)  # and of PDF, and of a TIFF that Pillow does not know
 CURVES = (1, 2, 4, 6, 13, 14, 15)  # numbers of transfer_curve near that of sRGB, and 2: not specified
 MAX_FILE = 2**28  # bytes of an image that are read
 MAX_PIXELS = 2**26  # of an image; more is a mistake or an attack
@@ -48,7 +44,8 @@ CAUSES = (
     DUPLICATE := "repeated names, or further images, of a sample in a shard",
     FILE := "files that could not be read",
     IMAGE := "broken images",
-    FORMAT := "images of a kind that is not read, such as JPEG 2000 or 32 bits: convert them to PNG of 8 bits",
+    FORMAT := "files that are no picture, or of a kind that is not read, such as JPEG 2000 or 32 bits: convert them to "
+    "PNG of 8 bits",
     SMALL := "images that are too small",
     LARGE := "images that are too large",
     EMPTY := "empty captions",
@@ -56,8 +53,7 @@ CAUSES = (
     NO_CAPTION := "images without a caption",
     NO_IMAGE := "captions without an image next to them",
     CLEAR := "images with transparency that show nothing on white",
-    FIELD := ".json files whose field for the caption is missing or is no text",
-    JSON := ".json files that are not in JSON",
+    FIELD := ".json files that are not in JSON, or whose field for the caption is missing or is no text",
     LINK := "links to other files, or sparse files, in a shard",
     REFUSED := "drawings that are not in UTF-8, use other files, pictures, entities, text or CSS that is not read, "
     "show nothing, or take too long",
@@ -120,20 +116,11 @@ def captions_in(data, key):
 
     Raises Unusable.
     """
-    try:
-        facts = json.loads(data.decode(json.detect_encoding(data)))
-    except UnicodeDecodeError as error:
-        raise Unusable(ENCODING) from error
-    except (ValueError, RecursionError) as error:
-        raise Unusable(JSON) from error
-    value = facts.get(key) if isinstance(facts, dict) else None
+    value = facts_of(data).get(key)
     texts = value if isinstance(value, list) else [value]
     if not texts or not all(isinstance(text, str) for text in texts):
         raise Unusable(FIELD)
-    try:
-        return captions_of("\n".join(texts).encode())
-    except UnicodeEncodeError as error:  # half of a pair of UTF-16
-        raise Unusable(ENCODING) from error
+    return captions_of("\n".join(texts).encode(errors="surrogatepass"))  # half of a pair of UTF-16 is not UTF-8
 
 
 def captions_of(data):
@@ -174,17 +161,8 @@ def read_image(file, resolution):
     except svg.Refused as error:
         raise Unusable(REFUSED) from error
     except Exception as error:  # on broken files Pillow raises errors of every kind
-        is_avif = data[8:12] in (b"avif", b"avis")  # HEIC files have other values here
-        is_unread = data[4:8] == b"ftyp" and not (is_avif and "AVIF" in FORMATS)
-        is_unread = is_unread or (data.startswith(FOREIGN) and not is_cut_tiff(data, error))
-        raise Unusable(FORMAT if is_unread else IMAGE) from error
+        raise Unusable(FORMAT if isinstance(error, UnidentifiedImageError) else IMAGE) from error
     return to_tensor(image)
-
-
-def is_cut_tiff(data, error):
-    """Whether these are the first bytes of a TIFF without the others. error: what Pillow raised for it."""
-    directory = int.from_bytes(data[4:8], "little" if data.startswith(b"II") else "big")  # where its tags begin
-    return data.startswith(TIFF) and (directory >= len(data) or "truncated" in str(error))
 
 
 def to_tensor(image):

@@ -7,7 +7,7 @@ import collections
 import functools
 import io
 import re
-from xml.parsers import expat
+from xml.etree import ElementTree
 
 import resvg_py
 from PIL import Image
@@ -45,69 +45,62 @@ class Refused(ValueError):
 
 def check(svg):
     """Raises Refused if an SVG, given as bytes, refers to anything except its own parts, contains text, for which no
-    font is available, or would take long to draw. Raises ExpatError if it is not XML.
+    font is available, or would take long to draw. Raises ParseError if it is not XML.
     """
     if len(svg) > MAX_BYTES:
         raise Refused("too large")
-    inside, sizes, references = [""], collections.Counter(), collections.defaultdict(list)  # by id
-    elements, stylesheet = [], []
+    if outside := re.search(rb"<!ENTITY|<\?xml-stylesheet", svg):
+        raise Refused(outside[0].decode())
+    sizes, references = collections.Counter(), collections.defaultdict(list)  # by id
+    stylesheet = []
 
-    def start(name, attributes):
-        elements.append(name.rpartition(":")[2])
-        if elements[-1] in ("script", "foreignObject", "text") or len(inside) > MAX_DEPTH:
-            raise Refused(f"{name} at depth {len(inside)}")
-        if elements[-1] == "style" and attributes.get("media", "all") not in ("all", "screen"):
-            raise Refused(f"a style for {attributes['media']}")
-        inside.append(attributes.get("id", inside[-1]))
-        sizes[inside[-1]] += 1
-        if inside[-1] != inside[-2]:
-            references[inside[-2]].append(inside[-1])
-        for key, value in attributes.items():
-            refer(REFERENCE.findall(value))
+    def visit(element, inside, depth):
+        """inside: the id of the element around this one."""
+        name, own = local_name(element.tag), element.get("id", inside)
+        if name in ("script", "foreignObject", "text") or depth > MAX_DEPTH:
+            raise Refused(f"{name} at depth {depth}")
+        if name == "style":
+            if element.get("media", "all") not in ("all", "screen"):
+                raise Refused(f"a style for {element.get('media')}")
+            stylesheet.extend(element.itertext())
+        sizes[own] += 1
+        if own != inside:
+            references[inside].append(own)
+        for key, value in element.items():
+            refer(own, REFERENCE.findall(value))
             if key == "style":
                 check_declarations(COMMENT.sub("", value))
             elif key in UNREAD_KEYS or (PROPERTY.fullmatch(key) and UNREAD_VALUE.search(value)):
                 raise Refused(f"{key}={value}")
-            if key.rpartition(":")[2] == "href" and elements[-1] != "a":  # the target of a click is no part
-                refer([value])
+            if local_name(key) == "href" and name != "a":  # the target of a click is no part
+                refer(own, [value])
+        for child in element:
+            visit(child, own, depth + 1)
 
-    def end(_):
-        elements.pop()
-        inside.pop()
-
-    def read_text(text):
-        if elements[-1] == "style":
-            stylesheet.append(text)
-
-    def refer(targets):
+    def refer(owner, targets):
         for target in targets:
             if not target.strip().startswith("#"):
                 raise Refused(f"a reference to {target[:50]}")
-            references[inside[-1]].append(target.strip()[1:])
-
-    def refuse_entities(name, *_):
-        raise Refused(f"the entity {name}")
-
-    def refuse_stylesheets(target, _):
-        if target == "xml-stylesheet":
-            raise Refused("another stylesheet")
+            references[owner].append(target.strip()[1:])
 
     @functools.cache
     def count(name):
         return sizes[name] + sum(map(count, references[name]))
 
-    parser = expat.ParserCreate()
-    parser.StartElementHandler, parser.EndElementHandler, parser.CharacterDataHandler = start, end, read_text
-    parser.EntityDeclHandler, parser.ProcessingInstructionHandler = refuse_entities, refuse_stylesheets
+    visit(ElementTree.fromstring(svg), "", 1)
+    css = COMMENT.sub("", "".join(stylesheet))
+    refer("", REFERENCE.findall(css))
+    check_stylesheet(css)
     try:
-        parser.Parse(svg, True)
-        css = COMMENT.sub("", "".join(stylesheet))
-        refer(REFERENCE.findall(css))
-        check_stylesheet(css)
         if count("") > MAX_ELEMENTS:
             raise Refused(f"{count('')} elements")
     except RecursionError as error:
         raise Refused("references in a circle") from error
+
+
+def local_name(name):
+    """A name in XML without its namespace."""
+    return name.rpartition("}")[2]
 
 
 def check_stylesheet(css):

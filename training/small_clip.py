@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from clip import BUILT_IN, load_minilm, made_from, new_small, save_small
+from clip import BUILT_IN, load_minilm, new_small, save_small
 from common import distributed, stopping
 from common.cli import (
     MADE_BY,
@@ -36,6 +36,7 @@ from data import sources
 from layers import resize
 from sampling import latent
 from sampling.inference import dtype_of
+from weights.generator_file import read_safetensors
 
 RESOLUTIONS = (4, 8, 8, 16, 16, 32, 32, 32)  # of the pictures, for an eighth of a batch each: the losses use all
 LR = 2e-3
@@ -96,7 +97,7 @@ def clip_of_new_run(path, data, caption_key, seed, device):
         source = sources.open_data(data, 32, seed, caption_key)
         made = {"data": str(data), "caption-key": str(caption_key), "seed": str(seed), "text": load_minilm().name}
         made["found"] = " ".join([*source.describe(), source.stamp()])
-        former = made_from(path) if path.is_file() else None
+        former = read_safetensors(path)[0] if path.is_file() else None
         if former is not None and "found" not in former:
             raise UserError(f"{path} is not of a run, which writes its small CLIP there; give another --out")
         if distributed.is_main() and former != made:

@@ -172,9 +172,7 @@ def reshaped(translated, network):
         if name in ours and value.squeeze().shape == ours[name].squeeze().shape:
             state[name] = value.reshape(ours[name].shape)
     for prefix, module in network.named_modules():
-        for name, scale in getattr(
-            module, "lr_scale", {}
-        ).items():  # the authors multiply weights by this when they use them
+        for name, scale in getattr(module, "lr_scale", {}).items():  # by which the authors multiply weights in use
             if (name := f"{prefix}.{name}") in state:  # a layer without bias also has a scale for it
                 state[name] = state[name] * scale
     return state

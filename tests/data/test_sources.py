@@ -99,7 +99,7 @@ def test_a_resumed_stream_is_exact(tmp_path, monkeypatch, kind):
 
 
 def test_broken_images_and_captions_are_skipped_counted_and_reported_with_their_names(folder, capsys):
-    (folder / "000000.jpg").write_bytes(b"<html>not an image</html>")
+    (folder / "000000.jpg").write_bytes((folder / "000000.jpg").read_bytes()[:200])
     (folder / "000001.jpg").write_bytes((folder / "000001.jpg").read_bytes()[:100])
     (folder / "000002.txt").write_bytes(b"\xff\xfe\xff")
     (folder / "000003.txt").write_text("  ")
@@ -116,11 +116,13 @@ def test_a_source_that_is_mostly_broken_ends_in_one_clear_line(tmp_path, kind, m
     monkeypatch.setattr(sources, "WINDOW", 100)
     pairs = [good(i) if i % 3 == 0 else {"jpg": b"<html>", "txt": b"x"} for i in range(60)]
     source = opened(kind, tmp_path, named(pairs))
-    with pytest.raises(UserError, match=r"^--data .*only \d+ of 100 pairs in a row are usable: \d+ broken images"):
+    with pytest.raises(
+        UserError, match=r"^--data .*only \d+ of 100 pairs in a row are usable: \d+ files"
+    ):
         loaded(source, 200, workers=int(kind == "folder"))  # a worker's message contains its traceback
     for pair in pairs:
         pair["jpg"] = b"broken"
-    with pytest.raises(UserError, match=r"^--data.*: no.* usable.* \d+ broken images \(first: .*0"):
+    with pytest.raises(UserError, match=r"^--data.*: no.* usable.* \d+ files .* \(first: .*0"):
         opened(kind, tmp_path, named(pairs))
 
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from clip import load_clip
 from common.cli import UserError
 from data import sources
+from data.pairs import FORMAT
 from tests.data.files import jpeg, named, write_tar
 from tests.training.runs import full_disk, room_afterwards
 from training import small_clip
@@ -103,7 +104,7 @@ def test_captions_that_are_all_the_same_are_refused_and_broken_pictures_reported
     (tmp_path / "data" / "0.jpg").write_bytes(b"broken")
     with pytest.raises(UserError, match="all captions are the same"):
         train_small_clip(source, steps=2)
-    assert f"note: skipped and counted: broken images (first: {tmp_path / 'data' / '0.jpg'})" in capsys.readouterr().out
+    assert f"note: skipped and counted: {FORMAT} (first: {tmp_path / 'data' / '0.jpg'})" in capsys.readouterr().out
 
 
 def test_a_clip_of_other_data_is_made_again(tmp_path, monkeypatch):
@@ -134,7 +135,7 @@ def test_a_clip_of_other_data_is_made_again(tmp_path, monkeypatch):
         made.append(path.read_bytes())
     assert made[0] == made[1] and len(set(made)) == 7
     path.write_bytes(b"mine")
-    with pytest.raises(UserError, match="is not of a run"):
+    with pytest.raises(UserError, match=r"no \.safetensors"):
         clip_of_new_run(path, shard, "a", 1, "cpu")
     assert path.read_bytes() == b"mine"
 
