@@ -18,7 +18,7 @@ import explore
 from baselines.shared import generator_file
 from baselines.stylegan_t import StyleGANT
 from clip import load_clip
-from sampling import latent, page, views
+from sampling import latent, views
 from sampling.page import Settings, frames, noise
 from sampling.pipeline import Pipeline
 from weights.generator_file import DEMO, save_generator
