@@ -1,7 +1,6 @@
-"""The second stage: it begins as interpolation, all of it learns, and both stages train and resume by the same code."""
+"""The second stage: it begins as interpolation, all of it learns, and what it learns from."""
 
 import dataclasses
-import json
 
 import pytest
 import torch
@@ -10,15 +9,11 @@ import torch.nn.functional as F
 import losses
 import step
 import train
-from clip import load_minilm
 from losses import moe_loss
 from presets import DiscriminatorLevel, Level, UpsamplerConfig
 from tests import figures
 from tests.figures import moved
-from training import loop
 from upsampler import Upsampler, add_detail, crop, distort, draw_input_noise, enlarge, given_images
-from weights import checkpoint
-from weights.generator_file import load_upsampler
 
 
 @pytest.fixture
@@ -142,37 +137,6 @@ def test_crops_of_all_resolutions_show_the_same(config):
     small, cut = (crop(x, 16, 8, places) for x in (F.avg_pool2d(large, 4), large))
     assert small.shape[-1] == 8 and torch.allclose(F.avg_pool2d(cut, 4), small)
     assert torch.equal(cut[0], large[0, :, :32, :32]) and torch.equal(cut[1], large[1, :, 32:, 16:48])
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Training.
-
-
-def run(*arguments):
-    common = ("--preset", "tiny-larger", "--data", figures.folder(), "--clip", "emoji", "--workers", 0, "--batch", 2)
-    args = train.parse_args([str(a) for a in (*common, "--set", "fid_samples=4", "fid_every=2", *arguments)])
-    train.train(train.build(args, torch.device("cpu")))
-
-
-def test_a_run_stopped_and_resumed_is_the_run_uninterrupted(tmp_path, monkeypatch):
-    """Bit by bit: what it is given, too, is that of the step's number."""
-    monkeypatch.setattr(loop, "WATCHED", 2)
-    run("--out", tmp_path / "whole", "--steps", 2)
-    for steps in (1, 2):
-        run("--out", tmp_path / "parts", "--steps", steps)
-    whole, parts = (checkpoint.newest(tmp_path / name / "checkpoints")[1] for name in ("whole", "parts"))
-    for name in ("generator", "discriminator", "generator_file"):
-        assert all(torch.equal(parts[name][key], value) for key, value in whole[name].items()), name
-    rows = [json.loads(line) for line in (tmp_path / "parts" / "metrics.jsonl").read_text("utf-8").splitlines()]
-    assert [row["resolution"] for row in rows] == [16, 32]
-    assert all(row["g_l1"] > 0 and row["g_perceptual"] > 0 and row["d_adversarial"] > 0 for row in rows)
-    assert rows[-1]["fid"] >= 0
-    upsampler = load_upsampler(tmp_path / "parts", load_minilm())
-    assert upsampler.config.resolutions == [16, 32]
-    assert all(
-        torch.equal(value, checkpoint.moving_average(whole)[name]) for name, value in upsampler.state_dict().items()
-    )
-    assert len(list((tmp_path / "parts" / "samples").iterdir()))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
