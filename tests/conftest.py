@@ -48,41 +48,28 @@ def run_main(monkeypatch, capsys):
 @pytest.fixture
 def generator_config():
     """Three resolutions, the middle one without attention, adaptive and deformable kernels."""
-    return GeneratorConfig(
-        levels=(
-            Level(4, 32, num_blocks=2, deformable=True),
-            Level(8, 32, num_blocks=1, num_kernels=2, deformable=True),
-            Level(16, 32, num_blocks=1, num_kernels=3, attn_depth=2, num_experts=4),
-        ),
-        fourier_channels=24,
-        z_dim=16,
-        w_dim=20,
-        mapping_layers=2,
-        mapping_dim=28,
-        clip_width=12,
-        text_dim=16,
-        text_layers=1,
-        num_heads=2,
-        head_dim=8,
+    levels = (
+        Level(4, 32, num_blocks=2, deformable=True),
+        Level(8, 32, num_blocks=1, num_kernels=2, deformable=True),
+        Level(16, 32, num_blocks=1, num_kernels=3, attn_depth=2, num_experts=4),
     )
+    widths = dict(fourier_channels=24, z_dim=16, w_dim=20, mapping_dim=28, clip_width=12, text_dim=16)
+    return GeneratorConfig(levels, **widths, mapping_layers=2, text_layers=1, num_heads=2, head_dim=8)
 
 
 @pytest.fixture
 def discriminator_config():
-    return DiscriminatorConfig(
-        levels=(
-            DiscriminatorLevel(4, 32, num_blocks=1),
-            DiscriminatorLevel(8, 32, num_blocks=1, attn_depth=1),
-            DiscriminatorLevel(16, 32, num_blocks=1),
-        ),
-        clip_width=12,
-        text_dim=16,
-        text_layers=1,
-        num_heads=2,
-        head_dim=8,
-        clip_maps=TINY.discriminator.clip_maps,
-        clip_channels=8,
+    levels = (
+        DiscriminatorLevel(4, 32, num_blocks=1),
+        DiscriminatorLevel(8, 32, num_blocks=1, attn_depth=1),
+        DiscriminatorLevel(16, 32, num_blocks=1),
     )
+    clip = dict(clip_maps=TINY.discriminator.clip_maps, clip_channels=8, clip_width=12)
+    return DiscriminatorConfig(levels, **clip, text_dim=16, text_layers=1, num_heads=2, head_dim=8)
+
+
+def double(*shape):
+    return torch.randn(*shape, dtype=torch.float64)
 
 
 def assert_same_gradients(ours, expected, inputs):

@@ -200,6 +200,13 @@ def write_emoji(path, names=8):
     return path
 
 
+def moved(network, by=0.1):
+    """The network with every weight moved, also those that start at zero, so that no branch is silent."""
+    for parameter in network.parameters():
+        parameter.data += by * torch.randn_like(parameter)
+    return network
+
+
 @functools.cache
 def generator_file(resolution=32):
     """A generator of `tiny` with random weights, as a run saves it when it has grown to a resolution."""

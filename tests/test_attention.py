@@ -5,13 +5,9 @@ import torch
 
 import attention
 from experiments.bench import peak_memory
-from tests.conftest import assert_same_gradients
+from tests.conftest import assert_same_gradients, double
 
 torch.manual_seed(0)
-
-
-def double(*shape):
-    return torch.randn(*shape, dtype=torch.float64)
 
 
 @pytest.mark.parametrize("block", [2**20, 2500, 130, 7], ids=["whole", "two heads", "four rows", "one row"])

@@ -74,10 +74,6 @@ def test_gradients_reach_the_image_and_the_same_chances_do_the_same(image, polic
     assert all(x.grad.abs().sum() > 0 for x in pyramid.values())
 
 
-def test_no_policy_changes_nothing(image):
-    assert torch.equal(augment({16: image}, (), chances())[16], image)
-
-
 def test_a_pyramid_is_cut_at_the_same_place():
     images = {r: torch.ones(1, 3, r, r) for r in (8, 32)}
     cut = augment(images, ("cutout",), chances(c6=0.4, c7=0.7).float())

@@ -173,7 +173,6 @@ def test_a_generator_file_names_its_text_encoder(monkeypatch, model):
     ("spec", "message"),
     [
         ("nonsense", "neither a file"),
-        ("/missing/clip.safetensors", "neither a file"),
         ("ViT-L-14:openai", "give ViT-L-14-quickgelu:openai"),
         ("ViT-B-32:no-such-weights", "ViT-B-32:PATH"),
         ("ViT-L-14-quickgelu:openai", "give the file as ViT-L-14-quickgelu:PATH"),  # without a network

@@ -8,13 +8,10 @@ import torch.nn.functional as F
 
 import layers
 from aurora import Generator
+from tests.conftest import double
 from tests.figures import TINY
 
 torch.manual_seed(0)
-
-
-def double(*shape):
-    return torch.randn(*shape, dtype=torch.float64)
 
 
 def test_upsample_inserts_zeros_and_filters():

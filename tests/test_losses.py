@@ -18,7 +18,7 @@ from discriminator import CLIP, Discriminator
 from presets import PRESETS
 from router import Routing
 from tests import figures
-from tests.figures import TINY
+from tests.figures import TINY, moved
 
 
 def softplus(x):
@@ -67,10 +67,7 @@ def clip():
 @pytest.fixture
 def tiny(discriminator_config):
     torch.manual_seed(0)
-    discriminator = Discriminator(discriminator_config).double()
-    for parameter in discriminator.parameters():
-        parameter.data += 0.1 * torch.randn_like(parameter)
-    return discriminator
+    return moved(Discriminator(discriminator_config).double())
 
 
 def real(batch=2):
@@ -94,9 +91,19 @@ def test_r1_is_the_gradient_norm_of_each_image(tiny, clip):
     assert ours == pytest.approx(expected, rel=1e-9)
 
 
-def test_r1_passes_gradcheck(tiny, clip):
-    """Its gradient, which needs second derivatives of the discriminator, against finite differences."""
-    pyramid, eot, clip = real(), torch.tensor([6, 3]), copy.deepcopy(clip).double()
+def vision_transformer():
+    vision = dict(image_size=16, layers=4, width=16, head_width=8, patch_size=8)
+    text = dict(context_length=7, vocab_size=9, width=12, heads=2, layers=1)
+    return from_open_clip(open_clip.CLIP(embed_dim=8, vision_cfg=vision, text_cfg=text), "test")
+
+
+@pytest.mark.parametrize("kind", ["convolutions", "vision transformer"])  # whose attention is fused elsewhere
+def test_r1_passes_gradcheck(discriminator_config, clip, kind):
+    """Its gradient, which needs second derivatives of the discriminator and of CLIP, against finite differences."""
+    torch.manual_seed(0)
+    clip = copy.deepcopy(clip if kind == "convolutions" else vision_transformer()).double()
+    config = dataclasses.replace(discriminator_config, clip_maps=clip.map_shapes())
+    tiny, pyramid, eot = moved(Discriminator(config).double()), real(), torch.tensor([6, 3])
     tokens = torch.randn(2, 7, 12, dtype=torch.float64, requires_grad=True)
     weights = [
         tiny.stages["8"].from_rgb.bias,
@@ -143,22 +150,8 @@ def test_clip_loss_reaches_the_images_and_not_clip(clip):
     assert all(p.grad is None and not p.requires_grad for p in clip.parameters())
 
 
-def test_r1_reaches_through_a_vision_transformer(discriminator_config):
-    """Whose attention is fused elsewhere; its gradient against finite differences again."""
-    torch.manual_seed(0)
-    vision = dict(image_size=16, layers=4, width=16, head_width=8, patch_size=8)
-    text = dict(context_length=7, vocab_size=9, width=12, heads=2, layers=1)
-    clip = from_open_clip(open_clip.CLIP(embed_dim=8, vision_cfg=vision, text_cfg=text), "test").double()
-    tiny = Discriminator(dataclasses.replace(discriminator_config, clip_maps=clip.map_shapes())).double()
-    pyramid, tokens, eot = real(), torch.randn(2, 7, 12, dtype=torch.float64), torch.tensor([6, 3])
-
-    def penalty(*_):
-        return losses.r1_penalty(tiny, clip, pyramid, tokens, eot, 100.0, {8: 0.7, 4: 0.3})
-
-    assert torch.autograd.gradcheck(penalty, (tiny.map_readers[0][0].conv.weight,), fast_mode=True, atol=1e-7)
-
-
-def test_the_losses_of_a_router_are_their_formulas():
+def test_the_losses_of_routers_are_their_formulas_and_are_added():
+    """A thousandth of the z-loss, as in the release."""
     logits = torch.randn(3, 5, 4, dtype=torch.float64)
     index = torch.randint(4, (3, 5))
     z = sum(point.exp().sum().log() ** 2 for image in logits for point in image) / 15
@@ -170,6 +163,9 @@ def test_the_losses_of_a_router_are_their_formulas():
             probability = sum((point.exp() / point.exp().sum())[expert] for point in image) / 5
             balance += 4 * share * probability / 3
     torch.testing.assert_close(losses.load_balancing_loss(logits, index), balance)
+    routings = dict.fromkeys(("8.0.0", "8.0.1"), Routing(logits, index, None))
+    output = Output(image=None, pyramid={}, w=torch.zeros(3, 4).double(), routings=routings)
+    torch.testing.assert_close(losses.moe_loss(output, 0.01), 2 * (0.001 * z + 0.01 * balance))
 
 
 def test_a_loss_of_weight_zero_costs_no_pass_through_clip(monkeypatch):
@@ -179,26 +175,6 @@ def test_a_loss_of_weight_zero_costs_no_pass_through_clip(monkeypatch):
     output = generator(z, text.tokens, text.eot, 8)
     monkeypatch.setattr(clip, "see", lambda *_: pytest.fail("CLIP saw images"))
     losses.generator_loss(output, text, torch.arange(6), CHANCES[:, 1], discriminator, clip, recipe)
-
-
-def test_balanced_routing_costs_one():
-    logits = torch.eye(4).repeat(1, 3, 1) * 20
-    assert losses.load_balancing_loss(logits, logits.argmax(-1)).item() == pytest.approx(1)
-    assert losses.load_balancing_loss(logits[:, :1], logits[:, :1].argmax(-1)).item() == pytest.approx(4)
-
-
-def test_both_losses_of_every_router_are_added():
-    """A thousandth of the z-loss, as in the release; without a router, as at 4×4, there is nothing to add."""
-    routings = {
-        name: Routing(torch.randn(2, 5, 3).double(), torch.randint(3, (2, 5)), None) for name in ("8.0.0", "8.0.1")
-    }
-    expected = sum(
-        0.001 * losses.z_loss(routing.logits) + 0.01 * losses.load_balancing_loss(routing.logits, routing.expert_index)
-        for routing in routings.values()
-    )
-    output = Output(image=None, pyramid={}, w=torch.zeros(2, 4).double(), routings=routings)
-    torch.testing.assert_close(losses.moe_loss(output, 0.01), expected)
-    assert losses.moe_loss(dataclasses.replace(output, routings={}), 0.01) == 0
 
 
 def test_wrong_captions_are_found_on_other_ranks_and_own_ones_count_nothing(monkeypatch):
@@ -217,10 +193,9 @@ def test_wrong_captions_are_found_on_other_ranks_and_own_ones_count_nothing(monk
 def objectives():
     """Networks of the preset `tiny` up to 8×8, and a batch of six with one caption twice."""
     torch.manual_seed(0)
-    preset = TINY
-    generator, discriminator = Generator(preset.generator), Discriminator(preset.discriminator)
-    for parameter in [*generator.parameters(), *discriminator.parameters()]:
-        parameter.data += 0.05 * torch.randn_like(parameter)
+    generator, discriminator = Generator(TINY.generator), Discriminator(TINY.discriminator)
+    for network in (generator, discriminator):
+        moved(network, by=0.05)
     for level in generator.synthesis.levels:
         level.requires_grad_(level.resolution <= 8)
     for modules in (discriminator.stages, discriminator.heads):
@@ -231,7 +206,7 @@ def objectives():
     clip = load_clip("emoji")
     real = {r: torch.nn.functional.interpolate(images, r, mode="area") for r in (4, 8)}
     fake = {r: torch.randn(6, 3, r, r) * 0.3 for r in (4, 8)}
-    return generator, discriminator, clip, real, fake, captions, torch.randn(6, preset.generator.z_dim)
+    return generator, discriminator, clip, real, fake, captions, torch.randn(6, TINY.generator.z_dim)
 
 
 CHANCES = torch.rand(6, 2, NUM_CHANCES, generator=torch.Generator().manual_seed(0))

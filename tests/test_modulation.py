@@ -8,14 +8,10 @@ from torchvision.ops import deform_conv2d
 
 import modulation
 from sampling.inference import freeze
-from tests.conftest import assert_same_gradients
+from tests.conftest import assert_same_gradients, double
 from tests.test_attention import peak_memory
 
 torch.manual_seed(0)
-
-
-def double(*shape):
-    return torch.randn(*shape, dtype=torch.float64)
 
 
 @pytest.mark.parametrize("per_sample", [False, True])

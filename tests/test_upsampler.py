@@ -1,7 +1,6 @@
-"""The second stage: it begins as interpolation, all of it learns, and both stages train and resume by the same code."""
+"""The second stage: it begins as interpolation, all of it learns, and what it learns from."""
 
 import dataclasses
-import json
 
 import pytest
 import torch
@@ -10,14 +9,11 @@ import torch.nn.functional as F
 import losses
 import step
 import train
-from clip import load_minilm
 from losses import moe_loss
 from presets import DiscriminatorLevel, Level, UpsamplerConfig
 from tests import figures
-from training import loop
-from upsampler import Upsampler, add_detail, crop, distort, draw_input_noise, enlarge, given_images, new_generator
-from weights import checkpoint
-from weights.generator_file import load_upsampler
+from tests.figures import moved
+from upsampler import Upsampler, add_detail, crop, distort, draw_input_noise, enlarge, given_images
 
 
 @pytest.fixture
@@ -34,19 +30,12 @@ def config(generator_config):
     return UpsamplerConfig(**fields | {"levels": levels}, input_resolution=16)
 
 
-def moved(network):
-    """With every weight moved, also those that start at zero."""
-    for parameter in network.parameters():
-        parameter.data += 0.1 * torch.randn_like(parameter)
-    return network
-
-
-def inputs(config, batch=2, dtype=torch.float32):
+def inputs(config, batch=2):
     torch.manual_seed(1)
     shape = batch, 3, config.input_resolution, config.input_resolution
-    image, noise = torch.rand(shape, dtype=dtype) * 2 - 1, torch.randn(shape, dtype=dtype)
-    tokens = torch.randn(batch, 7, config.clip_width, dtype=dtype)
-    return image, noise, torch.randn(batch, config.z_dim, dtype=dtype), tokens, torch.tensor([6, 2])[:batch]
+    image, noise = torch.rand(shape) * 2 - 1, torch.randn(shape)
+    tokens = torch.randn(batch, 7, config.clip_width)
+    return image, noise, torch.randn(batch, config.z_dim), tokens, torch.tensor([6, 2])[:batch]
 
 
 def test_it_begins_as_interpolation(config):
@@ -108,19 +97,6 @@ def test_what_a_level_adds_shifts_no_color():
     assert torch.isfinite(add_detail(rgb, image, side=4)).all()  # a crop smaller than such a square
 
 
-def test_recomputing_levels_changes_no_gradient(config):
-    upsampler, gradients = moved(Upsampler(config)).double(), []
-    for upsampler.synthesis.recompute in (False, True):
-        loss = upsampler(*inputs(config, dtype=torch.float64)).image.square().sum()
-        gradients.append(torch.autograd.grad(loss, list(upsampler.parameters()), allow_unused=True))
-    assert all(a is b is None or torch.equal(a, b) for a, b in zip(*gradients, strict=True))
-
-
-def test_the_configuration_of_either_stage_survives_json(config):
-    restored = UpsamplerConfig.from_dict(json.loads(json.dumps(dataclasses.asdict(config))))
-    assert restored == config and isinstance(new_generator(restored), Upsampler)
-
-
 def test_it_is_given_real_pictures_averaged_down_with_noise(config, generator_config):
     images, noise = torch.rand(2, 3, 64, 64), draw_input_noise(config, 2, torch.Generator().manual_seed(0))
     given, its_noise = given_images(config, images, noise)
@@ -164,51 +140,7 @@ def test_crops_of_all_resolutions_show_the_same(config):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Training.
-
-
-def run(*arguments):
-    common = ("--preset", "tiny-larger", "--data", figures.folder(), "--clip", "emoji", "--workers", 0, "--batch", 2)
-    args = train.parse_args([str(a) for a in (*common, "--set", "fid_samples=4", "fid_every=2", *arguments)])
-    train.train(train.build(args, torch.device("cpu")))
-
-
-def test_a_run_stopped_and_resumed_is_the_run_uninterrupted(tmp_path, monkeypatch):
-    """Bit by bit: what it is given, too, is that of the step's number."""
-    monkeypatch.setattr(loop, "WATCHED", 2)
-    run("--out", tmp_path / "whole", "--steps", 2)
-    for steps in (1, 2):
-        run("--out", tmp_path / "parts", "--steps", steps)
-    whole, parts = (checkpoint.newest(tmp_path / name / "checkpoints")[1] for name in ("whole", "parts"))
-    for name in ("generator", "discriminator", "generator_file"):
-        assert all(torch.equal(parts[name][key], value) for key, value in whole[name].items()), name
-    rows = [json.loads(line) for line in (tmp_path / "parts" / "metrics.jsonl").read_text("utf-8").splitlines()]
-    assert [row["resolution"] for row in rows] == [16, 32]
-    assert all(row["g_l1"] > 0 and row["g_perceptual"] > 0 and row["d_adversarial"] > 0 for row in rows)
-    assert rows[-1]["fid"] >= 0
-    upsampler = load_upsampler(tmp_path / "parts", load_minilm())
-    assert upsampler.config.resolutions == [16, 32]
-    assert all(
-        torch.equal(value, checkpoint.moving_average(whole)[name]) for name, value in upsampler.state_dict().items()
-    )
-    assert len(list((tmp_path / "parts" / "samples").iterdir()))
-
-
-# ----------------------------------------------------------------------------------------------------------------------
 # What it learns from.
-
-
-def test_the_perceptual_distance_is_its_formula():
-    torch.manual_seed(0)
-    maps, others = ([torch.randn(2, 5, 3, 4).double(), torch.randn(2, 7, 2, 2).double()] for _ in range(2))
-    expected = []
-    for n in range(2):
-        layers = []
-        for a, b in zip(maps, others, strict=True):
-            directions = [x[n].flatten(1) / x[n].flatten(1).norm(dim=0) for x in (a, b)]
-            layers.append((2 - 2 * (directions[0] * directions[1]).sum(0)).mean())  # |a − b|² of unit vectors
-        expected.append(sum(layers) / 2)
-    torch.testing.assert_close(losses.perceptual_distance(maps, others), torch.stack(expected))
 
 
 def test_the_distance_of_pixels_is_weighed():

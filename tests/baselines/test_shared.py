@@ -179,15 +179,10 @@ def test_a_run_that_is_stopped_is_saved_and_says_so(tmp_path, data, learn, monke
     assert checkpoint.checkpoints(tmp_path / "run" / "checkpoints")[0].name.startswith("00000001-")
 
 
-@pytest.mark.parametrize(
-    ("path", "message"), [(DEMO, "is of another command, not of Muse"), (__file__, "is damaged")], ids=["demo", "text"]
-)
-def test_a_foreign_file_is_one_line(draw, path, message):
-    assert_one_line(draw(Muse, path), message)
-
-
 def test_prompts_and_generators_that_cannot_be_drawn_are_one_line(tmp_path, draw):
-    """An empty prompt; weights that are NaN; another small CLIP than it learned with; a file of an earlier version."""
+    """An empty prompt; weights that are NaN; another small CLIP than it learned with; a file of an earlier version, of
+    another command, or of no generator.
+    """
     clip, path = tmp_path / "clip.safetensors", tmp_path / "generator.safetensors"
     shutil.copyfile(BUILT_IN["emoji"], clip)
     system = LadaGAN(load_clip(str(clip)), 32, torch.device("cpu"))
@@ -202,6 +197,8 @@ def test_prompts_and_generators_that_cannot_be_drawn_are_one_line(tmp_path, draw
     metadata, tensors = generator_file.read_safetensors(path)
     save_file(tensors, path, {name: text for name, text in metadata.items() if name != "clip"})
     assert_one_line(draw(LadaGAN, path), "earlier version")
+    for foreign, says in ((DEMO, "is of another command, not of Muse"), (__file__, "is damaged")):
+        assert_one_line(draw(Muse, foreign), says)
     system.clip.name = "another"
     with pytest.raises(ValueError, match="it learned with small CLIP"):
         shared.restore(system, {"clip": metadata["clip"]})

@@ -82,17 +82,6 @@ def test_sizes_of_the_paper():
 # Formulas.
 
 
-def test_truncation_leaves_the_text_alone():
-    generator = stylegan_t.Generator({8: 32}, z_dim=6, text_dim=10)
-    generator.x_avg.normal_()
-    z, c = torch.randn(3, 6), torch.randn(3, 10)
-    full, half, none = (generator.latent(z, c, psi) for psi in (1.0, 0.5, 0.0))
-    for w in (full, half, none):
-        assert torch.equal(w[:, 6:], c)
-    torch.testing.assert_close(none[:, :6], generator.x_avg.expand(3, 6))
-    torch.testing.assert_close(half[:, :6], (full[:, :6] + generator.x_avg) / 2)
-
-
 def test_images_begin_with_the_contrast_of_pictures():
     torch.manual_seed(0)
     generator = stylegan_t.Generator({8: 256, 16: 128, 32: 64})

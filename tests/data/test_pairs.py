@@ -69,7 +69,11 @@ def clear(mode, opaque_corner):
     return encoded(image, **({"transparency": 0} if mode == "P" else {}))
 
 
-WHITE = {"1": encoded(Image.new("1", (20, 50), 1))} | {mode: clear(mode, True) for mode in CLEAR}
+WHITE = {
+    "1": encoded(Image.new("1", (20, 50), 1)),
+    "16 bits": encoded(Image.fromarray(np.full((20, 50), 65535, np.uint16))),
+    **{mode: clear(mode, opaque_corner=True) for mode in CLEAR},
+}
 
 
 def test_pictures_of_every_kind_are_read_correctly():
@@ -85,43 +89,26 @@ NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (80, 80, 3), n
 MEGABYTES = zlib.compress(bytes(3 * 2**20))
 
 
-@pytest.mark.parametrize(
-    "damaged",
-    [
-        chunk(b"zTXt", b"a\0\0" + MEGABYTES),
-        chunk(b"iTXt", b"a\0\1\0\0\0" + MEGABYTES),
-        chunk(b"iCCP", b"a\0\0" + MEGABYTES),
-        chunk(b"tEXt", b"a\0b", damage=1),
-        chunk(b"pHYs", b"ab"),
-    ],
-    ids=lambda content: content[4:8].decode(),
-)
-def test_errors_outside_the_pixels_of_a_png_are_repaired(damaged):
-    content = encoded(NOISE)
-    assert torch.equal(read(content[:33] + damaged + content[33:], 80), read(content, 80))
-
-
-@pytest.mark.parametrize(
-    ("shown", "changes"),
-    [(b"eXIf", b"II*\0\x08\0\0\0\1\0\x12\1\3\0\1\0\0\0\6\0\0\0\0\0\0\0"), (b"gAMA", struct.pack(">I", 100_000))],
-)
-def test_a_repaired_png_is_turned_and_colored_as_it_says(shown, changes):
-    """Unless the chunk that says so is the damaged one."""
+def test_errors_outside_the_pixels_of_a_png_are_repaired():
+    """It stays turned, colored and transparent as it says, unless the chunk that says so is the damaged one."""
     content, damaged = encoded(NOISE), chunk(b"tEXt", b"a\0b", damage=1)
-    changed = read(content[:33] + chunk(shown, changes) + content[33:], 80)
-    assert not torch.equal(changed, read(content, 80))
-    assert torch.equal(read(content[:33] + chunk(shown, changes) + damaged + content[33:], 80), changed)
-    assert torch.equal(read(content[:33] + chunk(shown, changes, damage=1) + content[33:], 80), read(content, 80))
+    plain = read(content, 80)
 
+    def with_chunks(*chunks):
+        return read(content[:33] + b"".join(chunks) + content[33:], 80)
 
-def test_the_transparency_of_a_repaired_png_stays():
-    content = encoded(Image.new("P", (20, 20), 0), transparency=0)
+    too_large = [chunk(kind, b"a\0\0" + MEGABYTES) for kind in (b"zTXt", b"iCCP")]
+    for changes_nothing in (damaged, chunk(b"pHYs", b"ab"), *too_large):
+        assert torch.equal(with_chunks(changes_nothing), plain)
+    turned = b"II*\0\x08\0\0\0\1\0\x12\1\3\0\1\0\0\0\6\0\0\0\0\0\0\0"
+    for shown, changes in ((b"eXIf", turned), (b"gAMA", struct.pack(">I", 100_000))):
+        changed = with_chunks(chunk(shown, changes))
+        assert not torch.equal(changed, plain)
+        assert torch.equal(with_chunks(chunk(shown, changes), damaged), changed)
+        assert torch.equal(with_chunks(chunk(shown, changes, damage=1)), plain)
+    clear = encoded(Image.new("P", (20, 20), 0), transparency=0)
     with pytest.raises(Unusable, match=f"^{pairs.CLEAR}$"):  # as without the damage
-        read(content[:33] + chunk(b"tEXt", b"a\0b", damage=1) + content[33:])
-
-
-def test_white_of_16_bits_is_white():
-    assert (read(encoded(Image.fromarray(np.full((20, 20), 65535, np.uint16)))) == 1).all()
+        read(clear[:33] + damaged + clear[33:])
 
 
 def test_a_large_jpeg_decoded_at_a_fraction_of_its_size_keeps_its_detail():

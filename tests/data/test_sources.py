@@ -116,9 +116,7 @@ def test_a_source_that_is_mostly_broken_ends_in_one_clear_line(tmp_path, kind, m
     monkeypatch.setattr(sources, "WINDOW", 100)
     pairs = [good(i) if i % 3 == 0 else {"jpg": b"<html>", "txt": b"x"} for i in range(60)]
     source = opened(kind, tmp_path, named(pairs))
-    with pytest.raises(
-        UserError, match=r"^--data .*only \d+ of 100 pairs in a row are usable: \d+ files"
-    ):
+    with pytest.raises(UserError, match=r"^--data .*only \d+ of 100 pairs in a row are usable: \d+ files"):
         loaded(source, 200, workers=int(kind == "folder"))  # a worker's message contains its traceback
     for pair in pairs:
         pair["jpg"] = b"broken"
@@ -131,6 +129,7 @@ def test_skips_end_a_run_if_most_pairs_of_several_shards_are_unusable():
     skips = Skips("some")
     for bad in torch.rand(30_000, generator=torch.Generator().manual_seed(0)) < 0.4:
         skips.skip(EMPTY, "x") if bad else skips.use()
+        skips.note(EMPTY, "x")  # of which a sample that is used may have several
     skips = Skips("some", num_shards=12)
     for shard in range(12):
         for _ in range(3000):
@@ -264,19 +263,10 @@ def test_the_reason_why_a_drawing_is_refused_is_told(tmp_path, capsys):
     assert "(first: " in (said := capsys.readouterr().out) and ".svg: text at depth 2)" in said, said
 
 
-def test_one_pair_in_fifty_is_held_out():
-    held_out = sum(sources.is_held_out(b"%d" % i, {}) for i in range(20_000))
-    assert abs(held_out - 400) < 4 * (400 * 0.98) ** 0.5
-
-
 def test_the_caption_of_evaluation_depends_on_picture_and_seed():
     examples = [(torch.full((3, 2, 2), i / 40), ["a", "b", "c"]) for i in range(40)]
-
-    def captions(seed):
-        source = Figures(8, seed=seed)
-        return source.collate(examples).captions
-
-    assert captions(0) == captions(0) != captions(1) and set(captions(0)) == {"a", "b", "c"}
+    first, same, other = (Figures(8, seed=seed).collate(examples).captions for seed in (0, 0, 1))
+    assert first == same != other and set(first) == {"a", "b", "c"}
 
 
 def test_workers_ignore_the_signals_that_the_run_answers(monkeypatch):

@@ -147,7 +147,6 @@ def test_mistakes_are_one_line(run, tmp_path):
         content = {"images": listed, "annotations": [{"image_id": 1, "caption": "a dog"}]}
         (tmp_path / name).write_text(json.dumps(content))
     (tmp_path / "null.json").write_text('{"images": [], "annotations": [{"image_id": 1, "caption": null}]}')
-    (tmp_path / "file").touch()
     (tmp_path / "taken" / "evaluation.json").mkdir(parents=True)
     (tmp_path / "evaluation.json").write_text('{"mine": 1}')
     for arguments, says in (
@@ -163,14 +162,9 @@ def test_mistakes_are_one_line(run, tmp_path):
         (("--data", tmp_path / "names.json"), "is not of COCO 2014 val"),
         (("--data", tmp_path / "null.json"), "an annotation of image 1 has no caption"),
         (("--data", tmp_path / "none.json"), "cannot be read"),
-        (("--data", tmp_path / "nothing"), "no such file or folder"),
         (("--count", 4, "--features", "inception:/missing.pth"), "there is no such file"),
         (("--count", 4, "--features", f"inception:{val}"), "weights are not available"),
         (("--count", 4, "--clip", "inception"), "cannot read text"),
-        (("--count", 4, "--clip", "efficientnet"), "cannot read text"),
-        (("--count", 4, "--features", "nonsense"), "nonsense: neither a file nor MODEL:WEIGHTS"),
-        (("--count", 4, "--checkpoint", "/missing.safetensors"), "no generator at"),
-        (("--count", 4, "--out", tmp_path / "file" / "below"), "a file or a broken link is where"),
         (("--count", 4, "--out", tmp_path / "taken"), "evaluation.json: a folder is where a file is needed; move it"),
     ):
         status, _, stderr = run(*arguments)

@@ -69,15 +69,12 @@ def test_a_small_comparison(run, tmp_path, run_main, monkeypatch):
     ("arguments", "says"),
     [
         (["Aurora"], "write NAME=PATH"),
-        (["Aurora=nothing"], "no generator at nothing"),
         ([f"Aurora={BUILT_IN['emoji']}"], "contains no generator of Aurora"),
         ([f"Aurora={figures.generator_file()}", "--count", 3], "--count 3"),
         ([f"Aurora={figures.generator_file()}", "--out", "taken"], "compare.png: a folder is where a file is needed"),
         ([f"Aurora={figures.generator_file()}"] * 2, "two systems have the same NAME"),
-        *(
-            ([f"{name}={figures.generator_file()}"], "no room for this NAME")
-            for name in ("real pictures", "a|b", "a\nb")
-        ),
+        ([f"real pictures={figures.generator_file()}"], "no room for this NAME"),
+        ([f"a|b={figures.generator_file()}"], "no room for this NAME"),
     ],
 )
 def test_mistakes_are_one_line(tmp_path, monkeypatch, run_main, arguments, says):

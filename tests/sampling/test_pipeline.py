@@ -9,11 +9,9 @@ import torch
 from PIL import Image
 
 import sample
-from clip import MODELS
 from common.cli import UserError
 from sampling import pictures
 from sampling.pipeline import Pipeline, forced, routers
-from tests import figures
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -36,23 +34,11 @@ def test_the_readme_runs(monkeypatch, tmp_path):
 def test_the_command_draws_what_the_interface_draws(pipe, run_main, tmp_path):
     arguments = ("red heart", "whale", "--num", 2, "--seed", 3, "--device", "cpu", "--out", tmp_path / "a.png")
     assert run_main(sample.main, *arguments)[0] == 0
-    drawn = pipe.draw(pipe.frames(["red heart", "whale"], num=2, seed=3))
+    drawn = pipe.draw(pipe.frames(["red heart", "whale"], num=2, seed=np.int64(3)))
     ours = pictures.grid([pictures.to_pil(image) for image in drawn.images], drawn.captions, 2)
     assert Image.open(tmp_path / "a.png").tobytes() == ours.tobytes()
     native = pipe.sample(["red heart", "whale"], num=2, seed=3)
     assert all(np.array_equal(a, b) for a, b in zip(native, drawn.pictures, strict=True))
-
-
-def test_numpys_numbers_are_numbers_and_what_is_not_finite_is_no_picture():
-    pipe = Pipeline.load(figures.generator_file(), "cpu")
-    assert pipe.sample("red heart", seed=np.int64(3))[0].tobytes() == pipe.sample("red heart", seed=3)[0].tobytes()
-    for prompt, psi, says in (
-        ("red heart", 1e39, "from −10 to 10"),
-        ("r\0e\0d\0", 1, "not UTF-8"),
-        ("caf\udce9", 1, "not UTF-8"),
-    ):
-        with pytest.raises(UserError, match=says):
-            pipe.sample(prompt, psi=psi)
 
 
 @pytest.mark.parametrize(
@@ -60,8 +46,6 @@ def test_numpys_numbers_are_numbers_and_what_is_not_finite_is_no_picture():
     [
         (lambda pipe: pipe.sample([]), "nothing to draw"),
         (lambda pipe: pipe.sample(3), "the prompt 3 is no text"),
-        (lambda pipe: pipe.sample(b"red heart"), "is no text"),
-        (lambda pipe: pipe.sample(["red heart", 3]), "the prompt 3 is no text"),
         (lambda pipe: pipe.sample(" "), "a prompt is empty"),
         (lambda pipe: pipe.sample("\u200b"), "a prompt is empty"),  # which nobody sees
         (lambda pipe: pipe.sample("red heart", num=0), "num=0: give a whole number, 1 or more"),
@@ -74,12 +58,13 @@ def test_numpys_numbers_are_numbers_and_what_is_not_finite_is_no_picture():
         (lambda pipe: pipe.enlarge(Image.new("RGB", (64, 64)), "red heart"), "a tensor [3, 64, 64]"),
         (lambda pipe: pipe.enlarge(torch.zeros(3, 64, 64), "red heart", seed=-1), "seed=-1"),
         (lambda pipe: pipe.enlarge(torch.zeros(3, 64, 64), None), "the prompt None is no text"),
+        (lambda pipe: pipe.sample("r\0e\0d\0"), "not UTF-8"),
+        (lambda pipe: pipe.sample("caf\udce9"), "not UTF-8"),
+        (lambda pipe: pipe.sample("red heart", psi=1e39), "from −10 to 10"),
         (lambda pipe: pipe.sample("red heart", psi="0.7"), "psi='0.7'"),
         (lambda pipe: pipe.sample("red heart", psi=None), "psi=None"),
-        (lambda pipe: pipe.sample("red heart", psi=1j), "psi=1j"),
         (lambda pipe: pipe.sample("red heart", psi=torch.ones(2)), "psi=tensor"),
         (lambda _: Pipeline.load(upsampler=""), "no generator at"),
-        (lambda _: Pipeline.load(MODELS), "no generator at"),
         (lambda _: Pipeline.load(dtype="fp16"), "dtype='fp16': choose one of auto, fp32, bf16"),
         (lambda _: Pipeline.load(resolution=0), "--resolution 0: choose one of"),
     ],

@@ -9,11 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image, ImageColor
-from safetensors.torch import save_file
 
 import sample
 from clip import MODELS
-from sampling import pictures, pipeline, views
+from sampling import latent, pictures, views
 from tests import figures
 from weights.generator_file import load_generator
 
@@ -31,12 +30,6 @@ def demo():
     return load_generator(figures.generator_file())
 
 
-@torch.no_grad()
-def draw(generator, clip, prompt, num, seed, truncation=1.0):
-    """`num` pictures of a prompt, [num, 3, R, R]."""
-    return pipeline.draw(generator, views.samples(generator, clip, [prompt], num, seed, truncation)).images
-
-
 def test_the_first_picture(tmp_path):
     """The README's command, on the demo model, in a fresh process whose console and locale know ASCII alone."""
     ascii_only = {"PYTHONIOENCODING": "ascii:strict", "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
@@ -49,32 +42,21 @@ def test_the_first_picture(tmp_path):
     assert picture.width > 4 * 128 and picture.height > 128
 
 
-def test_the_same_seed_is_the_same_picture(run, demo, tmp_path):
-    generator, clip, _ = demo
-    prompt = "a large blue ring left of a small yellow star"
-    first = draw(generator, clip, prompt, 3, seed=5)
-    assert torch.equal(first, draw(generator, clip, prompt, 3, seed=5))
-    assert not torch.equal(first, draw(generator, clip, prompt, 3, seed=6))
-    torch.testing.assert_close(first[:2], draw(generator, clip, prompt, 2, seed=5), rtol=1e-3, atol=1e-3)
-    for name in ("a.png", "b.png"):
-        assert run(prompt, "--seed", 7, "--out", tmp_path / name)[0] == 0
-    assert Image.open(tmp_path / "a.png").tobytes() == Image.open(tmp_path / "b.png").tobytes()
+def test_the_same_seed_is_the_same_picture(run, tmp_path):
+    for name, seed in (("a.png", 7), ("b.png", 7), ("c.png", 8)):
+        assert run("a small yellow star", "--seed", seed, "--out", tmp_path / name)[0] == 0
+    a, b, c = (Image.open(tmp_path / name).tobytes() for name in ("a.png", "b.png", "c.png"))
+    assert a == b != c
 
 
+@torch.no_grad()
 def test_truncation_goes_toward_the_prompts_own_mean(demo):
-    """ψ = 0 leaves no variety, and another prompt has another mean; ψ = 1 is the code itself."""
     generator, clip, _ = demo
-    prompt = "a large red square on a white background"
-    means = draw(generator, clip, prompt, 3, seed=1, truncation=0.0)
-    torch.testing.assert_close(means[0], means[1])
-    other = draw(generator, clip, "a large blue cross on a black background", 1, seed=1, truncation=0.0)
-    assert not torch.allclose(means[:1], other, atol=0.1)
-    spread = [draw(generator, clip, prompt, 8, 1, psi).std(0).mean() for psi in (0.0, 0.5, 1.0)]
-    assert spread[0] < spread[1] < spread[2]
-    text = clip.read([prompt])
-    z = torch.randn(1, generator.config.z_dim, generator=torch.Generator().manual_seed(1))
-    image = generator(z, text.tokens, text.eot).image.clamp(-1, 1)
-    torch.testing.assert_close(draw(generator, clip, prompt, 1, seed=1), image, rtol=1e-3, atol=1e-3)
+    text, z = latent.read(generator, clip, ["a red square", "a blue cross"]).global_text, latent.noise(generator, 2, 1)
+    w, mean = generator.mapping(z, text), latent.mean_code(generator, text)
+    for psi in (0.0, 0.5, 1.0):
+        torch.testing.assert_close(latent.codes(generator, z, text, psi), mean + psi * (w - mean))
+    assert not torch.allclose(*mean)
 
 
 def test_prompts_of_a_file_and_unusual_ones_are_drawn_and_explained(run, tmp_path):
@@ -85,57 +67,25 @@ def test_prompts_of_a_file_and_unusual_ones_are_drawn_and_explained(run, tmp_pat
     assert "too long" in stdout and "does not know 🐉" in stdout and "captions show boxes in place of 🐉" in stdout
 
 
-class Hostile:
-    """Makes a folder when it is unpickled."""
-
-    def __init__(self, folder):
-        self.folder = folder
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.folder),)
-
-
-@pytest.mark.parametrize("kind", ["truncated", "foreign", "text", "hostile"])
-def test_a_bad_checkpoint_is_one_line(run, tmp_path, kind):
-    path = tmp_path / ("a.pth" if kind == "hostile" else "a.safetensors")
-    if kind == "hostile":
-        torch.save({"generator": Hostile(tmp_path / "executed")}, path)
-    elif kind == "foreign":
-        save_file({"x": torch.ones(2)}, path)
-    else:
-        path.write_bytes(b"text" if kind == "text" else figures.generator_file().read_bytes()[:50_000])
-    status, _, stderr = run("a red circle", "--checkpoint", path, "--out", tmp_path / "a.png")
-    assert status == 2 and stderr.startswith("error: ") and len(stderr.splitlines()) == 1
-    assert not (tmp_path / "executed").exists()
-
-
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
         ((), "nothing to draw"),
-        (("",), "it is empty"),
-        (("a circle", "  "), "it is empty"),
         (("x", "--checkpoint", "/missing.safetensors"), "no generator at"),
-        (("--latent-walk", "--out", "/proc/a.gif", "x"), "error: /proc/a.gif: No such"),
         (("--latent-walk", "x", "y"), "needs one prompt"),
         (("--interpolate", "x", "y", "--steps", "1"), "interpolation needs both ends"),
         (("z", "--mix", "x", "y"), "their own two prompts"),
-        (("--interpolate", "x", ""), "it is empty"),
         (("x", "--latent-walk", "--truncation-sweep"), "not allowed with"),
         (("x", "--prompts", "/missing.txt"), "error: /missing.txt: No such"),
         (("x", "--prompts", "latin1.txt"), "latin1.txt is not UTF-8"),
-        (("x", "--prompts", "utf16.txt"), "utf16.txt is not UTF-8"),
         (("x", "--prompts", "jis.txt"), "or contains a NUL or escape character"),
         (("x", "--out", "/proc/a.png"), "error: /proc/a.png: No such"),
-        *((("x", "--out", f"picture.{suffix}"), "unknown picture format") for suffix in ("xyz", "ico")),
+        (("x", "--out", "picture.xyz"), "unknown picture format"),
         (("x", "--out", "folder.png"), "error: folder.png: a folder is where a file is needed"),
         (("x", "--out", "circle.png"), "error: circle.png: Too many levels of symbolic links"),
         (("x", "--out", "latin1.txt/a.png"), "a file or a broken link is where a folder is needed"),
         (("x", "--checkpoint", MODELS / "judge_clip.safetensors"), "of Aurora; give the generator_ema.safetensors"),
-        (("x", "--num", "0"), "not a positive number"),
         (("x", "y", "--num", "501"), "1002 pictures are too many for one file"),
-        (("x", "--num", "2.5"), "'2.5' is not a whole number"),
-        (("x", "--truncation", "much"), "'much' is not a finite number"),
         (("x", "--truncation", "1e30"), "1e30: give a number from -10 to 10"),
         (("x", "--device", "abacus"), "use auto, cpu, cuda"),
         (("x", "--steps", "9"), "without a view --steps is not used; leave it out"),
@@ -149,7 +99,6 @@ def test_a_bad_checkpoint_is_one_line(run, tmp_path, kind):
 def test_mistakes_are_one_line(run, tmp_path, monkeypatch, arguments, says):
     monkeypatch.chdir(tmp_path)
     Path("folder.png").mkdir()
-    Path("utf16.txt").write_bytes("red heart".encode("utf-16-le"))
     Path("jis.txt").write_bytes("赤い心".encode("iso2022_jp"))
     Path("circle.png").symlink_to("circle.png")
     Path("latin1.txt").write_bytes("ein grüner Kreis".encode("latin-1"))
@@ -204,17 +153,6 @@ def test_the_arc_between_two_directions():
     """Halfway between (2, 0) and (0, 4) lies 45°, at the mean length 3."""
     a, b = torch.tensor([[2.0, 0.0]]), torch.tensor([[0.0, 4.0]])
     torch.testing.assert_close(views.between(a, b, 0.5), torch.tensor([[3.0, 3.0]]) / 2**0.5)
-
-
-def test_mixing_takes_each_layer_from_one_prompt(demo):
-    pipe = pipeline.Pipeline(*demo)
-    with torch.no_grad():
-        mixed = views.layer_mixing(pipe, "a red circle", "a blue star", 0, psi=1.0)
-    layers = pipe.generator.synthesis.num_layers
-    assert len(mixed) == layers + 1 == len(views.layer_names(pipe)) + 1
-    whole, none = mixed[0].w, mixed[-1].w
-    for k, frame in enumerate(reversed(mixed)):
-        assert torch.equal(frame.w[:k], whole[:k]) and torch.equal(frame.w[k:], none[k:])
 
 
 def test_an_expert_map_has_the_routes_colors_in_place():

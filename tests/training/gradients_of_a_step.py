@@ -46,8 +46,7 @@ def gradients_of(run):
     learner, micro_batches = run.learner, run.loop.micro_batches
     torch.manual_seed(1)
     for network in (learner.generator, learner.discriminator):
-        for parameter in network.parameters():
-            parameter.data += 0.1 * torch.randn_like(parameter)
+        figures.moved(network)
     for stage in (learner.resolutions[:2], learner.resolutions):
         learner.learn_at(stage)
         for group in learner.optimizer_d.param_groups + learner.optimizer_g.param_groups:

@@ -1,6 +1,7 @@
 """Short runs of train.py, and comparisons of their states."""
 
 import contextlib
+import json
 import resource
 
 import torch
@@ -30,6 +31,11 @@ def state_of(out):
     state["progress"].pop("seconds")
     del state["identity"]
     return state
+
+
+def log_of(out):
+    """The rows of a run's log, a dict for each step."""
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text("utf-8").splitlines()]
 
 
 def identical(a, b):

@@ -1,6 +1,5 @@
 """The number of ranks changes nothing: gradients of a whole step, and one message for an error."""
 
-import json
 import os
 import socket
 import subprocess
@@ -13,6 +12,7 @@ import torch
 from common import distributed
 from common.cli import UserError
 from tests import figures
+from tests.training.runs import log_of
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -52,19 +52,21 @@ def test_gradients_do_not_depend_on_the_number_of_ranks(tmp_path):
         ("--preset tiny-larger --steps 5 --batch 4 --set fid_samples=8 fid_every=8", [16, 32, 32, 32, 32]),
     ],
 )
-def test_two_gpus_start_grow_stop_and_go_on(tmp_path, monkeypatch, preset, resolutions):
+def test_two_gpus_start_grow_stop_and_go_on(tmp_path, monkeypatch, stopped_after, preset, resolutions):
     """train.py's main for each stage: plan, reference FID, steps with R1 and without, evaluation, growth, saving,
-    resuming.
+    resuming. The first stage begins as a run of one rank.
     """
     monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")  # as in examples/slurm.sh
-    out = tmp_path / "run"
-    options = f"{preset} --data {figures.folder()} --out {out} --clip emoji --workers 0 --sample-every 2"
-    done = torchrun(2, "tests/training/two_gpus.py", *options.split(), restarts=1)
+    first_stage = "quick" in preset
+    out = stopped_after(1) if first_stage else tmp_path / "run"
+    options = f"{preset} --data {figures.folder()} --clip emoji --workers 0 --sample-every 2"
+    done = torchrun(2, "tests/training/two_gpus.py", *options.split(), "--out", out, restarts=1)
     assert done.returncode == 0, done.stderr
     said = done.stdout
     assert "--accumulate 1: micro-batches of 2 images a GPU, R1 of 2 at a time" in said and "2 rank(s)" in said
     assert said.count("Stopped and saved") == said.count("Resuming from step 3.") == said.count("Done. 5 steps") == 1
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text("utf-8").splitlines()]
+    assert ("Resuming from step 1." in said and "resumes with ranks 2 instead of 1" in said) == first_stage
+    rows = log_of(out)
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5] and [row["resolution"] for row in rows] == resolutions
     assert [row["step"] for row in rows if "r1" in row] == [1]
     assert [row["step"] for row in rows if "fid" in row] == [2, 4]

@@ -93,6 +93,8 @@ def test_data_that_is_nan_costs_one_update(stopped_after, monkeypatch, capsys, p
     made = run(*SHORT, "--out", out, "--steps", 5)
     assert made.loop.progress.rejected == 1 and "1 updates were skipped" in capsys.readouterr().out
     assert made.learner.weights_are_finite() and state_of(out)["progress"]["step"] == 5
+    updates = {int(its["step"]) for its in made.learner.optimizer_d.state.values()}
+    assert updates == {4, 2}  # Adam counts one less than the five steps, or the three since 8×8
 
 
 @pytest.mark.tour

@@ -48,13 +48,6 @@ def test_products_are_counted_as_their_formulas(batch):
     assert flop(lambda: layers.sum().backward()) + sum(once) == 4 * once[0] + 3 * once[1]
 
 
-def test_work_is_counted_by_its_dtype():
-    with FlopCounter() as counter:
-        for dtype, columns in ((torch.float32, 5), (torch.bfloat16, 7)):
-            torch.ones(2, 3, dtype=dtype) @ torch.ones(3, columns, dtype=dtype)
-    assert counter.by_dtype == {torch.float32: 2 * 2 * 3 * 5, torch.bfloat16: 2 * 2 * 3 * 7}
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Against real steps.
 
@@ -190,13 +183,6 @@ def test_the_choice_is_kept_and_what_does_not_fit_is_refused(rehearsed, monkeypa
         plan.choose_micro_batches("auto", *run)
 
 
-def test_a_batch_that_cuts_a_group_is_refused():
-    """A group that was half real and half generated would give the discriminator the answer."""
-    preset = dataclasses.replace(QUICK, discriminator=dataclasses.replace(QUICK.discriminator, group=4))
-    with pytest.raises(UserError, match=r"--batch 12 cannot .* in 2 parts, of groups of 4 images; .* multiple of 8"):
-        plan.choose_micro_batches(2, preset, 12, "emoji", torch.device("cpu"), torch.float32, None)
-
-
 def test_the_table_has_a_row_for_each_number_of_gpus(rehearsed, monkeypatch, capsys):
     """192 images: 24 on each of 8 GPUs, or in 8 micro-batches on one."""
     monkeypatch.setattr(plan, "Rehearsal", lambda *options: rehearsed)
@@ -211,11 +197,6 @@ def test_the_table_has_a_row_for_each_number_of_gpus(rehearsed, monkeypatch, cap
     for row, (gpus, *numbers, seconds) in zip(rows[-3:], expected, strict=True):
         numbers, seconds = [gpus, *numbers], seconds + evaluation / gpus
         assert [float(x.replace(",", "")) for x in row] == pytest.approx([*numbers, seconds, seconds], rel=0.01)
-
-
-def test_numbers_of_gpus_that_cannot_share_a_batch_are_refused():
-    with pytest.raises(UserError, match="--batch 256 cannot be shared by --gpus 48"):
-        plan.print_plan(train.parse_args(["--plan", "--batch", "256", "--gpus", "48"]), QUICK)
 
 
 def test_a_preset_with_crops_is_planned_by_its_crops():

@@ -14,6 +14,7 @@ from aurora import Generator
 from clip import load_clip
 from common import disk
 from common.cli import UserError
+from tests import figures
 from weights import checkpoint, generator_file
 from weights.generator_file import FILE
 
@@ -210,7 +211,9 @@ def test_weights_to_start_from(tmp_path, generator_config):
         assert torch.equal(value, generator.state_dict()[name])
 
 
-@pytest.mark.parametrize("content", [None, b"", b"PK\x03\x04", b"not a checkpoint" * 100, "list", "legacy", "folder"])
+@pytest.mark.parametrize(
+    "content", [None, b"", b"PK\x03\x04", b"not a checkpoint" * 100, "list", "legacy", "folder", "foreign", "truncated"]
+)
 def test_a_file_without_weights_is_one_clear_line(tmp_path, content):
     path = tmp_path / "x.pth"
     if content == "folder":
@@ -219,6 +222,10 @@ def test_a_file_without_weights_is_one_clear_line(tmp_path, content):
         torch.save([1, 2], path)
     elif content == "legacy":
         torch.save({"weights": torch.zeros(3)}, path, _use_new_zipfile_serialization=False)
+    elif content == "foreign":
+        save_file({"x": torch.ones(2)}, path)
+    elif content == "truncated":
+        path.write_bytes(figures.generator_file().read_bytes()[:50_000])
     elif content is not None:
         path.write_bytes(content)
     with pytest.raises(UserError, match=r"x\.pth") as caught:
