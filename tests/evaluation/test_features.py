@@ -14,6 +14,7 @@ from clip import load_clip
 from common import distributed
 from common.cli import UserError
 from data import shards, sources
+from data.pairs import FORMAT
 from evaluation import features
 from evaluation.extractors import Extractor
 from sampling import latent
@@ -178,7 +179,7 @@ def test_pairs_held_out_are_evaluated_first(shard, monkeypatch):
 def test_too_few_images_are_refused_and_skipped_ones_counted(shard, monkeypatch):
     source = sources.open_data(str(shard), 16, seed=0)
     for captions, values, skipped in by_ranks(monkeypatch, 2, lambda: features.extract_real(source, 9, 16, MEANS)):
-        assert len(captions) == len(values["means"]) == 10 and skipped == {"broken images": 1}
+        assert len(captions) == len(values["means"]) == 10 and skipped == {FORMAT: 1}
     with pytest.raises(UserError, match="the data has 10 usable images"):
         features.extract_real(source, 12, 16, MEANS)
 

@@ -30,7 +30,7 @@ def test_the_picture_has_a_row_for_each_prompt(tmp_path, monkeypatch, run_main):
         path.write_bytes(b"broken")
     options = ["--data", data, "--checkpoint", figures.generator_file(), "--out", tmp_path / "nearest.jpg"]
     status, printed, error = run_main(nearest.main, *options, "red circle", "large blue square")
-    assert status == 0 and printed.count("note: skipped and counted: broken images (first: ") == 1, error
+    assert status == 0 and printed.count("note: skipped and counted: files that are no picture") == 1, error
     for main in (nearest.main, small_clip.main):  # a picture of the data is not overwritten
         own = sorted(data.glob("*.png"))[0]
         status, _, error = run_main(main, "--data", data, "--out", own, *["red circle"] * (main == nearest.main))
