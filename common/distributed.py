@@ -21,6 +21,8 @@ for name in ("all_gather", "`broadcast_buffers`"):
 
 # How long a rank waits for others: the main rank alone makes the plan or trains a small CLIP, and data may stall.
 PATIENCE = datetime.timedelta(hours=1)
+# What torchrun sets in the environment of each rank.
+RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 def start(device_name):
@@ -37,9 +39,9 @@ def start(device_name):
     if not re.fullmatch(r"cpu|cuda(:[1-9]?\d)?", device_name):
         raise UserError(f"--device {device_name}: use auto, cpu, cuda or cuda:N")
     device = torch.device(device_name)
-    launched = "RANK" in os.environ or "WORLD_SIZE" in os.environ
+    launched = is_launched()
     if device.type == "cuda":
-        index = int(os.environ.get("LOCAL_RANK", 0)) if launched else device.index or 0
+        index = int(os.environ["LOCAL_RANK"]) if launched else device.index or 0
         if index >= torch.cuda.device_count():
             found = f"there is no number {index}, as PyTorch finds {torch.cuda.device_count()} CUDA devices"
             raise UserError(f"--device {device_name}: {found}; use auto, or cpu")
@@ -49,10 +51,24 @@ def start(device_name):
         try:
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
         except (RuntimeError, ValueError) as error:
-            address, why = os.environ.get("MASTER_ADDR"), first_line(error)
-            fix = "start all ranks with torchrun, or unset RANK and WORLD_SIZE to run alone"
-            raise UserError(f"the other ranks cannot be joined at {address}: {why}; {fix}") from error
+            address = os.environ["MASTER_ADDR"]
+            raise UserError(f"the other ranks cannot be joined at {address}: {first_line(error)}") from error
     return device
+
+
+def is_launched():
+    """Whether a launcher started this process as one of several ranks. Raises UserError if variables are missing."""
+    given = {name: os.environ.get(name, "") for name in RANK_VARIABLES}
+    if not given["RANK"] and not given["WORLD_SIZE"]:
+        return False
+    have_numbers = all(given[name].isdecimal() for name in RANK_VARIABLES if name != "MASTER_ADDR")
+    if not (have_numbers and int(given["RANK"]) < int(given["WORLD_SIZE"]) and given["MASTER_ADDR"]):
+        shown = ", ".join(f"{name}={value}" if value else f"no {name}" for name, value in given.items())
+        raise UserError(
+            f"the environment has {shown}, which is not enough to reach the other ranks: start all of them with "
+            "torchrun, or unset RANK and WORLD_SIZE to run alone"
+        )
+    return True
 
 
 def describe(device):

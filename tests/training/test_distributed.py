@@ -85,18 +85,19 @@ def launched(monkeypatch):
     """launched("0 2 …") sets what torchrun sets in the environment of a rank."""
 
     def launched(values):
-        names = "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"
-        for name, value in zip(names, values.split(" "), strict=False):
+        for name, value in zip(distributed.RANK_VARIABLES, values.split(" "), strict=False):
             monkeypatch.setenv(name, value)
 
     return launched
 
 
-@pytest.mark.parametrize("values", ["0", " 2", "x 2 0 127.0.0.1 1", "0 2"])
+@pytest.mark.parametrize(
+    "values", ["0", " 2", "2 2 0 127.0.0.1 1", "x 2 0 127.0.0.1 1", "0 2 0  1", "0 2  127.0.0.1 1"]
+)
 def test_an_incomplete_launch_is_refused(launched, values):
-    """RANK or WORLD_SIZE alone, no number, and no address; torchrun sets all, above."""
+    """RANK or WORLD_SIZE alone, and values that no launcher sets; torchrun sets all, above."""
     launched(values)
-    with pytest.raises(UserError, match="start all ranks with torchrun, or unset RANK and WORLD_SIZE"):
+    with pytest.raises(UserError, match="start all of them with torchrun, or unset RANK and WORLD_SIZE"):
         distributed.start("cpu")
 
 
