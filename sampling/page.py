@@ -17,7 +17,7 @@ from sampling.pictures import in_range
 from sampling.pipeline import Drawn, Pipeline, routers
 
 MOST = latent.BATCH  # pictures of a request: one batch, whose points `pipeline.forced` numbers
-MOST_TEXT = 1000  # characters of a prompt
+MOST_PSI, MOST_TEXT = 1.5, 1000  # the last: characters of a prompt
 SPREAD = 0.25  # "More like this" moves z by this share of the way to other noise
 
 
@@ -58,6 +58,13 @@ def read_settings(text):
     pipeline.check_seed(settings.seed)
     if not 1 <= settings.num <= MOST or max(len(settings.prompt), len(settings.second)) > MOST_TEXT:
         raise UserError(f"ask for 1 to {MOST} pictures, and give prompts of at most {MOST_TEXT} characters")
+    bounds = {"psi": MOST_PSI, "amount": 1, "walk": 2**32}
+    for name, most in bounds.items():
+        if not 0 <= getattr(settings, name) <= most:  # NaN is not
+            raise UserError(f"{name} is not between 0 and {most}")
+    points = settings.forced.points if settings.forced else ()
+    if any(index < 0 for index in (*settings.layers, *sum(points, ()))):  # Python would count from the end
+        raise UserError("an index is negative; indices are from 0 on")
     return settings
 
 
