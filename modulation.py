@@ -151,14 +151,6 @@ class UpsamplingConv2d(ModulatedConv2d):
     filter [1, 3, 3, 1]/4 along both axes.
     """
 
-    def mixed_kernels(self, mix):
-        """The same kernels. Mixed ones have C last in memory, so folded_transposed_convolution need not copy them."""
-        if mix is None:
-            return self.weight
-        kernels = self.weight.movedim(2, -1)  # [n, D, k, k, C]
-        mixed = mix.to(kernels.dtype) @ kernels.flatten(1)
-        return mixed.unflatten(1, kernels.shape[1:]).movedim(-1, 2)
-
     def convolve(self, x, kernels):
         y = folded_transposed_convolution(x, kernels)  # [B, D, 2H + 1, 2W + 1]
         # [1, 3, 3, 1]/4, computed on the device: a copy from the host would make it wait.

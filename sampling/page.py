@@ -68,10 +68,6 @@ def read_settings(text):
     return settings
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# From settings to pictures.
-
-
 @functools.lru_cache(maxsize=8)
 def read(generator, clip, prompt):
     """A text → latent.Prompt. Cached, because most requests change no prompt."""
@@ -141,10 +137,6 @@ def draw_large(model, settings, number):
         raise UserError("this model has no second stage")
     drawn, todo = draw(model, settings)
     return pipeline.enlarge(model.upsampler, drawn.images[number : number + 1], [todo[number].large]).pictures[0]
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Answers.
 
 
 def data_url(picture):

@@ -18,7 +18,7 @@ from PIL import Image
 from tqdm import trange
 
 from common import distributed
-from common.cli import MOST_PSI, UserError
+from common.cli import UserError
 from router import Routing
 from sampling import inference, latent, views
 from sampling.pictures import at_own_size, in_range
@@ -46,7 +46,7 @@ class Pipeline:
     """A generator and its text encoder, ready to draw; with an upsampler, the second stage enlarges the pictures.
 
     On one machine the same prompts, seed and psi give bit-identical pictures. psi: the truncation; 1 is all variety, 0
-    each prompt's mean picture. Methods raise UserError for a value that cannot be drawn.
+    each prompt's mean picture. Methods raise UserError for prompts, seeds and pictures that cannot be drawn.
     """
 
     def __init__(self, generator: torch.nn.Module, clip: torch.nn.Module, notes: dict, upsampler=None):
@@ -69,8 +69,6 @@ class Pipeline:
         none. resolution: of the pictures, by default the highest; the second stage is not used for resolutions of the
         first.
         """
-        if dtype not in ("auto", *inference.DTYPES):
-            raise UserError(f"dtype={dtype!r}: choose one of auto, {', '.join(inference.DTYPES)}")
         device = distributed.start(str(device))
         generator, clip, notes = load_generator(Path(checkpoint), device, clip)
         path = upsampler_of(checkpoint) if upsampler is None else upsampler
@@ -97,12 +95,10 @@ class Pipeline:
     @torch.no_grad()
     def frames(self, prompts: str | Iterable[str], num=1, seed=0, psi=1.0, numbers=None) -> list[views.Frame]:
         """What `sample` draws, so that w can be changed before `draw`. numbers: only these of the `num`."""
-        prompts = list(prompts) if isinstance(prompts, Iterable) and not isinstance(prompts, str | bytes) else [prompts]
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         latent.check(prompts)
-        if not isinstance(num, Integral) or num < 1:
-            raise UserError(f"num={num!r}: give a whole number, 1 or more")
         check_seed(seed)
-        return self.view(views.samples, prompts, int(num), int(seed), checked_psi(psi), numbers)
+        return self.view(views.samples, prompts, num, int(seed), psi, numbers)
 
     def view(self, view, *arguments) -> list[views.Frame]:
         """The frames of a function(generator, clip, *arguments) of views.py, for both stages from the same z."""
@@ -131,27 +127,15 @@ class Pipeline:
         if self.upsampler is None:
             raise UserError("this generator has no upsampler; name one with --upsampler")
         check_seed(seed)
-        side = self.upsampler.config.input_resolution
-        is_image = isinstance(image, torch.Tensor) and image.is_floating_point() and image.shape == (3, side, side)
-        if not is_image or not image.abs().max() <= 1:  # NaN is not
-            raise UserError(f"the image has to be a tensor [3, {side}, {side}] with values from −1 to 1")
         latent.check([caption])
         frames = views.samples(self.upsampler, self.clip, [caption], 1, seed, 1.0)
-        return enlarge(self.upsampler, image[None].float().to(frames[0].w.device), frames).pictures[0]
+        return enlarge(self.upsampler, image[None].to(frames[0].w.device), frames).pictures[0]
 
 
 def check_seed(seed):
     """Raises UserError. Of a larger seed, PyTorch's generators use the last 32 bits alone."""
     if not isinstance(seed, Integral) or not 0 <= seed < 2**32:
         raise UserError(f"seed={seed!r}: give a whole number from 0 to {2**32 - 1}")
-
-
-def checked_psi(psi):
-    """→ a float. Raises UserError."""
-    with contextlib.suppress(TypeError, ValueError, RuntimeError):
-        if not isinstance(psi, str) and abs(number := float(psi)) <= MOST_PSI:  # NaN is not
-            return number
-    raise UserError(f"psi={psi!r}: give a number from −{MOST_PSI} to {MOST_PSI}, such as 0.7")
 
 
 def up_to(resolution, generator, upsampler):

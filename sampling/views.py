@@ -1,6 +1,6 @@
-"""Views of the latent space: seeds, truncations, interpolation between prompts, mixed layers, a walk.
+"""Views of the latent space: pictures of prompts, interpolation between two prompts, layers with different w.
 
-Each view is a list of frames, which sample.py draws as a grid or an animation.
+Each view is a list of frames, which `pipeline.py` draws.
 """
 
 from typing import NamedTuple
@@ -8,8 +8,6 @@ from typing import NamedTuple
 import torch
 
 from sampling import latent
-
-SWEEP = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)  # truncations
 
 
 class Frame(NamedTuple):
@@ -29,48 +27,26 @@ def frames(generator, z, text, psi, captions):
     return [Frame(*frame) for frame in zip(ws, local_text, captions, strict=True)]
 
 
-def rows(generator, clip, prompts, z, psi, labels):
-    """A row for each prompt: a Frame for each z [B, z_dim], whose caption is one of B labels and the prompt."""
-    drawn = []
-    for prompt in prompts:
-        captions = [label + prompt for label in labels]
-        drawn += frames(generator, z, latent.read(generator, clip, [prompt]), psi, captions)
-    return drawn
-
-
 def samples(generator, clip, prompts, num, seed, psi, numbers=None):
     """A row of `num` pictures for each prompt. z depends on the seed alone. numbers: draws only these of the `num`."""
-    z = latent.noise(generator, num, seed)
+    z, drawn = latent.noise(generator, num, seed), []
     if numbers is not None:
         z = z[numbers]
-    return rows(generator, clip, prompts, z, psi, [""] * len(z))
-
-
-def seeds_by_prompts(generator, clip, prompts, seeds, psi):
-    """A row for each prompt, a column for each seed."""
-    z = torch.cat([latent.noise(generator, 1, seed) for seed in seeds])
-    return rows(generator, clip, prompts, z, psi, [f"seed {seed}: " for seed in seeds])
-
-
-def truncation_sweep(generator, clip, prompts, seed):
-    """A row for each prompt, a column for each ψ of SWEEP."""
-    z, drawn = latent.noise(generator, 1, seed), []
     for prompt in prompts:
-        for psi in SWEEP:
-            drawn += rows(generator, clip, [prompt], z, psi, [f"psi {psi:g}: "])
+        drawn += frames(generator, z, latent.read(generator, clip, [prompt]), psi, [prompt] * len(z))
     return drawn
 
 
-def interpolation(generator, clip, prompts, seed, psi, steps, part):
-    """From one prompt to another at the same noise. part: see between_prompts."""
+def interpolation(generator, clip, prompts, seed, psi, steps):
+    """From one prompt to another at the same noise."""
     amounts = torch.linspace(0, 1, steps)
     start, end = (latent.read(generator, clip, [prompt]) for prompt in prompts)
-    text = between_prompts(start, end, amounts, part)
+    text = between_prompts(start, end, amounts)
     captions = [prompts[0], *[f"{100 * t:.0f} %" for t in amounts[1:-1]], prompts[1]]
     return frames(generator, latent.noise(generator, 1, seed).expand(steps, -1), text, psi, captions)
 
 
-def between_prompts(start, end, amounts, part):
+def between_prompts(start, end, amounts, part="both"):
     """Two Prompts of one row → a Prompt of a row for each amount in [0, 1].
 
     part: "global" or "local" if only that text changes, else "both".
@@ -80,32 +56,6 @@ def between_prompts(start, end, amounts, part):
         moves = part == "both" or name.startswith(part)
         texts[name] = torch.cat([between(a, b, amount if moves else 0) for amount in amounts])
     return latent.Prompt(**texts)
-
-
-def latent_walk(generator, clip, prompt, seed, psi, steps, stops=4):
-    """One prompt, from the noise of one seed to that of the next, through `stops` seeds and back to the first."""
-    corners = torch.cat([latent.noise(generator, 1, seed + i) for i in range(stops)])
-    z, captions = [], []
-    for step in range(steps):
-        at, amount = divmod(stops * step / steps, 1)
-        start, end = corners[[int(at)]], corners[[(int(at) + 1) % stops]]
-        z.append(between(start, end, amount))
-        captions.append(f"{prompt}: from seed {seed + int(at)} to {seed + (int(at) + 1) % stops}, {100 * amount:.0f} %")
-    return frames(generator, torch.cat(z), latent.read(generator, clip, [prompt]), psi, captions)
-
-
-def layer_mixing(pipe, coarse, fine, seed, psi):
-    """The first k layers use the w of one prompt, the others that of another. Attention reads the first prompt's text.
-
-    pipe: a Pipeline. k decreases from all layers to none; the layers of the second stage are the last.
-    """
-    names = layer_names(pipe)
-    first, second = pipe.frames([coarse, fine], 1, seed, psi)
-    mixed = []
-    for k in range(len(names), -1, -1):
-        caption = "all layers: first prompt" if k == len(names) else f"second prompt: from {names[k]} on"
-        mixed.append(mix(first, second, range(k, len(names)))._replace(caption=caption))
-    return mixed
 
 
 def mix(first, second, layers):
@@ -121,12 +71,12 @@ def mix(first, second, layers):
 def layer_names(pipe):
     """The name of each layer that has a w of its own, through all stages of a Pipeline."""
     names = []
-    for stage in pipe.stages:
-        for level in stage.synthesis.levels:
-            for i in range(len(level.blocks)):
-                names.append(f"{level.resolution}×{level.resolution} block {i}")
-                if level.attentions:
-                    names.append(f"{level.resolution}×{level.resolution} attention {i}")
+    for level in [level for stage in pipe.stages for level in stage.synthesis.levels]:
+        side = f"{level.resolution}×{level.resolution}"
+        for i in range(len(level.blocks)):
+            names.append(f"{side} block {i}")
+            if level.attentions:
+                names.append(f"{side} attention {i}")
     return names
 
 
