@@ -8,7 +8,6 @@ import common.interrupts  # noqa: F401
 
 import contextlib
 import functools
-import ipaddress
 import json
 import os
 import re
@@ -34,13 +33,8 @@ def parse_args(argv=None):
     parser = Parser(description=__doc__)
     add = parser.add_argument
     add("prompt", nargs="?", default="red heart", help="what the page draws first")
-    add(
-        "--checkpoint",
-        type=a_path,
-        nargs="+",
-        action="extend",
-        help="models to choose from: runs, also of baselines, generator_ema.safetensors, or the authors' aurora_v1.pth",
-    )
+    models = "models to choose from: runs, also of baselines, generator_ema.safetensors, or the authors' aurora_v1.pth"
+    add("--checkpoint", type=a_path, nargs="+", action="extend", help=models)
     add("--clip", help="MODEL:WEIGHTS of open_clip, to read a large CLIP from a file; default: as in the checkpoint")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add("--dtype", choices=("auto", *inference.DTYPES), default="auto", help="auto: bf16 for large models, if fast")
@@ -62,8 +56,6 @@ def load_model(args, number):
 
 class Server(ThreadingHTTPServer):
     """Serves the page and draws. It answers one request at a time, because a forced expert changes the model."""
-
-    request_queue_size = 128  # connections that wait; by default 5, and the system resets further ones
 
     def __init__(self, args):
         try:
@@ -100,8 +92,9 @@ class Handler(BaseHTTPRequestHandler):
         if not super().parse_request():
             return False
         host = self.headers.get("Host", "").lower()
-        name = host.rpartition(":")[0] if re.search(r":\d*$", host) else host
-        if name in self.server.names or is_address(name.strip("[]")):
+        name = re.sub(r":\d*$", "", host)
+        is_address = re.fullmatch(r"[\d.]+|\[[\da-f:.]+\]", name)  # such as [::1]
+        if name in self.server.names or is_address:
             return True
         self.send_error(400, "This page is not served under that name; open it by its address.")
         return False
@@ -132,13 +125,6 @@ class Handler(BaseHTTPRequestHandler):
 
     def log_message(self, *_):
         """Prints nothing, instead of a line for each picture."""
-
-
-def is_address(name):
-    try:
-        return bool(ipaddress.ip_address(name))
-    except ValueError:
-        return False
 
 
 def main():

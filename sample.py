@@ -13,15 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from common.cli import (
-    Parser,
-    UserError,
-    a_path,
-    a_truncation,
-    errors_in_one_line,
-    natural_number,
-    positive_int,
-)
+from common.cli import Parser, UserError, a_path, a_truncation, errors_in_one_line, natural_number, positive_int
 from sampling import files, inference, latent, views
 from sampling.pictures import animation, expert_map, grid, to_pil
 from sampling.pipeline import Pipeline
@@ -40,12 +32,10 @@ def parse_args(argv=None):
     add("--truncation", type=a_truncation, default=1.0, help="psi: 1 is all variety, 0 each prompt's mean picture")
     add("--checkpoint", type=a_path, default=DEMO, help="a run, its generator, or the authors' aurora_v1.pth")
     add("--clip", help="MODEL:WEIGHTS of open_clip, to read a large CLIP from a file; default: as in the checkpoint")
-    add(
-        "--upsampler",
-        type=a_path,
-        help="the second stage: a run or its generator_ema.safetensors (default: NAME_upsampler.safetensors in the "
-        "checkpoint's folder, if it exists)",
+    second = (
+        "the second stage: a run or its generator (default: NAME_upsampler.safetensors beside the checkpoint, if any)"
     )
+    add("--upsampler", type=a_path, help=second)
     add("--resolution", type=positive_int, help="of the pictures (default: the highest; 64: without the second stage)")
     add("--out", type=a_path, default=Path("sample.png"), help="the picture to write; .gif: an animation")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
@@ -92,21 +82,21 @@ def check_numbers(args, prompts):
 @torch.no_grad()
 def draw(args, pipe, prompts):
     """Writes a grid or an animation of prompts, or of the way between two."""
-    columns, title = min(args.num, COLUMNS) if args.num > 1 else min(6, len(prompts)), ""
     if args.interpolate:
         frames = pipe.view(views.interpolation, prompts, args.seed, args.truncation, args.steps)
-        columns, title = (
-            args.steps,
-            f"Interpolation of the global and local text, seed {args.seed}, psi {args.truncation:g}",
-        )
+        columns = args.steps
+        heading = [f"Interpolation of the global and local text, seed {args.seed}, psi {args.truncation:g}"]
     else:
         frames = pipe.frames(prompts, args.num, args.seed, args.truncation)
+        columns = min(args.num, COLUMNS) if args.num > 1 else min(6, len(prompts))
+        heading = []
     drawn = pipe.draw(frames)
     panels, experts = [to_pil(image) for image in drawn.images], 0
     if args.experts:
         panels, experts = beside_maps(panels, drawn.routings)
         where = ", ".join(f"{name.split('.')[0]}x{name.split('.')[0]} ({name})" for name in drawn.routings)
-        title = f"{title}{'. ' if title else ''}Next to each picture, the expert of each point, at {where}"
+        heading.append(f"Next to each picture, the expert of each point, at {where}")
+    title = ". ".join(heading)
     if args.out.suffix.lower() == ".gif":
         pictures = animation(panels, drawn.captions, title, experts)
     else:

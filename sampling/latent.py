@@ -6,7 +6,6 @@ import torch
 
 from common.cli import UserError
 from data.pairs import shows_something
-from sampling.pictures import boxes
 
 NUM_MEAN = 256  # z from which a prompt's mean w is computed
 BATCH = 16  # pictures drawn at a time
@@ -56,12 +55,10 @@ def unread(text, captions):
 
 
 def print_notes(clip, prompts):
-    """Prints what the text encoder does not read of the prompts, and which characters the font of captions lacks."""
+    """Prints what the text encoder does not read of the prompts."""
     for prompt in prompts:
         for note in notes(clip, prompt):
             print(f"note: {note}")
-        if unknown := [character for character in boxes(prompt) if character.isprintable()]:
-            print(f"note: captions show boxes in place of {' '.join(unknown[:10])}")
 
 
 def noise(generator, count, seed):

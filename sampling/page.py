@@ -121,12 +121,7 @@ def draw(model, settings):
     todo, generator = frames(model, settings), model.generator
     if settings.forced is None:
         return pipeline.draw(generator, todo), todo
-    router, chosen, expert = settings.forced
-    side = int(router.split(".")[0]) if router in routers(generator) else 1
-    points = torch.zeros(settings.num, side**2, dtype=torch.bool)
-    for picture, index in chosen:
-        points[picture, index] = True
-    with pipeline.forced(generator, router, points.to(generator.w_avg.device), expert):
+    with pipeline.forced(generator, *settings.forced):
         return pipeline.draw(generator, todo), todo
 
 

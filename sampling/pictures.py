@@ -56,18 +56,12 @@ def without_accents(text):
     return "".join(c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
 
 
-def boxes(text):
-    """The characters of a text that the font draws as boxes, each once."""
-    box = bytes(FONT.getmask("\uffff"))
-    letters = dict.fromkeys(without_accents(text))
-    return [c for c in letters if not c.isspace() and bytes(FONT.getmask(c)) == box]
-
-
 def wrapped(text, room, max_lines):
     """A text → at most max_lines lines, none wider than `room` pixels. If text is left out, the last ends in …"""
     lines = [""]
     for word in without_accents(text).split():
-        for part in [f" {word}"] if FONT.getlength(word) <= room else f" {word}":
+        fits = FONT.getlength(word) <= room
+        for part in [f" {word}"] if fits else f" {word}":  # else letter by letter
             if lines[-1] and FONT.getlength(lines[-1] + part) > room:
                 lines.append("")
             lines[-1] = (lines[-1] + part).lstrip()

@@ -11,7 +11,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from numbers import Integral
 from pathlib import Path
-from typing import Literal
 
 import torch
 from PIL import Image
@@ -59,20 +58,19 @@ class Pipeline:
         device="auto",
         dtype="auto",
         clip: str | None = None,
-        upsampler: str | Path | Literal[False] | None = None,
+        upsampler: str | Path | None = None,
         resolution: int | None = None,
     ):
         """A generator_ema.safetensors of a run, or the authors' aurora_v1.pth → Pipeline. Raises UserError.
 
         dtype: "fp32", "bf16", or "auto", see inference.sampling_dtype. clip: MODEL:WEIGHTS of open_clip, instead of the
-        one that the file names. upsampler: the file of a second stage, by default what upsampler_of finds; False for
-        none. resolution: of the pictures, by default the highest; the second stage is not used for resolutions of the
-        first.
+        one that the file names. upsampler: the file of a second stage, by default what upsampler_of finds. resolution:
+        of the pictures, by default the highest; the second stage is not used for resolutions of the first.
         """
         device = distributed.start(str(device))
         generator, clip, notes = load_generator(Path(checkpoint), device, clip)
         path = upsampler_of(checkpoint) if upsampler is None else upsampler
-        upsampler = None if path in (None, False) else load_upsampler(path, clip, device)
+        upsampler = None if path is None else load_upsampler(path, clip, device)
         if resolution is not None:
             generator, upsampler = up_to(resolution, generator, upsampler)
         pipe = cls(generator, clip, notes, upsampler)
@@ -124,8 +122,6 @@ class Pipeline:
     @torch.no_grad()
     def enlarge(self, image: torch.Tensor, caption: str, seed=0) -> Image.Image:
         """An image [3, R, R] in [−1, 1] of the second stage's input resolution, and its caption → a PIL image."""
-        if self.upsampler is None:
-            raise UserError("this generator has no upsampler; name one with --upsampler")
         check_seed(seed)
         latent.check([caption])
         frames = views.samples(self.upsampler, self.clip, [caption], 1, seed, 1.0)
@@ -193,7 +189,7 @@ def routers(generator):
 
 @contextlib.contextmanager
 def forced(generator, name, points, expert):
-    """A context in which a router sends feature points, a mask [B, N] or [N], to one expert. Raises UserError."""
+    """A context in which a router sends points, pairs (picture, index in N), to one expert. Raises UserError."""
     if name not in (known := routers(generator)):
         raise UserError(f"there is no router {name}; choose one of {', '.join(known) or 'none'}")
     count = len(known[name].to_logits.weight)
@@ -201,7 +197,10 @@ def forced(generator, name, points, expert):
         raise UserError(f"there is no expert {expert}; router {name} has {count}")
 
     def redirect(_, inputs, routing):
-        return routing.sent_to(torch.where(points, expert, routing.expert_index))
+        expert_index = routing.expert_index.clone()
+        for picture, point in points:
+            expert_index[picture, point] = expert
+        return routing.sent_to(expert_index)
 
     handle = known[name].register_forward_hook(redirect)
     try:

@@ -71,12 +71,13 @@ def mix(first, second, layers):
 def layer_names(pipe):
     """The name of each layer that has a w of its own, through all stages of a Pipeline."""
     names = []
-    for level in [level for stage in pipe.stages for level in stage.synthesis.levels]:
-        side = f"{level.resolution}×{level.resolution}"
-        for i in range(len(level.blocks)):
-            names.append(f"{side} block {i}")
-            if level.attentions:
-                names.append(f"{side} attention {i}")
+    for stage in pipe.stages:
+        for level in stage.synthesis.levels:
+            side = f"{level.resolution}×{level.resolution}"
+            for i in range(len(level.blocks)):
+                names.append(f"{side} block {i}")
+                if level.attentions:
+                    names.append(f"{side} attention {i}")
     return names
 
 
