@@ -5,9 +5,7 @@ import http.client
 import io
 import json
 import socket
-import struct
 import threading
-import time
 
 import numpy as np
 import pytest
@@ -75,7 +73,7 @@ def opened(url):
 
 def test_the_page_and_what_it_shows_first(server):
     status, stdout = request(server, "GET", "/")
-    assert status == 200 and "<title>Aurora" in stdout
+    assert status == 200 and "<title>Aurora" in stdout and request(server, "POST", "/none", "{}")[0] == 404
     start = json.loads(request(server, "POST", "/start", "{}")[1])
     assert start["prompt"] == "red heart" and len(start["models"]) == 3
 
@@ -90,11 +88,10 @@ def test_plain_settings_draw_what_the_pipeline_draws(ask, psi):
     assert answer["second_stage"] and answer["routers"] == ["8.0.0", "16.0.0"] and not answer["note"]
 
 
-@pytest.mark.parametrize("part", ["both", "global", "local"])
-def test_the_way_between_two_prompts_is_that_of_views(pipe, part):
-    (half,) = frames(pipe, Settings("red heart", 3, 1, second="whale", amount=0.5, part=part))
+def test_the_way_between_two_prompts_is_that_of_views(pipe):
+    (half,) = frames(pipe, Settings("red heart", 3, 1, second="whale", amount=0.5))
     with torch.no_grad():
-        way = pipe.view(views.interpolation, ("red heart", "whale"), 3, 1.0, 3, part)
+        way = pipe.view(views.interpolation, ("red heart", "whale"), 3, 1.0, 3)
     for ours, expected in ((half, way[1]), (half.large, way[1].large)):
         torch.testing.assert_close(ours.w, expected.w)
         torch.testing.assert_close(ours.local_text, expected.local_text)
@@ -112,22 +109,19 @@ def test_chosen_layers_of_both_stages_follow_the_second_prompt(pipe):
         torch.testing.assert_close(m.local_text, a.local_text)
 
 
-def test_a_walk_goes_from_seed_to_seed_and_likeness_is_near(pipe):
+def test_a_walk_goes_from_seed_to_seed(pipe):
     generator = pipe.generator
     assert torch.equal(noise(generator, Settings("", 3, 2, walk=2.0)), latent.noise(generator, 2, 5))
     between = noise(generator, Settings("", 3, 2, walk=1.5))
     ends = latent.noise(generator, 2, 4), latent.noise(generator, 2, 5)
     assert all(torch.cosine_similarity(between, end).min() > 0.5 for end in ends)
-    centre = latent.noise(generator, 3, 9)[2]
-    near = noise(generator, Settings("", 3, 4, centre=tuple(centre.tolist())))
-    assert torch.equal(near[0], centre) and torch.cosine_similarity(near, centre[None]).min() > 0.8
-    assert len(near.unique(dim=0)) == 4
 
 
-def test_more_like_a_picture_keeps_it(ask):
+def test_more_like_a_picture_keeps_it_and_draws_similar_ones(ask):
     before = ask()
     after = ask(centre=before["z"][1], seed=4)
     assert np.abs(opened(after["pictures"][0]) - opened(before["pictures"][1])).max() <= 1
+    assert 0.8 < torch.cosine_similarity(*map(torch.tensor, after["z"]), dim=0) < 1
 
 
 def test_points_are_given_to_another_expert_and_released(ask):
@@ -153,22 +147,17 @@ def test_a_baseline_takes_a_prompt_a_seed_and_a_number(ask):
     ("changes", "says"),
     [
         ({"prompt": " "}, "say what to draw"),
-        ({"prompt": " ", "model": 1}, "say what to draw"),
         ({"model": 2}, "is damaged"),
         ({"forced": {"router": "999999.0.0", "points": [[0, 0]], "expert": 0}}, "no router 999999.0.0"),
         ({"forced": {"router": "8.0.0", "points": [[0, 0]], "expert": 99}}, "no expert 99"),
         ({"forced": {"router": "8.0.0", "points": [[0, 9999]], "expert": 0}}, "out of bounds"),
-        ({"centre": [1.0, 2.0]}, "must match"),
-        *(({"seed": seed}, "give a whole number from 0 to") for seed in (99999999999, 3.7, -1, None)),
-        *(({"num": number}, "ask for 1 to 16 pictures") for number in (0, 17)),
-        ({"second": "word " * 500}, "at most 1000 characters"),
-        *(({name: value}, f"{name} is not between") for name in ("psi", "amount", "walk") for value in (-5, 1e300)),
-        ({"psi": float("nan")}, "psi is not between"),
+        ({"seed": 99999999999}, "give a whole number from 0 to"),
+        ({"num": 17}, "ask for 1 to 16 pictures"),
+        ({"amount": -5}, "amount is not between"),
         ({"layers": [-1]}, "an index is negative"),
         ({"forced": {"router": "8.0.0", "points": [[0, -1]], "expert": 0}}, "an index is negative"),
         ({"layers": ["x"]}, "; reload the page"),
         ({"path": "/enlarge", "number": 0, "model": 1}, "no second stage"),
-        ({"forced": {"router": "8.0.0", "points": [[0, 0]], "expert": -1}}, "no expert -1"),
     ],
 )
 def test_any_error_is_a_sentence_and_the_next_draws(ask, changes, says):
@@ -185,44 +174,19 @@ def test_a_foreign_request_is_answered(server, body):
 
 @pytest.mark.parametrize(
     ("host", "status"),
-    [
-        ("127.0.0.1:8080", 200),
-        ("localhost", 200),
-        ("[::1]:8080", 200),
-        ("192.168.0.7:80", 200),
-        ("LocalHost:8080", 200),
-        ("evil.example:8080", 400),
-        ("127.0.0.1.evil.example", 400),
-        ("", 400),
-    ],
+    [("127.0.0.1:8080", 200), ("LocalHost", 200), ("[::1]:8080", 200), ("127.0.0.1.evil.example:8080", 400)],
 )
 def test_the_page_is_served_under_names_of_this_machine_alone(server, host, status):
     assert request(server, "GET", "/", host=host)[0] == status
     assert request(server, "POST", "/start", "{}", host)[0] == status
 
 
-def test_another_path_is_refused(server):
-    assert request(server, "POST", "/none", "{}")[0] == 404
-
-
-@pytest.mark.parametrize("length", [None, "-1", "x", str(explore.MAX_BYTES + 1)])
-def test_a_request_that_is_too_long_or_of_unknown_length_is_not_read(server, length):
+def test_a_request_that_is_too_long_is_not_read(server):
     connection = http.client.HTTPConnection(*server.server_address, timeout=9)
     connection.putrequest("POST", "/draw")
-    if length is not None:
-        connection.putheader("Content-Length", length)
+    connection.putheader("Content-Length", str(explore.MAX_BYTES + 1))
     connection.endheaders()
-    assert "error" in json.loads(connection.getresponse().read())
-
-
-@pytest.mark.parametrize("sent", [b"GET / HT", b"GET /nothing HTTP/1.1\r\nHost: localhost\r\n\r\n"])
-def test_a_connection_that_the_browser_resets_prints_nothing(server, capfd, sent):
-    with socket.create_connection(server.server_address) as connection:
-        connection.sendall(sent)
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # so that it is reset
-    assert request(server, "GET", "/")[0] == 200
-    time.sleep(0.2)  # for the other thread
-    assert capfd.readouterr().err == ""
+    assert "too long" in json.loads(connection.getresponse().read())["error"]
 
 
 def test_mistakes_are_one_line(run_main, tmp_path):
@@ -234,5 +198,3 @@ def test_mistakes_are_one_line(run_main, tmp_path):
     for name, says in (("a.safetensors", "is damaged"), ("none.pth", "no generator")):
         status, _, stderr = run_main(explore.main, "--checkpoint", tmp_path / name, "--port", free, "--device", "cpu")
         assert status == 2 and says in stderr and stderr.count("\n") == 0
-    status, _, stderr = run_main(explore.main, "--port", 70_000)
-    assert status == 2 and "70000" in stderr and stderr.count("\n") == 0

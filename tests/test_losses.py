@@ -336,3 +336,11 @@ def test_bfloat16_is_safe():
     sum(report["loss"] for report in rounded).backward()
     for module in (generator, discriminator):
         assert all(p.grad.isfinite().all() for p in module.parameters() if p.grad is not None)
+
+
+def test_the_perceptual_distance_is_that_between_directions_of_features():
+    """2 − 2·cosine at each point."""
+    maps, others = ([torch.randn(2, c, r, r, dtype=torch.float64) for c, r in ((5, 8), (7, 4))] for _ in range(2))
+    cosines = [torch.cosine_similarity(a, b, dim=1).mean((1, 2)) for a, b in zip(maps, others, strict=True)]
+    torch.testing.assert_close(losses.perceptual_distance(maps, others), 2 - 2 * torch.stack(cosines).mean(0))
+    assert losses.perceptual_distance(maps, maps).abs().max() < 1e-12

@@ -8,6 +8,7 @@ import torch
 
 from aurora import Generator
 from sampling import inference
+from sampling.pipeline import routers
 from tests.figures import moved
 
 
@@ -48,25 +49,14 @@ def test_bfloat16_keeps_routing_and_latent_codes_in_float32(generator):
     assert router.to_logits.weight.dtype == torch.float32 and half.mapping.layers[0].weight.dtype == torch.float32
 
 
-def replay(monkeypatch, generator, routings):
-    """Makes the routers of a generator send every point where `routings` say, with their own gates."""
-    for name, routing in routings.items():
-        level, block, depth = (int(part) for part in name.split("."))
-        level = next(x for x in generator.synthesis.levels if x.resolution == level)
-        router = level.attentions[block].blocks[depth].router
-
-        def routed(u, w, decide=router.forward, route=routing.expert_index):
-            return decide(u, w).sent_to(route)
-
-        monkeypatch.setattr(router, "forward", routed)
-
-
-def test_bfloat16_draws_the_same_pictures_by_the_same_routes(generator, monkeypatch):
+def test_bfloat16_draws_the_same_pictures_by_the_same_routes(generator):
     arguments = inputs(generator.config, 4)
     half = inference.prepare(copy.deepcopy(generator), torch.bfloat16)
     with torch.no_grad():
         exact = generator(*arguments)
-        replay(monkeypatch, half, exact.routings)
+        for name, router in routers(half).items():
+            route = exact.routings[name].expert_index
+            router.register_forward_hook(lambda _, inputs, routing, route=route: routing.sent_to(route))
         local_text = half.text_head(*arguments[1:])[1]
         with inference.autocast(half):
             rounded = half.synthesis(exact.w, local_text)

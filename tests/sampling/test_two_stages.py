@@ -57,10 +57,6 @@ def test_the_second_stage_enlarges_what_the_first_has_drawn(networks, pipe, file
     assert not torch.allclose(output.image, enlarge(enlarge(image)), atol=0.01)
 
 
-def test_other_resolutions_are_drawn(file):
-    assert Pipeline.load(file, device="cpu", resolution=16).sample("whale")[0].size == (16, 16)
-
-
 def test_a_file_of_the_wrong_stage_is_refused(file):
     beside = file.with_name("g_upsampler.safetensors")
     with pytest.raises(UserError, match="is an upsampler"):
@@ -71,91 +67,72 @@ def test_a_file_of_the_wrong_stage_is_refused(file):
 
 def test_every_view_draws_both_stages(pipe):
     """Each frame of the second stage is that of the same z and prompts for this stage alone."""
-    for view, arguments in (
-        (views.seeds_by_prompts, (["a", "b"], [1, 2], 0.5)),
-        (views.interpolation, (("a", "b"), 1, 1.0, 3, "both")),
-        (views.latent_walk, ("a", 1, 1.0, 4)),
-    ):
+    for view, arguments in ((views.samples, (["a", "b"], 2, 1, 0.5)), (views.interpolation, (("a", "b"), 1, 1.0, 3))):
         frames = pipe.view(view, *arguments)
         expected = view(pipe.upsampler, pipe.clip, *arguments)
         assert all(torch.equal(f.large.w, e.w) for f, e in zip(frames, expected, strict=True))
         assert pipe.draw(frames).images.shape[-1] == 32
 
 
-def test_layers_are_mixed_through_both_stages(pipe):
-    first, second = (torch.cat([frame.w, frame.large.w]) for frame in pipe.frames(["red heart", "whale"]))
-    frames = views.layer_mixing(pipe, "red heart", "whale", 0, 1.0)
-    assert len(frames) == len(first) + 1 == len(views.layer_names(pipe)) + 1
-    for k, frame in enumerate(reversed(frames)):  # the first k layers use the first prompt, the others the second
-        mixed = torch.cat([frame.w, frame.large.w])
-        assert torch.equal(mixed[:k], first[:k]) and torch.equal(mixed[k:], second[k:])
-
-
 def test_pictures_and_their_experts_through_the_command(file, tmp_path, run_main):
     common = ("red heart", "--checkpoint", file, "--num", 1, "--device", "cpu", "--out")
     assert run_main(sample.main, *common, tmp_path / "all.png", "--experts")[0] == 0
     assert Image.open(tmp_path / "all.png").width > 3 * 64
-    status, stdout, _ = run_main(sample.main, *common, tmp_path / "small.png", "--resolution", 8)
-    assert status == 0 and "8×8" in stdout
+    status, stdout, _ = run_main(sample.main, *common, tmp_path / "small.png", "--resolution", 16)
+    assert status == 0 and "16×16" in stdout
     assert run_main(sample.main, *common[:-1], "--each", tmp_path / "each")[0] == 0
     assert Image.open(tmp_path / "each" / "000000.png").size == (32, 32)
 
 
-def picture(mode, size=(8, 8)):
+@pytest.fixture
+def enlarged(file, tmp_path, run_main):
+    """An RGBA picture → status, error and the path of what sample.py --enlarge writes."""
+
+    def run(picture, *arguments, checkpoint=file):
+        own, out = tmp_path / "own.png", tmp_path / "large.png"
+        picture.save(own)
+        options = ("--enlarge", own, "--checkpoint", checkpoint, "--device", "cpu", "--out", out)
+        status, _, error = run_main(sample.main, "a red square", *options, *arguments)
+        return status, error, out
+
+    return run
+
+
+def picture(width, height):
     """A red square on nothing."""
-    image = Image.new("RGBA", size, (0, 0, 0, 0))
-    image.paste((255, 0, 0, 255), (size[0] // 4, size[1] // 4, size[0] // 2, size[1] // 2))
-    return image.convert(mode)
+    image = Image.new("RGBA", (width, height))
+    image.paste((255, 0, 0, 255), (width // 4, height // 4, width // 2, height // 2))
+    return image
 
 
-@pytest.mark.parametrize(("mode", "size"), [("RGB", 8), ("RGBA", 8), ("RGB", 50)])
-def test_a_users_picture_is_enlarged(file, tmp_path, run_main, mode, size):
-    path, out = tmp_path / "own.png", tmp_path / "large.png"
-    picture(mode, (size, size)).save(path)
-    arguments = ("a red ❤️", "--enlarge", path, "--checkpoint", file, "--out", out, "--device", "cpu")
-    status, stdout, error = run_main(sample.main, *arguments)
-    assert status == 0 and "32×32" in stdout and "does not know ❤; use English words" in stdout, error
-    large = Image.open(out)
-    assert large.size == (32, 32) and large.mode == "RGB"
-    if mode == "RGBA":  # transparent pixels are white
-        Image.alpha_composite(Image.new("RGBA", (size, size), "white"), Image.open(path)).save(path)
-        assert run_main(sample.main, *arguments)[0] == 0
-        assert Image.open(out).tobytes() == large.tobytes()
+def test_the_centre_square_of_a_users_picture_is_enlarged_on_white(enlarged):
+    wide, white = picture(12, 8), Image.new("RGBA", (12, 8), "white")
+    square = Image.alpha_composite(white, wide).crop((2, 0, 10, 8))
+    found = [Image.open(enlarged(own)[2]) for own in (wide, square)]
+    assert found[0].size == (32, 32) and found[0].mode == "RGB" and found[0].tobytes() == found[1].tobytes()
 
 
-@pytest.mark.parametrize(
-    ("size", "says"),
-    [((8, 10), "give a square picture of 8×8, or a larger one"), ((4, 4), "PNG or JPEG of 8 pixels or more")],
-)
-def test_a_picture_that_cannot_be_enlarged_is_one_line(file, tmp_path, run_main, size, says):
-    picture("RGB", size).save(tmp_path / "own.png")
-    arguments = ("a red square", "--enlarge", tmp_path / "own.png", "--checkpoint", file, "--device", "cpu")
-    status, _, error = run_main(sample.main, *arguments, "--out", tmp_path / "large.png")
-    assert status and says in error and len(error.splitlines()) == 1
-    assert not (tmp_path / "large.png").exists()
-
-
-@pytest.mark.parametrize("option", ["--enlarge", "--like"])
-def test_a_users_picture_is_not_overwritten(file, tmp_path, run_main, monkeypatch, option):
-    """For example by the default of --out, if the picture's name is sample.png."""
-    monkeypatch.chdir(tmp_path)
-    picture("RGB").save("sample.png")
-    before = Path("sample.png").read_bytes()
-    status, _, error = run_main(sample.main, "a red square", option, tmp_path / "sample.png", "--checkpoint", file)
-    assert status and "--out sample.png is the picture that you gave" in error
-    assert Path("sample.png").read_bytes() == before
-
-
-def test_enlarging_needs_a_second_stage_and_one_caption(file, tmp_path, run_main):
+def test_what_cannot_be_enlarged_is_one_line(enlarged, file, tmp_path):
     alone = tmp_path / "alone.safetensors"
     alone.write_bytes(file.read_bytes())
-    picture("RGB").save(tmp_path / "own.png")
-    arguments = ("--enlarge", tmp_path / "own.png", "--device", "cpu", "--out", tmp_path / "large.png")
-    for prompts, given, says in ((("a",), alone, "needs an upsampler"), (("a", "b"), file, "needs one prompt")):
-        status, _, error = run_main(sample.main, *prompts, *arguments, "--checkpoint", given)
-        assert status and says in error
-    status, _, error = run_main(sample.main, "a", *arguments, "--checkpoint", file, "--resolution", 8)
-    assert status and "no --resolution of the first stage" in error
+    for (status, error, out), says in (
+        (enlarged(picture(4, 4)), "give another, such as a PNG or JPEG of 8 pixels or more"),
+        (enlarged(picture(8, 8), checkpoint=alone), "needs an upsampler"),
+        (enlarged(picture(8, 8), "--resolution", 8), "no --resolution of the first stage"),
+        (enlarged(picture(8, 8), "--prompts", __file__), "needs one prompt"),
+    ):
+        assert status == 2 and says in error and len(error.splitlines()) == 1 and not out.exists()
+
+
+def test_a_users_picture_is_not_overwritten(file, tmp_path, run_main, monkeypatch):
+    """For example by the default of --out, if a picture of this command is called sample.png."""
+    monkeypatch.chdir(tmp_path)
+    picture(8, 8).save("sample.png")
+    before = Path("sample.png").read_bytes()
+    arguments = ("--enlarge", tmp_path / "sample.png", "--checkpoint", file)
+    status, _, error = run_main(sample.main, "a red square", *arguments)
+    assert status == 2 and "--out sample.png is the picture that you gave" in error
+    assert Path("sample.png").read_bytes() == before
 
 
 def test_more_pictures_than_are_drawn_at_a_time(pipe):

@@ -12,7 +12,6 @@ import torch
 from safetensors.torch import save_file
 
 import explore
-import sample
 import train
 from clip import BUILT_IN, load_clip, load_minilm
 from common import stopping
@@ -187,7 +186,6 @@ def test_a_new_run_starts_from_the_weights_of_another(undisturbed, tmp_path, kin
 def test_an_option_for_several_values_may_be_given_several_times():
     assert train.parse_args(["--set", "a=1", "--set", "b=2", "c=3"]).set == ["a=1", "b=2", "c=3"]
     assert explore.parse_args(["--checkpoint", "a", "--checkpoint", "b"]).checkpoint == [Path("a"), Path("b")]
-    assert sample.parse_args(["red heart", "--seeds", "1", "--seeds", "2"]).seeds == [1, 2]
 
 
 def test_weights_with_more_layers_than_the_preset_are_refused(undisturbed, tmp_path):
