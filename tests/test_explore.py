@@ -21,10 +21,7 @@ from sampling.page import Settings, frames, noise
 from sampling.pipeline import Pipeline
 from weights.generator_file import DEMO, save_generator
 
-PLAIN = dict(
-    prompt="red heart", seed=3, num=2, psi=1, second="", amount=0, part="both", layers=[], walk=0, centre=[],
-    forced=None,
-)  # fmt: skip
+PLAIN = dict(prompt="red heart", seed=3, num=2, layers=[], centre=[], forced=None)
 
 
 @pytest.fixture(scope="module")
@@ -101,8 +98,7 @@ def test_chosen_layers_of_both_stages_follow_the_second_prompt(pipe):
     own = pipe.generator.synthesis.num_layers
     (first,), (second,) = (pipe.frames(prompt, seed=3) for prompt in ("red heart", "whale"))
     (mixed,) = frames(pipe, Settings("red heart", 3, 1, second="whale", layers=(0, 2, own + 1)))
-    for stage, chosen in ((lambda frame: frame, [0, 2]), (lambda frame: frame.large, [1])):
-        a, b, m = map(stage, (first, second, mixed))
+    for m, a, b, chosen in ((mixed, first, second, [0, 2]), (mixed.large, first.large, second.large, [1])):
         expected = a.w.clone()
         expected[chosen] = b.w[chosen]
         torch.testing.assert_close(m.w, expected)
@@ -110,11 +106,9 @@ def test_chosen_layers_of_both_stages_follow_the_second_prompt(pipe):
 
 
 def test_a_walk_goes_from_seed_to_seed(pipe):
-    generator = pipe.generator
-    assert torch.equal(noise(generator, Settings("", 3, 2, walk=2.0)), latent.noise(generator, 2, 5))
-    between = noise(generator, Settings("", 3, 2, walk=1.5))
-    ends = latent.noise(generator, 2, 4), latent.noise(generator, 2, 5)
-    assert all(torch.cosine_similarity(between, end).min() > 0.5 for end in ends)
+    at = [noise(pipe.generator, Settings("", 3, 2, walk=walk)) for walk in (1.0, 1.5, 2.0)]
+    assert torch.equal(at[2], latent.noise(pipe.generator, 2, 5))
+    torch.testing.assert_close(at[1], views.between(at[0], at[2], 0.5))
 
 
 def test_more_like_a_picture_keeps_it_and_draws_similar_ones(ask):
@@ -149,14 +143,11 @@ def test_a_baseline_takes_a_prompt_a_seed_and_a_number(ask):
         ({"prompt": " "}, "say what to draw"),
         ({"model": 2}, "is damaged"),
         ({"forced": {"router": "999999.0.0", "points": [[0, 0]], "expert": 0}}, "no router 999999.0.0"),
-        ({"forced": {"router": "8.0.0", "points": [[0, 0]], "expert": 99}}, "no expert 99"),
-        ({"forced": {"router": "8.0.0", "points": [[0, 9999]], "expert": 0}}, "out of bounds"),
+        ({"forced": {"router": "8.0.0", "points": [[0, 9999]], "expert": 0}}, "with size 64; reload the page"),
         ({"seed": 99999999999}, "give a whole number from 0 to"),
         ({"num": 17}, "ask for 1 to 16 pictures"),
         ({"amount": -5}, "amount is not between"),
         ({"layers": [-1]}, "an index is negative"),
-        ({"forced": {"router": "8.0.0", "points": [[0, -1]], "expert": 0}}, "an index is negative"),
-        ({"layers": ["x"]}, "; reload the page"),
         ({"path": "/enlarge", "number": 0, "model": 1}, "no second stage"),
     ],
 )
@@ -167,21 +158,16 @@ def test_any_error_is_a_sentence_and_the_next_draws(ask, changes, says):
     assert "too long" in ask(prompt="word " * 200)["note"] and "does not know 🍕" in ask(prompt="🍕")["note"]
 
 
-@pytest.mark.parametrize("body", ["[", "[]", "{}"])
-def test_a_foreign_request_is_answered(server, body):
-    assert "error" in json.loads(request(server, "POST", "/draw", body)[1])
+def test_the_page_is_served_under_names_of_this_machine_alone(server):
+    for host in ("127.0.0.1:8080", "LocalHost", "[::1]:8080"):
+        assert request(server, "GET", "/", host=host)[0] == request(server, "POST", "/start", "{}", host)[0] == 200
+    for host in ("evil.example:8080", "127.0.0.1.evil.example", ""):
+        assert request(server, "GET", "/", host=host)[0] == request(server, "POST", "/start", "{}", host)[0] == 400
 
 
-@pytest.mark.parametrize(
-    ("host", "status"),
-    [("127.0.0.1:8080", 200), ("LocalHost", 200), ("[::1]:8080", 200), ("127.0.0.1.evil.example:8080", 400)],
-)
-def test_the_page_is_served_under_names_of_this_machine_alone(server, host, status):
-    assert request(server, "GET", "/", host=host)[0] == status
-    assert request(server, "POST", "/start", "{}", host)[0] == status
-
-
-def test_a_request_that_is_too_long_is_not_read(server):
+def test_foreign_requests_are_answered_and_long_ones_are_not_read(server):
+    for body in ("[", "[]", "{}"):
+        assert "error" in json.loads(request(server, "POST", "/draw", body)[1])
     connection = http.client.HTTPConnection(*server.server_address, timeout=9)
     connection.putrequest("POST", "/draw")
     connection.putheader("Content-Length", str(explore.MAX_BYTES + 1))
@@ -194,7 +180,5 @@ def test_mistakes_are_one_line(run_main, tmp_path):
         free = taken.getsockname()[1]
         status, _, stderr = run_main(explore.main, "--port", free)
         assert status == 2 and f"port {free}" in stderr and "another --port" in stderr and stderr.count("\n") == 0
-    (tmp_path / "a.safetensors").write_bytes(b"text")
-    for name, says in (("a.safetensors", "is damaged"), ("none.pth", "no generator")):
-        status, _, stderr = run_main(explore.main, "--checkpoint", tmp_path / name, "--port", free, "--device", "cpu")
-        assert status == 2 and says in stderr and stderr.count("\n") == 0
+    status, _, stderr = run_main(explore.main, "--checkpoint", tmp_path / "none.pth", "--port", free)
+    assert status == 2 and "no generator" in stderr and stderr.count("\n") == 0

@@ -42,13 +42,6 @@ def test_the_first_picture(tmp_path):
     assert picture.width > 4 * 128 and picture.height > 128
 
 
-def test_the_same_seed_is_the_same_picture(run, tmp_path):
-    for name, seed in (("a.png", 7), ("b.png", 7), ("c.png", 8)):
-        assert run("a small yellow star", "--seed", seed, "--out", tmp_path / name)[0] == 0
-    a, b, c = (Image.open(tmp_path / name).tobytes() for name in ("a.png", "b.png", "c.png"))
-    assert a == b != c
-
-
 @torch.no_grad()
 def test_truncation_goes_toward_the_prompts_own_mean(demo):
     generator, clip, _ = demo
@@ -81,7 +74,6 @@ def test_prompts_of_a_file_and_unusual_ones_are_drawn_and_explained(run, tmp_pat
         (("x", "--out", "folder.png"), "error: folder.png: a folder is where a file is needed"),
         (("x", "--checkpoint", MODELS / "judge_clip.safetensors"), "of Aurora; give the generator_ema.safetensors"),
         (("x", "y", "--num", "501"), "1002 pictures are too many for one file"),
-        (("x", "--truncation", "1e30"), "1e30: give a number from -10 to 10"),
         (("x", "--device", "abacus"), "use auto, cpu, cuda"),
     ],
 )
@@ -118,15 +110,10 @@ def test_between_two_prompts_all_or_a_part_of_the_text_changes(demo):
     prompts = ["a large red circle on a white background", "a small blue star on a black background"]
     start, end = (latent.read(generator, clip, [prompt]) for prompt in prompts)
     halfway = latent.Prompt(*(views.between(a, b, 0.5) for a, b in zip(start, end, strict=True)))
-    changed, kept = (start, halfway, end), (start, start, start)
-    for part, global_texts, local_texts in (("both", changed, changed), ("global", changed, kept)):
+    for part, local in (("both", (start, halfway, end)), ("global", (start, start, start))):
         found = views.between_prompts(start, end, [0, 0.5, 1], part)
-        torch.testing.assert_close(
-            found.global_text, torch.cat([x.global_text for x in global_texts]), rtol=1e-3, atol=1e-4
-        )
-        torch.testing.assert_close(
-            found.local_text, torch.cat([x.local_text for x in local_texts]), rtol=1e-3, atol=1e-4
-        )
+        expected = torch.cat([x.global_text for x in (start, halfway, end)]), torch.cat([x.local_text for x in local])
+        torch.testing.assert_close(tuple(found), expected, rtol=1e-3, atol=1e-4)
 
 
 def test_the_arc_between_two_directions():
