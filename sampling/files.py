@@ -76,7 +76,8 @@ def write_each(pipe: Pipeline, prompts, num, seed, psi, folder: Path, checkpoint
         for i, (prompt, n) in enumerate(itertools.product(prompts, range(num)))
     ]
     index, content = folder / INDEX, "".join(json.dumps(about, ensure_ascii=False) + "\n" for about in abouts).encode()
-    if index.read_bytes() != content if index.exists() else any(folder.glob("[0-9]*.png")):
+    is_foreign = index.read_bytes() != content if index.exists() else any(folder.glob("[0-9]*.png"))
+    if is_foreign:
         raise UserError(f"--each {folder} contains pictures of another command or model; name another folder")
     atomically(index, lambda temporary: temporary.write_bytes(content))
     missing = {about["file"] for about in abouts if not (folder / about["file"]).exists()}

@@ -1,5 +1,8 @@
 """Makes a trained generator ready to sample: computes once what depends on weights alone, and may use bfloat16."""
 
+import contextlib
+import ctypes
+
 import torch
 
 from modulation import ModulatedConv2d
@@ -31,12 +34,24 @@ def prepare(generator, dtype=torch.float32):
     Call its synthesis within autocast(). Routers, styles, biases, the text head and the mapping stay in float32:
     rounding them would change the pictures and save little time.
     """
+    keep_freed_memory()
     generator.eval().requires_grad_(False)
     for module in generator.modules():
         if isinstance(module, ModulatedConv2d):
             module.cached_products = module.kernel_products()  # in full precision; the weights no longer change
     store(generator.synthesis, dtype)
     return generator
+
+
+def keep_freed_memory():
+    """Lets glibc keep the memory of freed tensors. By default it returns large blocks to the system, which fills new
+    ones with zeros: a tenth of the time to sample 8 pictures of the demo on a CPU. No effect with other C libraries.
+    """
+    mmap_max, trim_threshold = -4, -1  # of malloc.h
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        libc = ctypes.CDLL(None)
+        libc.mallopt(mmap_max, 0)
+        libc.mallopt(trim_threshold, 2**31 - 1)
 
 
 def store(module, dtype):
