@@ -7,7 +7,7 @@ from pathlib import Path
 from PIL import Image, PngImagePlugin
 from tqdm import tqdm
 
-from common.cli import MADE_BY, UserError, check_file, first_line, make_folder
+from common.cli import MADE_BY, UserError, check_file, first_line
 from common.disk import Damaged, atomically, delete_unfinished, digest_of
 from data import svg
 from data.pairs import FORMATS, Unusable, read_image
@@ -101,7 +101,7 @@ def write_each(pipe: Pipeline, prompts, num, seed, psi, folder: Path, checkpoint
     written last. A folder that contains some of the pictures is completed: every call draws the same batches, so the
     pictures are identical. Raises UserError if the folder contains pictures of another command or model.
     """
-    make_folder(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     delete_unfinished(folder)
     weights = " ".join(digest_of(stage.state_dict()) for stage in pipe.stages)
     abouts = [
