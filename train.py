@@ -257,7 +257,8 @@ def main():
             with distributed.ranks(args.device) as device, stopping.listening():
                 train(build(args, device))
         except torch.OutOfMemoryError as error:
-            raise UserError("the batch does not fit into the GPU; give --accumulate 2 or more, see --plan") from error
+            advice = "give the same command with a larger --accumulate; --plan computes which"
+            raise UserError(f"the batch does not fit into the GPU's memory; {advice}") from error
 
 
 if __name__ == "__main__":

@@ -200,14 +200,11 @@ class Loop:
             say(f"Skipped data, counted at every reading: {causes or 'none'}.")
             say(f"{p.rejected} updates were skipped, because a gradient was not finite.")
         self.check_saved()
-        stopped = p.step < self.last_step and not self.out_of_time
-        option = "--minutes" if self.out_of_time else "--steps"
-        ended = (
-            "Stopped and saved; the same command resumes the run" if stopped else f"Done; more {option} resume the run"
-        )
-        say(f"{ended}. It has {p.step} steps. The generator: {self.folder.generator}")
-        if stopped:
+        whole = f"The run has {p.step} steps. The generator: {self.folder.generator}"
+        if p.step < self.last_step and not self.out_of_time:
+            say(f"Stopped and saved; the same command resumes the run. {whole}")
             raise stopping.Stopped
+        say(f"Done; more {'--minutes' if self.out_of_time else '--steps'} resume the run. {whole}")
 
 
 def symptoms(report):

@@ -268,4 +268,4 @@ def test_errors_are_one_line(tmp_path, run_main, arguments, says):
 def test_a_batch_that_does_not_fit_into_a_gpu_is_one_line(tmp_path, run_main, monkeypatch):
     monkeypatch.setattr(train, "train", Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory. Tried to …")))
     status, _, error = run_main(train.main, *SHORT, "--out", tmp_path / "run")
-    assert status == 2 and "give --accumulate 2 or more, see --plan" in error and "Traceback" not in error
+    assert status == 2 and "larger --accumulate; --plan computes which" in error and "Traceback" not in error
