@@ -93,8 +93,7 @@ def build(args, device):
         check_division(batch, args.accumulate, preset.discriminator.group)
     identity = {"preset": args.preset, "data": args.data, "batch": batch, "seed": args.seed, "clip": clip}
     identity["caption-key"] = args.caption_key
-    sharing = {"accumulate": args.accumulate, "workers": args.workers}
-    folder = RunFolder(args.out, identity, sharing)
+    folder = RunFolder(args.out, identity)
     state = folder.state()
     if clip == "train":
         clip = folder.path / "clip.safetensors"
@@ -233,10 +232,7 @@ def draw_samples(learner, growth):
 
 
 def save(run):
-    """Writes a checkpoint, unless a weight is not finite: the generator's file, which is the moving average, and
-    state.pt with the networks, the optimizers, the phase of growth, the recipe, the progress and what identifies the
-    run.
-    """
+    """Writes a checkpoint, unless a weight is not finite; see weights/checkpoint.py for what is in it."""
     _, learner, growth, source, loop = run
     if learner.weights_are_finite():
         resolution = growth.active[-1]

@@ -164,7 +164,7 @@ def run(system_class, name, args, device):
             ranks = distributed.world_size()
             raise UserError(f"--batch {args.batch} cannot be divided among {ranks} ranks; give a multiple of {ranks}")
     identity = {option: getattr(args, option.replace("-", "_")) for option in IDENTITY}
-    folder = RunFolder(args.out, {"system": name, **identity}, sharing={"workers": args.workers})
+    folder = RunFolder(args.out, {"system": name, **identity})
     state = folder.state()
     torch.manual_seed(args.seed)
     with distributed.together():

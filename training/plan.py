@@ -39,17 +39,7 @@ RESERVED = 10e9  # assumed: bytes for CUDA's context, NCCL's buffers and fragmen
 # Images of the counted steps: multiples of four, as some losses use every fourth. Others are on a line through these.
 REHEARSED = 4, 8
 GPUS = 1, 8, 64
-COLUMNS = (
-    "GPUs",
-    "--accumulate",
-    "images",
-    "memory, GB",
-    "bf16, TFLOP",
-    "fp32, TFLOP",
-    "traffic, TB",
-    "a step, s",
-    "days",
-)
+COLUMNS = "GPUs|--accumulate|images|memory, GB|bf16, TFLOP|fp32, TFLOP|traffic, TB|a step, s|days"
 
 aten = torch.ops.aten
 
@@ -135,12 +125,10 @@ class Meter(FlopCounter):
 
 
 class Rehearsal:
-    """The costs of one rank at the highest resolution.
+    """The costs of one rank at the highest resolution of a presets.Preset.
 
     counts: for each number of REHEARSED images, {kind: what Meter.measure counts}. The kinds: "step", all except R1;
     "r1", which comes first; "drawing", the generator's forward pass, which micro-batches repeat.
-
-    preset: a presets.Preset.
     """
 
     def __init__(self, preset, clip_model, dtype=torch.bfloat16):
@@ -235,7 +223,7 @@ def print_plan(args, preset):
     count_as_on_gpu()
     rehearsal = Rehearsal(preset, clip)
     print(f"{args.preset} on A100 GPUs with 80 GB, global batch {batch}, {steps:,} steps, CLIP {clip}")
-    print("".join(f"{name:>13s}" for name in COLUMNS))
+    print("".join(f"{name:>13s}" for name in COLUMNS.split("|")))
     for gpus in GPUS:
         if batch % gpus:
             continue

@@ -55,13 +55,12 @@ class RunFolder:
     """config.json, metrics.jsonl, samples/, checkpoints/ and generator_ema.safetensors. No other file is touched.
 
     identity: the options that a run keeps to its end, {name: value}. A run is resumed only if each is as it was given
-    then; a path is compared as a text. If data moved, a link in the old place leads to them. sharing: the options that
-    divide the work, for example workers; with other values a run is resumed, with a note.
+    then; a path is compared as a text. If data moved, a link in the old place leads to them. Ranks, workers and
+    micro-batches may change; then a resumed run is no longer bit-identical to an uninterrupted one.
     """
 
-    def __init__(self, path, identity, sharing=None):
+    def __init__(self, path, identity):
         self.path, self.identity = path, identity
-        self.sharing = {**(sharing or {}), "ranks": distributed.world_size()}
         self.checkpoints = path / "checkpoints"
         self.generator = path / generator_file.FILE
         self.last_good = None  # the newest checkpoint that is known to be whole
@@ -118,7 +117,7 @@ class RunFolder:
             say(f"note: the disk of {self.path} has no locks, so a second run in it would not be noticed")
 
     def compare(self, path, state):
-        """Raises UserError if a checkpoint has another identity; prints a note if it has another sharing."""
+        """Raises UserError if a checkpoint has another identity."""
         then = state["identity"]
         if then.get("system") != self.identity.get("system"):
             raise UserError(f"the run in {path} is not of this command; give another --out")
@@ -126,13 +125,6 @@ class RunFolder:
             given = [f"no --{k}" if then.get(k) is None else f"--{k} {shlex.quote(str(then[k]))}" for k in changed]
             raise UserError(
                 f"the run in {path} was started with {', '.join(given)}; repeat that, or give another --out"
-            )
-        then = state["sharing"]
-        if changed := [name for name in then if name in self.sharing and then[name] != self.sharing[name]]:
-            changes = ", ".join(f"{name} {self.sharing[name]} instead of {then[name]}" for name in changed)
-            say(
-                f"note: the run resumes with {changes}; these change rounding, the order of shards and which wrong "
-                "captions are compared, so it is no longer bit-identical to an uninterrupted run"
             )
 
     @written("config.json")
@@ -170,7 +162,7 @@ class RunFolder:
         state: what a run needs to resume. generator: tensors and metadata, see generator_file.content.
         """
         if step != self.saved_step:
-            state = {"identity": self.identity, "sharing": self.sharing, **state}
+            state = {"identity": self.identity, **state}
             self.last_good = checkpoint.save(self.checkpoints, step, state, generator, keep)
             self.saved_step = step
             self.write_generator(self.last_good)

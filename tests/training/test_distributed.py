@@ -63,7 +63,7 @@ def test_two_ranks_start_grow_stop_and_go_on(tmp_path, monkeypatch, stopped_afte
     said = done.stdout
     assert "2 rank(s)" in said
     assert said.count("Stopped and saved") == said.count("Resuming from step 3.") == said.count("Done; ") == 1
-    assert ("Resuming from step 1." in said and "resumes with ranks 2 instead of 1" in said) == first_stage
+    assert ("Resuming from step 1." in said) == first_stage
     rows = log_of(out)
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5] and [row["resolution"] for row in rows] == resolutions
     assert [row["step"] for row in rows if "r1" in row] == [1]
