@@ -120,7 +120,7 @@ class Recipe:
     perceptual_network: str = "efficientnet"  # that measures it, see weights/perceptual.py
     fid_factor: float = 1.5  # κ: a resolution is done when FID ≤ κ · reference FID
     augment: tuple[str, ...] = ()  # what the discriminator sees pictures through, see augment.py
-    recompute: bool = False  # gradient checkpointing: the generator's levels again in the backward pass, for memory
+    recompute: bool = False  # for memory: gradient checkpointing in the generator, and R1 of half the images at a time
 
 
 @dataclass(frozen=True)
