@@ -86,8 +86,7 @@ def clip_for(data, preset):
 
 
 def clip_of_new_run(path, data, caption_key, seed, device):
-    """The main rank trains a small CLIP on a run's data and writes it to `path`, unless an earlier start
-    of the run did.
+    """The main rank trains a small CLIP on a run's data and writes it to `path`, unless the run's last start did.
 
     Raises UserError if the file is not of a run, and Stopped if the run is asked to stop.
     """
