@@ -120,7 +120,7 @@ class Recipe:
     perceptual_network: str = "efficientnet"  # that measures it, see weights/perceptual.py
     fid_factor: float = 1.5  # κ: a resolution is done when FID ≤ κ · reference FID
     augment: tuple[str, ...] = ()  # what the discriminator sees pictures through, see augment.py
-    recompute: bool = False  # gradient checkpointing: the generator's levels again in the backward pass, for memory
+    recompute: bool = False  # for memory: gradient checkpointing in the generator, and R1 of half the images at a time
 
 
 @dataclass(frozen=True)
@@ -131,23 +131,15 @@ class Preset:
     clip_model: str = OPENAI_CLIP  # the default of --clip
 
     @property
-    def unused(self):
-        """The names of the recipe's fields that change nothing."""
-        unused = {"clip_lower_every"} if isinstance(self.generator, UpsamplerConfig) else {"crop"}
-        if not self.recipe.perceptual_weight:
-            unused |= {"perceptual_network"}
-        if not self.recipe.adversarial_weight:
-            unused |= {"lr_discriminator", "r1_gamma", "augment"}
-            unused |= {"matching_weight_discriminator", "matching_weight_generator"}
-        return unused
-
-    @property
     def crops(self):
-        """The sides of the upsampler's crops for which no map of a network ends in a half, or below 4×4: of `emoji-256`
-        32, 40, …, 64.
+        """The values of the recipe's `crop`: 0, and the sides of an upsampler's crops for which no map of a network
+        ends in a half, or below 4×4: of `emoji-256` 32, 40, …, 64.
         """
+        if not isinstance(self.generator, UpsamplerConfig):
+            return [0]
         side, lowest = self.generator.input_resolution, self.discriminator.levels[0].resolution
-        return range(4 * side // lowest, side + 1, side // min(lowest, self.generator.levels[0].resolution))
+        step = side // min(lowest, self.generator.levels[0].resolution)
+        return [0, *range(4 * side // lowest, side + 1, step)]
 
 
 # What the small presets share. Attention and experts are at the resolutions that decide the layout. With the release's

@@ -52,14 +52,12 @@ class Learner:
     """Everything that a step changes: both networks, their optimizers, and the moving average of the generator.
 
     preset: a presets.Preset. clip: the frozen CLIP. dtype: of matrix products, under autocast. batch: images of a step,
-    over all ranks. perceptual: the frozen network of the recipe's perceptual loss, if it has one. r1_images: how many
-    images R1 processes at a time; by default a whole micro-batch.
+    over all ranks. perceptual: the frozen network of the recipe's perceptual loss, if it has one.
     """
 
-    def __init__(self, preset, clip, device, dtype, batch, perceptual=None, r1_images=None):
-        self.perceptual, self.r1_images = perceptual, r1_images or batch
+    def __init__(self, preset, clip, device, dtype, batch, perceptual=None):
         self.recipe, self.clip, self.device, self.dtype, self.batch = preset.recipe, clip, device, dtype, batch
-        self.resolutions = preset.generator.resolutions
+        self.perceptual, self.resolutions = perceptual, preset.generator.resolutions
         with device:
             self.generator, self.discriminator = new_generator(preset.generator), Discriminator(preset.discriminator)
             self.ema = new_generator(preset.generator).eval().requires_grad_(False)
@@ -195,15 +193,16 @@ class Learner:
         """Adds the gradients of R1, times r1_weight, to the discriminator's → R1.
 
         R1 takes several times the memory of the other losses, and images of different groups do not affect each other's
-        penalties. So it uses smaller batches, and comes first, while no other graph is in memory. It bypasses the DDP
-        wrapper, so its gradients wait in .grad, as after no_sync(): the backward pass of discriminator_step averages
-        all of .grad.
+        penalties. So large networks, those that recompute, process half of a micro-batch at a time. R1 comes first,
+        while no other graph is in memory. It bypasses the DDP wrapper, so its gradients wait in .grad, as after
+        no_sync(): the backward pass of discriminator_step averages all of .grad.
         """
         scales, total = scale_weights(micro_batches[0].real, self.recipe.lower_scales), 0
         for batch in micro_batches:
             real, size = augment(batch.real, self.recipe.augment, batch.chances[:, 0]), len(batch.text.eot)
-            for first in range(0, size, self.r1_images):
-                some = slice(first, first + self.r1_images)
+            at_once = -(-size // 2) if self.recipe.recompute else size
+            for first in range(0, size, at_once):
+                some = slice(first, first + at_once)
                 some_real = {r: x[some] for r, x in real.items()}
                 tokens, eot = batch.text.tokens[some], batch.text.eot[some]
                 r1 = r1_penalty(self.discriminator, self.clip, some_real, tokens, eot, self.recipe.r1_gamma, scales)
@@ -265,16 +264,7 @@ class Learner:
     # ------------------------------------------------------------------------------------------------------------------
 
     def state_dict(self):
-        """Omits Adam's mean of gradients if β₁ is zero: then it is the last gradient, and no step reads it."""
-        state = {"clip": self.clip.name} | {name: getattr(self, name).state_dict() for name in (*NETWORKS, *OPTIMIZERS)}
-        for name in OPTIMIZERS:
-            if has_momentum(getattr(self, name)):
-                continue
-            adam_state = {}
-            for number, of_parameter in state[name]["state"].items():
-                adam_state[number] = {key: x for key, x in of_parameter.items() if key != "exp_avg"}
-            state[name]["state"] = adam_state
-        return state
+        return {"clip": self.clip.name} | {name: getattr(self, name).state_dict() for name in (*NETWORKS, *OPTIMIZERS)}
 
     def load_state_dict(self, state):
         """Loads a state_dict, but keeps the recipe's learning rates and momentum: a run whose losses were not finite
@@ -285,12 +275,11 @@ class Learner:
         for name in NETWORKS:
             getattr(self, name).load_state_dict(state[name])
         for name in OPTIMIZERS:
-            optimizer = getattr(self, name)
-            own, adam_state = optimizer.state_dict()["param_groups"], {}
-            for number, of_parameter in state[name]["state"].items():
-                omitted = {"exp_avg": torch.zeros_like(of_parameter["exp_avg_sq"])}  # see state_dict
-                adam_state[number] = omitted | of_parameter
-            optimizer.load_state_dict({"state": adam_state, "param_groups": own})
+            optimizer, of_parameters = getattr(self, name), state[name]["state"]
+            for of_parameter in of_parameters.values():  # earlier versions did not save the last gradient
+                of_parameter.setdefault("exp_avg", torch.zeros_like(of_parameter["exp_avg_sq"]))
+            own = optimizer.state_dict()["param_groups"]
+            optimizer.load_state_dict({"state": of_parameters, "param_groups": own})
         self.forget()
 
     def load_weights(self, weights):
@@ -330,10 +319,6 @@ def adam(network, lr, momentum=0.0):
     """
     on_gpu = next(network.parameters()).is_cuda
     return torch.optim.Adam(parameter_groups(network, lr), betas=(momentum, 0.99), fused=True, capturable=on_gpu)
-
-
-def has_momentum(optimizer):
-    return any(group["betas"][0] for group in optimizer.param_groups)
 
 
 def step_optimizer(optimizer, reports, prefix):

@@ -19,12 +19,10 @@ from augment import check as check_augment
 from clip import load_clip
 from common import distributed, stopping
 from common.cli import (
-    MOST_BATCH,
     Parser,
     UserError,
     a_path,
     add_data,
-    batch_size,
     errors_in_one_line,
     natural_number,
     positive_int,
@@ -39,7 +37,7 @@ from sampling.inference import DTYPES, dtype_of
 from sampling.pictures import grid, to_pil
 from step import Learner
 from training.loop import Loop, overfitting, watched_pairs
-from training.plan import HARDWARE, auto_or_positive, choose_micro_batches, print_plan
+from training.plan import print_plan
 from training.run_folder import RunFolder
 from training.small_clip import clip_for, clip_of_new_run
 from weights import checkpoint, generator_file
@@ -53,12 +51,11 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("--preset", choices=PRESETS, default="emoji", help="network sizes and training recipe, see presets.py")
     add_data(add)
-    add("--out", type=a_path, help="the run's folder (default: runs/PRESET)")
+    add("--out", type=a_path, help="the run's folder (default: runs/PRESET); a run in it is resumed")
     add("--steps", type=positive_int, help="total steps of the run (default: the preset's)")
-    add("--batch", type=batch_size, help="global batch, over all ranks (default: the preset's)")
-    add("--accumulate", type=auto_or_positive, default="auto", help="micro-batches of each batch; auto: as a GPU needs")
+    add("--batch", type=positive_int, help="global batch, over all ranks (default: the preset's)")
+    add("--accumulate", type=positive_int, default=1, help="micro-batches of each batch, to save memory; see --plan")
     add("--seed", type=natural_number, default=0, help="of weights, data and noise")
-    add("--resume", choices=("auto", "moved"), default="auto", help="the run in --out; moved: its data moved")
     add("--clip", help="train (a small CLIP on --data), emoji, a small CLIP's file, or MODEL:WEIGHTS of "
         "open_clip (default: the preset's; for a small preset on other data: train)")  # fmt: skip
     add("--set", nargs="+", action="extend", default=[], metavar="FIELD=VALUE",
@@ -72,8 +69,6 @@ def parse_args(argv=None):
     add("--sample-every", type=positive_int, default=50, help="steps between sample grids")
     add("--workers", type=natural_number, default=1, help="processes that load data, for each rank; 0: the rank itself")
     add("--plan", action="store_true", help="do not train; compute what training takes on GPUs, see training/plan.py")
-    add("--gpus", type=positive_int, help="for --plan, in addition to 1, 8 and 64")
-    add("--hardware", choices=HARDWARE, help="for --plan (default: a100)")
     args = parser.parse_args(argv)
     args.out = args.out or Path("runs") / args.preset
     return args
@@ -95,13 +90,11 @@ def build(args, device):
         preset = preset_of(args)
         recipe, clip = preset.recipe, args.clip or clip_for(args.data, preset)
         batch, dtype = args.batch or recipe.batch, dtype_of(args.dtype, device)
-        options = preset, batch, clip, device, dtype, args.out / "plan.json"
-        micro_batches, r1_images = choose_micro_batches(args.accumulate, *options)
+        check_division(batch, args.accumulate, preset.discriminator.group)
     identity = {"preset": args.preset, "data": args.data, "batch": batch, "seed": args.seed, "clip": clip}
     identity["caption-key"] = args.caption_key
-    sharing = {"accumulate": micro_batches, "workers": args.workers}
-    folder = RunFolder(args.out, identity, sharing)
-    state = folder.state(moved=args.resume == "moved")
+    folder = RunFolder(args.out, identity)
+    state = folder.state()
     if clip == "train":
         clip = folder.path / "clip.safetensors"
         if not state:
@@ -114,12 +107,12 @@ def build(args, device):
         torch.manual_seed(args.seed)
         if perceptual := perceptual_network(recipe):
             perceptual.to(device)
-        learner = Learner(preset, clip, device, dtype, batch, perceptual, r1_images)
+        learner = Learner(preset, clip, device, dtype, batch, perceptual)
         growth = Growth(recipe, learner.resolutions, clip, args.seed, preset.generator)
         source = sources.open_data(
             args.data, learner.resolutions[-1], args.seed, args.caption_key, preset.discriminator.group
         )
-        loop = Loop(folder, args, batch, micro_batches, args.steps or recipe.steps)
+        loop = Loop(folder, args, batch, args.accumulate, args.steps or recipe.steps)
         if state:
             with loop.resuming(state):
                 if source.holds_out and not state.get("holds_out", True):
@@ -139,6 +132,20 @@ def build(args, device):
     return Run(args, learner, growth, source, loop)
 
 
+def check_division(batch, micro_batches, group):
+    """Raises UserError if a micro-batch has no wrong captions, or if each rank's part of it is not of whole groups."""
+    ranks = distributed.world_size()
+    if batch // micro_batches < 2:
+        raise UserError(
+            f"--batch {batch} in {micro_batches} part(s) leaves no wrong caption to compare with; take 2 or more each"
+        )
+    if batch % (ranks * micro_batches * group):
+        raise UserError(
+            f"--batch {batch} cannot be shared by {ranks} ranks in {micro_batches} parts, of groups of {group} images; "
+            f"choose a multiple of {ranks * micro_batches * group}"
+        )
+
+
 def preset_of(args):
     """The preset, its recipe changed by --set. Raises UserError."""
     preset = PRESETS[args.preset]
@@ -148,17 +155,13 @@ def preset_of(args):
     recipe = with_fields(preset.recipe, "--set", args.set)
     check_augment(recipe.augment)
     preset = dataclasses.replace(preset, recipe=recipe)
-    for name in preset.unused & {field.partition("=")[0] for field in args.set}:
-        raise UserError(f"--set {name} has no effect on {args.preset} with this recipe; leave it out")
     for name, least in (("steps", 1), ("fid_samples", 2), ("clip_lower_every", 1)):
         if (value := getattr(recipe, name)) < least:
             raise UserError(f"--set {name}={value}: give {least} or more")
     if recipe.momentum_generator >= 1:
         raise UserError(f"--set momentum_generator={recipe.momentum_generator}: give less than 1, such as 0.9")
-    if recipe.batch > MOST_BATCH:
-        raise UserError(f"--set batch={recipe.batch}: give {MOST_BATCH} or fewer")
-    if recipe.crop and recipe.crop not in preset.crops:
-        raise UserError(f"--set crop={recipe.crop}: choose 0, or one of {', '.join(map(str, preset.crops))}")
+    if recipe.crop not in preset.crops:
+        raise UserError(f"--set crop={recipe.crop}: choose one of {', '.join(map(str, preset.crops))}")
     return preset
 
 
@@ -229,10 +232,7 @@ def draw_samples(learner, growth):
 
 
 def save(run):
-    """Writes a checkpoint, unless a weight is not finite: the generator's file, which is the moving average, and
-    state.pt with the networks, the optimizers, the phase of growth, the recipe, the progress and what identifies the
-    run.
-    """
+    """Writes a checkpoint, unless a weight is not finite; see weights/checkpoint.py for what is in it."""
     _, learner, growth, source, loop = run
     if learner.weights_are_finite():
         resolution = growth.active[-1]
@@ -249,10 +249,12 @@ def main():
     with errors_in_one_line():
         if args.plan:
             return print_plan(args, preset_of(args))
-        if args.gpus or args.hardware:
-            raise UserError("--gpus and --hardware are for --plan; add it, or leave them out")
-        with distributed.ranks(args.device) as device, stopping.listening():
-            train(build(args, device))
+        try:
+            with distributed.ranks(args.device) as device, stopping.listening():
+                train(build(args, device))
+        except torch.OutOfMemoryError as error:
+            advice = "give the same command with a larger --accumulate; --plan computes which"
+            raise UserError(f"the batch does not fit into the GPU's memory; {advice}") from error
 
 
 if __name__ == "__main__":

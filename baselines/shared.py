@@ -23,7 +23,6 @@ from common.cli import (
     a_path,
     a_truncation,
     add_data,
-    batch_size,
     errors_in_one_line,
     first_line,
     natural_number,
@@ -124,7 +123,7 @@ def main(system_class):
     add("--clip", default="emoji", help="emoji, a file of training/small_clip.py, or MODEL:WEIGHTS of open_clip")
     add("--resolution", type=int, choices=RESOLUTIONS, default=32)
     add("--minutes", type=positive_int, default=60, help="how long to train")
-    add("--batch", type=batch_size, default=32, help="images of a step, over all ranks")
+    add("--batch", type=positive_int, default=32, help="images of a step, over all ranks")
     add("--out", type=a_path, default=Path("runs") / name, help="the run's folder; a run in it is resumed")
     add("--seed", type=natural_number, default=0)
     add("--workers", type=natural_number, default=1, help="processes that load data")
@@ -165,7 +164,7 @@ def run(system_class, name, args, device):
             ranks = distributed.world_size()
             raise UserError(f"--batch {args.batch} cannot be divided among {ranks} ranks; give a multiple of {ranks}")
     identity = {option: getattr(args, option.replace("-", "_")) for option in IDENTITY}
-    folder = RunFolder(args.out, {"system": name, **identity}, sharing={"workers": args.workers})
+    folder = RunFolder(args.out, {"system": name, **identity})
     state = folder.state()
     torch.manual_seed(args.seed)
     with distributed.together():

@@ -2,7 +2,6 @@
 
 import argparse
 import ast
-import atexit
 import contextlib
 import dataclasses
 import errno
@@ -14,7 +13,6 @@ import sys
 from pathlib import Path
 
 DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no space, a quota, a limit on the size of files
-MOST_BATCH = 2**16  # images of a training step
 MOST_PSI = 10  # of the truncation; far more than is of use
 MADE_BY = "made by Aurora (arXiv 2309.03904)"  # in the first 4 KB of every file that a command may replace
 
@@ -24,13 +22,9 @@ class UserError(ValueError):
 
 
 def print_on_any_console():
-    """Prints "?" for characters that the console cannot show: cp1252 and ASCII have no ψ. If the user closed a stream
-    (`>&-`), its output is dropped.
-    """
-    for name in ("stdout", "stderr"):
-        if (stream := getattr(sys, name)) is None:
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
-        elif hasattr(stream, "reconfigure"):
+    """Prints "?" for characters that the console cannot show: cp1252 and ASCII have no ψ."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
 
 
@@ -76,10 +70,6 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
     breaks of descriptions.
     """
 
-    def __init__(self, *args, **options):
-        super().__init__(*args, **options)
-        print_on_any_console()  # help is printed while arguments are parsed, before any command runs
-
     def _get_help_string(self, action):
         return action.help if action.default is None else super()._get_help_string(action)
 
@@ -90,6 +80,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **options):
         super().__init__(formatter_class=HelpFormatter, **options)
         self.register("type", None, a_text)
+        print_on_any_console()  # help is printed while arguments are parsed, before any command runs
 
 
 def signals(*names):
@@ -112,41 +103,19 @@ def first_line(error):
     return " ".join([line, more[0].strip()] if line.endswith(":") and more else [line])[:200]
 
 
-def make_folder(folder):
-    """Makes a folder and those above it. Those that are still empty when the process ends are deleted again: a command
-    that is refused leaves nothing behind. Raises OSError.
-    """
-    new = [each for each in (folder, *folder.parents) if not each.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
-    atexit.register(remove_if_empty, new)
-
-
-def remove_if_empty(folders):
-    for folder in folders:
-        with contextlib.suppress(OSError):  # it contains files
-            folder.rmdir()
-
-
 def check_file(path):
     """Makes the folder of a file, and fails before the work if the file cannot be written, or exists without MADE_BY in
     it. Raises OSError and UserError.
     """
-    make_folder(path.parent)
-    with contextlib.suppress(FileNotFoundError):
-        path.stat()  # raises an error for links in a circle, which path.exists() would not
+    path.parent.mkdir(parents=True, exist_ok=True)
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     if path.exists():
         with open(path, "rb") as file:
             if MADE_BY.encode() not in file.read(4096):
                 raise UserError(f"{path} exists, and this command did not make it; give another --out")
-    probe = path.with_name(f".{path.name[:50]}.{os.getpid()}")  # of this rank
-    try:
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        error.filename = str(path)
-        raise
+    if not os.access(path.parent, os.W_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
 
 
 def a_text(text):
@@ -156,9 +125,7 @@ def a_text(text):
     try:
         text.encode()  # what is written about it, such as JSON, is in UTF-8
     except UnicodeEncodeError:
-        encoding = sys.getfilesystemencoding()
-        fix = "give UTF-8 text, or rename the file" if encoding == "utf-8" else "set the variable PYTHONUTF8=1"
-        raise argparse.ArgumentTypeError(f"it has bytes that are not {encoding.upper()}; {fix}") from None
+        raise argparse.ArgumentTypeError("it has bytes that are not UTF-8; rename the file") from None
     return text
 
 
@@ -194,13 +161,6 @@ def positive_int(text):
     """An argument's type: a whole number from 1 to 2³¹ − 1."""
     if not 0 < (number := whole_number(text)) < 2**31:
         raise argparse.ArgumentTypeError(f"{text} is not a positive number, or is too large")
-    return number
-
-
-def batch_size(text):
-    """An argument's type: how many images a step has. A mistyped number would collect images for ever."""
-    if (number := positive_int(text)) > MOST_BATCH:
-        raise argparse.ArgumentTypeError(f"{text} images are too many; give {MOST_BATCH} or fewer")
     return number
 
 

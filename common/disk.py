@@ -6,8 +6,6 @@ import contextlib
 import hashlib
 import os
 import re
-import shutil
-import tempfile
 import warnings
 from pathlib import Path
 
@@ -60,29 +58,6 @@ def delete_unfinished(folder):
 def write_text(path, content):
     """Writes a UTF-8 file atomically. Raises OSError."""
     atomically(path, lambda temporary: temporary.write_text(content, "utf-8"))
-
-
-def check_room(folder):
-    """Writes and deletes 32 MB, to find a full disk before long work and not after it. Raises OSError."""
-    try:
-        with tempfile.TemporaryFile(dir=folder) as file:
-            file.write(bytes(2**25))
-            file.flush()
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(folder)) from error
-
-
-def link(source, path):
-    """Gives a file a second name, atomically; a disk without links gets a copy."""
-
-    def write(temporary):
-        temporary.unlink()
-        try:
-            os.link(source, temporary)
-        except OSError:
-            shutil.copyfile(source, temporary)
-
-    atomically(path, write)
 
 
 def rename(temporary, path):

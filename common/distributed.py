@@ -19,7 +19,7 @@ from common.cli import UserError, first_line
 for name in ("all_gather", "`broadcast_buffers`"):
     warnings.filterwarnings("ignore", message=f".*{name} is deprecated", category=FutureWarning)
 
-# How long a rank waits for others: the main rank alone makes the plan or trains a small CLIP, and data may stall.
+# How long a rank waits for others: the main rank alone trains a small CLIP, and data may stall.
 PATIENCE = datetime.timedelta(hours=1)
 # What torchrun sets in the environment of each rank.
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -58,15 +58,14 @@ def start(device_name):
 
 def is_launched():
     """Whether a launcher started this process as one of several ranks. Raises UserError if variables are missing."""
-    given = {name: os.environ.get(name, "") for name in RANK_VARIABLES}
-    if not given["RANK"] and not given["WORLD_SIZE"]:
+    rank, ranks, local_rank, address, port = (os.environ.get(name, "") for name in RANK_VARIABLES)
+    if not rank and not ranks:
         return False
-    have_numbers = all(given[name].isdecimal() for name in RANK_VARIABLES if name != "MASTER_ADDR")
-    if not (have_numbers and int(given["RANK"]) < int(given["WORLD_SIZE"]) and given["MASTER_ADDR"]):
-        shown = ", ".join(f"{name}={value}" if value else f"no {name}" for name, value in given.items())
+    have_numbers = all(map(str.isdecimal, (rank, ranks, local_rank, port)))
+    if not (have_numbers and int(rank) < int(ranks) and address):
         raise UserError(
-            f"the environment has {shown}, which is not enough to reach the other ranks: start all of them with "
-            "torchrun, or unset RANK and WORLD_SIZE to run alone"
+            f"of {', '.join(RANK_VARIABLES)}, the environment lacks some, or they are wrong: start all of the ranks "
+            "with torchrun, or unset RANK and WORLD_SIZE to run alone"
         )
     return True
 
@@ -99,31 +98,12 @@ def ranks(device_name):
             dist.destroy_process_group()
 
 
-@contextlib.contextmanager
-def alone():
-    """A context in which this process ignores the other ranks: the main one makes the plan for all."""
-    global _alone
-    _alone = True
-    try:
-        yield
-    finally:
-        _alone = False
-
-
-_alone = False
-
-
-def has_ranks():
-    """Whether this process exchanges messages with other ranks."""
-    return dist.is_initialized() and not _alone
-
-
 def rank():
-    return dist.get_rank() if has_ranks() else 0
+    return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size():
-    return dist.get_world_size() if has_ranks() else 1
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def is_main():
@@ -138,12 +118,12 @@ def say(message):
 
 def gather(x):
     """Concatenates x [B, …] over ranks, in their order. Each rank gets the sum of all ranks' gradients."""
-    return torch.cat(all_gather(x.contiguous())) if has_ranks() else x
+    return torch.cat(all_gather(x.contiguous())) if dist.is_initialized() else x
 
 
 def mean(x):
     """The mean of a tensor over ranks, without gradient."""
-    if has_ranks():
+    if dist.is_initialized():
         x = x.detach().clone()
         dist.all_reduce(x)
         x /= world_size()
@@ -153,7 +133,7 @@ def mean(x):
 def broadcast(value):
     """→ the main rank's value, on every rank. It must be picklable."""
     values = [value]
-    if has_ranks():
+    if dist.is_initialized():
         dist.broadcast_object_list(values)
     return values[0]
 
@@ -161,7 +141,7 @@ def broadcast(value):
 def collect(value):
     """→ a list of all ranks' values, on every rank. They must be picklable."""
     values = [value] * world_size()
-    if has_ranks():
+    if dist.is_initialized():
         dist.all_gather_object(values, value)
     return values
 
@@ -174,7 +154,7 @@ def together():
         yield
     except UserError as error:
         own = error
-    on_gpu = has_ranks() and dist.get_backend() == "nccl"
+    on_gpu = dist.is_initialized() and dist.get_backend() == "nccl"
     if mean(torch.tensor(float(own is not None), device="cuda" if on_gpu else "cpu")):
         messages = collect(str(own or ""))
         raise UserError(next(filter(None, messages)) if is_main() else "") from own

@@ -26,7 +26,7 @@ from tqdm import tqdm
 import aurora
 import discriminator
 from clip import load_clip
-from common.cli import Parser, UserError, a_path, errors_in_one_line, finite_number, make_folder, positive_int
+from common.cli import Parser, UserError, a_path, errors_in_one_line, finite_number, positive_int
 from common.disk import write_text
 from data import sources
 from evaluation import enlarging
@@ -199,7 +199,7 @@ def run_all(preset, names, seeds, minutes, out):
     for name, seed in tqdm(jobs, unit="run"):
         path = out / preset / f"{minutes:g}-minutes" / name.replace(" ", "-") / f"{seed}.json"
         if not path.is_file():
-            make_folder(path.parent)
+            path.parent.mkdir(parents=True, exist_ok=True)
             written = json.dumps(run(VARIANTS[preset][name], full_preset(preset), seed, minutes))
             write_text(path, written)
         try:
@@ -238,7 +238,7 @@ def main():
             raise UserError(f"no variant {min(unknown)!r}; choose from: {', '.join(known)}")
         if args.minutes <= 0:
             raise UserError(f"--minutes {args.minutes:g}: give a positive number")
-        make_folder(args.out)
+        args.out.mkdir(parents=True, exist_ok=True)
         torch.set_num_threads(1)
         print(table(run_all(args.preset, names, args.seeds, args.minutes, args.out)))
 

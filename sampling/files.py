@@ -7,7 +7,7 @@ from pathlib import Path
 from PIL import Image, PngImagePlugin
 from tqdm import tqdm
 
-from common.cli import MADE_BY, UserError, check_file, make_folder
+from common.cli import MADE_BY, UserError, check_file
 from common.disk import atomically, delete_unfinished, digest_of
 from data.pairs import Unusable, read_image
 from sampling import latent
@@ -67,7 +67,7 @@ def write_each(pipe: Pipeline, prompts, num, seed, psi, folder: Path, checkpoint
     folder that has this index, only the missing pictures are written: a file that exists is whole, and every call draws
     the same batches, so the pictures are identical. Raises UserError for a folder with pictures of another index.
     """
-    make_folder(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     delete_unfinished(folder)
     weights = " ".join(digest_of(stage.state_dict()) for stage in pipe.stages)
     same = {"seed": seed, "psi": psi, "checkpoint": checkpoint, "weights": weights, "resolution": pipe.resolution}

@@ -25,7 +25,7 @@ from upsampler import draw_input_noise, given_images
 
 MOST_REJECTED = 20  # A run ends after this number of updates in a row without finite gradients; a step has two.
 LASTING = 500  # A symptom is reported after this number of steps in a row.
-WATCHED = 128  # images of each kind that overfitting is measured with, shared by the ranks
+WATCHED = 128  # images of each kind that overfitting is measured with, on every rank
 AT_ONCE = 16  # of these images
 
 
@@ -152,9 +152,6 @@ class Loop:
     def out_of_time(self):
         return self.progress.seconds > 60 * self.minutes
 
-    # ------------------------------------------------------------------------------------------------------------------
-    # Saving and resuming.
-
     def notes(self, device):
         """What a generator's file says about its run, {name: value}."""
         return {
@@ -188,7 +185,6 @@ class Loop:
     def check_saved(self):
         """Raises UserError if this step is not on the disk."""
         step, folder = self.progress.step, self.folder
-        folder.wait()
         with distributed.together():
             if distributed.is_main() and folder.saved_step != step:
                 raise UserError(
@@ -204,21 +200,11 @@ class Loop:
             say(f"Skipped data, counted at every reading: {causes or 'none'}.")
             say(f"{p.rejected} updates were skipped, because a gradient was not finite.")
         self.check_saved()
-        if self.out_of_time:
-            ended = f"Its {self.minutes} minutes are over; give more with --minutes to resume."
-        elif p.step < self.last_step:
-            ended = "Stopped and saved; the same command resumes the run."
-        elif p.step == self.last_step:
-            ended = "Done."
-        else:
-            ended = f"Nothing was left to do for --steps {self.last_step}; give more to resume. The run has"
-        say(f"{ended} {p.step} steps. The generator: {self.folder.generator}")
+        whole = f"The run has {p.step} steps. The generator: {self.folder.generator}"
         if p.step < self.last_step and not self.out_of_time:
+            say(f"Stopped and saved; the same command resumes the run. {whole}")
             raise stopping.Stopped
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The guard.
+        say(f"Done; more {'--minutes' if self.out_of_time else '--steps'} resume the run. {whole}")
 
 
 def symptoms(report):
@@ -269,22 +255,19 @@ def overfitting(learner, pairs, seed):
     small = draw_input_noise(config, len(held_out[0]), noise)
 
     def mean_logit(images, text, generated=False):
-        """Each rank scores its share of the images, AT_ONCE at a time. generated: replace them by generated ones."""
-        mine = torch.arange(distributed.rank(), len(images), distributed.world_size())
-        total = images.new_zeros(2)
-        for index in mine.split(AT_ONCE) if len(mine) else ():
-            on_device = index.to(images.device)
-            shown, captions = images[on_device], Text(*(x[on_device] for x in text))
+        """Scores the images, AT_ONCE at a time. generated: replace them by generated ones."""
+        logits = []
+        for first in range(0, len(images), AT_ONCE):
+            some = slice(first, first + AT_ONCE)
+            shown, captions = images[some], Text(*(x[some] for x in text))
             if generated:
-                given = given_images(config, shown, small[index])
+                given = given_images(config, shown, small[some])
                 with learner.autocast():
-                    shown = learner.ema(*given, z[index].to(shown.device), *captions[:2], learner.active[-1]).pyramid
+                    shown = learner.ema(*given, z[some].to(shown.device), *captions[:2], learner.active[-1]).pyramid
             else:
                 shown = pyramid(shown, learner.active)
-            logits = learner.score(shown, captions)
-            total += torch.stack([logits.sum(), logits.new_full((), len(index))])
-        total, count = distributed.mean(total)
-        return total / count
+            logits.append(learner.score(shown, captions))
+        return torch.cat(logits).mean()
 
     real, new, fake = mean_logit(*seen), mean_logit(*held_out), mean_logit(*held_out, generated=True)
     ratio = (real - new) / (real - fake).clamp(min=1e-6)

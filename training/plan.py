@@ -1,22 +1,18 @@
-"""Computes what a run would take, without running it: memory, FLOP, bytes and time.
+"""Computes what a run would take, without running it: memory, FLOP, memory traffic and time.
 
-    python train.py --plan --preset aurora-64 --gpus 64
+    python train.py --plan --preset aurora-64
 
 Runs steps on tensors that have shapes and no content, and counts what the steps allocate, multiply and move. Tests
 compare the counts with formulas and with real steps. The time is the counts divided by the rates that a GPU reaches, a
 share of its peak rates.
 """
 
-import contextlib
-import json
 import weakref
 from collections import Counter
 from pathlib import Path
-from typing import NamedTuple
 
 import open_clip
 import torch
-from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -25,52 +21,25 @@ from torch.utils.flop_counter import conv_flop_count, flop_registry
 import attention
 from augment import NUM_CHANCES
 from clip import BUILT_IN, MiniLM, from_open_clip, new_small
-from common import distributed
-from common.cli import UserError, positive_int
-from common.disk import write_text
-from common.distributed import say
-from experts import Experts
+from common.cli import UserError
 from layers import pyramid
 from losses import R1_INTERVAL
 from presets import fitted_to
-from sampling.latent import BATCH as DRAWN
 from step import Learner, MicroBatch
 from upsampler import draw_input_noise, given_images
 from weights.perceptual import perceptual_network
 
+# The data sheet of an A100 with 80 GB: bytes; FLOP a second, in float32 without TF32; bytes moved a second.
+MEMORY = 80e9
+PEAK = {"bfloat16": 312e12, "float32": 19.5e12, "moved": 2.04e12}
 # Measured on an H200, with micro-batches of 16 and before attention was fused: a mean step of aurora-64 took 1.38 s. It
 # multiplied 76 TFLOP in bfloat16 and 8.5 TFLOP in float32, and moved 1.7 TB, at this share of the peak rates.
 SHARE_OF_PEAK = 0.40
 RESERVED = 10e9  # assumed: bytes for CUDA's context, NCCL's buffers and fragmentation
 # Images of the counted steps: multiples of four, as some losses use every fourth. Others are on a line through these.
 REHEARSED = 4, 8
-
-
-class Hardware(NamedTuple):
-    """A GPU's data sheet: FLOP a second in each dtype, bytes a second to and from memory, and bytes of memory. Float32
-    is without TF32, as in train.py.
-    """
-
-    name: str
-    bfloat16: float
-    float32: float
-    bandwidth: float
-    memory: float
-
-    def seconds(self, work):
-        """The time of a step's products and traffic, one after the other."""
-        products = work["bfloat16"] / self.bfloat16 + work["float32"] / self.float32
-        return (products + work["moved"] / self.bandwidth) / SHARE_OF_PEAK
-
-
-HARDWARE = {
-    "a100": Hardware("A100 80 GB", 312e12, 19.5e12, 2.04e12, 80e9),
-    "h100": Hardware("H100 80 GB", 989e12, 67e12, 3.35e12, 80e9),
-}
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Counting.
+GPUS = 1, 8, 64
+COLUMNS = "GPUs|--accumulate|images|memory, GB|bf16, TFLOP|fp32, TFLOP|traffic, TB|a step, s|days"
 
 aten = torch.ops.aten
 
@@ -155,27 +124,19 @@ class Meter(FlopCounter):
         return {"memory": self.peak, "moved": self.moved, **flop}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Costs of a step.
-
-
 class Rehearsal:
-    """The costs of one rank at the highest resolution. parameters: numbers; kept: bytes that stay from step to step.
+    """The costs of one rank at the highest resolution of a presets.Preset.
 
     counts: for each number of REHEARSED images, {kind: what Meter.measure counts}. The kinds: "step", all except R1;
-    "r1", which comes first; "drawing", the generator's forward pass, which micro-batches repeat; "evaluation", the
-    moving average's images and their CLIP features.
-
-    preset: a presets.Preset. In bfloat16 attention costs what it costs on a GPU, otherwise what it costs on this CPU.
+    "r1", which comes first; "drawing", the generator's forward pass, which micro-batches repeat.
     """
 
     def __init__(self, preset, clip_model, dtype=torch.bfloat16):
-        with distributed.alone(), as_on_gpu(dtype), FakeTensorMode(allow_non_fake_inputs=True), Meter() as meter:
+        with FakeTensorMode(allow_non_fake_inputs=True), Meter() as meter:
             clip = clip_without_weights(clip_model)
             preset = fitted_to(preset, clip.width, clip.map_shapes())
             perceptual = perceptual_network(preset.recipe, with_weights=False)
             learner = Learner(preset, clip, torch.device("cpu"), dtype, 1, perceptual)
-            self.parameters, self.kept = parameters_and_memory(learner)
             learner.step(1, [empty_batch(learner, 2)])  # makes the gradients and Adam's averages
             self.counts = [count(learner, meter, images) for images in REHEARSED]
 
@@ -185,31 +146,18 @@ class Rehearsal:
         share = (images - REHEARSED[0]) / (REHEARSED[1] - REHEARSED[0])
         return {name: (1 - share) * few[name] + share * many[name] for name in many}
 
-    def memory(self, images, r1_images):
-        """The bytes at the peak."""
-        sizes = {"step": images, "r1": r1_images, "evaluation": DRAWN}
-        return max(self.of(kind, size)["memory"] for kind, size in sizes.items())
+    def memory(self, images):
+        """The bytes at the peak of a step with R1 on a micro-batch of so many images."""
+        return max(self.of(kind, images)["memory"] for kind in ("step", "r1"))
 
-    def most_images(self, kind, total, available):
-        """The largest divisor of `total` whose images fit into the available bytes; 0 if none does."""
-        for images in range(total, 0, -1):
-            if total % images == 0 and self.of(kind, images)["memory"] <= available - RESERVED:
-                return images
-        return 0
-
-    def divide(self, share, available):
-        """A rank's share of the batch, in images → the fewest micro-batches that fit, and the images of R1 at a time.
-
-        Raises UserError if one image, or an evaluation, does not fit.
+    def fewest_micro_batches(self, share):
+        """A rank's share of the batch, in images → the fewest equal parts of it that fit into MEMORY. Raises UserError
+        if one image does not fit.
         """
-        images = self.most_images("step", share, available)
-        r1_images = self.most_images("r1", images, available)
-        if not r1_images or self.of("evaluation", DRAWN)["memory"] > available - RESERVED:
-            raise UserError(
-                f"it does not fit: one image takes {self.memory(1, 1) / 1e9:.0f} GB, and of {available / 1e9:.0f} GB "
-                f"{RESERVED / 1e9:.0f} are left free; take a smaller preset or larger GPUs"
-            )
-        return share // images, r1_images
+        for number in range(1, share + 1):
+            if share % number == 0 and self.memory(share // number) <= MEMORY - RESERVED:
+                return number
+        raise UserError(f"one image takes {self.memory(1) / 1e9:.0f} GB, which does not fit; take a smaller preset")
 
     def work(self, share, micro_batches):
         """The counts of a mean step for a rank's share of the batch; R1 is in one step of R1_INTERVAL."""
@@ -220,31 +168,19 @@ class Rehearsal:
         return work
 
 
-@contextlib.contextmanager
-def as_on_gpu(dtype):
-    """A context in which attention in bfloat16 is fused and CLIP's blocks are not fused."""
-    fast, fused_on = torch.backends.mha.get_fastpath_enabled(), attention.FUSED_ON
-    torch.backends.mha.set_fastpath_enabled(False)
-    if dtype == torch.bfloat16:
-        attention.FUSED_ON = {"cuda", "cpu"}
-    try:
-        yield
-    finally:
-        attention.FUSED_ON = fused_on
-        torch.backends.mha.set_fastpath_enabled(fast)
+def seconds(work):
+    """The time of a step's matrix products, then of its memory traffic."""
+    return sum(work[name] / rate for name, rate in PEAK.items()) / SHARE_OF_PEAK
 
 
 def count(learner, meter, images):
     """→ {kind: what a Meter counts}, see Rehearsal."""
-    learner.r1_images = images
     step = meter.measure(lambda: learner.step(1, [empty_batch(learner, images)]))  # includes reading the captions
     batch = empty_batch(learner, images)
     r1 = meter.measure(lambda: learner.penalize([batch], R1_INTERVAL))
     with torch.no_grad():
         drawing = meter.measure(lambda: learner.draw(batch))
-        inputs = *batch.given, batch.z, batch.text.tokens, batch.text.eot
-        evaluation = meter.measure(lambda: learner.clip.encode_image(learner.ema(*inputs).image))
-    return {"step": step, "r1": r1, "drawing": drawing, "evaluation": evaluation}
+    return {"step": step, "r1": r1, "drawing": drawing}
 
 
 def empty_batch(learner, size):
@@ -261,19 +197,6 @@ def empty_batch(learner, size):
     return MicroBatch(real, text, wrong, z, chances, given)
 
 
-def parameters_and_memory(learner):
-    """→ {network: number of parameters}, and {what: its bytes}. All parameters learn in float32."""
-    experts = [module for module in learner.generator.modules() if isinstance(module, Experts)]
-    networks = {"generator": learner.generator, "its experts": nn.ModuleList(experts)}
-    networks |= {"discriminator": learner.discriminator, "frozen CLIP": learner.clip}
-    numbers = {name: sum(p.numel() for p in network.parameters()) for name, network in networks.items()}
-    learning = numbers["generator"] + numbers["discriminator"]
-    kept = {"networks": 4 * learning, "gradients at most": 4 * learning, "Adam": 8 * learning}
-    kept["moving average"] = 4 * numbers["generator"]
-    kept["CLIP"] = sum(p.numel() * p.element_size() for p in learner.clip.parameters())
-    return numbers, kept
-
-
 def clip_without_weights(spec):
     """The CLIP of a preset or of --clip, with its shapes and without weights. Raises UserError."""
     if spec == "train" or BUILT_IN.get(spec, Path(spec)).is_file():
@@ -286,106 +209,34 @@ def clip_without_weights(spec):
     return from_open_clip(open_clip.CLIP(**open_clip.get_model_config(name)), spec)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# train.py --plan.
+def count_as_on_gpu():
+    """From now on attention is fused also on the CPU, and CLIP's blocks are not."""
+    attention.FUSED_ON.add("cpu")
+    torch.backends.mha.set_fastpath_enabled(False)
 
 
 def print_plan(args, preset):
     """Prints the plan. args: of train.py. Raises UserError."""
     print("Running steps with empty tensors; this takes minutes for a large preset …", flush=True)
-    recipe, clip = preset.recipe, args.clip or preset.clip_model
-    batch, steps = args.batch or recipe.batch, args.steps or recipe.steps
-    if batch % (args.gpus or 1):
-        raise UserError(f"--batch {batch} cannot be shared by --gpus {args.gpus}; choose a multiple")
-    hardware, rehearsal = HARDWARE[args.hardware or "a100"], Rehearsal(preset, clip)
-    print(f"{args.preset} on {hardware.name}, global batch {batch}, CLIP {clip}. Counted, with shapes alone:")
-    print("  parameters, M:           " + figures(rehearsal.parameters, 1e6))
-    print("  memory, GB:              " + figures(rehearsal.kept, 1e9))
-    for kind in ("step", "r1", "evaluation"):
-        none, one = (rehearsal.of(kind, images)["memory"] / 1e9 for images in (0, 1))
-        print(f"  peak of {kind + ', GB:':16s} {none:.3g} + {one - none:.3g} for each image")
-    work = rehearsal.work(32, 1)
-    bfloat16, float32, moved = (work[name] / 1e12 for name in ("bfloat16", "float32", "moved"))
-    print(f"  mean step on 32 images:  {bfloat16:.4g} TFLOP in bfloat16, {float32:.4g} in float32, ", end="")
-    print(f"{moved:.4g} TB of memory traffic; every {R1_INTERVAL}th step has R1")
-    names = "GPUs", "--accumulate", "images per batch", "images per R1 batch", "memory, GB", "a step, s", "days"
-    print("".join(f"{name:>{len(name) + 6}s}" for name in names))
-    for gpus in sorted(n for n in {1, 8, 64, args.gpus or 1} if batch % n == 0):
-        micro_batches, r1_images = rehearsal.divide(batch // gpus, hardware.memory)
-        images = batch // gpus // micro_batches
-        memory = rehearsal.memory(images, r1_images) / 1e9
-        seconds = hardware.seconds(rehearsal.work(batch // gpus, micro_batches))
-        evaluated = recipe.fid_samples * batch / recipe.fid_every / gpus  # images a step, on average
-        seconds += evaluated / DRAWN * hardware.seconds(rehearsal.of("evaluation", DRAWN))
-        row = gpus, micro_batches, images, r1_images, memory, seconds, steps * seconds / 86400
-        print("".join(f"{float(f'{value:.3g}'):{len(name) + 6},g}" for name, value in zip(names, row, strict=True)))
-    factor = 1 / SHARE_OF_PEAK
-    peak = (work["bfloat16"] + work["float32"]) / hardware.bfloat16 / hardware.seconds(work)
+    clip, batch = args.clip or preset.clip_model, args.batch or preset.recipe.batch
+    steps = args.steps or preset.recipe.steps
+    count_as_on_gpu()
+    rehearsal = Rehearsal(preset, clip)
+    print(f"{args.preset} on A100 GPUs with 80 GB, global batch {batch}, {steps:,} steps, CLIP {clip}")
+    print("".join(f"{name:>13s}" for name in COLUMNS.split("|")))
+    for gpus in GPUS:
+        if batch % gpus:
+            continue
+        share = batch // gpus
+        micro_batches = rehearsal.fewest_micro_batches(share)
+        images, work = share // micro_batches, rehearsal.work(share, micro_batches)
+        memory, tera = rehearsal.memory(images) / 1e9, [work[name] / 1e12 for name in PEAK]
+        days = steps * seconds(work) / 86400
+        row = gpus, micro_batches, images, memory, *tera, seconds(work), days
+        print("".join(f"{float(f'{value:.3g}'):13,g}" for value in row))
     print(
-        f"The ideal time of a step is that of its matrix products plus that of its memory traffic, at the peak rates.\n"
-        f"On one H200, a step of an earlier version took {factor:.1f} times its ideal time.\n"
-        f"Assumed: with this version on {hardware.name}, a step also takes {factor:.1f} times its ideal time.\n"
-        f"That is {peak:.1%} of the bfloat16 peak.\n"
-        f"{RESERVED / 1e9:.0f} GB are left free. Checkpoints cost no time. Not counted: waiting for data or other GPUs."
+        "images: those of a GPU at a time. TFLOP, TB and s: of one GPU in a mean step. A step takes "
+        f"{1 / SHARE_OF_PEAK:.1f} times as long as its\nmatrix products and its memory traffic at the peak rates, as "
+        f"measured on one H200 with an earlier version. {RESERVED / 1e9:.0f} GB are\nleft free. Not counted: "
+        "evaluations, checkpoints, waiting for data or for other GPUs."
     )
-
-
-def figures(numbers, unit):
-    return ", ".join(f"{name} {number / unit:,.4g}" for name, number in numbers.items())
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Micro-batches of a run.
-
-
-def auto_or_positive(text):
-    """The type of --accumulate."""
-    return text if text == "auto" else positive_int(text)
-
-
-def choose_micro_batches(accumulate, preset, batch, clip, device, dtype, path):
-    """→ the number of micro-batches in a global batch, and of R1's images at a time (None: all); the same on all ranks.
-
-    accumulate: a number, or "auto": the fewest that fit into a GPU's memory at the highest resolution. path: the file
-    that keeps the plan, which takes minutes. Raises UserError if they do not fit, if the ranks cannot share the batch,
-    or if a micro-batch is too small to contain a wrong caption.
-    """
-    ranks = distributed.world_size()
-    if batch % ranks:
-        raise UserError(f"--batch {batch} cannot be shared by {ranks} ranks; choose a multiple")
-    number, fewest, r1_images = 1 if accumulate == "auto" else accumulate, 1, None
-    if device.type == "cuda":
-        with distributed.together():
-            plan = kept_division(path, preset, clip, dtype, batch // ranks, device) if distributed.is_main() else None
-        fewest, r1_images = distributed.broadcast(plan)
-        if accumulate == "auto":
-            number = fewest
-            sizes = f"micro-batches of {batch // ranks // number} images a GPU, R1 of {r1_images} at a time"
-            say(f"--accumulate {number}: {sizes}, by the plan at full resolution")
-    if number < fewest:
-        raise UserError(f"--accumulate {number} does not fit into this GPU; take {fewest}, or auto")
-    if batch // number < 2:
-        raise UserError(
-            f"--batch {batch} in {number} part(s) leaves no wrong caption to compare with; take 2 or more each"
-        )
-    if batch % (ranks * number * preset.discriminator.group):
-        raise UserError(
-            f"--batch {batch} cannot be shared by {ranks} ranks in {number} parts, of groups of "
-            f"{preset.discriminator.group} images; choose a multiple of {ranks * number * preset.discriminator.group}"
-        )
-    return number, r1_images
-
-
-def kept_division(path, preset, clip, dtype, share, device):
-    """Rehearsal.divide for a device. Reads it from the file `path`, or computes it and writes it there."""
-    memory = torch.cuda.get_device_properties(device).total_memory
-    asked = repr((preset, clip, dtype, share, memory, torch.__version__))
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        kept = json.loads(path.read_text("utf-8"))
-        if kept["asked"] == asked:
-            return kept["division"]
-    division = Rehearsal(preset, clip, dtype).divide(share, memory)
-    with contextlib.suppress(OSError):  # the run reports it when it writes to the folder
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, json.dumps({"asked": asked, "division": division}))
-    return division

@@ -1,13 +1,11 @@
 """The folder of a run: checkpoints, log, pictures and generator. The main rank writes it for all."""
 
-import atexit
-import contextlib
 import functools
 import json
 import math
 import os
 import shlex
-from concurrent.futures import ThreadPoolExecutor
+import shutil
 
 try:
     import fcntl
@@ -15,19 +13,15 @@ except ImportError:  # Windows has no fcntl; there, nothing prevents a second ru
     fcntl = None
 
 import torch
-from torch.utils._pytree import tree_map_only
 
 from clip import BUILT_IN
 from common import disk, distributed
-from common.cli import UserError, make_folder, reason
+from common.cli import UserError, reason
 from common.disk import write_text
 from common.distributed import say
-from data.sources import NAMES
 from weights import checkpoint, generator_file
 
 LOCK = ".lock"  # in checkpoints/: a file that a run keeps locked
-# Options that name files, {option: values that are no files}.
-MAY_MOVE = {"data": NAMES, "clip": (*BUILT_IN, "train")}
 
 
 def written(what):
@@ -60,60 +54,51 @@ def written(what):
 class RunFolder:
     """config.json, metrics.jsonl, samples/, checkpoints/ and generator_ema.safetensors. No other file is touched.
 
-    identity: the options that a run keeps to its end, {name: value}; with other values it is not resumed. sharing: the
-    options that divide the work, for example workers; with other values it is resumed, with a note.
+    identity: the options that a run keeps to its end, {name: value}. A run is resumed only if each is as it was given
+    then; a path is compared as a text. If data moved, a link in the old place leads to them. Ranks, workers and
+    micro-batches may change; then a resumed run is no longer bit-identical to an uninterrupted one.
     """
 
-    def __init__(self, path, identity, sharing=None):
-        self.path, self.identity = path, resolved(identity)
-        self.sharing = {**(sharing or {}), "ranks": distributed.world_size()}
+    def __init__(self, path, identity):
+        self.path, self.identity = path, identity
         self.checkpoints = path / "checkpoints"
         self.generator = path / generator_file.FILE
         self.last_good = None  # the newest checkpoint that is known to be whole
         self.saved_step = None
         self.log_file = self.lock_file = None
         self.unwritten = set()  # what could not be written, and was reported
-        self.writer, self.writing = ThreadPoolExecutor(1), None
 
-    # ------------------------------------------------------------------------------------------------------------------
-    # As a run starts.
-
-    def state(self, moved=False):
-        """→ the state to resume from, on every rank; None for a new run. moved: the files of MAY_MOVE may be elsewhere.
+    def state(self):
+        """→ the state to resume from, on every rank; None for a new run.
 
         Only the main rank compares a checkpoint with its digest. Raises UserError if the folder, the checkpoint and the
         run do not fit together.
         """
         with distributed.together():
-            path, state = self.find(moved) if distributed.is_main() else (None, None)
+            path, state = self.find() if distributed.is_main() else (None, None)
         self.last_good = distributed.broadcast(path)
         with distributed.together():
             return checkpoint.load(self.last_good, verify=False) if self.last_good and not state else state
 
-    def find(self, moved):
+    def find(self):
         """→ the path of the checkpoint to resume from, and its state; (None, None) for a new run."""
-        if self.identity.get("clip") in ("judge", os.path.realpath(BUILT_IN["judge"])):
+        clip = self.identity.get("clip")
+        if clip == "judge" or (clip and os.path.realpath(clip) == os.path.realpath(BUILT_IN["judge"])):
             raise UserError("--clip judge is for evaluation, which would then favour this run; take another, or emoji")
-        for name in ("config.json", "metrics.jsonl", generator_file.FILE, "reference.pt", "clip.safetensors"):
-            if (self.path / name).is_dir():
-                raise UserError(f"{self.path / name} is a folder, and a run writes a file there; move the folder")
         own = checkpoint.checkpoints(self.checkpoints)
         for name in ("config.json", "metrics.jsonl", generator_file.FILE, "samples/step_*"):
             if not own and any(self.path.glob(name)):  # a run writes its first checkpoint before these
                 raise UserError(f"{self.path} has {name} and no checkpoint to resume from; give another --out")
-        if moved and not own:
-            raise UserError(f"--resume moved: {self.path} has no checkpoint; give the --out of the run")
-        folders = self.path, self.checkpoints, self.path / "samples"
         try:
-            for folder in folders:
-                make_folder(folder)
+            for folder in (self.checkpoints, self.path / "samples"):
+                folder.mkdir(parents=True, exist_ok=True)
             self.lock()
             disk.delete_unfinished(self.path)
         except OSError as error:
             raise UserError(f"--out {self.path} cannot be written: {reason(error)}") from error
         path, state = checkpoint.newest(self.checkpoints)
         if state:
-            self.compare(path, state, moved)
+            self.compare(path, state)
             self.saved_step = state["progress"]["step"]
             self.write_generator(path)  # the run may have been killed before it did
         return path, state
@@ -121,7 +106,6 @@ class RunFolder:
     def lock(self):
         """Keeps other runs out of this folder while this process lives. Raises UserError and OSError."""
         self.lock_file = (self.checkpoints / LOCK).open("a")
-        atexit.register(remove_lock, self.checkpoints)
         if fcntl is None:
             return
         try:
@@ -132,33 +116,16 @@ class RunFolder:
         except OSError:
             say(f"note: the disk of {self.path} has no locks, so a second run in it would not be noticed")
 
-    def compare(self, path, state, moved):
-        """Compares a checkpoint's identity and sharing with this run's. Raises UserError for an identity that differs,
-        except in the names of files if these moved; prints a note for a sharing that differs.
-        """
+    def compare(self, path, state):
+        """Raises UserError if a checkpoint has another identity."""
         then = state["identity"]
         if then.get("system") != self.identity.get("system"):
             raise UserError(f"the run in {path} is not of this command; give another --out")
-        changed = {name: {then.get(name), now} for name, now in self.identity.items() if then.get(name) != now}
-        files = {name for name, values in changed.items() if name in MAY_MOVE and not values & set(MAY_MOVE[name])}
-        for name in files if moved else ():
-            del changed[name]
-        if changed:
-            given = [(name, then.get(name)) for name in changed]
-            options = ", ".join(f"no --{k}" if v is None else f"--{k} {shlex.quote(str(v))}" for k, v in given)
-            may_move = changed.keys() == files and "system" not in self.identity  # a baseline has no --resume
-            advice = "; if these files only moved, give --resume moved" if may_move else ""
-            raise UserError(f"the run in {path} was started with {options}; repeat that, or give another --out{advice}")
-        then = state.get("sharing", {})
-        if changed := [name for name in then if name in self.sharing and then[name] != self.sharing[name]]:
-            changes = ", ".join(f"{name} {self.sharing[name]} instead of {then[name]}" for name in changed)
-            say(
-                f"note: the run resumes with {changes}; these change rounding, the order of shards and which wrong "
-                "captions are compared, so it is no longer bit-identical to an uninterrupted run"
+        if changed := [name for name, now in self.identity.items() if then.get(name) != now]:
+            given = [f"no --{k}" if then.get(k) is None else f"--{k} {shlex.quote(str(then[k]))}" for k in changed]
+            raise UserError(
+                f"the run in {path} was started with {', '.join(given)}; repeat that, or give another --out"
             )
-
-    # ------------------------------------------------------------------------------------------------------------------
-    # While it runs.
 
     @written("config.json")
     def write_config(self, config):
@@ -188,53 +155,23 @@ class RunFolder:
         path = self.path / "samples" / f"step_{step:07d}.png"
         disk.atomically(path, lambda temporary: picture.save(temporary, "PNG"))
 
+    @written("a checkpoint")
     def save(self, step, state, generator, keep):
         """Writes a checkpoint, unless this step has one, and the generator's file; keeps the last `keep` checkpoints.
 
-        state: what a run needs to resume. generator: tensors and metadata, see generator_file.content. A thread writes
-        a copy while the run goes on; the next save waits for it.
+        state: what a run needs to resume. generator: tensors and metadata, see generator_file.content.
         """
-        self.wait()
-        if distributed.is_main() and step != self.saved_step:
-            state = {"identity": self.identity, "sharing": self.sharing, **state}
-            self.writing = self.writer.submit(self.write, step, *on_host((state, generator)), keep)
-
-    def wait(self):
-        """Waits until the last checkpoint is on the disk, or its error is reported."""
-        if self.writing:
-            self.writing.result()
-
-    @written("a checkpoint")
-    def write(self, step, state, generator, keep):
-        self.last_good = checkpoint.save(self.checkpoints, step, state, generator, keep)
-        self.saved_step = step
-        self.write_generator(self.last_good)
+        if step != self.saved_step:
+            state = {"identity": self.identity, **state}
+            self.last_good = checkpoint.save(self.checkpoints, step, state, generator, keep)
+            self.saved_step = step
+            self.write_generator(self.last_good)
 
     @written("generator_ema.safetensors")
     def write_generator(self, path):
-        """Links the generator's file of a checkpoint into this folder."""
-        disk.link(path / generator_file.FILE, self.generator)
-
-
-def remove_lock(checkpoints):
-    """Deletes the lock's file if it is alone, so that make_folder can delete the folder."""
-    with contextlib.suppress(OSError):
-        if [path.name for path in checkpoints.iterdir()] == [LOCK]:
-            (checkpoints / LOCK).unlink()
-
-
-def on_host(state):
-    """A copy of nested dicts and lists, with tensors in the CPU's memory; pinned memory if they come from a GPU."""
-    copy = tree_map_only(torch.Tensor, host_copy, state)
-    if torch.cuda.is_initialized():
-        torch.cuda.synchronize()
-    return copy
-
-
-def host_copy(x):
-    if not x.is_cuda:
-        return x.detach().clone()
-    return torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x.detach(), non_blocking=True)
+        """Copies the generator's file of a checkpoint into this folder."""
+        source = path / generator_file.FILE
+        disk.atomically(self.generator, lambda temporary: shutil.copyfile(source, temporary))
 
 
 def step_of(line):
@@ -244,17 +181,3 @@ def step_of(line):
         return step if isinstance(step, int) else 0
     except (ValueError, KeyError, TypeError):
         return math.inf if line.startswith("{") and not line.endswith("}") else 0
-
-
-def resolved(identity):
-    """The identity with absolute paths in --data and --clip, so that it is the same from any working directory. URLs,
-    commands and models of open_clip (MODEL:WEIGHTS) stay as they are.
-    """
-    found = dict(identity)
-    for option, names in MAY_MOVE.items():
-        spec = identity.get(option)
-        if spec is None or spec in names or "://" in spec or spec.startswith("pipe:"):
-            continue
-        if os.path.exists(spec) or option == "data" or ":" not in spec:
-            found[option] = os.path.realpath(spec)
-    return found

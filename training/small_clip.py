@@ -28,13 +28,11 @@ from common.cli import (
     check_file,
     errors_in_one_line,
     natural_number,
-    positive_int,
 )
-from common.disk import atomically, check_room
+from common.disk import atomically
 from common.distributed import say
 from data import sources
 from layers import resize
-from sampling import latent
 from sampling.inference import dtype_of
 from weights.generator_file import read_safetensors
 
@@ -44,7 +42,6 @@ MISLED_AFTER = 0.6  # share of the steps before pictures are misled, see mislead
 REACH = 0.1  # of `mislead` in the last step
 POOL = 16  # batches drawn at a time; half of them contain captions that are neighbours in the alphabet
 STEPS = 1000, 4000  # least and most, by default
-FEWEST_STEPS = 100  # for the schedule of the learning rate
 MAX_PAIRS = 50_000  # in memory
 
 
@@ -89,20 +86,18 @@ def clip_for(data, preset):
 
 
 def clip_of_new_run(path, data, caption_key, seed, device):
-    """The main rank trains a small CLIP on a run's data and writes it to `path`, unless one of the same data is there.
+    """The main rank trains a small CLIP on a run's data and writes it to `path`, unless the run's last start did.
 
-    Raises Stopped if the run is asked to stop, and OSError before the work if the disk is full.
+    Raises UserError if the file is not of a run, and Stopped if the run is asked to stop.
     """
     with distributed.together(), contextlib.suppress(stopping.Stopped):
-        source = sources.open_data(data, 32, seed, caption_key)
         made = {"data": str(data), "caption-key": str(caption_key), "seed": str(seed), "text": load_minilm().name}
-        made["found"] = " ".join([*source.describe(), source.stamp()])
         former = read_safetensors(path)[0] if path.is_file() else None
-        if former is not None and "found" not in former:
+        if former is not None and "caption-key" not in former:
             raise UserError(f"{path} is not of a run, which writes its small CLIP there; give another --out")
         if distributed.is_main() and former != made:
-            check_room(path.parent)
             say("First a small CLIP learns from these pictures and captions: a few minutes on one CPU core.")
+            source = sources.open_data(data, 32, seed, caption_key)
             clip = train_small_clip(source, seed=seed, device=device)
             atomically(path, lambda temporary: save_small(clip, temporary, made))
     if distributed.broadcast(stopping.asked()):
@@ -132,7 +127,7 @@ def sentence_codes(text, captions, batch=256):
 
 
 def learn(clip, optimizer, schedule, images, codes, reach):
-    """One step → its loss. codes [B, D]: of the captions. reach: of `mislead`; None: do not mislead."""
+    """One step. codes [B, D]: of the captions. reach: of `mislead`; None: do not mislead."""
     text_features = F.normalize(clip.projection(codes), dim=-1)
     if reach is not None:
         images = mislead(clip, images, text_features.detach(), reach)
@@ -142,7 +137,6 @@ def learn(clip, optimizer, schedule, images, codes, reach):
     optimizer.step()
     schedule.step()
     clip.log_scale.data.clamp_(max=math.log(100))  # as CLIP
-    return loss
 
 
 def contrast(clip, images, text_features):
@@ -190,22 +184,16 @@ def main():
     parser = Parser(description=__doc__.splitlines()[0])
     add_data(parser.add_argument)
     parser.add_argument("--out", type=a_path, required=True, help="the file to write, for --clip of train.py")
-    parser.add_argument("--steps", type=positive_int, default=4000)
     parser.add_argument("--seed", type=natural_number, default=0)
     args = parser.parse_args()
     with errors_in_one_line():
         check_file(args.out)
         if args.out.suffix != ".safetensors":
             raise UserError(f"--out {args.out}: name a file that ends with .safetensors")
-        if args.steps < FEWEST_STEPS:
-            raise UserError(f"--steps {args.steps}: give {FEWEST_STEPS} or more")
         source = sources.open_data(args.data, 32, args.seed, args.caption_key)
         source.announce()
-        captions = [lines[0] for _, lines in itertools.islice(source.examples(), 100)]
-        if note := latent.unread(load_minilm(), captions):
-            print(note)
-        clip = train_small_clip(source, args.steps, seed=args.seed)
-        about = {MADE_BY: f"training.small_clip --data {args.data} --seed {args.seed} --steps {args.steps}"}
+        clip = train_small_clip(source, STEPS[1], seed=args.seed)
+        about = {MADE_BY: f"training.small_clip --data {args.data} --seed {args.seed}"}
         atomically(args.out, lambda temporary: save_small(clip, temporary, about))
         print(f"A small CLIP for --clip of train.py: {args.out}")
 

@@ -1,10 +1,7 @@
 """Steps replayed from CUDA graphs, compared with the same steps launched kernel by kernel."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
-from torch.utils import _pytree as pytree
 
 from clip import load_clip
 from common import distributed
@@ -13,34 +10,9 @@ from losses import R1_INTERVAL
 from presets import fitted_to
 from step import OPTIMIZERS, Learner
 from tests.figures import TINY, Figures
-from training.cuda_graph import WARM_UP, Graphed
+from training.cuda_graph import WARM_UP
 
 STEPS = WARM_UP * R1_INTERVAL + 4  # the fourth from the end is the first that is replayed, with R1
-
-
-class Replayed(Graphed):
-    """Without a GPU: the recording is a call that writes into its first result."""
-
-    def __init__(self, function, variants):
-        self.function, self.calls, self.recorded, self.eager = function, dict.fromkeys(variants, 0), {}, []
-
-    def on_a_side_stream(self, tensors, variant):
-        self.eager.append(variant)
-        return self.function(tensors, variant)
-
-    def record(self, tensors, variant):
-        inputs = pytree.tree_map(torch.clone, tensors)
-        result = torch.full_like(inputs["x"][0], torch.nan)
-        replay = SimpleNamespace(replay=lambda: result.copy_(self.function(inputs, variant)))
-        return replay, pytree.tree_leaves(inputs), result
-
-
-def test_all_variants_warm_up_before_any_is_recorded():
-    graphed = Replayed(lambda tensors, factor: factor * tensors["x"][0] + tensors["y"], (2, 3))
-    for number in range(40):
-        x, y, factor = torch.randn(4), torch.randn(()), 3 if number % 8 == 0 else 2
-        torch.testing.assert_close(graphed({"x": [x], "y": y}, factor), factor * x + y)
-    assert len(graphed.eager) == 3 * 8 and len(graphed.recorded) == 2
 
 
 def learner_after(steps, lr, eager):

@@ -2,8 +2,7 @@
 
 Each test breaks one thing in a run that goes on or is started again. The run must end with the same weights as an
 undisturbed one, or stop with one line that says what to do. Other faults: hung and killed data workers, vanished
-shards, hostile images and captions in tests/data, damaged checkpoints in tests/weights, kill −9 and two machines in
-torture.py and two_machines.py.
+shards, hostile images and captions in tests/data, damaged checkpoints in tests/weights, kill −9 in torture.py.
 """
 
 import pytest

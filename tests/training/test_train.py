@@ -5,13 +5,12 @@ import json
 import os
 import shutil
 import signal
-from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-import explore
 import train
 from clip import BUILT_IN, load_clip, load_minilm
 from common import stopping
@@ -60,12 +59,6 @@ def test_a_resumed_run_of_the_second_stage_is_bit_identical_too(tmp_path, monkey
     assert all(torch.equal(value, average[name]) for name, value in upsampler.state_dict().items())
 
 
-def test_a_run_without_adversarial_loss_does_not_ask_its_untrained_discriminator(tmp_path, monkeypatch):
-    """Whether it overfits."""
-    monkeypatch.setattr(train, "watched_pairs", lambda *_: pytest.fail("it was asked"))
-    run(*SHORT, "--out", tmp_path, "--steps", 1, "--set", "adversarial_weight=0")
-
-
 def test_a_run_writes_what_it_promises(undisturbed):
     named = {"checkpoints", "generator_ema.safetensors", "metrics.jsonl", "config.json", "samples", "reference.pt"}
     assert {path.name for path in undisturbed.iterdir()} == named
@@ -82,13 +75,8 @@ def test_a_run_writes_what_it_promises(undisturbed):
     average = checkpoint.moving_average(state_of(undisturbed))
     assert all(torch.equal(value, average[name]) for name, value in generator.state_dict().items())
     newest = checkpoint.checkpoints(undisturbed / "checkpoints")[0]
-    assert (newest / "generator_ema.safetensors").samefile(undisturbed / "generator_ema.safetensors")
-
-
-def test_a_step_is_divided_as_the_plan_says(tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "choose_micro_batches", lambda *_: (2, 1))
-    made = build(*SHORT, "--out", tmp_path / "run")
-    assert (made.loop.micro_batches, made.learner.r1_images) == (2, 1)
+    name = "generator_ema.safetensors"
+    assert (newest / name).read_bytes() == (undisturbed / name).read_bytes()
 
 
 def test_samples_are_of_the_moving_average(stopped_after):
@@ -108,12 +96,6 @@ def test_it_trains_on_shards(tmp_path, capsys):
     rows = log_of(tmp_path / "run")
     assert len(rows) == 4 and rows[-1]["skipped"] >= 1 and rows[-1]["rejected"] == 0
     assert "among them 16 images with a caption" in capsys.readouterr().out
-
-
-def test_shards_with_too_few_pairs_are_one_clear_line(tmp_path):
-    write_shard(tmp_path / "00000.tar", [good(i) for i in range(3)])
-    with pytest.raises(UserError, match="3 usable pairs"):
-        run(*SHORT, "--out", tmp_path / "run", "--data", tmp_path, "--steps", 1)
 
 
 @pytest.mark.tour
@@ -183,34 +165,13 @@ def test_a_new_run_starts_from_the_weights_of_another(undisturbed, tmp_path, kin
     assert second.loop.progress.step == 0 and second.growth.active == [4, 8]
 
 
-def test_an_option_for_several_values_may_be_given_several_times():
-    assert train.parse_args(["--set", "a=1", "--set", "b=2", "c=3"]).set == ["a=1", "b=2", "c=3"]
-    assert explore.parse_args(["--checkpoint", "a", "--checkpoint", "b"]).checkpoint == [Path("a"), Path("b")]
-
-
-def test_weights_with_more_layers_than_the_preset_are_refused(undisturbed, tmp_path):
-    path = shutil.copy(undisturbed / "generator_ema.safetensors", tmp_path / "mine.safetensors")
-    weights = checkpoint.load_weights(checkpoint.checkpoints(undisturbed / "checkpoints")[0])["discriminator"]
-    save_file(weights | {"text_head.blocks.9.norm1.weight": torch.ones(1)}, tmp_path / "mine_discriminator.safetensors")
-    with pytest.raises(UserError, match="give the preset that it was trained with"):
-        build(*SHORT, "--out", tmp_path / "second", "--init", path)
-
-
 def test_it_starts_at_the_highest_resolution_of_the_weights(stopped_after, tmp_path):
     path = checkpoint.checkpoints(stopped_after(1) / "checkpoints")[0]
     assert build(*SHORT, "--out", tmp_path / "second", "--init", path).growth.active == [4]
 
 
-def test_a_resumed_run_notes_options_that_it_cannot_use(stopped_after, capsys):
-    run(*SHORT, "--out", stopped_after(2), "--steps", 1, "--init", "other.safetensors")
-    said = capsys.readouterr().out
-    assert "--init other.safetensors is not used" in said and "Nothing was left to do for --steps 1" in said
-
-
 def test_a_small_clip_is_trained_first_for_other_data(tmp_path, monkeypatch, capsys):
-    """The run's folder keeps it, and a resumed run uses it, also after the data moved. Without it, the run is not
-    resumed with another one.
-    """
+    """The run's folder keeps it, and a resumed run uses it. Without it, the run is not resumed with another one."""
     monkeypatch.setattr("training.small_clip.STEPS", (3, 3))
     data, out = figures.write(tmp_path / "data", count=12), tmp_path / "run"
     for path in data.glob("*.txt"):
@@ -219,30 +180,14 @@ def test_a_small_clip_is_trained_first_for_other_data(tmp_path, monkeypatch, cap
     run(*common, "--data", data, "--out", out, "--steps", 1)
     assert "reads only parts of 6 of 6 captions, such as “" in capsys.readouterr().out
     trained = (out / "clip.safetensors").read_bytes()
-    data = data.rename(tmp_path / "moved")
-    build(*common, "--data", data, "--out", out, "--resume", "moved").loop.folder.lock_file.close()
-    with pytest.raises(UserError, match="--resume moved"):
-        build(*common, "--data", data, "--out", out)
+    build(*common, "--data", data, "--out", out).loop.folder.lock_file.close()
     assert (out / "clip.safetensors").read_bytes() == trained
-    data.rename(tmp_path / "data")
     (out / "clip.safetensors").write_bytes(BUILT_IN["judge"].read_bytes())
     with pytest.raises(UserError, match="it learned with small CLIP"):
-        build(*common, "--data", tmp_path / "data", "--out", out)
+        build(*common, "--data", data, "--out", out)
     (out / "clip.safetensors").unlink()
     with pytest.raises(UserError, match=f"{out}/clip.safetensors is missing"):
-        build(*common, "--data", tmp_path / "data", "--out", out)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Signals and errors.
-
-
-def test_captions_that_are_all_the_same_are_told(tmp_path, capsys):
-    for number in range(6):
-        figures.picture(number, 32, seed=0).save(tmp_path / f"{number}.png")
-        (tmp_path / f"{number}.txt").write_text("a shape")
-    run(*SHORT, "--data", tmp_path, "--out", tmp_path / "run", "--steps", 1)
-    assert "all captions are the same" in capsys.readouterr().out
+        build(*common, "--data", data, "--out", out)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
@@ -297,7 +242,6 @@ def test_a_run_stopped_while_its_small_clip_learns_leaves_no_half_file(tmp_path,
     [
         (("--batch", "1"), "take 2 or more each"),
         (("--seed", 2**32), "is negative or too large; give 0 to 4294967295"),
-        (("--plan", "--batch", "256", "--gpus", "48"), "--batch 256 cannot be shared by --gpus 48"),
         # A group that was half real and half generated would give the discriminator the answer.
         (("--preset", "emoji", "--batch", "12", "--accumulate", "2"), "in 2 parts, of groups of 4 images; "),
         (("--init", DEMO.parent), "is no checkpoint; a run's checkpoints are the folders in its checkpoints/"),
@@ -306,21 +250,22 @@ def test_a_run_stopped_while_its_small_clip_learns_leaves_no_half_file(tmp_path,
         (("--set", "augment=('blur', 'color')"), "there is no blur; choose from color, translation"),
         (("--init", DEMO), "give the preset that it was trained with"),
         (("--clip", "judge"), "--clip judge is for evaluation"),
-        (("--set", "crop=33"), "--set crop has no effect on quick"),
-        (("--set", "perceptual_network=vgg19"), "--set perceptual_network has no effect"),
-        (("--set", "adversarial_weight=0", "r1_gamma=2"), "--set r1_gamma has no effect"),
-        (("--preset", "emoji-256", "--set", "clip_lower_every=2"), "--set clip_lower_every has no effect on emoji-256"),
         (("--plan", "--set", "clip_lower_every=0"), "give 1 or more"),
-        (("--preset", "emoji-256", "--set", "crop=33"), "--set crop=33: choose 0, or one of 32, 40, 48, 56, 64"),
-        (("--gpus", "8"), "--gpus and --hardware are for --plan"),
+        (("--preset", "emoji-256", "--set", "crop=33"), "--set crop=33: choose one of 0, 32, 40, 48, 56, 64"),
+        (("--set", "crop=32"), "--set crop=32: choose one of 0"),
         (("--set", "steps=7", "--steps", "5"), "--steps and --set steps=… contradict each other"),
         (("--set", "fid_samples=1"), "give 2 or more"),
         (("--set", "steps=0"), "--set steps=0: give 1 or more"),
         (("--set", "momentum_generator=1"), "give less than 1"),
-        (("--set", "batch=9999999"), "give 65536 or fewer"),
         (("--data", "emoji", "--caption-key", "text"), "the emoji have captions; leave it out"),
     ],
 )
 def test_errors_are_one_line(tmp_path, run_main, arguments, says):
     status, _, error = run_main(train.main, *SHORT, "--out", tmp_path / "run", *arguments)
     assert status == 2 and says in error.splitlines()[-1] and "Traceback" not in error
+
+
+def test_a_batch_that_does_not_fit_into_a_gpu_is_one_line(tmp_path, run_main, monkeypatch):
+    monkeypatch.setattr(train, "train", Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory. Tried to …")))
+    status, _, error = run_main(train.main, *SHORT, "--out", tmp_path / "run")
+    assert status == 2 and "larger --accumulate; --plan computes which" in error and "Traceback" not in error

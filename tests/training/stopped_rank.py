@@ -1,4 +1,4 @@
-"""train.py on two simulated GPUs, for test_distributed.py: torchrun two_gpus.py, with options of train.py.
+"""train.py for test_distributed.py: torchrun stopped_rank.py, with options of train.py.
 
 The first time, rank 1 alone is asked to stop in the middle of step 3; torchrun starts both again.
 """
@@ -13,7 +13,6 @@ sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 import train
 from step import Learner
 from tests import figures  # noqa: F401 - adds the preset
-from tests.fake_cuda import two_gpus_on_cpu
 
 
 def step(learner, number, micro_batches, learn=Learner.step):
@@ -24,5 +23,4 @@ def step(learner, number, micro_batches, learn=Learner.step):
 
 if __name__ == "__main__":
     Learner.step = step
-    with two_gpus_on_cpu():
-        train.main()
+    train.main()
