@@ -98,7 +98,7 @@ class RunFolder:
             if (self.path / name).is_dir():
                 raise UserError(f"{self.path / name} is a folder, and a run writes a file there; move the folder")
         own = checkpoint.checkpoints(self.checkpoints)
-        for name in ("config.json", "metrics.jsonl", generator_file.FILE, "samples/step_*"):
+        for name in ("config.json", "metrics.jsonl", generator_file.FILE, "reference.pt", "samples/step_*"):
             if not own and any(self.path.glob(name)):  # a run writes its first checkpoint before these
                 raise UserError(f"{self.path} has {name} and no checkpoint to resume from; give another --out")
         if moved and not own:
