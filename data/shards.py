@@ -39,8 +39,8 @@ class Shards(Source):
 
     Each rank and worker reads an endless stream. It reads a few samples from a random place of a random shard, then of
     another, and shuffles them in a buffer that is full before the first batch. So each sample is about equally likely,
-    and the pairs of a batch come from many shards. If any shard is compressed, a command, or contains a tar, all are
-    read from the front, LANES in turn.
+    and the pairs of a batch come from many shards. If any shard is compressed or a command, all are read from the
+    front, LANES in turn.
 
     After BLOCK samples a stream starts anew, with a seed made of the run's, the block's and its own. A resumed run
     continues exactly if ranks, workers and batch are the same, and decodes nothing of the block's earlier batches.
@@ -82,9 +82,7 @@ class Shards(Source):
             reached_ends = reached_ends and count < SAMPLES_TRIED
         self.number = number * len(self.urls) // len(tried) if reached_ends else math.inf  # estimate of all samples
         self.holds_out = self.number >= FEWEST
-        # A tar inside a shard has headers like the shard's own, which a random place would take for those.
-        plain = all(url.lower().endswith(".tar") for url in shards) and all(map(is_plain_tar, tried))
-        self.are_plain = plain and ".tar" not in self.kinds
+        self.are_plain = all(url.lower().endswith(".tar") for url in shards) and all(map(is_plain_tar, tried))
         self.stretch = STRETCH * size // max(number, 1)  # bytes
         return False in usable or (True in usable and not self.holds_out)
 

@@ -119,10 +119,7 @@ def test_what_is_no_folder_of_pairs_is_one_clear_line(tmp_path, content):
     assert len(str(caught.value).splitlines()) == 1
 
 
-@pytest.mark.parametrize(
-    "spec",
-    ["", " ", "x" * 5000, "a\0b", "~/nowhere", "emoji ", "{0..3}.tar", "{3..0.tar", "*.tar", "s3://b/0.tar"],
-)
+@pytest.mark.parametrize("spec", ["", "x" * 5000, "a\0b", "emoji ", "{0..3}.tar", "{3..0.tar", "*.tar", "s3://b/0.tar"])
 def test_what_names_no_data_is_one_clear_line(spec, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=r"^--data") as caught:

@@ -4,7 +4,6 @@ import collections
 import gzip
 import io
 import struct
-import zlib
 
 import numpy as np
 import pytest
@@ -41,6 +40,7 @@ KINDS = {
     "12 megapixels": encoded(Image.new("L", (4000, 3000), 200), "JPEG"),
     "SVG": drawing('<g id="a"/><use href="#a"/>', head='<?xml version="1.0"?><!DOCTYPE svg>\n'),
     "wide SVG": drawing(box="0 0 100 20"),
+    **({"AVIF": encoded(Image.new("L", (20, 50), 200), "AVIF")} if "AVIF" in pairs.FORMATS else {}),
 }
 CLEAR = {
     "RGBA": ((1, 2, 3, 0), (1, 2, 3, 255)),
@@ -109,12 +109,9 @@ def test_colors_are_read_as_their_profile_says():
 
 
 def bomb(side):
-    """A PNG whose header promises side × side pixels and whose data never comes."""
-    chunks = (b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)), (b"IDAT", zlib.compress(b"\0" * 1000))
-    parts = (
-        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks
-    )
-    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+    """A BMP whose header promises side × side pixels, which never come."""
+    content = encoded(Image.new("RGB", (20, 20)), "BMP")
+    return content[:18] + struct.pack("<2i", side, side) + content[26:]
 
 
 @pytest.mark.parametrize(
@@ -133,12 +130,6 @@ def bomb(side):
         *((encoded(Image.new("RGB", (20, 20)), kind), FORMAT) for kind in ("PPM", "ICO", "JPEG2000")),
         (gzip.compress(drawing()), FORMAT),
         *((clear(mode, False), pairs.CLEAR) for mode in CLEAR),
-        (
-            encoded(
-                Image.merge("RGBA", [Image.new("L", (20, 20), 255)] * 3 + [Image.linear_gradient("L").resize((20, 20))])
-            ),
-            pairs.CLEAR,
-        ),
         (b'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 9 9"><g/></svg>', REFUSED),
         (drawing("<g id='é'/>").decode().encode("latin-1"), REFUSED),
     ],

@@ -15,19 +15,7 @@ from common import stopping
 from common.cli import UserError
 from data import shards, sources
 from data.pairs import EMPTY, ENCODING, IMAGE, SHARD
-from tests.data.files import (
-    COLORS,
-    captions_of,
-    color_of,
-    good,
-    named,
-    opened,
-    seen,
-    source_of,
-    take,
-    write_folder,
-    write_shard,
-)
+from tests.data.files import COLORS, captions_of, color_of, good, named, source_of, take, write_folder, write_shard
 from tests.figures import Figures
 
 
@@ -59,8 +47,8 @@ def test_shards_as_img2dataset_writes_them(tmp_path):
     for spec in (tmp_path / "{00000..00001}.tar", tmp_path / "00000.tar"):
         batches = take(source_of(spec), 4)
         assert len(set(captions_of(batches))) > 4 and all(map(belong_together, batches))
-        assert seen(source_of(spec), 4) == captions_of(batches)  # the same start, the same stream
-    assert seen(source_of(spec), 4, rank=1, world_size=2) != captions_of(batches)
+        assert captions_of(take(source_of(spec), 4)) == captions_of(batches)  # the same start, the same stream
+    assert captions_of(take(source_of(spec), 4, rank=1, world_size=2)) != captions_of(batches)
 
 
 def test_ranks_share_the_global_batch_and_any_step_can_be_the_first(folder):
@@ -108,10 +96,11 @@ def test_broken_images_and_captions_are_skipped_counted_and_reported_with_their_
     assert len(notes) == 3 and sum(f"{EMPTY} (first: {folder}/000003.jpg)" in line for line in notes) == 1
 
 
-@pytest.mark.parametrize("kind", ["folder", "tar"])
-def test_a_source_that_is_wholly_broken_is_refused(tmp_path, kind):
-    with pytest.raises(UserError, match=r"^--data.*: no.* usable.* 9 files .* \(first: .*0"):
-        opened(kind, tmp_path, named([{"jpg": b"broken", "txt": b"x"}] * 9))
+def test_a_source_that_is_wholly_broken_is_refused(folder):
+    for path in folder.glob("*.jpg"):
+        path.write_bytes(b"broken")
+    with pytest.raises(UserError, match=r"^--data.*: no.* usable.* 6 files .* \(first: .*0"):
+        source_of(folder)
 
 
 def test_shards_that_vanish_end_in_one_clear_line(tmp_path, monkeypatch):
@@ -131,19 +120,14 @@ def test_shards_that_vanish_end_in_one_clear_line(tmp_path, monkeypatch):
             next(batches)
 
 
-def test_a_disk_that_comes_back_ends_nothing_and_one_that_does_not_ends_the_run(folder, monkeypatch):
-    monkeypatch.setattr(sources, "PAUSE", 0.05)
-    monkeypatch.setattr(sources, "GIVE_UP", 1)
+def test_a_disk_that_comes_back_ends_nothing_and_while_it_is_away_a_run_can_be_stopped(folder, monkeypatch):
     source, away = source_of(folder), folder.with_name("away")
     folder.rename(away)
     back = threading.Timer(0.3, lambda: away.rename(folder))
     back.start()
     assert len(take(source, 1)[0].captions) == 4 and source.skips.failing_since is None
     back.join()
-    for path in folder.glob("*.jpg"):
-        path.unlink()
-    with pytest.raises(UserError, match=r"nothing could be read: .*No such file or directory"):
-        take(source, 1)
+    folder.rename(away)
     monkeypatch.setattr(stopping, "asked", lambda: True)
     with pytest.raises(stopping.Stopped):
         loaded(source, 1, workers=0)
