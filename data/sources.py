@@ -204,8 +204,7 @@ def open_data(spec, resolution, seed, caption_key=None, group=1):
         if caption_key:
             raise UserError("--caption-key: the emoji have captions; leave it out")
         return Emoji(resolution, seed, group)
-    names_shards = spec.startswith("pipe:") or spec.lower().endswith(SHARD_SUFFIXES)
-    if os.path.isdir(spec) or not names_shards:
+    if os.path.isdir(spec) or not (spec.startswith("pipe:") or spec.lower().endswith(SHARD_SUFFIXES)):
         return Folder(spec, resolution, seed, caption_key)
     try:
         shards = [spec] if os.path.isfile(spec) else list(braceexpand(spec, escape=False))
