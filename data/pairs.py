@@ -35,8 +35,7 @@ CAUSES = (
     DUPLICATE := "repeated names, or further images, of a sample in a shard",
     FILE := "files that could not be read",
     IMAGE := "broken images",
-    FORMAT := "files that are no picture, or of a kind that is not read, such as JPEG 2000 or 32 bits: convert them to "
-    "PNG of 8 bits",
+    FORMAT := "files that are no picture, or of a kind that is not read; convert them to PNG of 8 bits",
     SMALL := "images that are too small",
     LARGE := "images that are too large",
     EMPTY := "empty captions",
@@ -45,8 +44,7 @@ CAUSES = (
     NO_IMAGE := "captions without an image next to them (links in a shard are not followed)",
     CLEAR := "images with transparency that show nothing on white",
     FIELD := ".json files that are not in JSON, or whose field for the caption is missing or is no text",
-    REFUSED := "drawings that are not in UTF-8, use other files, pictures, entities or text, show nothing, or take too "
-    "long",
+    REFUSED := "drawings that use other files, pictures, entities or text, show nothing, or take too long",
 )
 
 

@@ -184,10 +184,6 @@ def shuffled(samples, rng, most):
             yield buffer.pop()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Tar files, from a disk, a web server or a command.
-
-
 def command_of(url):
     """The command that writes a shard to its output: a shell's line or a list. None for a file on the disk."""
     if url.startswith("pipe:"):

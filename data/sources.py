@@ -209,8 +209,7 @@ def open_data(spec, resolution, seed, caption_key=None, group=1):
     try:
         shards = [spec] if os.path.isfile(spec) else list(braceexpand(spec, escape=False))
     except ValueError as error:
-        message = f"--data {spec}: the braces do not match; write shards as data/{{00000..00041}}.tar"
-        raise UserError(message) from error
+        raise UserError(f"--data {spec}: the braces do not match; write data/{{00000..00041}}.tar") from error
     return Shards(shards, resolution, seed, caption_key)
 
 
@@ -221,10 +220,10 @@ def loader(source, first, batch, workers):
     if the run was asked to stop.
     """
     share = batch // distributed.world_size(), distributed.rank(), distributed.world_size()
-    options = {"num_workers": workers, "timeout": WORKER_TIMEOUT if workers else 0}
-    stream = Stream(source, first, *share)
+    options = {"num_workers": workers, "timeout": WORKER_TIMEOUT if workers else 0, "batch_size": None}
     try:
-        batches = iter(DataLoader(stream, batch_size=None, worker_init_fn=leave_signals_to_the_run, **options))
+        stream = Stream(source, first, *share)
+        batches = iter(DataLoader(stream, worker_init_fn=leave_signals_to_the_run, **options))
         for number in signals("SIGCHLD"):  # DataLoader's handler would raise in the middle of a step if a worker dies
             signal.signal(number, signal.SIG_DFL)
         yield from map(source.report, batches)

@@ -82,10 +82,7 @@ def draw(text, side):
 
 def render(svg, resolution):
     """The bytes of an SVG → an RGB image on white whose shorter side is the resolution. Raises ValueError."""
-    try:
-        text = svg.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise Refused("not UTF-8") from error
+    text = svg.decode("utf-8-sig")
     check(text.encode())
     image, side = draw(text, resolution), resolution
     while min(image.size) < resolution:

@@ -5,7 +5,6 @@ import os
 import pytest
 
 from common.cli import UserError
-from data.pairs import FILE
 from tests.data.files import PICTURE, all_captions, named, source_of, write_tar
 
 
@@ -90,20 +89,11 @@ def test_braces_and_brackets_may_be_in_real_names_and_shards_in_a_folder_are_to_
         source_of(tmp_path / "b{2}")
 
 
-def test_files_that_vanish_are_skipped_and_counted(tmp_path):
-    source = source_of(filled(tmp_path))
-    (tmp_path / "0.jpg").unlink()
-    batch = next(source.evaluation())
-    assert batch.skipped == {FILE: 1} and sorted(batch.captions) == ["1", "2", "3", "4", "5"]
-
-
 BAD = {
     "nothing": lambda data: data.mkdir(),
     "three pairs": lambda data: filled(data, 3),
     "captions alone": lambda data: [data.mkdir(), (data / "a.txt").write_text("x")],
     "images alone": lambda data: [pair(data, str(i)) for i in range(5)],
-    "captions named as the images": lambda data: [pair(data, str(i), "x", text=".jpg.txt") for i in range(5)],
-    "folders named as images": lambda data: [(data / f"{i}.jpg").mkdir(parents=True) for i in range(5)],
     "hidden pairs": lambda data: [pair(data, f".{i}", "x") for i in range(5)],
     "an archive of another kind": lambda data: [data.mkdir(), (data / "data.zip").write_bytes(b"PK")],
     "a file": lambda data: data.write_text("x"),

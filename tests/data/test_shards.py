@@ -8,7 +8,6 @@ import os
 import tarfile
 import threading
 from collections import Counter
-from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
@@ -50,13 +49,6 @@ def test_every_sample_is_reached_about_equally_often(tmp_path, undecoded, monkey
 def test_the_first_and_the_last_sample_come_as_often_as_others(tmp_path, undecoded):
     counts = Counter(map(int, seen(opened("tar", tmp_path, named(numbered(20))), 1000)))
     assert len(counts) == 20 and all(140 < count < 260 for count in counts.values())
-
-
-def test_of_plain_and_compressed_shards_every_sample_is_reached(tmp_path, undecoded):
-    paths = [tmp_path / (f"{number}.tar.gz" if number % 2 else f"{number}.tar") for number in range(6)]
-    for number, path in enumerate(paths):
-        write_tar(path, named(numbered(20, 20 * number)), "w:gz" if number % 2 else "w")
-    assert len(set(seen(shards.Shards([str(path) for path in paths], 16, seed=0), 1000))) == 120
 
 
 @pytest.mark.parametrize("kind", ["tar", "tar.gz"])
@@ -123,14 +115,6 @@ def test_the_hash_of_img2dataset_holds_out_the_same_picture_in_any_size():
         assert all(is_held_out(b"%d" % i, {"sha256": sha256}) == is_held_out(b"%d" % i, {}) for i in range(400))
 
 
-@pytest.mark.parametrize("kind", ["folder", "tar"])
-def test_of_few_pairs_none_is_held_out_and_this_is_reported(tmp_path, undecoded, kind):
-    source = opened(kind, tmp_path, named(numbered(199)))
-    assert not source.holds_out and list(source.evaluation(held_out=True)) == []
-    assert sum(len(batch.captions) for batch in source.evaluation_pairs()) == 199
-    assert any(line.startswith("None is held out") for line in source.describe())
-
-
 @pytest.mark.parametrize("count", [4, 9])
 def test_each_rank_reads_shards_of_its_own(tmp_path, undecoded, monkeypatch, count):
     """Of fewer shards than ranks all ranks read all, and each decodes its share."""
@@ -180,15 +164,13 @@ def test_names_with_periods_and_folders_are_read_and_hidden_ones_are_not(tmp_pat
 @pytest.mark.parametrize("place", ["folder", "tar"])
 def test_captions_in_a_field_of_the_json(tmp_path, place):
     facts = [{"prompt": "one\ntwo"}, {"prompt": ["three", "four"]}, {"prompt": "five"}, {"prompt": "six", "url": "x"}]
-    facts[0]["imageData"] = "A" * 2**21  # labelme writes the picture itself
     bad = [{"text": "no field"}, {"prompt": None}, {"prompt": 7}, {"prompt": []}, {"prompt": " "}, ["prompt"]]
     files = named([{"jpg": PICTURE, "json": json.dumps(each).encode()} for each in facts + bad])
     files += [("broken.jpg", PICTURE), ("broken.json", b"{"), ("deep.jpg", PICTURE), ("deep.json", b"[" * 100_000)]
-    files += [("windows.jpg", PICTURE), ("windows.json", '{"prompt": "café"}'.encode("cp1252"))]
     files += [("half.jpg", PICTURE), ("half.json", b'{"prompt": "half a character \\ud83d"}')]
     source = opened(place, tmp_path, files, caption_key="prompt")
     assert sorted(lines for _, lines in source.examples()) == [["five"], ["one", "two"], ["six"], ["three", "four"]]
-    assert source.skips.counts == {FIELD: 8, EMPTY: 1, ENCODING: 1}
+    assert source.skips.counts == {FIELD: 7, EMPTY: 1, ENCODING: 1}
     with pytest.raises(UserError, match=r"--caption-key"):
         opened(place, tmp_path, files)
     with pytest.raises(UserError, match=rf"{FIELD} \(first: .*0.* has prompt"):
@@ -236,6 +218,7 @@ def test_missing_shards_are_reported_unless_they_are_most(tmp_path, undecoded):
     source = source_of(tmp_path / "{0..4}.tar")
     assert any(line.startswith("2 shard(s) do not exist, such as ") for line in source.describe())
     assert len(set(seen(source, 99))) == 30 and len(all_captions(source)) == 30
+    assert list(source.evaluation(held_out=True)) == []  # of fewer than 200
     with pytest.raises(UserError, match=r"no such shard: .*4.tar; write several as data/\{00000..00041\}.tar"):
         source_of(tmp_path / "{3..6}.tar")
 
@@ -275,16 +258,15 @@ def test_the_first_error_of_a_reader_reaches_the_user(spec, says):
     assert says in str(caught.value) and len(str(caught.value).splitlines()) == 1
 
 
-def test_shards_behind_a_web_server(tmp_path):
-    write_tar(tmp_path / "0.tar", named([good(i) for i in range(12)]))
-    handler = partial(SimpleHTTPRequestHandler, directory=tmp_path)
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+def test_shards_behind_a_web_server(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_tar("0.tar", named([good(i) for i in range(12)]))
+    with ThreadingHTTPServer(("127.0.0.1", 0), SimpleHTTPRequestHandler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        url = f"http://127.0.0.1:{server.server_port}"
-        source = source_of(f"{url}/0.tar")
+        source = source_of(f"http://127.0.0.1:{server.server_port}/0.tar")
         assert len(all_captions(source)) == 12 and len(seen(source, 2)) == 8
         with pytest.raises(UserError, match="404"):
-            source_of(f"{url}/1.tar")
+            source_of(f"http://127.0.0.1:{server.server_port}/1.tar")
         server.shutdown()
 
 
@@ -292,13 +274,10 @@ BAD = {
     "empty": lambda path: path.write_bytes(b""),
     "text": lambda path: path.write_text("<!DOCTYPE html><html>not found</html>\n" * 50),
     "a cut gzip": lambda path: path.write_bytes(gzip.compress(b"x" * 5000)[:40]),
-    "a gzip of text": lambda path: path.write_bytes(gzip.compress(b"not a tar" * 500)),
     "other files": lambda path: write_tar(path, [("a.npy", b"1"), ("README", b"text"), (".txt", b"hidden")]),
-    "captions alone": lambda path: write_tar(path, [("a.txt", b"1"), ("b.txt", b"2")]),
     "images alone": lambda path: write_tar(path, [("a.jpg", PICTURE), ("b.jpg", PICTURE)]),
     "a folder": lambda path: path.mkdir(),
     "a pipe": os.mkfifo,
-    "a dangling link": lambda path: path.symlink_to(path.with_name("nowhere")),
 }
 
 

@@ -14,7 +14,7 @@ import torch
 from common import stopping
 from common.cli import UserError
 from data import shards, sources
-from data.pairs import EMPTY, ENCODING, IMAGE, SHARD
+from data.pairs import EMPTY, ENCODING, FILE, IMAGE, SHARD
 from tests.data.files import COLORS, captions_of, color_of, good, named, source_of, take, write_folder, write_shard
 from tests.figures import Figures
 
@@ -125,7 +125,8 @@ def test_a_disk_that_comes_back_ends_nothing_and_while_it_is_away_a_run_can_be_s
     folder.rename(away)
     back = threading.Timer(0.3, lambda: away.rename(folder))
     back.start()
-    assert len(take(source, 1)[0].captions) == 4 and source.skips.failing_since is None
+    (batch,) = take(source, 1)
+    assert len(batch.captions) == 4 and batch.skipped.keys() == {FILE} and source.skips.failing_since is None
     back.join()
     folder.rename(away)
     monkeypatch.setattr(stopping, "asked", lambda: True)
@@ -162,11 +163,3 @@ def test_the_caption_of_evaluation_depends_on_picture_and_seed():
     examples = [(torch.full((3, 2, 2), i / 40), ["a", "b", "c"]) for i in range(40)]
     first, same, other = (Figures(8, seed=seed).collate(examples).captions for seed in (0, 0, 1))
     assert first == same != other and set(first) == {"a", "b", "c"}
-
-
-def test_workers_ignore_the_signals_that_the_run_answers(monkeypatch):
-    handlers = {}
-    monkeypatch.setattr(signal, "signal", handlers.__setitem__)
-    sources.leave_signals_to_the_run(0)
-    ignored = {number for number, handler in handlers.items() if handler == signal.SIG_IGN}
-    assert ignored == {signal.SIGINT, signal.SIGUSR1, signal.SIGHUP} and handlers[signal.SIGTERM] == signal.SIG_DFL
