@@ -4,6 +4,7 @@ reference, stops falling, or enough images were seen.
 The reference is the FID between two disjoint sets of real images, each as large as the set of samples.
 """
 
+import contextlib
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +12,6 @@ import torch
 from common import distributed, stopping
 from common.cli import UserError
 from common.disk import Damaged, atomically, load_tensors, write_tensors
-from common.distributed import say
 from evaluation.features import extract_clip_features, extract_fake_features
 from evaluation.metrics import fid, frechet_distance, statistics
 from layers import resize
@@ -49,40 +49,24 @@ class Growth:
         """Draws two disjoint sets of real images. Samples use the captions of the first, and are compared with the
         statistics of the second.
 
-        Each rank measures its share, held-out pairs first. The run keeps the result in the file `path`. Raises
-        UserError, and Stopped if a rank was asked to stop.
+        Each rank measures its share, held-out pairs first. A run writes the result to the file `path`, and reads it
+        when it is resumed. Raises UserError, and Stopped if a rank was asked to stop.
         """
-        made_from = {"data": [*source.describe(), source.stamp()], "samples": self.recipe.fid_samples}
-        made_from |= {"clip": self.clip.name, "seed": self.seed, "caption-key": source.caption_key}
-        with distributed.together():
-            kept = self.read_reference(path, made_from) if distributed.is_main() else None
+        kept = None
+        with distributed.together(), contextlib.suppress(Damaged):  # then it is measured again
+            if distributed.is_main() and path.is_file():
+                kept = load_tensors(path)
         kept = distributed.broadcast(kept)
-        if kept is None:
+        if kept is None or kept.get("samples") != self.recipe.fid_samples:
             kept = self.compute_reference(source)
             if distributed.is_main():
-                kept["made from"] = made_from
                 atomically(path, lambda temporary: write_tensors(kept, temporary))
         self.captions, self.given = kept["captions"], kept["given"]
         self.statistics, self.reference_fid = kept["statistics"], kept["reference_fid"]
 
-    def read_reference(self, path, made_from):
-        """The result of an earlier start of this run; None if it was made from other data or with another CLIP."""
-        if not path.is_file():
-            return None
-        try:
-            kept = load_tensors(path)
-        except Damaged as error:
-            raise UserError(f"{error}; delete it, and it is made again") from error
-        if not isinstance(kept, dict) or "reference_fid" not in kept:
-            raise UserError(f"{path} is not a reference FID of train.py; move it elsewhere")
-        if kept.get("made from") != made_from:
-            say(f"note: {path.name} is measured again, because the data, the CLIP or an option changed")
-            return None
-        return kept
-
     def compute_reference(self, source):
-        """→ {"captions", "given": an upsampler's inputs, "statistics": {resolution: (mean, covariance)},
-        "reference_fid": {resolution: FID}}.
+        """→ {"samples": of the recipe, "captions", "given": an upsampler's inputs, "statistics": {resolution: (mean,
+        covariance)}, "reference_fid": {resolution: FID}}.
         """
         with distributed.together():
             features, captions, given = self.measure_share(source)
@@ -94,7 +78,7 @@ class Growth:
             if len(captions) < 4:
                 raise UserError(f"--data has {len(captions)} usable pairs; training needs at least 4")
         half = len(captions) // 2
-        kept = {"captions": captions[:half], "statistics": {}, "reference_fid": {}}
+        kept = {"samples": self.recipe.fid_samples, "captions": captions[:half], "statistics": {}, "reference_fid": {}}
         images_and_noise = zip(*given[:half], strict=True)
         kept["given"] = tuple(torch.stack(inputs).cpu() for inputs in images_and_noise)
         for r in self.resolutions:
@@ -109,17 +93,16 @@ class Growth:
         upsampler's inputs (small image, noise); of the base, the last list is empty.
         """
         rank, ranks = distributed.rank(), distributed.world_size()
-        quota = len(range(rank, 2 * self.recipe.fid_samples, ranks))  # of pairs
         features, captions, given = {r: [] for r in self.resolutions}, [], []
         noise = torch.Generator().manual_seed(self.seed + rank)
-        for batch in source.evaluation_pairs(rank=rank, world_size=ranks):
-            images = batch.images[: quota - len(captions)].to(self.clip.device)
-            captions += batch.captions[: len(images)]
+        for batch in source.evaluation_pairs(rank=rank, world_size=ranks, count=2 * self.recipe.fid_samples):
+            images = batch.images.to(self.clip.device)
+            captions += batch.captions
             its_noise = draw_input_noise(self.config, len(images), noise)
             given += zip(*given_images(self.config, images, its_noise), strict=True)  # an (image, noise) a caption
             for r in self.resolutions:
                 features[r].append(extract_clip_features(self.clip, resize(images, r)).cpu())
-            if len(captions) == quota or stopping.asked():
+            if stopping.asked():
                 break
         return features, captions, given
 

@@ -187,14 +187,14 @@ def train(run):
     args, learner, growth, source, loop = run
     recipe, batch, folder = learner.recipe, learner.batch, loop.folder
     source.announce()
+    save(run)
+    loop.check_saved()
     growth.measure_reference(source, folder.path / "reference.pt")
     if note := latent.unread(learner.clip.text, growth.captions):
         say(note)
     if len(set(growth.captions)) == 1:
         say("note: all captions are the same, so the generator learns nothing about text")
     pairs = watched_pairs(source, learner.clip) if recipe.adversarial_weight else None
-    save(run)
-    loop.check_saved()
     folder.write_config({**vars(args), "steps": loop.last_step, "recipe": dataclasses.asdict(recipe)})
     say(f"Training {args.preset} on {learner.device}, {distributed.world_size()} rank(s); all in {args.out}")
 

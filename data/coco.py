@@ -20,52 +20,33 @@ class Coco(Source):
     for the distance between two sets of real images. For evaluation only.
 
     annotations: captions_val2014.json. folder: of the images, by default val2014 next to the folder of the JSON. Raises
-    UserError for a file of another kind or split, for fewer than `count` images, and for missing images.
+    UserError for a file of another kind or split, and for missing images.
     """
 
     def __init__(self, annotations, folder, resolution, count, seed):
         super().__init__(str(annotations), resolution, seed)
-        images, captions = read_annotations(annotations)
-        if others := [name for name in images.values() if "val2014" not in name]:
-            raise UserError(
-                f"--data {annotations} is not of COCO 2014 val: it lists {others[0]}; use captions_val2014.json"
-            )
-        if len(captions) < count:
-            raise UserError(
-                f"--data {annotations} has {len(captions)} images with captions, and --count asks for {count}"
-            )
-        folder = Path(folder or Path(annotations).parent.parent / "val2014")
-        rng = np.random.default_rng(seed)
-        chosen = rng.permutation(sorted(captions))[: 2 * count]
-        self.pairs = [(folder / Path(images[i]).name, str(rng.choice(captions[i]))) for i in chosen]
+        folder, rng = Path(folder or Path(annotations).parent.parent / "val2014"), np.random.default_rng(seed)
+        try:
+            content = json.loads(Path(annotations).read_text(encoding="utf-8-sig"))
+            names = {image["id"]: Path(image["file_name"]).name for image in content["images"]}
+            captions = collections.defaultdict(list)
+            for annotation in content["annotations"]:
+                captions[annotation["image_id"]].append(" ".join(annotation["caption"].split()))
+            chosen = rng.permutation(sorted(captions))[: 2 * count]
+            self.pairs = [(folder / names[i], str(rng.choice(captions[i]))) for i in chosen]
+        except OSError as error:
+            raise UserError(f"--data {annotations} cannot be read: {error.strerror}") from error
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            message = f"--data {annotations} is not a captions file in COCO's format ({first_line(error)})"
+            raise UserError(f"{message}; use captions_val2014.json") from error
+        if any("val2014" not in name for name in names.values()):
+            raise UserError(f"--data {annotations} is not of COCO 2014 val; use captions_val2014.json")
         if missing := next((path for path, _ in self.pairs if not path.is_file()), None):
             raise UserError(f"no image {missing}; download it again, or name the folder val2014 with --images")
 
     def examples(self, held_out=False, rank=0, world_size=1):
         for path, caption in () if held_out else self.pairs[rank::world_size]:
             yield read_image(path, self.resolution), [caption]
-
-
-def read_annotations(path):
-    """→ {image id: file name}, {image id: its captions}."""
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8-sig"))
-        images = {int(image["id"]): str(image["file_name"]) for image in content["images"]}
-        captions = collections.defaultdict(list)
-        for annotation in content["annotations"]:
-            if not isinstance(annotation["caption"], str):
-                raise ValueError(f"an annotation of image {annotation['image_id']} has no caption")
-            if caption := " ".join(annotation["caption"].split()):
-                captions[int(annotation["image_id"])].append(caption)
-        if unknown := captions.keys() - images.keys():
-            raise ValueError(f"image {min(unknown)} is not listed")
-    except OSError as error:
-        raise UserError(f"--data {path} cannot be read: {error.strerror}") from error
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise UserError(
-            f"--data {path} is not a captions file in COCO's format ({first_line(error)}); use captions_val2014.json"
-        ) from error
-    return images, captions
 
 
 def read_image(path, resolution):

@@ -51,9 +51,6 @@ class Emoji(Source):
     def is_for(self, sample, held_out):
         return bool(sample.facts["aurora_held_out"]) == held_out
 
-    def files(self):
-        return [SHARD]
-
     def describe(self):
         held_out = len(self.samples) - len(self.pictures)
         yield f"{len(self.samples)} pictures of emoji, of which {held_out} are held out for evaluation."

@@ -1,24 +1,21 @@
 """A folder of images, with a caption next to each."""
 
 import collections
-import errno
 import functools
 import itertools
 import os
-import stat
 import unicodedata
 from pathlib import Path
 
 import numpy as np
 
 from common.cli import UserError
-from data.pairs import FILE, IMAGE_SUFFIXES, LIMITS, Sample, facts_of
-from data.sources import FEWEST, SHARD_SUFFIXES, TXT_UNREAD, Source, leads_out, sample_indices, some
+from data.pairs import FILE, IMAGE_SUFFIXES, MAX_FILE, Sample
+from data.sources import FEWEST, JSON_UNREAD, SHARD_SUFFIXES, Source, sample_indices
 
 ALONE = "images have no caption"
+SHARDS = "shards are not read (name them in --data)"
 SYSTEM_FOLDERS = ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "lost+found")
-HIDDEN = "images have names that begin with a period, and are not read"
-BELOW = "shard(s) in subfolders are not read: name a pattern or their folder"
 
 
 class Folder(Source):
@@ -30,36 +27,26 @@ class Folder(Source):
 
     def __init__(self, path, resolution, seed, caption_key=None):
         super().__init__(path, resolution, seed, caption_key)
-        if not path or not os.path.exists(path):
-            raise UserError(f"--data {path}: no such file or folder")
         if not os.path.isdir(path):
-            raise UserError(f"--data {path}: not a folder of images with .txt captions, nor a .tar shard")
-        self.pairs, self.problems, self.others = search(path, caption_key)
+            raise UserError(f"--data {path}: no such folder of images with .txt captions, nor a .tar shard")
+        self.pairs, self.problems, self.others = search(path, ".json" if caption_key else ".txt")
+        if not self.pairs and SHARDS in self.problems:
+            raise UserError(f"--data {path} contains shards: name them, such as {path}/{{00000..00041}}.tar")
         if len(self.pairs) < 4:
             raise UserError(f"--data {path}: at least 4 pairs are needed. {' '.join(self.findings())}")
         self.holds_out = len(self.pairs) >= FEWEST
         self.check(any(self.read(number, held_out=False) for number in self.order(0)))
 
-    def files(self):
-        return itertools.chain.from_iterable(self.pairs)
-
     def findings(self):
         suffix = ".json" if self.caption_key else ".txt"
         place = f'the field "{self.caption_key}" of a .json' if self.caption_key else "a .txt"
         yield f"{len(self.pairs)} images have a caption in {place} next to them, such as cat.jpg with cat{suffix}."
-        yield from describe(self.problems, self.others)
-        if self.caption_key and self.others[".txt"]:
-            yield TXT_UNREAD
-        if not self.caption_key and (fields := self.fields()):
-            yield f"The .json files have the fields {fields}; name the one with the caption with --caption-key."
-
-    def fields(self):
-        """The names of the fields of one .json next to an image without a caption."""
-        for image in self.problems.get(ALONE, [])[:100]:
-            path = image.with_suffix(".json")
-            if path.is_file() and (facts := facts_of(read_start(path))):
-                return ", ".join(sorted(facts))
-        return ""
+        for problem, paths in self.problems.items():
+            yield f"{len(paths)} {problem}, such as {paths[0]}."
+        if self.others:
+            yield f"Not read: {', '.join(f'{count} {kind}' for kind, count in self.others.most_common(8))}."
+        if ALONE in self.problems and self.others[".json"]:
+            yield JSON_UNREAD
 
     @functools.lru_cache(maxsize=2)  # noqa: B019 - a source lives as long as the run
     def order(self, epoch):
@@ -69,11 +56,11 @@ class Folder(Source):
         """(image [3, R, R], captions) of a pair; None if it belongs to the other part, or is unusable and counted."""
         image, caption = self.pairs[number]
         try:
-            parts = {path.suffix.lower(): read_start(path) for path in (image, caption)}
+            parts = {path.suffix.lower(): read_file(path) for path in (image, caption)}
         except OSError as error:
             self.skips.fail(FILE, f"{image}: {error.strerror}")
             return None
-        self.skips.failures = 0
+        self.skips.failing_since = None
         sample = Sample(str(image), parts)
         return self.example(sample) if self.is_for(sample, held_out) else None
 
@@ -96,40 +83,49 @@ class Folder(Source):
         return filter(None, (self.read(number, held_out) for number in self.order(0)[rank::world_size]))
 
 
-def search(path, caption_key=None):
+def search(path, suffix):
     """The files in a folder and all below it → [(image, the file of its caption)], {problem: its paths}, and a Counter
-    of the suffixes of other files.
+    of the suffixes of other files. suffix: of captions.
     """
-    suffix = ".json" if caption_key else ".txt"
     pairs, problems, others = [], collections.defaultdict(list), collections.Counter()
-    for folder, names in walk(path, problems):
-        captions = {stem_of(name): name for name in names if name.suffix.lower() == suffix}
-        images = {stem_of(name) for name in names if name.suffix.lower() in IMAGE_SUFFIXES}
-        for name in names:
-            kind = name.suffix.lower()
-            if kind == suffix:
-                if stem_of(name) not in images:
-                    problems["captions have no image"].append(folder / name)
-                elif captions[stem_of(name)] != name:  # cat.TXT next to cat.txt
-                    problems["captions belong to an image that has another"].append(folder / name)
-            elif name.name.lower().endswith(SHARD_SUFFIXES):
-                if folder != Path(path):
-                    problems[BELOW].append(folder)
-            elif kind not in IMAGE_SUFFIXES:
+    for files in walk(path, problems):
+        captions = {stem_of(file): file for file in files if file.suffix.lower() == suffix}
+        images = {stem_of(file) for file in files if file.suffix.lower() in IMAGE_SUFFIXES}
+        for file in files:
+            kind, stem = file.suffix.lower(), stem_of(file)
+            if file.name.lower().endswith(SHARD_SUFFIXES):
+                problems[SHARDS].append(file)
+            elif kind in IMAGE_SUFFIXES and stem in captions:
+                pairs.append((file, captions[stem]))
+            elif kind in IMAGE_SUFFIXES:
+                problems[ALONE].append(file)
+            elif kind != suffix:
                 others[kind or "no suffix"] += 1
-            elif stem_of(name) in captions:
-                pairs.append((folder / name, folder / captions[stem_of(name)]))
-            else:
-                problems[ALONE].append(folder / name)
+            elif stem not in images:
+                problems["captions have no image"].append(file)
     return sorted(pairs), problems, others
 
 
-def describe(problems, others):
-    """What `search` found beside pairs, in lines for the user."""
-    for problem, paths in problems.items():
-        yield f"{len(paths)} {problem}, such as {paths[0]}."
-    if others:
-        yield f"Not read: {some(f'{number} {kind}' for kind, number in others.most_common())}."
+def walk(path, problems):
+    """Yields the files of a folder, then of each one below it. Hidden ones are left out, and links not followed."""
+    folders = [path]
+    for folder in folders:
+        try:
+            entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+        except OSError:
+            problems["folders may not be read"].append(folder)
+            continue
+        files = []
+        for entry in entries:
+            if is_hidden(entry.name):
+                continue
+            if entry.is_dir(follow_symlinks=False):
+                folders.append(entry.path)
+            elif entry.is_file(follow_symlinks=False):
+                files.append(Path(entry.path))
+            else:
+                problems["links, or special files, are not read"].append(entry.path)
+        yield files
 
 
 def is_hidden(name):
@@ -137,43 +133,12 @@ def is_hidden(name):
     return (name.startswith(".") and name not in (".", "..")) or name in SYSTEM_FOLDERS
 
 
-def stem_of(name):
-    """A Path's name without its suffix, in one Unicode form: a Mac writes "ü" as two characters."""
-    return unicodedata.normalize("NFC", name.stem)
+def stem_of(path):
+    """A file's name without its suffix, in one Unicode form: a Mac writes "ü" as two characters."""
+    return unicodedata.normalize("NFC", path.stem)
 
 
-def walk(path, problems):
-    """Yields a folder and each one below it, with the names of its files. Hidden files are left out, and links that
-    lead out of the folder are not followed.
-    """
-
-    def refuse(error):
-        problems["folders may not be read"].append(error.filename)
-
-    seen = set()
-    for folder, folders, names in os.walk(path, followlinks=True, onerror=refuse):
-        real = os.path.realpath(folder)
-        if real in seen:  # a circle of links
-            folders.clear()
-            continue
-        seen.add(real)
-        for kind in (folders, names):
-            found = sorted(kind)
-            kind.clear()
-            for name in found:
-                if is_hidden(name):
-                    if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith("._"):  # a Mac's, and no image
-                        problems[HIDDEN].append(Path(folder, name))
-                elif leads_out(os.path.join(folder, name), path):
-                    problems["links lead out of the folder and are not followed"].append(Path(folder, name))
-                else:
-                    kind.append(name)
-        yield Path(folder), [Path(name) for name in names]
-
-
-def read_start(path):
-    """The bytes of a file up to its limit. Raises OSError, also for a pipe, whose other end might never write."""
-    if not stat.S_ISREG(os.stat(path).st_mode):
-        raise OSError(errno.EINVAL, "not a regular file", str(path))
+def read_file(path):
+    """The bytes of a file, up to MAX_FILE. Raises OSError."""
     with open(path, "rb") as file:
-        return file.read(LIMITS[path.suffix.lower()])
+        return file.read(MAX_FILE)

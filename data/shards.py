@@ -4,16 +4,13 @@ webdataset's own reader is not used: it reads each tar whole from its front, end
 and does not count what it skips.
 """
 
-import bz2
 import collections
 import contextlib
 import gzip
 import itertools
-import lzma
 import math
 import operator
 import os
-import select
 import subprocess
 import tarfile
 import tempfile
@@ -23,27 +20,18 @@ import numpy as np
 
 from common.cli import UserError, first_line
 from data.folder import is_hidden
-from data.pairs import DUPLICATE, IMAGE_SUFFIXES, LIMITS, SHARD, Sample
-from data.sources import FEWEST, TXT_UNREAD, Source, some
+from data.pairs import DUPLICATE, IMAGE_SUFFIXES, MAX_FILE, SHARD, SUFFIXES, Sample
+from data.sources import FEWEST, JSON_UNREAD, Source
 
 TRIED, SAMPLES_TRIED = 5, 300  # shards, and samples of each, that are read when a source is opened
 STRETCH = 3  # samples, on average, that are read from one random place of a tar
 LANES = 8  # shards that are read from the front in turn
 BUFFER, BUFFER_BYTES = 2048, 2**27  # most samples in the shuffle buffer, and their most bytes
 BLOCK = 2**14  # samples after which a stream starts anew
-FIRST_BYTE = 60  # seconds until a command must start to write
 LONG_NAME = 8 * tarfile.BLOCKSIZE  # most bytes that a name of over 100 characters adds before its file's header
-ERRORS = (OSError, EOFError, tarfile.TarError, zlib.error, lzma.LZMAError)  # what reading a shard may raise
-COMPRESSED = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}  # first bytes: what opens the file
-URL = "{url}"
-CURL = ["curl", "-sSfL", "--connect-timeout", "30", "--speed-limit", "1", "--speed-time", "60", URL]
-FETCH = {  # the command that writes the content of a URL to its output
-    "http": CURL,
-    "https": CURL,
-    "ftp": CURL,
-    "s3": ["aws", "s3", "cp", URL, "-"],
-    "gs": ["gcloud", "storage", "cat", URL],
-}
+ERRORS = (OSError, EOFError, tarfile.TarError, zlib.error)  # what reading a shard may raise
+GZIP = b"\x1f\x8b"  # first bytes of a compressed shard
+CURL = ["curl", "-sSfL", "--connect-timeout", "30", "--speed-limit", "1", "--speed-time", "60"]
 
 
 class Shards(Source):
@@ -51,39 +39,31 @@ class Shards(Source):
 
     Each rank and worker reads an endless stream. It reads a few samples from a random place of a random shard, then of
     another, and shuffles them in a buffer that is full before the first batch. So each sample is about equally likely,
-    and the pairs of a batch come from many shards. If any shard is compressed, a command, or contains a tar, all are
-    read from the front, LANES in turn.
+    and the pairs of a batch come from many shards. If any shard is compressed or a command, all are read from the
+    front, LANES in turn.
 
     After BLOCK samples a stream starts anew, with a seed made of the run's, the block's and its own. A resumed run
     continues exactly if ranks, workers and batch are the same, and decodes nothing of the block's earlier batches.
 
     Shards that cannot be read or contain no usable sample are skipped. A hash of the picture holds out one sample in
     50; of fewer than 200 samples, none.
-
-    beside: lines about what is in the same folder and is not read.
     """
 
-    def __init__(self, urls, resolution, seed, caption_key=None, beside=()):
-        self.beside = list(beside)
+    def __init__(self, urls, resolution, seed, caption_key=None):
         self.urls = [url.removeprefix("file://") for url in urls]
-        self.sizes = {}  # {shard: bytes} of those that exist; 0 for a command
-        for url in self.urls:
-            if command_of(url):
-                self.sizes[url] = 0
-            elif os.path.isfile(url):
-                self.sizes[url] = os.path.getsize(url)
+        found = [url for url in self.urls if command_of(url) or os.path.isfile(url)]
+        self.sizes = {url: 0 if command_of(url) else os.path.getsize(url) for url in found}  # bytes; 0 for a command
         self.missing = [url for url in self.urls if url not in self.sizes]
         if 2 * len(self.missing) > len(urls):
             raise UserError(f"--data: no such shard: {self.missing[0]}; write several as data/{{00000..00041}}.tar")
         name = urls[0] if len(urls) == 1 else f"{urls[0]} … {urls[-1]}"
-        super().__init__(name, resolution, seed, caption_key, num_shards=len(self.sizes))
+        super().__init__(name, resolution, seed, caption_key)
         self.check(self.look())
 
     def look(self):
         """Reads the first samples of some shards to learn what they contain → whether one is usable for training."""
-        self.kinds, self.fields, self.complete = collections.Counter(), set(), 0
+        self.kinds, self.complete, self.alone = collections.Counter(), 0, 0
         number, size, reached_ends, usable = 0, 0, True, set()  # whether usable ones would be held out
-        without_caption, without_image = set(), set()
         shards = list(self.sizes)
         tried = shards[:: -(-len(shards) // TRIED)]
         for url in tried:
@@ -92,32 +72,19 @@ class Shards(Source):
                 count += 1
                 size += sample.size + 1000 * len(sample.parts)  # with headers and padding
                 self.kinds.update(suffix or "no suffix" for suffix in sample.parts)
-                self.fields |= sample.facts.keys()
-                if not sample.image:
-                    without_image.add(sample.place)
-                elif (".json" if self.caption_key else ".txt") in sample.parts:
-                    self.complete += 1
-                else:
-                    without_caption.add(sample.place)
+                if sample.image:
+                    has_caption = (".json" if self.caption_key else ".txt") in sample.parts
+                    self.complete += has_caption
+                    self.alone += not has_caption
                 if False not in usable and self.example(sample):
                     usable.add(self.is_for(sample, held_out=True))
             number += count
             reached_ends = reached_ends and count < SAMPLES_TRIED
-        if len(without_caption & without_image) > self.complete / 10:
-            shard = min(without_caption & without_image).rpartition(" in ")[2]
-            raise UserError(f"--data: in {shard} the files of a sample lie apart; make it with tar --sort=name -cf")
-        self.alone = len(without_caption)
         self.number = number * len(self.urls) // len(tried) if reached_ends else math.inf  # estimate of all samples
         self.holds_out = self.number >= FEWEST
-        # A tar inside a shard has headers like the shard's own, which a random place would take for those.
-        names_are_plain = all(url.lower().endswith(".tar") and not command_of(url) for url in shards)
-        tried_are_plain = all(is_plain_tar(url) for url in tried if command_of(url) or os.access(url, os.R_OK))
-        self.are_plain = names_are_plain and tried_are_plain and ".tar" not in self.kinds
+        self.are_plain = all(url.lower().endswith(".tar") for url in shards) and all(map(is_plain_tar, tried))
         self.stretch = STRETCH * size // max(number, 1)  # bytes
         return False in usable or (True in usable and not self.holds_out)
-
-    def files(self):
-        return self.urls
 
     def findings(self):
         kinds = ", ".join(f"{count} {kind}" for kind, count in self.kinds.most_common(8))
@@ -125,41 +92,24 @@ class Shards(Source):
         yield f"among them {self.complete} images with a caption and {self.alone} without."
         if self.missing:
             yield f"{len(self.missing)} shard(s) do not exist, such as {self.missing[0]}."
-        if others := [kind for kind in self.kinds if kind not in LIMITS]:
-            yield f"Not read: {some(others)}."
-        yield from self.beside
-        if self.caption_key and self.kinds[".txt"]:
-            yield TXT_UNREAD
-        if not self.complete and self.fields:
-            fields = ", ".join(sorted(self.fields)[:20])
-            yield f"The .json files have the fields {fields}; name the one with the caption with --caption-key."
-
-    # ------------------------------------------------------------------------------------------------------------------
-    # Samples.
+        if self.alone and self.kinds[".json"] and not self.caption_key:
+            yield JSON_UNREAD
 
     def raw(self, url, start=0, stop=math.inf):
         """Samples of a shard, or of its bytes from start to stop, not decoded; up to where it is unreadable."""
         try:
             for key, files in itertools.groupby(members(url, start, stop), operator.itemgetter(0)):
-                parts = collections.defaultdict(dict)  # {"": those of the sample; ".mask": those of 0.mask.png; …}
-                for _, name, data in files:
-                    middle = name.rpartition(".")[0]
-                    own, suffix = parts[middle], name[len(middle) :]
-                    another = suffix in IMAGE_SUFFIXES and not own.keys().isdisjoint(IMAGE_SUFFIXES)
-                    if suffix in own or another:
-                        self.skips.note(DUPLICATE, f"{key}{name} in {url}")
+                parts = {}
+                for _, suffix, data in files:
+                    is_further = suffix.endswith(IMAGE_SUFFIXES) and not parts.keys().isdisjoint(IMAGE_SUFFIXES)
+                    if suffix in parts or is_further:
+                        self.skips.skip(DUPLICATE, f"{key}{suffix} in {url}")
                     else:
-                        own[suffix] = data
-                self.skips.failures = 0
-                sample = parts.pop("", {})
-                for middle, own in parts.items():
-                    if is_pair(own.keys()):
-                        yield Sample(f"{key}{middle} in {url}", own, url)
-                    else:
-                        sample |= {middle + suffix: None for suffix in own}
-                yield Sample(f"{key} in {url}", sample, url)
+                        parts[suffix] = data
+                self.skips.failing_since = None
+                yield Sample(f"{key} in {url}", parts)
         except ERRORS as error:
-            self.skips.fail(SHARD, f"{url}: {first_line(error)}", url)
+            self.skips.fail(SHARD, f"{url}: {first_line(error)}")
 
     def from_random_places(self, rng):
         """Endless samples, a few from each random place in the bytes of all shards.
@@ -185,9 +135,6 @@ class Shards(Source):
             return self.from_random_places(rng)
         lanes = [self.from_whole_shards(own) for own in rng.spawn(min(LANES, len(self.urls)))]
         return (next(lane) for lane in itertools.cycle(lanes))
-
-    # ------------------------------------------------------------------------------------------------------------------
-    # Training and evaluation.
 
     def block(self, done, batch, *seed):
         """Endless batches of one block from number `done` on.
@@ -237,26 +184,16 @@ def shuffled(samples, rng, most):
             yield buffer.pop()
 
 
-def is_pair(suffixes):
-    """Whether these are the suffixes of an image and of what may contain its caption."""
-    return not suffixes.isdisjoint(IMAGE_SUFFIXES) and not suffixes.isdisjoint((".txt", ".json"))
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Tar files, from a disk, a web server or a command.
-
-
 def command_of(url):
     """The command that writes a shard to its output: a shell's line or a list. None for a file on the disk."""
     if url.startswith("pipe:"):
         return url.removeprefix("pipe:")
-    command = FETCH.get(url.partition("://")[0])
-    return command and [url if part == URL else part for part in command]
+    return [*CURL, url] if url.startswith(("http://", "https://")) else None
 
 
 def is_plain_tar(url):
     """Whether a shard is an uncompressed tar on a disk. Only such a shard can be read from a random place."""
-    if command_of(url):
+    if command_of(url) or not os.access(url, os.R_OK):
         return False
     with open(url, "rb") as file:
         return file.read(tarfile.BLOCKSIZE)[257:262] == b"ustar"
@@ -270,16 +207,13 @@ def output_of(command):
         shell = isinstance(command, str)
         process = subprocess.Popen(command, shell=shell, stderr=errors, start_new_session=True, **streams)
         try:
-            if os.name == "posix" and not select.select([process.stdout], [], [], FIRST_BYTE)[0]:
-                raise OSError(f"nothing came for {FIRST_BYTE} s")
             yield process.stdout
         except tarfile.TarError as error:
             with contextlib.suppress(subprocess.TimeoutExpired):
-                if status := process.wait(1):
-                    errors.seek(0)
-                    lines = errors.read(10_000).decode(errors="replace").strip().splitlines() or ["no message"]
-                    raise OSError(f"{lines[-1][:200]} (exit status {status})") from error
-            raise
+                process.wait(1)
+            errors.seek(0)
+            said = errors.read(10_000).decode(errors="replace").strip()
+            raise OSError(said.splitlines()[-1][:200] if said else first_line(error)) from error
         finally:
             process.kill()
             process.stdout.close()
@@ -294,9 +228,8 @@ def opened(url, start):
         if plain:
             file.seek(start // tarfile.BLOCKSIZE * tarfile.BLOCKSIZE)
         else:
-            first_bytes = file.peek()
-            decompressed = next((read for magic, read in COMPRESSED.items() if first_bytes.startswith(magic)), None)
-            file = decompressed(file) if decompressed else file  # unlike tarfile, reads several streams in one file
+            if file.peek().startswith(GZIP):
+                file = gzip.open(file)  # noqa: SIM115 - unlike tarfile, it reads several streams in one file
         with tarfile.open(fileobj=file, mode="r:" if plain else "r|", ignore_zeros=plain and start > 0) as tar:
             tar.ignore_zeros = True  # after the first header, damaged ones and the end of a first tar are skipped
             yield tar
@@ -306,10 +239,11 @@ def members(url, start=0, stop=math.inf):
     """Yields (key, suffix, bytes) of the files in a shard, see named_files and content. Raises one of ERRORS.
 
     start, stop: yield the samples after that of the first file at byte `start`, up to that of the first file at `stop`.
-    So each sample belongs to one of consecutive stretches, and is whole.
+    So each sample belongs to one of consecutive stretches, and is whole. But if the first file is a.1.jpg, the files of
+    the key a after it are left out, as they may belong to its sample.
     """
     first = last = None  # keys of the first file from `start` on, and from `stop` on
-    unclear, passed = [], False  # files right after the first sample, see whole; whether others came
+    within_first = start > 0  # the sample that begins before `start`
     with opened(url, max(0, start - LONG_NAME)) as tar:
         for key, suffix, info in named_files(tar, start):
             first = first or key
@@ -317,28 +251,21 @@ def members(url, start=0, stop=math.inf):
                 last = key
             if last not in (None, key):
                 break
-            if start and key == first:
-                continue
-            file = key, suffix, content(tar, info, suffix)
-            if start and not passed and first.startswith(f"{key}."):
-                unclear.append(file)
-                continue
-            yield from whole(unclear)
-            unclear, passed = [], True
-            yield file
-        yield from whole(unclear)
+            within_first = within_first and f"{first}.".startswith(f"{key}.")
+            if not within_first:
+                yield key, suffix, content(tar, info, suffix)
 
 
 def named_files(tar, start):
     """Yields (key, suffix, its TarInfo) of the files from byte `start` on, without hidden ones.
 
     The key is the name without its last suffix; but after a file of the key 0, such as 0.jpg, 0.mask.png also has the
-    key 0, and the suffix .mask.png.
+    key 0, and the suffix .mask.png. (So 0.5.jpg right after the sample 0 is taken for a further image of it.)
     """
     former, end = "", None  # the former file's key; the place after it
     for info in iter(tar.next, None):
         tar.members, end = [], tar.offset  # else it keeps all members in memory
-        if info.offset < start or not (info.isfile() or is_link(info)) or any(map(is_hidden, info.name.split("/"))):
+        if info.offset < start or info.isdir() or any(map(is_hidden, info.name.split("/"))):
             continue
         folder, _, name = info.name.rpartition("/")
         stem, _, suffix = name.rpartition(".")
@@ -352,26 +279,15 @@ def named_files(tar, start):
         raise tarfile.ReadError("unexpected end of data")
 
 
-def is_link(info):
-    """Whether a tar contains a file's name, and its bytes elsewhere or, of a sparse file, not in one piece."""
-    return info.islnk() or info.issym() or info.issparse()
-
-
 def content(tar, info, suffix):
-    """The bytes of a file, cut at LIMITS; None for a link, and for a file that is no image, caption or .json."""
-    limit = LIMITS.get(f".{suffix.rpartition('.')[2]}")
-    if not limit or is_link(info):
+    """The bytes of a file, up to MAX_FILE; None for a link, a sparse file (not in one piece), and a kind that is not
+    read.
+    """
+    if not info.isreg() or info.issparse() or f".{suffix.rpartition('.')[2]}" not in SUFFIXES:
         return None
-    size = min(info.size, limit)
+    size = min(info.size, MAX_FILE)
     tar.fileobj.seek(info.offset_data)  # several times as fast as extractfile
     data = tar.fileobj.read(size)
     if len(data) < size:
         raise tarfile.ReadError("unexpected end of data")
     return data
-
-
-def whole(files):
-    """Files of the key 0 after a first file such as 0.mask.png → all, if they are a sample; none, if they are the rest
-    of the first file's sample, such as 0.txt alone.
-    """
-    return files if is_pair({suffix for _, suffix, _ in files}) else []

@@ -68,20 +68,18 @@ def compare(enlargers, source, small, large, count, device="cpu"):
     """
     network, features_of = load_efficientnet(features_only=True).to(device), efficientnet(device).images
     of_true, distances, features = [], {name: [] for name in enlargers}, {name: [] for name in enlargers}
-    pairs, left = source.evaluation_pairs(BATCH), count
     with tqdm(total=count, leave=False) as bar:
-        while left:
-            if (batch := next(pairs, None)) is None:
-                raise UserError(f"--count {count}: the data has {count - left} usable images; ask for no more")
-            true, captions = batch.images[:left].to(device), batch.captions[:left]
+        for batch in source.evaluation_pairs(BATCH, count=count):
+            true, captions = batch.images.to(device), batch.captions
             maps = network(true)
             of_true.append(features_of(to_pixels(true, large)).cpu())
             for name, enlarge in enlargers.items():
                 made = enlarge(F.interpolate(true, small, mode="area"), captions, large).clamp(-1, 1)
                 distances[name].append(perceptual_distance(network(made), maps).cpu())
                 features[name].append(features_of(to_pixels(made, large)).cpu())
-            left -= len(true)
             bar.update(len(true))
+    if (found := sum(map(len, of_true))) < count:
+        raise UserError(f"--count {count}: the data has {found} usable images; ask for no more")
     return {
         name: {
             "perceptual": torch.cat(parts).mean().item(),

@@ -66,17 +66,13 @@ def extract_real(source, count, resolution, extractors):
     → captions, {extractor: features [N, D]}, {cause: number of skipped pairs}. Raises UserError for fewer than `count`.
     """
     rank, world_size = distributed.rank(), distributed.world_size()
-    quota = len(range(rank, 2 * count, world_size))
     captions, skipped = [], collections.Counter()
 
     def batches():
-        for batch in source.evaluation_pairs(min(BATCH, quota), rank, world_size) if quota else ():
+        for batch in source.evaluation_pairs(BATCH, rank, world_size, 2 * count):
             skipped.update(batch.skipped)
-            left = quota - len(captions)
-            captions.extend(batch.captions[:left])
-            yield real_pixels(batch.images[:left], resolution)
-            if len(captions) == quota:
-                return
+            captions.extend(batch.captions)
+            yield real_pixels(batch.images, resolution)
 
     with distributed.together():
         features = extract(batches(), extractors)

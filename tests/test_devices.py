@@ -106,7 +106,7 @@ def test_attention_is_fused_there(device):
 class Source:
     """A source of captioned images."""
 
-    def evaluation(self, batch=BATCH, held_out=False, rank=0, world_size=1):
+    def evaluation(self, batch=BATCH, held_out=False, rank=0, world_size=1, count=None):
         yield from [batch_of(BATCH)] * 2
 
     evaluation_pairs = evaluation

@@ -86,7 +86,7 @@ class RunFolder:
         if clip == "judge" or (clip and os.path.realpath(clip) == os.path.realpath(BUILT_IN["judge"])):
             raise UserError("--clip judge is for evaluation, which would then favour this run; take another, or emoji")
         own = checkpoint.checkpoints(self.checkpoints)
-        for name in ("config.json", "metrics.jsonl", generator_file.FILE, "samples/step_*"):
+        for name in ("config.json", "metrics.jsonl", generator_file.FILE, "reference.pt", "samples/step_*"):
             if not own and any(self.path.glob(name)):  # a run writes its first checkpoint before these
                 raise UserError(f"{self.path} has {name} and no checkpoint to resume from; give another --out")
         try:

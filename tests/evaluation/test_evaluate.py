@@ -151,7 +151,7 @@ def test_mistakes_are_one_line(run, tmp_path):
     (tmp_path / "evaluation.json").write_text('{"mine": 1}')
     for arguments, says in (
         (("--data", train), "is not of COCO 2014 val"),
-        (("--data", val, "--count", 7), "has 6 images"),
+        (("--data", val, "--count", 7), "has 6 usable images"),
         (("--count", 4, "--out", tmp_path), "evaluation.json exists, and this command did not make it"),
         (("--data", val, "--count", 1), "need 4 images"),
         (("--data", val, "--count", 5, "--images", tmp_path / "nowhere"), "with --images"),
@@ -159,8 +159,8 @@ def test_mistakes_are_one_line(run, tmp_path):
         (("--data", "emoji", "--images", tmp_path), "--images is for COCO's captions"),
         (("--data", tmp_path / "other.json"), "not a captions file in COCO's format"),
         (("--data", tmp_path / "ids.json"), "not a captions file in COCO's format"),
-        (("--data", tmp_path / "names.json"), "is not of COCO 2014 val"),
-        (("--data", tmp_path / "null.json"), "an annotation of image 1 has no caption"),
+        (("--data", tmp_path / "names.json"), "not a captions file in COCO's format"),
+        (("--data", tmp_path / "null.json"), "not a captions file in COCO's format"),
         (("--data", tmp_path / "none.json"), "cannot be read"),
         (("--count", 4, "--features", "inception:/missing.pth"), "there is no such file"),
         (("--count", 4, "--features", f"inception:{val}"), "weights are not available"),

@@ -92,7 +92,7 @@ def test_it_trains_on_shards(tmp_path, capsys):
     (tmp_path / "data").mkdir()
     samples = [good(i) for i in range(12)] + 4 * [{"jpg": b"broken", "txt": b"broken"}]
     write_shard(tmp_path / "data" / "00000.tar", samples)
-    run(*SHORT, "--out", tmp_path / "run", "--data", tmp_path / "data", "--steps", 4)
+    run(*SHORT, "--out", tmp_path / "run", "--data", tmp_path / "data" / "00000.tar", "--steps", 4)
     rows = log_of(tmp_path / "run")
     assert len(rows) == 4 and rows[-1]["skipped"] >= 1 and rows[-1]["rejected"] == 0
     assert "among them 16 images with a caption" in capsys.readouterr().out
