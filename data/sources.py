@@ -17,13 +17,11 @@ from common import distributed, stopping
 from common.cli import UserError, first_line, signals
 from data.pairs import FIELD, IMAGE_SUFFIXES, SMALL, Unusable, read_pair
 
-NAMES = ("emoji",)  # of the built-in data
 SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 JSON_UNREAD = "Captions in .json files need --caption-key, with the name of their field."
 HELD_OUT_OF = 50  # one pair in this number is held out for evaluation
 FEWEST = 200  # pairs; of fewer none is held out
 PAUSE, GIVE_UP = 0.1, 120  # seconds: the pause after a failure, and the time without a success after which a run ends
-WORKER_TIMEOUT = 300  # seconds in which a worker must make a batch; longer than GIVE_UP
 ENDLESS = 2**62  # the number of the last step or pair, where there is no last one
 
 
@@ -216,14 +214,12 @@ def open_data(spec, resolution, seed, caption_key=None, group=1):
 def loader(source, first, batch, workers):
     """An endless iterator of this rank's share of each global batch from number `first` on, loaded by worker processes.
 
-    Raises UserError if the data cannot be read, or if a worker dies or makes no batch for WORKER_TIMEOUT; but Stopped
-    if the run was asked to stop.
+    Raises UserError if the data cannot be read, or if a worker dies; but Stopped if the run was asked to stop.
     """
     share = batch // distributed.world_size(), distributed.rank(), distributed.world_size()
-    options = {"num_workers": workers, "timeout": WORKER_TIMEOUT if workers else 0, "batch_size": None}
+    options = {"batch_size": None, "num_workers": workers, "worker_init_fn": leave_signals_to_the_run}
     try:
-        stream = Stream(source, first, *share)
-        batches = iter(DataLoader(stream, worker_init_fn=leave_signals_to_the_run, **options))
+        batches = iter(DataLoader(Stream(source, first, *share), **options))
         for number in signals("SIGCHLD"):  # DataLoader's handler would raise in the middle of a step if a worker dies
             signal.signal(number, signal.SIG_DFL)
         yield from map(source.report, batches)

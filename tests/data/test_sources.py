@@ -5,7 +5,6 @@ import multiprocessing
 import os
 import signal
 import threading
-import time
 from collections import Counter
 
 import pytest
@@ -134,17 +133,14 @@ def test_a_disk_that_comes_back_ends_nothing_and_while_it_is_away_a_run_can_be_s
         loaded(source, 1, workers=0)
 
 
-@pytest.mark.parametrize("fault", [lambda: time.sleep(60), lambda: os.kill(os.getpid(), signal.SIGKILL)])
-def test_a_worker_that_hangs_or_is_killed_ends_the_run_in_one_clear_line(monkeypatch, fault):
-    monkeypatch.setattr(sources, "WORKER_TIMEOUT", 1)
-    monkeypatch.setattr(Figures, "draw", lambda *_: fault())
+def test_a_worker_that_is_killed_ends_the_run_in_one_clear_line(monkeypatch):
+    monkeypatch.setattr(Figures, "draw", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
     with pytest.raises(UserError, match=r"^a data worker failed \(DataLoader .*\); the same command resumes the run"):
         loaded(Figures(8), 1)
 
 
 def test_workers_that_are_ended_with_the_run_stop_it(monkeypatch):
     """A scheduler's SIGTERM reaches them too, and ends them at once."""
-    monkeypatch.setattr(sources, "WORKER_TIMEOUT", 1)
     monkeypatch.setattr(Figures, "draw", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     monkeypatch.setattr(stopping, "asked", lambda: True)
     with pytest.raises(stopping.Stopped):
