@@ -5,9 +5,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from discriminator import CLIP, Discriminator, MapReader, deviation_in_groups, squared_l2_attention
 from presets import PRESETS
+from tests.conftest import double
 from tests.figures import TINY, moved
 
 
@@ -112,6 +114,33 @@ def test_the_images_of_a_group_are_compared_and_no_others(discriminator_config, 
     others = [False] * (batch - 2)
     assert changed.pop((8, 4)) == [True, True, *others] and changed.pop((8, 8)) == [True, False, *others]
     assert not any(map(any, changed.values()))
+
+
+def test_a_prediction_is_its_formula(discriminator_config):
+    """Of a discriminator of one stage: 0.25 · (ψ(map, t) + conv1×1(map)), with t of unit length in each channel."""
+    lowest = replace(discriminator_config.levels[0], attn_depth=1)
+    d = moved(Discriminator(replace(discriminator_config, levels=(lowest,), clip_maps=())).double())
+    (stage,), (head,), image, (tokens, eot) = d.stages.values(), d.heads.values(), double(2, 3, 4, 4), text()
+    attention, block, step = stage.body
+
+    def lrelu(x):
+        return torch.where(x < 0, 0.2 * x, x) * 2**0.5
+
+    x = lrelu(F.conv2d(image, stage.from_rgb.weight, stage.from_rgb.bias))
+    points = F.group_norm(x, 32, attention.norm.weight, attention.norm.bias).flatten(2).mT
+    qk, v = (F.linear(points, layer.weight).unflatten(2, (2, 8)) for layer in (attention.to_qk, attention.to_v))
+    squared = (qk[:, :, None] - qk[:, None]).square().sum(-1)  # [B, N, N, heads]
+    mixed = torch.einsum("bnmh,bmhd->bnhd", (-squared / 8**0.5).softmax(2), v).flatten(2)
+    x = x + 0.3 * attention.proj_out(mixed).mT.unflatten(2, (4, 4))
+    x = x + 0.4 * lrelu(block.conv2(lrelu(block.conv1(x))))
+    x = lrelu(F.conv2d(x, step.conv.weight, step.conv.bias)).flatten(2).mT  # [B, 1, C]
+    code = d.text_head(tokens.double(), eot)[0]
+    code = code / code.square().mean(1, keepdim=True).sqrt()
+    h = x
+    for conv in head.convs:
+        h = lrelu(conv(h, code))
+    expected = 0.25 * (head.last(h, code) + F.linear(x, head.unconditional.weight, head.unconditional.bias))[..., 0]
+    torch.testing.assert_close(d({4: image}, (), tokens.double(), eot)[4, 4], expected)
 
 
 def test_squared_l2_attention_is_its_formula_and_twice_differentiable():

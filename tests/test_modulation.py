@@ -91,10 +91,8 @@ def test_the_folded_transposed_convolution_is_the_plain_one():
 
 @pytest.mark.parametrize("points", [9, 3], ids=["a kernel for each sample", "one kernel"])
 def test_modulated_linear_is_a_modulated_1x1_convolution(points):
-    linear, conv = (
-        modulation.ModulatedLinear(5, 6, w_dim=7).double(),
-        modulation.ModulatedConv2d(5, 6, 1, w_dim=7).double(),
-    )
+    linear = modulation.ModulatedLinear(5, 6, w_dim=7).double()
+    conv = modulation.ModulatedConv2d(5, 6, 1, w_dim=7).double()
     conv.load_state_dict({**linear.state_dict(), "weight": linear.weight[None, :, :, None, None]})
     inputs = x, w = double(2, points, 5).requires_grad_(), double(2, 7).requires_grad_()
     ours, expected = linear(x, w), conv(x.transpose(1, 2)[..., None], w)[..., 0].transpose(1, 2)
