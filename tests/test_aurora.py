@@ -91,6 +91,7 @@ def test_the_text_reaches_the_image_in_both_ways(generator, inputs):
 
 
 def test_fourier_features_begin_with_frequencies_uniform_in_a_disc():
+    torch.manual_seed(0)
     squared_radius = FourierFeatures(2000, size=4, w_dim=2).freqs.square().sum(1)  # then this is uniform in [0, 1]
     torch.testing.assert_close(squared_radius.histc(4, 0, 1), torch.full((4,), 500.0), rtol=0, atol=80)
 
