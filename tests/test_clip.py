@@ -3,7 +3,6 @@
 import open_clip
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from clip import (
     BUILT_IN,
@@ -96,26 +95,6 @@ def test_the_feature_maps_are_outputs_of_open_clips_blocks(small, large):
     torch.testing.assert_close(maps, outputs)
     for clip, seen in ((small, maps[:4]), (large, maps[4:])):
         assert clip.map_shapes() == tuple((x.shape[1], x.shape[2]) for x in seen)
-
-
-class Products(TorchDispatchMode):
-    """Records the shapes of the factors of batched products."""
-
-    def __init__(self):
-        super().__init__()
-        self.batched = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func in (torch.ops.aten.bmm.default, torch.ops.aten.baddbmm.default):
-            self.batched.append([tuple(x.shape) for x in args])
-        return func(*args, **(kwargs or {}))
-
-
-def test_a_vit_computes_q_k_and_v_in_one_product(large):
-    """And not in one for each token, if gradients reach the images."""
-    with Products() as products:
-        large.encode_image(torch.zeros(2, 3, 32, 32, requires_grad=True)).sum().backward()
-    assert not [shapes for shapes in products.batched if 3 * 64 in shapes[1]]
 
 
 def test_folded_batch_norms_change_nothing():

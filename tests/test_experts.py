@@ -38,19 +38,6 @@ def test_routed_experts_are_the_naive_loop(monkeypatch, num_experts, used):
     assert_same_gradients(ours, oracle, inputs)
 
 
-def test_one_expert_is_a_dense_layer():
-    """torch's own modules, with the same weights."""
-    torch.manual_seed(0)
-    experts = Experts(8, 1)
-    w_in, w_out = torch.nn.Linear(8, 64), torch.nn.Linear(32, 8)
-    w_in.load_state_dict({"weight": experts.proj_in[0], "bias": experts.bias_in[0]})
-    w_out.load_state_dict({"weight": experts.proj_out[0], "bias": experts.bias_out[0]})
-    points = torch.randn(20, 8)
-    a, g = w_in(points).chunk(2, dim=-1)
-    dense = w_out(a * torch.nn.GELU()(g))
-    torch.testing.assert_close(experts(points, torch.zeros(20, dtype=torch.long), torch.ones(20)), dense)
-
-
 def test_weights_begin_as_large_as_their_inputs_are_many():
     """σ = 1/√inputs; and their learning rate is scaled by the same number (the equalized learning rate)."""
     experts = Experts(64, 3)

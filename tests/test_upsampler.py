@@ -11,7 +11,6 @@ import step
 from clip import load_clip
 from discriminator import Discriminator
 from losses import moe_loss
-from presets import DiscriminatorLevel
 from step import Learner
 from tests.figures import LARGER, TINY, Figures, moved
 from upsampler import Upsampler, add_detail, crop, distort, draw_input_noise, enlarge, given_images
@@ -133,11 +132,9 @@ def test_the_distance_of_pixels_is_weighed():
 
 
 def test_its_judge_scores_only_what_it_makes_and_sees_no_clip():
-    lowest = DiscriminatorLevel(4, 32, num_blocks=0, takes_images=False)
-    judge = Discriminator(dataclasses.replace(LARGER.discriminator, levels=(lowest, *LARGER.discriminator.levels)))
-    pyramid = {r: torch.randn(2, 3, r, r) for r in (16, 32)}
-    logits = moved(judge)(pyramid, (), torch.randn(2, 7, CONFIG.clip_width), torch.tensor([6, 2]))
-    assert logits.keys() == {(32, 32), (32, 16), (32, 8), (32, 4), (16, 16), (16, 8), (16, 4)}
-    assert losses.last_prediction(logits) is logits[32, 4]
+    judge, pyramid = moved(Discriminator(LARGER.discriminator)), {r: torch.randn(2, 3, r, r) for r in (16, 32)}
+    logits = judge(pyramid, (), torch.randn(2, 7, CONFIG.clip_width), torch.tensor([6, 2]))
+    assert logits.keys() == {(32, 32), (32, 16), (32, 8), (16, 16), (16, 8)}
+    assert losses.last_prediction(logits) is logits[32, 8]
     sum(x.sum() for x in logits.values()).backward()
     assert all(p.grad is not None for p in judge.parameters())
