@@ -57,37 +57,25 @@ def test_the_text_head_is_a_transformer_over_the_words(mix_tokens):
 
 
 def test_the_three_parts_make_the_whole(generator, inputs):
+    """The text reaches the image in both ways: through w, and through cross-attention to the local text."""
     z, tokens, eot = inputs
-    whole = generator(z, tokens, eot)
+    image = generator(z, tokens, eot).image
     global_text, local_text = generator.text_head(tokens, eot)
-    w = generator.mapping(z, global_text)
-    torch.testing.assert_close(generator.synthesis(w, local_text).image, whole.image)
-    per_layer = w[:, None].repeat(1, generator.synthesis.num_layers, 1)
-    torch.testing.assert_close(generator.synthesis(per_layer, local_text).image, whole.image)
+    w, other_w = generator.mapping(z, global_text), generator.mapping(z, global_text.roll(1, 0))
+    torch.testing.assert_close(generator.synthesis(w, local_text).image, image)
+    assert not torch.allclose(generator.synthesis(other_w, local_text).image, image)
+    assert not torch.allclose(generator.synthesis(w, local_text.roll(1, 0)).image, image)
 
 
-def test_a_later_layers_code_leaves_earlier_images_alone(generator, inputs):
+def test_each_layer_has_a_code_which_leaves_earlier_images_alone(generator, inputs):
     z, tokens, eot = inputs
-    global_text, local_text = generator.text_head(tokens, eot)
-    ws = generator.mapping(z, global_text)[:, None].repeat(1, generator.synthesis.num_layers, 1)
-    other = ws.clone()
-    other[:, -1] += 1
-    first, second = generator.synthesis(ws, local_text), generator.synthesis(other, local_text)
-    assert torch.equal(first.pyramid[8], second.pyramid[8]) and not torch.equal(first.image, second.image)
-    assert torch.equal(generator.synthesis(ws, local_text, 8).image, first.pyramid[8])
-
-
-def test_the_text_reaches_the_image_in_both_ways(generator, inputs):
-    """Through w, by the global text, and through cross-attention, by the local text."""
-    z, tokens, eot = inputs
-    global_text, local_text = generator.text_head(tokens, eot)
-
-    def draw(global_text, local_text):
-        return generator.synthesis(generator.mapping(z, global_text), local_text).image
-
-    image = draw(global_text, local_text)
-    assert not torch.allclose(draw(global_text, local_text.roll(1, 0)), image)
-    assert not torch.allclose(draw(global_text.roll(1, 0), local_text), image)
+    whole, local_text = generator(z, tokens, eot), generator.text_head(tokens, eot)[1]
+    ws = whole.w[:, None].repeat(1, generator.synthesis.num_layers, 1)
+    torch.testing.assert_close(generator.synthesis(ws, local_text).image, whole.image)
+    ws[:, -1] += 1
+    other = generator.synthesis(ws, local_text)
+    assert torch.equal(other.pyramid[8], whole.pyramid[8]) and not torch.equal(other.image, whole.image)
+    assert torch.equal(generator(z, tokens, eot, 8).image, whole.pyramid[8])
 
 
 def test_fourier_features_begin_with_frequencies_uniform_in_a_disc():

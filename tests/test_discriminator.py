@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from attention import merge_heads, split_heads
 from discriminator import CLIP, Discriminator, MapReader, deviation_in_groups, squared_l2_attention
 from tests.conftest import double
 from tests.figures import TINY, moved
@@ -97,11 +98,10 @@ def test_a_prediction_is_its_formula(discriminator_config):
         return torch.where(x < 0, 0.2 * x, x) * 2**0.5
 
     x = lrelu(F.conv2d(image, stage.from_rgb.weight, stage.from_rgb.bias))
-    points = F.group_norm(x, 32, attention.norm.weight, attention.norm.bias).flatten(2).mT
-    qk, v = (F.linear(points, layer.weight).unflatten(2, (2, 8)) for layer in (attention.to_qk, attention.to_v))
-    squared = (qk[:, :, None] - qk[:, None]).square().sum(-1)  # [B, N, N, heads]
-    mixed = torch.einsum("bnmh,bmhd->bnhd", (-squared / 8**0.5).softmax(2), v).flatten(2)
-    x = x + 0.3 * attention.proj_out(mixed).mT.unflatten(2, (4, 4))
+    points = attention.norm(x).flatten(2).mT
+    qk, v = (split_heads(project(points), 2) for project in (attention.to_qk, attention.to_v))
+    mixed = attention.proj_out(merge_heads(squared_l2_attention(qk, v)))
+    x = x + 0.3 * mixed.mT.view_as(x)
     x = x + 0.4 * lrelu(block.conv2(lrelu(block.conv1(x))))
     x = lrelu(F.conv2d(x, step.conv.weight, step.conv.bias)).flatten(2).mT  # [B, 1, C]
     code = d.text_head(tokens.double(), eot)[0]

@@ -40,11 +40,6 @@ def test_kernels_compile_without_spilling():
         assert int(shared) <= SHARED[int(capability)] * 1024 and int(stack) == 0, run.stdout
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The script. It prints a line for each launch: kernel, dtype, compute capability, bytes of shared memory, and bytes of
-# a thread's stack.
-
-
 class Driver:
     """Replaces CUDA's driver. Triton caches kernels by device, so the number of a device is its capability."""
 
@@ -89,7 +84,10 @@ def stack_of(cubin):
 
 
 def main():
-    """A forward and a backward pass of both families in both dtypes, of tensors without content."""
+    """A forward and a backward pass of both families in both dtypes, of tensors without content.
+
+    Prints a line for each launch: kernel, dtype, compute capability, bytes of shared memory, and of a thread's stack.
+    """
     triton.runtime.driver.set_active(driver := Driver())
     for module in (routed, l2_attention):
         for name in [name for name in vars(module) if name.endswith("_kernel")]:

@@ -24,10 +24,6 @@ def tensors_of(dim, num_experts, index, dtype=torch.float32):
     return leaves[0], index.to(DEVICE), *leaves[1:]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Comparisons with plain PyTorch, for all kernels.
-
-
 def compute(function, leaves):
     """→ the result of a function, and its gradients with respect to all leaves except integers."""
     result = function(*leaves)
@@ -63,10 +59,6 @@ def compare_in_half_precision(fused, plain, leaves):
         assert their_error.norm() < 0.01 * exact.norm()
         assert our_error.abs().max() <= 2 * their_error.abs().max()
         assert our_error.norm() <= 1.25 * their_error.norm()
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The experts.
 
 
 @pytest.mark.parametrize(
