@@ -18,14 +18,12 @@ from discriminator import CLIP, Discriminator
 from presets import PRESETS
 from router import Routing
 from tests import figures
+from tests.conftest import double
 from tests.figures import TINY, moved
 
 
-def softplus(x):
-    return np.log1p(np.exp(x))
-
-
-def test_logistic_loss_is_its_formula():
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_logistic_loss_is_its_formula(sign):
     logits = {
         (entered, stage): torch.randn(3, (stage // 2) ** 2, dtype=torch.float64)
         for entered in (4, 8, 16)
@@ -36,8 +34,8 @@ def test_logistic_loss_is_its_formula():
     scale, early = {16: 0.6, 8: 0.3, 4: 0.1}, 0.01
     expected = np.zeros(3)
     for (entered, stage), x in logits.items():
-        expected += scale[entered] * (1 if stage in (4, CLIP) else early) * softplus(-x.numpy()).mean(1)
-    np.testing.assert_allclose(losses.logistic_loss(logits, -1, early, scale), expected, rtol=1e-12)
+        expected += scale[entered] * (1 if stage in (4, CLIP) else early) * np.log1p(np.exp(sign * x.numpy())).mean(1)
+    np.testing.assert_allclose(losses.logistic_loss(logits, sign, early, scale), expected, rtol=1e-12)
     assert losses.last_prediction(logits) is logits[16, 4]
 
 
@@ -59,33 +57,6 @@ def clip():
     return load_clip("emoji")
 
 
-@pytest.fixture
-def tiny(discriminator_config):
-    torch.manual_seed(0)
-    return moved(Discriminator(discriminator_config).double())
-
-
-def real(batch=2):
-    return {r: torch.rand(batch, 3, r, r, dtype=torch.float64) * 2 - 1 for r in (4, 8)}
-
-
-def test_r1_is_the_gradient_norm_of_each_image(tiny, clip):
-    """By the definition: image by image, a gradient of that image's own predictions."""
-    pyramid, tokens, eot = real(), torch.randn(2, 7, 12, dtype=torch.float64), torch.tensor([6, 3])
-    expected, clip = 0.0, copy.deepcopy(clip).double()
-    scales = {8: 0.7, 4: 0.3}
-    for entered, scale in scales.items():
-        for i in range(2):
-            image = pyramid[entered][i : i + 1].clone().requires_grad_()
-            one = {r: image if r == entered else x[i : i + 1] for r, x in pyramid.items()}
-            logits = tiny(one, clip.see(one[8])[1], tokens[i : i + 1], eot[i : i + 1])
-            score = sum((1 if s in (4, CLIP) else 0.01) * x.mean() for (e, s), x in logits.items() if e == entered)
-            (gradient,) = torch.autograd.grad(score, image)
-            expected += scale * 2.0 * (entered / 64) ** 2 / 2 * gradient.square().sum().item() / 2
-    ours = losses.r1_penalty(tiny, clip, pyramid, tokens, eot, 2.0, scales).item()
-    assert ours == pytest.approx(expected, rel=1e-9)
-
-
 def vision_transformer():
     vision = dict(image_size=16, layers=4, width=16, head_width=8, patch_size=8)
     text = dict(context_length=7, vocab_size=9, width=12, heads=2, layers=1)
@@ -93,13 +64,23 @@ def vision_transformer():
 
 
 @pytest.mark.parametrize("kind", ["convolutions", "vision transformer"])  # whose attention is fused elsewhere
-def test_r1_passes_gradcheck(discriminator_config, clip, kind):
-    """Its gradient, which needs second derivatives of the discriminator and of CLIP, against finite differences."""
+def test_r1_is_the_gradient_norm_of_each_image(discriminator_config, clip, kind):
+    """By the definition: image by image, a gradient of that image's own predictions. Its gradient, which needs second
+    derivatives of the discriminator and of CLIP, is compared with finite differences.
+    """
     torch.manual_seed(0)
     clip = copy.deepcopy(clip if kind == "convolutions" else vision_transformer()).double()
     config = dataclasses.replace(discriminator_config, clip_maps=clip.map_shapes())
-    tiny, pyramid, eot = moved(Discriminator(config).double()), real(), torch.tensor([6, 3])
-    tokens = torch.randn(2, 7, 12, dtype=torch.float64, requires_grad=True)
+    tiny, tokens, eot = moved(Discriminator(config).double()), double(2, 7, 12), torch.tensor([6, 3])
+    pyramid, scales, expected = {r: double(2, 3, r, r) for r in (4, 8)}, {8: 0.7, 4: 0.3}, 0.0
+    for entered, scale in scales.items():
+        for i in range(2):
+            image = pyramid[entered][[i]].requires_grad_()
+            one = {r: image if r == entered else x[[i]] for r, x in pyramid.items()}
+            logits = tiny(one, clip.see(one[8])[1], tokens[[i]], eot[[i]])
+            score = sum((1 if s in (4, CLIP) else 0.01) * x.mean() for (e, s), x in logits.items() if e == entered)
+            (gradient,) = torch.autograd.grad(score, image)
+            expected += scale * 100.0 * (entered / 64) ** 2 / 2 * gradient.square().sum().item() / 2
     weights = [
         tiny.stages["8"].from_rgb.bias,
         tiny.stages["8"].body[0].to_v.weight,
@@ -109,9 +90,10 @@ def test_r1_passes_gradcheck(discriminator_config, clip, kind):
     ]
 
     def penalty(tokens, *_):
-        return losses.r1_penalty(tiny, clip, pyramid, tokens, eot, 100.0, {8: 0.7, 4: 0.3})
+        return losses.r1_penalty(tiny, clip, pyramid, tokens, eot, 100.0, scales)
 
-    assert torch.autograd.gradcheck(penalty, (tokens, *weights), fast_mode=True, atol=1e-7)
+    assert penalty(tokens).item() == pytest.approx(expected, rel=1e-9)
+    assert torch.autograd.gradcheck(penalty, (tokens.requires_grad_(), *weights), fast_mode=True, atol=1e-7)
 
 
 def test_clip_loss_is_symmetric_info_nce_at_every_resolution_and_reaches_the_images(clip):
@@ -183,12 +165,8 @@ def test_both_objectives_are_the_sum_of_their_parts():
 
     def total(images, of, sign, early):
         """The loss of images under the captions of these indices."""
-        maps = it.clip.see(images[8])[1]
-        terms = [
-            weight[e] * (1 if s in (4, CLIP) else early) * softplus(sign * x.detach().double().numpy()).mean()
-            for (e, s), x in it.discriminator(images, maps, tokens[of], eot[of]).items()
-        ]
-        return sum(terms)
+        logits = it.discriminator(images, it.clip.see(images[8])[1], tokens[of], eot[of])
+        return losses.logistic_loss(logits, sign, early, weight).mean().item()
 
     right = torch.arange(6)
     report = it.of_discriminator(recipe)

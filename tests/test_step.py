@@ -117,14 +117,14 @@ def test_every_image_of_a_step_has_noise_of_its_own_however_the_batch_is_divided
         assert not torch.equal(learner.prepare(seed, number, batches(1, 4))[0].z, whole.z)
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
     monkeypatch.setattr(distributed, "gather", lambda ids: torch.cat([ids, ids]))
-    z, chances = [], []
-    for part in range(2):  # of one image on each of two ranks
-        for rank in range(2):
-            monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
-            mine = learner.prepare(7, 3, batches(2, 1))[part]
-            z.append(mine.z)
-            chances.append(mine.chances)
-    assert torch.equal(torch.cat(z), whole.z) and torch.equal(torch.cat(chances), whole.chances)
+    drawn = {}
+    for rank in range(2):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        for part, mine in enumerate(learner.prepare(7, 3, batches(2, 1))):
+            drawn[part, rank] = mine
+    drawn = [drawn[key] for key in sorted(drawn)]  # a part of one image on each of two ranks, then another
+    assert torch.equal(torch.cat([x.z for x in drawn]), whole.z)
+    assert torch.equal(torch.cat([x.chances for x in drawn]), whole.chances)
 
 
 @pytest.mark.parametrize("number", [2, 10**6], ids=["at the beginning", "later"])
