@@ -185,18 +185,13 @@ def folder():
 
 def write_emoji(path, names=8):
     """A shard of all the pictures of so many emoji → the path."""
-    kept, files = set(), []
     with tarfile.open(SHARD) as whole, tarfile.open(path, "w:gz") as some:
-        for member in whole:
-            files.append((member, whole.extractfile(member).read()))
-            if not member.name.endswith(".json"):  # the last of a picture's files
-                continue
-            name = json.loads(files[-1][1])["name"]
-            if len(kept) < names or name in kept:
-                kept.add(name)
-                for info, content in files:
-                    some.addfile(info, io.BytesIO(content))
-            files = []
+        content = {member: whole.extractfile(member).read() for member in whole}
+        name_of = {m.name.partition(".")[0]: json.loads(x)["name"] for m, x in content.items() if ".json" in m.name}
+        kept = list(dict.fromkeys(name_of.values()))[:names]
+        for member, its in content.items():
+            if name_of[member.name.partition(".")[0]] in kept:
+                some.addfile(member, io.BytesIO(its))
     return path
 
 

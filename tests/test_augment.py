@@ -15,20 +15,14 @@ def chances(**values):
     return u
 
 
-@pytest.fixture
-def image():
-    return torch.rand(1, 3, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 2 - 1
-
-
-def changed(image, policy, **values):
-    return augment({16: image}, (policy,), chances(**values))[16]
+IMAGE = torch.rand(1, 3, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 2 - 1
 
 
 @pytest.mark.parametrize("resolution", (16, 32))  # of a crop, an image is smaller than its resolution
-def test_translation_moves_by_whole_pixels_and_leaves_grey(image, resolution):
+def test_translation_moves_by_whole_pixels_and_leaves_grey(resolution):
     some = chances(c0=0.9, c1=0.25)  # 1.6 pixels of 16 to the right, one up
-    moved = augment({resolution: image}, ("translation",), some)[resolution]
-    torch.testing.assert_close(moved, F.pad(image, (2, 0, 0, 1))[..., 1:, :16])
+    moved = augment({resolution: IMAGE}, ("translation",), some)[resolution]
+    torch.testing.assert_close(moved, F.pad(IMAGE, (2, 0, 0, 1))[..., 1:, :16])
 
 
 def test_a_pyramid_moves_as_a_whole():
@@ -49,34 +43,28 @@ def test_scale_enlarges_about_the_centre():
         torch.testing.assert_close(scaled[..., 8:56, 8:56], (ramp[..., 8:56, 8:56] - 31.5) / factor + 31.5)
 
 
-def test_color_is_brightness_then_saturation_then_contrast(image):
-    bright = image + (0.9 - 0.5)
+def test_color_is_brightness_then_saturation_then_contrast():
+    bright = IMAGE + (0.9 - 0.5)
     grey = bright.mean(1, keepdim=True)
     saturated = grey + (bright - grey) * 2 * 0.2
     mean = saturated.mean((1, 2, 3), keepdim=True)
-    torch.testing.assert_close(changed(image, "color", c3=0.9, c4=0.2, c5=0.7), mean + (saturated - mean) * 1.2)
+    changed = augment({16: IMAGE}, ("color",), chances(c3=0.9, c4=0.2, c5=0.7))[16]
+    torch.testing.assert_close(changed, mean + (saturated - mean) * 1.2)
 
 
-def test_cutout_is_a_square_of_half_the_side(image):
-    cut = changed(image, "cutout", c6=0.5, c7=0.25)
-    hole = torch.zeros(16, 16, dtype=torch.bool)
-    hole[:8, 4:12] = True  # rows about a quarter of the height, columns about the middle
-    assert (cut[..., hole] == 0).all() and torch.equal(cut[..., ~hole], image[..., ~hole])
+def test_cutout_is_a_square_of_half_the_side_at_the_same_place_of_each_image():
+    pyramid = {r: torch.rand(1, 3, r, r) for r in (8, 16)}
+    for r, cut in augment(pyramid, ("cutout",), chances(c6=0.5, c7=0.25).float()).items():
+        hole = torch.zeros(r, r, dtype=torch.bool)
+        hole[: r // 2, r // 4 : 3 * r // 4] = True  # rows about a quarter of the height, columns about the middle
+        assert (cut[..., hole] == 0).all() and torch.equal(cut[..., ~hole], pyramid[r][..., ~hole])
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_gradients_reach_the_image_and_the_same_chances_do_the_same(image, policy):
+def test_gradients_reach_the_image_and_the_same_chances_do_the_same(policy):
     u = torch.rand(1, NUM_CHANCES, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    pyramid = {r: F.interpolate(image, r, mode="area").requires_grad_() for r in (8, 16)}
+    pyramid = {r: F.interpolate(IMAGE, r, mode="area").requires_grad_() for r in (8, 16)}
     first, second = (augment(pyramid, (policy,), u) for _ in range(2))
     assert all(torch.equal(first[r], second[r]) for r in pyramid)
     sum(x.sum() for x in first.values()).backward()
     assert all(x.grad.abs().sum() > 0 for x in pyramid.values())
-
-
-def test_a_pyramid_is_cut_at_the_same_place():
-    images = {r: torch.ones(1, 3, r, r) for r in (8, 32)}
-    cut = augment(images, ("cutout",), chances(c6=0.4, c7=0.7).float())
-    torch.testing.assert_close(F.interpolate(cut[32], 8, mode="area").round(), cut[8], atol=1, rtol=0)
-    holes = [(x == 0).float().mean((0, 1)).nonzero().float().add(0.5).mean(0) / r for r, x in cut.items()]
-    torch.testing.assert_close(holes[0], holes[1], atol=0.07, rtol=0)

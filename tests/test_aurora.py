@@ -1,73 +1,87 @@
-"""The generator as a whole: its parts, its outputs, its presets."""
-
-import dataclasses
+"""The generator as a whole: its text head, its parts, its presets."""
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
 
-from aurora import Generator
+from aurora import FourierFeatures, Generator
 from losses import moe_loss
 from presets import PRESETS
+from tests.conftest import assert_same_gradients, double
 from tests.figures import moved
+from text import TextHead
 from upsampler import new_generator
 
 
 @pytest.fixture
 def generator(generator_config):
     torch.manual_seed(0)
-    return moved(Generator(generator_config))
+    return moved(Generator(generator_config).double())
 
 
-def inputs(config, batch=3, length=7):
-    torch.manual_seed(1)
-    return torch.randn(batch, config.z_dim), torch.randn(batch, length, config.clip_width), torch.tensor([6, 2, 4])
+@pytest.fixture
+def inputs(generator):
+    """z, tokens and eot."""
+    return double(3, generator.config.z_dim), double(3, 7, generator.config.clip_width), torch.tensor([6, 2, 4])
 
 
-def test_the_three_parts_make_the_whole(generator):
-    z, tokens, eot = inputs(generator.config)
-    whole = generator(z, tokens, eot)
+@pytest.mark.parametrize("mix_tokens", [True, False], ids=["ours", "the release's"])
+def test_the_text_head_is_a_transformer_over_the_words(mix_tokens):
+    """PyTorch's layers with the same weights. A token sees the text up to its end; in the release only itself."""
+    torch.manual_seed(0)
+    head = moved(TextHead(12, 16, num_layers=2, num_heads=2, lr_mul=0.3, mix_tokens=mix_tokens).double())
+    tokens, eot = double(2, 7, 12).requires_grad_(), torch.tensor([6, 3])
+    masks = {"src_mask": ~torch.eye(7, dtype=torch.bool)}
+    if mix_tokens:
+        masks = {"src_key_padding_mask": torch.arange(7) > eot[:, None]}
+    x = F.linear(tokens, head.align.weight, head.align.bias)
+    for block in head.blocks:
+        layer = nn.TransformerEncoderLayer(
+            16, 2, 64, dropout=0, activation=lambda x: x * torch.sigmoid(1.702 * x), batch_first=True, norm_first=True
+        )
+        weights = {}
+        for name, value in block.state_dict().items():
+            name = name.replace("to_qkv.", "self_attn.in_proj_").replace("to_out", "self_attn.out_proj")
+            weights[name.replace("mlp_in", "linear1").replace("mlp_out", "linear2")] = value
+        layer.double().load_state_dict(weights)
+        x = layer(x, **masks)
+    expected = []
+    for one, end in zip(x, eot.tolist(), strict=True):
+        expected.append(torch.cat([one[[end]], one[:end], one[end + 1 :]]))
+    expected = torch.stack(expected)
+    global_text, local_text = head(tokens, eot)
+    ours = torch.cat([global_text[:, None], local_text], 1)
+    torch.testing.assert_close(ours, expected)
+    assert_same_gradients(ours, expected, [tokens])
+
+
+def test_the_three_parts_make_the_whole(generator, inputs):
+    """The text reaches the image in both ways: through w, and through cross-attention to the local text."""
+    z, tokens, eot = inputs
+    image = generator(z, tokens, eot).image
     global_text, local_text = generator.text_head(tokens, eot)
-    assert global_text.shape == (3, 16) and local_text.shape == (3, 6, 16)
-    w = generator.mapping(z, global_text)
-    torch.testing.assert_close(generator.synthesis(w, local_text).image, whole.image)
-    per_layer = w[:, None].repeat(1, generator.synthesis.num_layers, 1)
-    torch.testing.assert_close(generator.synthesis(per_layer, local_text).image, whole.image)
-
-
-def test_a_later_layers_code_leaves_earlier_images_alone(generator):
-    z, tokens, eot = inputs(generator.config)
-    global_text, local_text = generator.text_head(tokens, eot)
-    ws = generator.mapping(z, global_text)[:, None].repeat(1, generator.synthesis.num_layers, 1)
-    other = ws.clone()
-    other[:, -1] += 1
-    first, second = generator.synthesis(ws, local_text), generator.synthesis(other, local_text)
-    assert torch.equal(first.pyramid[8], second.pyramid[8]) and not torch.equal(first.image, second.image)
-
-
-def test_the_text_reaches_the_image_in_both_ways(generator):
-    """Through w, by the global text, and through cross-attention, by the local text."""
-    z, tokens, eot = inputs(generator.config)
-    global_text, local_text = generator.text_head(tokens, eot)
-    w = generator.mapping(z, global_text)
-    image = generator.synthesis(w, local_text).image
+    w, other_w = generator.mapping(z, global_text), generator.mapping(z, global_text.roll(1, 0))
+    torch.testing.assert_close(generator.synthesis(w, local_text).image, image)
+    assert not torch.allclose(generator.synthesis(other_w, local_text).image, image)
     assert not torch.allclose(generator.synthesis(w, local_text.roll(1, 0)).image, image)
-    assert not torch.allclose(
-        generator.synthesis(generator.mapping(z, global_text.roll(1, 0)), local_text).image, image
-    )
 
 
-def test_words_mix_in_training_and_not_in_the_release(generator_config):
-    """What a token becomes depends on the other words, on none after the end of the text; in the release on itself."""
-    tokens, eot = torch.randn(1, 7, 12), torch.tensor([4])
-    before, after = tokens.clone(), tokens.clone()
-    before[0, 1] += 1
-    after[0, 6] += 1
-    mixing = Generator(generator_config).text_head
-    alone = Generator(dataclasses.replace(generator_config, mix_tokens=False)).text_head
-    alone.load_state_dict(mixing.state_dict())
-    assert not torch.allclose(mixing(before, eot)[0], mixing(tokens, eot)[0])
-    torch.testing.assert_close(mixing(after, eot)[0], mixing(tokens, eot)[0])
-    torch.testing.assert_close(alone(before, eot)[0], alone(tokens, eot)[0])
+def test_each_layer_has_a_code_which_leaves_earlier_images_alone(generator, inputs):
+    z, tokens, eot = inputs
+    whole, local_text = generator(z, tokens, eot), generator.text_head(tokens, eot)[1]
+    ws = whole.w[:, None].repeat(1, generator.synthesis.num_layers, 1)
+    torch.testing.assert_close(generator.synthesis(ws, local_text).image, whole.image)
+    ws[:, -1] += 1
+    other = generator.synthesis(ws, local_text)
+    assert torch.equal(other.pyramid[8], whole.pyramid[8]) and not torch.equal(other.image, whole.image)
+    assert torch.equal(generator(z, tokens, eot, 8).image, whole.pyramid[8])
+
+
+def test_fourier_features_begin_with_frequencies_uniform_in_a_disc():
+    torch.manual_seed(0)
+    squared_radius = FourierFeatures(2000, size=4, w_dim=2).freqs.square().sum(1)  # then this is uniform in [0, 1]
+    torch.testing.assert_close(squared_radius.histc(4, 0, 1), torch.full((4,), 500.0), rtol=0, atol=80)
 
 
 def test_presets():
@@ -82,26 +96,11 @@ def test_presets():
     assert 90e6 < counts["small-64"] < 110e6
 
 
-def test_recomputing_levels_changes_no_gradient(generator_config):
-    torch.manual_seed(0)
-    generator = moved(Generator(generator_config).double())
-    z, tokens = torch.randn(2, 16, dtype=torch.float64), torch.randn(2, 7, 12, dtype=torch.float64)
+def test_recomputing_levels_changes_no_gradient(generator, inputs):
     gradients = []
     for generator.synthesis.recompute in (False, True):
-        output = generator(z, tokens, torch.tensor([3, 6]))
+        output = generator(*inputs)
         loss = sum(image.square().sum() for image in output.pyramid.values()) + moe_loss(output, 0.001)
         gradients.append(torch.autograd.grad(loss, list(generator.parameters())))
     for kept, recomputed in zip(*gradients, strict=True):
         assert torch.equal(kept, recomputed)
-
-
-def test_precision_does_not_depend_on_whether_gradients_are_wanted(generator):
-    """Fakes for the discriminator are drawn without, those for the generator's own loss with."""
-    arguments = inputs(generator.config)
-    with torch.autocast("cpu", torch.bfloat16):
-        wanted = generator(*arguments)
-        with torch.no_grad():
-            unwanted = generator(*arguments)
-    assert wanted.image.requires_grad and not unwanted.image.requires_grad
-    assert all(torch.equal(wanted.pyramid[r], unwanted.pyramid[r]) for r in wanted.pyramid)
-    assert all(torch.equal(wanted.routings[n].expert_index, r.expert_index) for n, r in unwanted.routings.items())

@@ -1,11 +1,12 @@
-"""Routed experts against the naive loop, values and gradients."""
+"""The router against its formula, and routed experts against the naive loop, values and gradients."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from experts import Experts
-from tests.conftest import assert_same_gradients
+from router import Router
+from tests.conftest import assert_same_gradients, double
 
 
 def naive(experts, points, expert_index, gate):
@@ -37,19 +38,6 @@ def test_routed_experts_are_the_naive_loop(monkeypatch, num_experts, used):
     assert_same_gradients(ours, oracle, inputs)
 
 
-def test_one_expert_is_a_dense_layer():
-    """torch's own modules, with the same weights."""
-    torch.manual_seed(0)
-    experts = Experts(8, 1)
-    w_in, w_out = torch.nn.Linear(8, 64), torch.nn.Linear(32, 8)
-    w_in.load_state_dict({"weight": experts.proj_in[0], "bias": experts.bias_in[0]})
-    w_out.load_state_dict({"weight": experts.proj_out[0], "bias": experts.bias_out[0]})
-    points = torch.randn(20, 8)
-    a, g = w_in(points).chunk(2, dim=-1)
-    dense = w_out(a * torch.nn.GELU()(g))
-    torch.testing.assert_close(experts(points, torch.zeros(20, dtype=torch.long), torch.ones(20)), dense)
-
-
 def test_weights_begin_as_large_as_their_inputs_are_many():
     """σ = 1/√inputs; and their learning rate is scaled by the same number (the equalized learning rate)."""
     experts = Experts(64, 3)
@@ -58,13 +46,34 @@ def test_weights_begin_as_large_as_their_inputs_are_many():
         assert experts.lr_scale[name] == pytest.approx(inputs**-0.5)
 
 
-def test_two_experts_for_a_point_are_two_calls():
-    """Rather than a silent broadcast: flattened, the choices of top-2 routing are twice as many as the points."""
+@pytest.fixture
+def router():
     torch.manual_seed(0)
-    experts, points = Experts(8, 3), torch.randn(5, 8)
-    gate, expert_index = torch.rand(5, 3).topk(2)
-    for chosen, weight in ((expert_index, gate), (expert_index.flatten(), gate.flatten())):
-        with pytest.raises(AssertionError, match="one expert each"):
-            experts(points, chosen, weight)
-    both = sum(experts(points, expert_index[:, k], gate[:, k]) for k in range(2))
-    torch.testing.assert_close(both, sum(naive(experts, points, expert_index[:, k], gate[:, k]) for k in range(2)))
+    return Router(dim=16, num_experts=4, w_dim=8).double()
+
+
+def test_the_gate_is_the_probability_of_the_best_expert(router):
+    """Values and gradients, by the formula."""
+    inputs = u, w = double(3, 10, 16).requires_grad_(), double(3, 8).requires_grad_()
+    routing = router(u, w)
+    logits = F.leaky_relu(router.to_logits(u, w), 0.2) * 2**0.5
+    probability = logits.exp() / logits.exp().sum(-1, keepdim=True)
+    best = torch.tensor([[max(range(4), key=point.__getitem__) for point in image.tolist()] for image in probability])
+    gate = probability.gather(-1, best[..., None])[..., 0]
+    assert torch.equal(routing.expert_index, best) and len(best.unique()) == 4
+    torch.testing.assert_close((routing.logits, routing.gate), (logits, gate))
+    assert_same_gradients(routing.gate, gate, (*inputs, router.to_logits.weight))
+
+
+def test_w_alone_changes_routes(router):
+    u, w = double(1, 64, 16), double(2, 8) * 3
+    first, second = (router(u, code[None]).expert_index for code in w)
+    assert 0 < (first != second).double().mean() < 1
+
+
+def test_the_router_stays_in_float32_under_autocast(router):
+    u, w = torch.randn(2, 10, 16), torch.randn(2, 8)
+    router.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        routing = router(u, w)
+    assert torch.equal(routing.logits, router(u, w).logits)

@@ -3,12 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils.flop_counter import FlopCounterMode
 from torchvision.ops import deform_conv2d
 
 import modulation
 from tests.conftest import assert_same_gradients, double
-from tests.test_attention import peak_memory
+from tests.figures import moved
 
 torch.manual_seed(0)
 
@@ -20,12 +19,9 @@ def test_deformable_convolution_is_torchvisions(per_sample):
     kernels = double(2 if per_sample else 1, 4, 5, 3, 3)
     inputs = [t.requires_grad_() for t in (x, kernels, offsets, mask)]
     ours = modulation.DeformableConv2d(5, 4, w_dim=3).convolve(*inputs)
-    theirs = torch.cat(
-        [
-            deform_conv2d(x[i : i + 1], offsets[i : i + 1], kernels[i % len(kernels)], padding=1, mask=mask[i : i + 1])
-            for i in range(2)
-        ]
-    )
+    own = kernels.expand(2, -1, -1, -1, -1)
+    theirs = [deform_conv2d(x[[i]], offsets[[i]], own[i], padding=1, mask=mask[[i]]) for i in range(2)]
+    theirs = torch.cat(theirs)
     torch.testing.assert_close(ours, theirs)
     assert_same_gradients(ours, theirs, inputs)
 
@@ -39,7 +35,10 @@ def naive_modulated_convolution(layer, x, w, convolve):
             share = layer.kernel_mix(code[None]).softmax(-1)[0]
             kernel = sum(a * k for a, k in zip(share, layer.weight, strict=True))
         kernel = kernel * layer.style(code[None])[0][None, :, None, None]
-        kernel = kernel / (kernel.square().sum((1, 2, 3), keepdim=True) + 1e-8).sqrt()
+        if isinstance(layer, modulation.ToRGB):
+            kernel = kernel / len(sample) ** 0.5
+        else:
+            kernel = kernel / (kernel.square().sum((1, 2, 3), keepdim=True) + 1e-8).sqrt()
         outputs.append(convolve(sample[None], kernel)[0] + layer.bias[:, None, None])
     return torch.stack(outputs)
 
@@ -59,17 +58,9 @@ def test_modulated_convolution_scales_activations_as_if_kernels(num_kernels, cha
     torch.testing.assert_close(layer(x, w), naive)
 
 
-def test_products_of_kernels_are_sums():
-    """As matrices, those of the release would be tens of millions of products, each of one row and one column."""
-    layer = modulation.ModulatedConv2d(4, 5, 3, w_dim=6, num_kernels=3).double()
-    with FlopCounterMode(display=False) as counter:
-        found = layer.kernel_products()
-    assert counter.get_total_flops() == 0
-    torch.testing.assert_close(found, torch.einsum("ndcij,ldcij->nldc", layer.weight, layer.weight))
-
-
-def test_upsampling_convolution_is_transposed_convolution_then_filter():
-    layer = modulation.UpsamplingConv2d(4, 5, 3, w_dim=6, num_kernels=2).double()
+@pytest.mark.parametrize("num_kernels", [1, 2])
+def test_upsampling_convolution_is_transposed_convolution_then_filter(num_kernels):
+    layer = modulation.UpsamplingConv2d(4, 5, 3, w_dim=6, num_kernels=num_kernels).double()
     x, w = double(2, 4, 8, 8), double(2, 6)
     taps = torch.tensor([1.0, 3.0, 3.0, 1.0]).double() / 8
     kernel = (torch.outer(taps, taps) * 4).expand(5, 1, 4, 4)
@@ -79,36 +70,31 @@ def test_upsampling_convolution_is_transposed_convolution_then_filter():
         assert wide.shape[-1] == 17
         return F.conv2d(wide, kernel, padding=1, groups=5)
 
-    naive = naive_modulated_convolution(layer, x, w, convolve)
-    torch.testing.assert_close(layer(x, w), naive)
-    for kernels in (double(1, 5, 4, 3, 3), double(2, 5, 4, 3, 3)):
-        folded, plain = (
-            modulation.folded_transposed_convolution(x, kernels),
-            modulation.transposed_convolution(x, kernels),
-        )
-        torch.testing.assert_close(folded, plain)
+    inputs = [x.requires_grad_(), w.requires_grad_(), *layer.parameters()]
+    naive, ours = naive_modulated_convolution(layer, x, w, convolve), layer(x, w)
+    torch.testing.assert_close(ours, naive)
+    assert_same_gradients(ours, naive, inputs)
     layer.cached_products = layer.kernel_products().detach()
     torch.testing.assert_close(layer(x, w), naive)
 
 
-def test_modulated_linear_is_a_modulated_1x1_convolution():
-    linear, conv = modulation.ModulatedLinear(5, 6, w_dim=7), modulation.ModulatedConv2d(5, 6, 1, w_dim=7)
+@pytest.mark.parametrize("points", [9, 3], ids=["a kernel for each sample", "one kernel"])
+def test_modulated_linear_is_a_modulated_1x1_convolution(points):
+    linear = modulation.ModulatedLinear(5, 6, w_dim=7).double()
+    conv = modulation.ModulatedConv2d(5, 6, 1, w_dim=7).double()
     conv.load_state_dict({**linear.state_dict(), "weight": linear.weight[None, :, :, None, None]})
-    x, w = torch.randn(2, 9, 5), torch.randn(2, 7)
-    expected = conv(x.transpose(1, 2)[..., None], w)[..., 0].transpose(1, 2)
-    torch.testing.assert_close(linear(x, w), expected)
+    inputs = x, w = double(2, points, 5).requires_grad_(), double(2, 7).requires_grad_()
+    ours, expected = linear(x, w), conv(x.transpose(1, 2)[..., None], w)[..., 0].transpose(1, 2)
+    torch.testing.assert_close(ours, expected)
+    assert_same_gradients(ours, expected, inputs)
 
 
-@pytest.mark.parametrize(("num_kernels", "batch"), [(1, 1), (1, 5), (3, 1), (3, 9)])
-def test_of_few_samples_no_kernels_are_multiplied_by_each_other(num_kernels, batch):
-    """To sum the squares over their nine taps takes no memory of the kernels' size."""
-    layer, w = modulation.ModulatedConv2d(96, 96, 3, w_dim=4, num_kernels=num_kernels), torch.randn(batch, 4)
-    with torch.no_grad():
-        mix = layer.kernel_mix(w).softmax(-1) if num_kernels > 1 else None
-        kernels = layer.mixed_kernels(mix)
-        assert peak_memory(lambda: layer.demodulation(layer.style(w), kernels, mix)) < kernels.nbytes / 3
+def test_to_rgb_is_scaled_by_its_channels_instead_of_demodulated():
+    layer, x, w = moved(modulation.ToRGB(8, w_dim=4, num_kernels=3).double()), double(20, 8, 2, 2), double(20, 4)
+    torch.testing.assert_close(layer(x, w), naive_modulated_convolution(layer, x, w, F.conv2d))
 
 
-def test_to_rgb_needs_no_energy(monkeypatch):
-    monkeypatch.delattr(modulation.ModulatedConv2d, "energy")
-    modulation.ToRGB(8, w_dim=4, num_kernels=3)(torch.randn(20, 8, 2, 2), torch.randn(20, 4))
+def test_a_deformable_convolution_starts_as_an_ordinary_one():
+    layer, x, w = modulation.DeformableConv2d(5, 4, w_dim=3, num_kernels=2).double(), double(2, 5, 6, 7), double(2, 3)
+    naive = naive_modulated_convolution(layer, x, w, lambda x, k: F.conv2d(x, k, padding=1))
+    torch.testing.assert_close(layer(x, w), naive)

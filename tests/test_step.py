@@ -1,16 +1,16 @@
-"""One step's parts: who learns, what noise and gradients the parts of a batch get, and the moving average."""
+"""One step's parts: who learns, what gradients and noise the parts of a batch get, and the moving average."""
 
 import dataclasses
-import weakref
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 import step as step_module
+from augment import augment
 from clip import load_clip
 from common import distributed
-from losses import r1_penalty, scale_weights
+from losses import DiscriminatorLoss, generator_loss, r1_penalty, scale_weights
 from router import Routing
 from step import OPTIMIZERS, Learner
 from tests.figures import TINY, Figures, moved
@@ -22,7 +22,8 @@ CPU = torch.device("cpu")
 def learner():
     """With every weight moved, and rates of zero, so that steps leave gradients and change nothing."""
     torch.manual_seed(0)
-    learner = Learner(TINY, load_clip("emoji"), CPU, torch.float32, batch=4)
+    preset = dataclasses.replace(TINY, recipe=dataclasses.replace(TINY.recipe, augment=("color",)))
+    learner = Learner(preset, load_clip("emoji"), CPU, torch.float32, batch=4)
     for network in (learner.generator, learner.discriminator):
         moved(network, by=0.05)
     for optimizer in (learner.optimizer_g, learner.optimizer_d):
@@ -37,80 +38,50 @@ def batches(count, size):
     return [next(source.batches(range(i, 99), size, 0, 1)) for i in range(count)]
 
 
-def gradients(learner, parts, number=0):
-    learner.step(number, parts)
-    networks = {"g": learner.generator, "d": learner.discriminator}
-    return {f"{kind}.{name}": p.grad for kind, net in networks.items() for name, p in net.named_parameters()}
-
-
 @pytest.mark.parametrize("top", [4, 8, 32])
 def test_the_active_resolutions_learn_and_no_others(learner, top):
     learner.learn_at([r for r in learner.resolutions if r <= top])
-    found = gradients(learner, learner.prepare(0, 0, batches(1, 4)))
-    learning = {name for name, gradient in found.items() if gradient is not None and gradient.any()}
-    silent = {name for name, gradient in found.items() if gradient is None}
+    learner.step(0, learner.prepare(0, 0, batches(1, 4)))
+    networks = {"g": learner.generator, "d": learner.discriminator}
+    parameters = {f"{kind}.{name}": p for kind, net in networks.items() for name, p in net.named_parameters()}
+    learning = {name for name, p in parameters.items() if p.grad is not None and p.grad.any()}
+    silent = {name for name, p in parameters.items() if p.grad is None}
     for i, r in enumerate(learner.resolutions):
         for place in (f"g.synthesis.levels.{i}.", f"d.stages.{r}.", f"d.heads.{r}."):
-            its = {name for name in found if name.startswith(place)}
+            its = {name for name in parameters if name.startswith(place)}
             assert its & learning if r <= top else its <= silent, place
-    for kind, network in (("g", learner.generator), ("d", learner.discriminator)):
-        for name, parameter in network.named_parameters():
-            assert not (parameter.requires_grad and f"{kind}.{name}" in silent), name  # DDP would wait for it
+    for name, parameter in parameters.items():
+        assert not (parameter.requires_grad and name in silent), name  # DDP would wait for it
     learner.learn_at([4, 8])
 
 
-@pytest.mark.parametrize("number", [0, 1])
-def test_the_gradient_of_a_batch_in_parts_is_the_mean_of_theirs(learner, number):
-    parts = learner.prepare(0, number, batches(2, 2))
-    whole = gradients(learner, parts, number)
-    for name, gradient in whole.items():
-        whole[name] = gradient if gradient is None else gradient.clone()
-    each = []
-    for part in parts:
-        found = gradients(learner, [part], number)
-        each.append({name: g if g is None else g.clone() for name, g in found.items()})
-    for name, gradient in whole.items():
-        if gradient is not None:
-            mean = (each[0][name] + each[1][name]) / 2
-            torch.testing.assert_close(gradient, mean, rtol=1e-4, atol=1e-4 * float(mean.abs().max() + 1e-6))
-
-
-def test_r1_stands_for_the_steps_without_it(learner, monkeypatch):
-    penalize, stands_for = learner.penalize, []
-    monkeypatch.setattr(learner, "penalize", lambda parts, interval: stands_for.append(interval) or penalize(parts, 1))
-    reports = [learner.step(number, learner.prepare(0, number, batches(1, 4))) for number in (0, 1, 16)]
-    assert stands_for == [16, 16] and ["r1" in report for report in reports] == [True, False, True]
-
-
-@pytest.mark.parametrize(("recompute", "size"), [(False, 4), (True, 2)])
-def test_r1_in_halves_has_the_gradients_of_the_whole(learner, recompute, size, monkeypatch):
-    """Over two parts of a batch; it counts for 16 steps."""
-    sizes = []
-    monkeypatch.setattr(step_module, "r1_penalty", lambda *x: sizes.append(len(x[4])) or r1_penalty(*x))
+@pytest.mark.parametrize(("number", "recompute"), [(0, False), (16, True), (1, False)])
+def test_a_step_has_the_gradients_of_its_objectives(learner, monkeypatch, number, recompute):
+    """Their mean over two parts of a batch. R1 counts for 16 steps, and takes half of a part if levels run again."""
+    monkeypatch.setattr(learner, "batch", 8)
     monkeypatch.setattr(learner, "recipe", dataclasses.replace(learner.recipe, recompute=recompute))
-    parts = learner.prepare(0, 0, batches(2, 4))
-    learner.optimizer_d.zero_grad(set_to_none=True)
-    value = learner.penalize(parts, 16)
-    assert sizes == 8 // size * [size]
-    scales, gamma = scale_weights([4, 8], learner.recipe.lower_scales), learner.recipe.r1_gamma
-    each = [r1_penalty(learner.discriminator, learner.clip, p.real, *p.text[:2], gamma, scales) for p in parts]
-    torch.testing.assert_close(value, sum(each).detach() / 2)
-    learning = [p for p in learner.discriminator.parameters() if p.requires_grad]
-    expected = torch.autograd.grad(16 * sum(each) / 2, learning, allow_unused=True)
-    largest = max(gradient.abs().max() for gradient in expected if gradient is not None)
-    for parameter, gradient in zip(learning, expected, strict=True):
-        assert parameter.grad is gradient is None or (parameter.grad - gradient).abs().max() <= 1e-5 * largest
-
-
-def test_real_and_fake_images_are_augmented_by_chances_of_their_own(learner, monkeypatch):
-    of_real, of_fake = [], []
-    loss, augment = step_module.generator_loss, step_module.augment
-    monkeypatch.setattr(step_module, "generator_loss", lambda *x, **named: of_fake.append(x[3]) or loss(*x, **named))
-    monkeypatch.setattr(step_module, "augment", lambda *x: of_real.append(x[2]) or augment(*x))  # for R1
-    (part,) = learner.prepare(0, 0, batches(1, 4))
-    learner.step(0, [part])
-    assert not torch.equal(part.chances[:, 0], part.chances[:, 1])
-    assert torch.equal(of_real[0], part.chances[:, 0]) and torch.equal(of_fake[0], part.chances[:, 1])
+    parts = learner.prepare(0, number, batches(2, 4))
+    report = learner.step(number, parts)
+    d, clip, recipe, of_generator, of_discriminator, r1 = learner.discriminator, learner.clip, learner.recipe, 0, 0, 0
+    scales = scale_weights([4, 8], recipe.lower_scales)
+    for part in parts:
+        output, captions = learner.draw(part), (part.text, part.wrong)
+        fake = {r: image.detach() for r, image in output.pyramid.items()}
+        of_discriminator += DiscriminatorLoss(d, clip, recipe)(part.real, fake, *captions, part.chances)["loss"] / 2
+        of_generator += generator_loss(output, *captions, part.chances[:, 1], d, clip, recipe)["loss"] / 2
+        real = augment(part.real, recipe.augment, part.chances[:, 0])
+        r1 += r1_penalty(d, clip, real, *part.text[:2], recipe.r1_gamma, scales) / 2
+    assert ("r1" in report) == (number % 16 == 0)
+    if "r1" in report:
+        torch.testing.assert_close(report["r1"], r1.detach())
+        of_discriminator += 16 * r1
+    for network, loss in ((learner.generator, of_generator), (d, of_discriminator)):
+        learning = [p for p in network.parameters() if p.requires_grad]
+        expected = torch.autograd.grad(loss, learning)
+        largest = max(gradient.abs().max() for gradient in expected)
+        for parameter, gradient in zip(learning, expected, strict=True):
+            error = (parameter.grad - gradient).abs().max()
+            assert error <= min(1e-5 * largest, 2e-4 * gradient.abs().max())
 
 
 def test_the_mean_of_w_is_that_of_all_parts(learner):
@@ -121,26 +92,6 @@ def test_the_mean_of_w_is_that_of_all_parts(learner):
     moved_to = learner.generator.w_avg.clone()
     learner.generator.update_w_avg(torch.full_like(w[0], torch.nan))
     assert torch.equal(learner.generator.w_avg, moved_to), "what is not finite moves nothing"
-
-
-def test_one_rank_that_torchrun_started_records_its_steps(learner, monkeypatch):
-    for name in ("RANK", "LOCAL_RANK", "MASTER_PORT"):
-        monkeypatch.setenv(name, "0")
-    monkeypatch.setenv("WORLD_SIZE", "1")
-    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    with monkeypatch.context() as patch:
-        patch.setattr(torch.cuda, "is_available", lambda: True)
-        patch.setattr(learner, "device", torch.device("cuda", 0))
-        patch.setattr(step_module, "Graphed", lambda function, variants: ("recorded", variants))
-        learner.learn_at([4, 8])
-        assert learner.updater == ("recorded", (0, 16))
-        for module, name, value in ((step_module, "routed_experts", None), (distributed, "world_size", lambda: 2)):
-            with monkeypatch.context() as without:
-                without.setattr(module, name, value)
-                without.setattr(learner, "parallel", lambda module: module)
-                learner.learn_at([4, 8])
-                assert learner.updater == learner.update_networks
-    learner.learn_at([4, 8])
 
 
 def test_a_loaded_state_is_not_trained_by_a_graph_recorded_before(learner):
@@ -159,31 +110,6 @@ def test_the_least_share_is_that_of_the_expert_with_the_fewest_points():
     assert step_module.least_share(SimpleNamespace(w=w, routings={})) == 1
 
 
-class Wrapper:
-    """In the place of DDP, which holds its buckets in cycles."""
-
-    def __init__(self, module):
-        self.module, self.itself = module, self
-
-
-def test_former_wrappers_are_gone_before_the_next_are_built(learner, monkeypatch):
-    wrappers, alive = [], []
-
-    def parallel(module):
-        alive.append(sum(wrapper() is not None for wrapper in wrappers))
-        wrapper = Wrapper(module)
-        wrappers.append(weakref.ref(wrapper))
-        return wrapper
-
-    with monkeypatch.context() as patch:
-        patch.setattr(learner, "parallel", parallel)
-        for active in ([4], [4, 8]):
-            learner.learn_at(active)
-            assert learner.parallel_generator.module and learner.discriminator_loss.module
-    learner.learn_at([4, 8])
-    assert alive == [0, 1, 0, 1]
-
-
 def test_every_image_of_a_step_has_noise_of_its_own_however_the_batch_is_divided(learner, monkeypatch):
     whole = learner.prepare(7, 3, batches(1, 4))[0]
     assert len(whole.z.unique(dim=0)) == 4 and whole.chances.shape[0] == 4
@@ -191,14 +117,14 @@ def test_every_image_of_a_step_has_noise_of_its_own_however_the_batch_is_divided
         assert not torch.equal(learner.prepare(seed, number, batches(1, 4))[0].z, whole.z)
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
     monkeypatch.setattr(distributed, "gather", lambda ids: torch.cat([ids, ids]))
-    z, chances = [], []
-    for part in range(2):  # of one image on each of two ranks
-        for rank in range(2):
-            monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
-            mine = learner.prepare(7, 3, batches(2, 1))[part]
-            z.append(mine.z)
-            chances.append(mine.chances)
-    assert torch.equal(torch.cat(z), whole.z) and torch.equal(torch.cat(chances), whole.chances)
+    drawn = {}
+    for rank in range(2):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        for part, mine in enumerate(learner.prepare(7, 3, batches(2, 1))):
+            drawn[part, rank] = mine
+    drawn = [drawn[key] for key in sorted(drawn)]  # a part of one image on each of two ranks, then another
+    assert torch.equal(torch.cat([x.z for x in drawn]), whole.z)
+    assert torch.equal(torch.cat([x.chances for x in drawn]), whole.chances)
 
 
 @pytest.mark.parametrize("number", [2, 10**6], ids=["at the beginning", "later"])

@@ -11,18 +11,17 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
 pytest.importorskip("triton")
 import triton
 from triton.backends.compiler import GPUTarget
 
 from experts import Experts
 from kernels import l2_attention, routed
-from tests.fake_cuda import DEVICE, ROOT, fake_cuda
 
 POINTS, WIDTH, EXPERTS, HEADS = 4096, 512, 16, 8  # of the release
 # {compute capability: KiB of shared memory available to a block}, from CUDA's programming guide
@@ -32,33 +31,14 @@ SHARED = {80: 163, 86: 99, 90: 227}
 def test_kernels_compile_without_spilling():
     """If registers do not suffice, ptxas puts values on the stack, which is in the slowest memory."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    run = subprocess.run([sys.executable, __file__], env=environment, cwd=ROOT, capture_output=True, text=True)
+    command, root = [sys.executable, "-m", "tests.kernels.test_compiled"], Path(__file__).parents[2]
+    run = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     lines = [line.split() for line in run.stdout.splitlines()]
     launches = 4 + 2 + 3  # down_kernel and weight_gradient_kernel twice
     assert len(lines) == launches * len(SHARED) * 2  # dtypes
     for *_, capability, shared, stack in lines:
         assert int(shared) <= SHARED[int(capability)] * 1024 and int(stack) == 0, run.stdout
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The script. It prints a line for each launch: kernel, dtype, compute capability, bytes of shared memory, and bytes of
-# a thread's stack.
-
-
-class Driver:
-    """Replaces CUDA's driver. Triton caches kernels by device, so the number of a device is its capability."""
-
-    capability = 0
-
-    def get_current_device(self):
-        return self.capability
-
-    def get_current_stream(self, device):
-        return 0
-
-    def get_current_target(self):
-        return GPUTarget("cuda", self.capability, 32)
 
 
 class Compiled:
@@ -71,13 +51,15 @@ class Compiled:
         return self.compile
 
     def compile(self, *args, **options):
-        for self.driver.capability in SHARED:
-            dtypes = [x.dtype if isinstance(x, torch.Tensor) else x for x in args]
+        dtypes = [x.dtype if isinstance(x, torch.Tensor) else x for x in args]
+        for capability in SHARED:
+            self.driver.get_current_device.return_value = capability  # Triton caches kernels by device
+            self.driver.get_current_target.return_value = GPUTarget("cuda", capability, 32)
             compiled = self.kernel.warmup(*dtypes, grid=None, **options)
             assert "tf32" not in compiled.asm["ptx"]
             dtype = str(dtypes[0]).removeprefix("torch.")
             shared, stack = compiled.metadata.shared, stack_of(compiled.asm["cubin"])
-            print(self.kernel.__name__, dtype, self.driver.capability, shared, stack, flush=True)
+            print(self.kernel.__name__, dtype, capability, shared, stack, flush=True)
 
 
 def stack_of(cubin):
@@ -90,15 +72,21 @@ def stack_of(cubin):
 
 
 def main():
-    """A forward and a backward pass of both families in both dtypes."""
-    triton.runtime.driver.set_active(driver := Driver())
+    """A forward and a backward pass of both families in both dtypes, of tensors without content.
+
+    Prints a line for each launch: kernel, dtype, compute capability, bytes of shared memory, and of a thread's stack.
+    """
+    triton.runtime.driver.set_active(driver := Mock())
+    for module in (routed, l2_attention):
+        for name in [name for name in vars(module) if name.endswith("_kernel")]:
+            setattr(module, name, Compiled(getattr(module, name), driver))
     for dtype in (torch.bfloat16, torch.float32):
-        with fake_cuda(lambda kernel: Compiled(kernel, driver)), DEVICE:
+        with torch.device("meta"):
             points, gate = torch.empty(POINTS, WIDTH, dtype=dtype), torch.empty(POINTS)
             stacks = [x.to(dtype) for x in Experts(WIDTH, EXPERTS).parameters()]
-            leaves = [x.detach().requires_grad_() for x in (points, gate, *stacks)]
-            result = routed.routed_experts(leaves[0], torch.empty(POINTS, dtype=torch.long), *leaves[1:])
-            torch.autograd.grad(result, leaves, torch.empty_like(result))
+            points, gate, *stacks = (x.detach().requires_grad_() for x in (points, gate, *stacks))
+            result = routed.RoutedExperts.apply(points, torch.empty(POINTS, dtype=torch.long), gate, *stacks)
+            result.backward(torch.empty_like(result))
             q, k, v = torch.empty(3, HEADS, POINTS, WIDTH // HEADS, dtype=dtype)
             l2_attention.backward(q, k, v, *l2_attention.forward(q, k, v), upstream=v)
 

@@ -24,10 +24,6 @@ def tensors_of(dim, num_experts, index, dtype=torch.float32):
     return leaves[0], index.to(DEVICE), *leaves[1:]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Comparisons with plain PyTorch, for all kernels.
-
-
 def compute(function, leaves):
     """→ the result of a function, and its gradients with respect to all leaves except integers."""
     result = function(*leaves)
@@ -65,10 +61,6 @@ def compare_in_half_precision(fused, plain, leaves):
         assert our_error.norm() <= 1.25 * their_error.norm()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The experts.
-
-
 @pytest.mark.parametrize(
     ("dim", "num_experts", "used"),
     [(16, 1, [0]), (16, 4, [0, 1, 2, 3]), (16, 7, [1, 5]), (24, 3, [2])],
@@ -84,7 +76,7 @@ def test_no_point_at_all():
 
 
 @pytest.mark.parametrize(
-    ("dim", "num_experts", "index"), [(16, 4, torch.arange(37) % 4), (32, 2, torch.tensor([0] * 49 + [1]))]
+    ("dim", "num_experts", "index"), [(16, 4, torch.arange(37) % 4), (32, 2, torch.tensor([0] * 20 + [1]))]
 )
 def test_half_precision_errs_no_more_than_pytorch(dim, num_experts, index):
     """In float16, as the interpreter cannot multiply bfloat16. An expert may have a single point."""
