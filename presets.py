@@ -117,7 +117,6 @@ class Recipe:
     crop: int = 0  # side of the random crops of its input that the upsampler learns from; 0: it sees whole pictures
     l1_weight: float = 0.0  # of the distance of pixels to the real picture; of the upsampler
     perceptual_weight: float = 0.0  # of the perceptual distance to it
-    perceptual_network: str = "efficientnet"  # that measures it, see weights/perceptual.py
     fid_factor: float = 1.5  # κ: a resolution is done when FID ≤ κ · reference FID
     augment: tuple[str, ...] = ()  # what the discriminator sees pictures through, see augment.py
     recompute: bool = False  # gradient checkpointing: the generator's levels again in the backward pass, for memory
@@ -134,8 +133,6 @@ class Preset:
     def unused(self):
         """The names of the recipe's fields that change nothing."""
         unused = {"clip_lower_every"} if isinstance(self.generator, UpsamplerConfig) else {"crop"}
-        if not self.recipe.perceptual_weight:
-            unused |= {"perceptual_network"}
         if not self.recipe.adversarial_weight:
             unused |= {"lr_discriminator", "r1_gamma", "augment"}
             unused |= {"matching_weight_discriminator", "matching_weight_generator"}
@@ -271,7 +268,7 @@ PRESETS = {
         ), clip_maps=()),
         Recipe(
             steps=300_000, batch=512, images_per_phase={128: 0, 256: 0}, ema_half_life=160_000, fid_samples=10_000,
-            fid_every=500_000, recompute=True, l1_weight=10.0, perceptual_weight=5.0, perceptual_network="vgg16",
+            fid_every=500_000, recompute=True, l1_weight=10.0, perceptual_weight=5.0,
         ),
     ),
     # The second stage on one CPU core: emoji at 256×256, learned from crops.

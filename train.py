@@ -43,7 +43,7 @@ from training.plan import HARDWARE, auto_or_positive, choose_micro_batches, prin
 from training.run_folder import RunFolder
 from training.small_clip import clip_for, clip_of_new_run
 from weights import checkpoint, generator_file
-from weights.perceptual import perceptual_network
+from weights.efficientnet import load_efficientnet
 
 NUM_PICTURES = 24
 
@@ -112,8 +112,7 @@ def build(args, device):
         clip = load_clip(str(clip), device)
         preset = fitted_to(preset, clip.width, clip.map_shapes())
         torch.manual_seed(args.seed)
-        if perceptual := perceptual_network(recipe):
-            perceptual.to(device)
+        perceptual = load_efficientnet(features_only=True).to(device) if recipe.perceptual_weight else None
         learner = Learner(preset, clip, device, dtype, batch, perceptual, r1_images)
         growth = Growth(recipe, learner.resolutions, clip, args.seed, preset.generator)
         source = sources.open_data(

@@ -37,7 +37,7 @@ from presets import PRESETS, UpsamplerConfig, fitted_to
 from router import Router
 from step import Learner
 from text import TextHead
-from weights.perceptual import perceptual_network
+from weights.efficientnet import load_efficientnet
 
 CPU = torch.device("cpu")
 COUNT, COUNT_LARGE = 1000, 96  # measured pictures of the base and of the second stage
@@ -152,7 +152,8 @@ def learn(preset, seed, minutes):
     clip, recipe = load_clip(preset.clip_model), preset.recipe
     torch.manual_seed(seed)
     preset = fitted_to(preset, clip.width, clip.map_shapes())
-    learner = Learner(preset, clip, CPU, torch.float32, recipe.batch, perceptual_network(recipe))
+    perceptual = load_efficientnet(features_only=True) if recipe.perceptual_weight else None
+    learner = Learner(preset, clip, CPU, torch.float32, recipe.batch, perceptual)
     resolutions = learner.resolutions
     source = sources.open_data("emoji", resolutions[-1], seed, group=preset.discriminator.group)
     batches = sources.loader(source, 0, recipe.batch, workers=0)

@@ -19,7 +19,7 @@ from step import Learner
 from tests.figures import LARGER, TINY
 from training.loop import overfitting, watched_pairs
 from training.plan import FlopCounter, clip_without_weights
-from weights.perceptual import perceptual_network
+from weights.efficientnet import load_efficientnet
 
 pytest.importorskip("triton")
 from tests.fake_cuda import DEVICE, fake_cuda
@@ -82,7 +82,7 @@ def test_a_step_waits_for_its_batch_alone(device, parts, recompute):
 def test_a_step_of_the_second_stage_waits_for_its_batch_alone(device):
     with DEVICE:
         clip = clip_without_weights("emoji")
-        perceptual = perceptual_network(LARGER.recipe, with_weights=False)
+        perceptual = load_efficientnet(features_only=True, with_weights=False)
     learner = Learner(fitted_to(LARGER, clip.width, clip.map_shapes()), clip, DEVICE, torch.bfloat16, BATCH, perceptual)
     report = step(device, learner, [batch_of(BATCH)._replace(images=torch.empty(BATCH, 3, 32, 32))])
     assert {"r1", "g_l1", "g_perceptual"} < report.keys()

@@ -36,7 +36,7 @@ from presets import fitted_to
 from sampling.latent import BATCH as DRAWN
 from step import Learner, MicroBatch
 from upsampler import draw_input_noise, given_images
-from weights.perceptual import perceptual_network
+from weights.efficientnet import load_efficientnet
 
 # Measured on an H200, with micro-batches of 16 and before attention was fused: a mean step of aurora-64 took 1.38 s. It
 # multiplied 76 TFLOP in bfloat16 and 8.5 TFLOP in float32, and moved 1.7 TB, at this share of the peak rates.
@@ -173,7 +173,9 @@ class Rehearsal:
         with distributed.alone(), as_on_gpu(dtype), FakeTensorMode(allow_non_fake_inputs=True), Meter() as meter:
             clip = clip_without_weights(clip_model)
             preset = fitted_to(preset, clip.width, clip.map_shapes())
-            perceptual = perceptual_network(preset.recipe, with_weights=False)
+            perceptual = None
+            if preset.recipe.perceptual_weight:
+                perceptual = load_efficientnet(features_only=True, with_weights=False)
             learner = Learner(preset, clip, torch.device("cpu"), dtype, 1, perceptual)
             self.parameters, self.kept = parameters_and_memory(learner)
             learner.step(1, [empty_batch(learner, 2)])  # makes the gradients and Adam's averages

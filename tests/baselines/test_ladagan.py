@@ -7,10 +7,9 @@ import torch
 
 from baselines import ladagan
 from baselines.ladagan import AdditiveAttention
-from tests.weights.test_official import FIXTURES, load_renamed, read
+from tests.weights.test_official import load_renamed, read
 from weights.generator_file import without_prefix
 
-AUTHORS = FIXTURES[0].parent / "ladagan_small.npz"
 # {the authors' names: ours}. They name levels by their number of points.
 BLOCK_RENAMES = [
     (r"\.ln_(\d)\.", r".norm\1."),
@@ -47,7 +46,7 @@ DISCRIMINATOR_RENAMES = [
 
 @torch.no_grad()
 def test_outputs_are_the_authors():
-    state, io = read(AUTHORS)
+    state, io = read("ladagan_small")
     io = {key: torch.from_numpy(value) for key, value in io.items()}
     generator = ladagan.Generator(64, width=128, num_heads=(4, 4, 2), hidden=(64, 48, 32), z_dim=16)
     discriminator = ladagan.Discriminator([8, 16, 32], 4, hidden=64, code_channels=48, logit_channels=64)

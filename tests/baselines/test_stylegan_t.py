@@ -11,10 +11,9 @@ from scipy.ndimage import gaussian_filter
 from baselines import stylegan_t
 from baselines.stylegan_t import StyleGANT
 from clip import load_clip
-from tests.weights.test_official import FIXTURES, load_renamed, read
+from tests.weights.test_official import load_renamed, read
 from weights.efficientnet import load_efficientnet
 
-AUTHORS = {name: FIXTURES[0].parent / f"stylegan_t_{name}.npz" for name in ("small", "head")}
 # {the authors' names: ours}. Names that become "" are of constants.
 RENAMES = [
     (r".*\.(resample_filter|transform)$", ""),
@@ -42,7 +41,7 @@ HEAD_RENAMES = [
 
 def authors(name):
     """→ the authors' state dict, and {name: tensor} of inputs and outputs."""
-    state, io = read(AUTHORS[name])
+    state, io = read(f"stylegan_t_{name}")
     return state, {key: torch.from_numpy(value) for key, value in io.items()}
 
 
