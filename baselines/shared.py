@@ -218,7 +218,7 @@ def restore(system, state):
         optimizer.load_state_dict(state["optimizers"][name])
 
 
-def drawing(system):
+def drawing_networks(system):
     """The networks that drawing needs, as one module."""
     return nn.ModuleDict({name: system.networks[name] for name in system.for_sampling})
 
@@ -227,7 +227,7 @@ def generator_file(system, notes):
     """→ tensors and metadata of the file that `load` reads."""
     about = {"resolution": system.resolution, "notes": notes}
     metadata = {"system": type(system).__name__, "about": json.dumps(about), "clip": system.clip.name}
-    return drawing(system).state_dict(), metadata
+    return drawing_networks(system).state_dict(), metadata
 
 
 @torch.no_grad()
@@ -280,7 +280,7 @@ def load(system_class, path, device="cpu"):
             name = about["notes"]["clip"]
             raise UserError(f"{path} learned with {learned_with}, but {name} is now {clip.name}; restore that file")
         system = system_class(clip, about["resolution"], torch.device(device))
-        drawing(system).load_state_dict(tensors)
+        drawing_networks(system).load_state_dict(tensors)
     except UserError:
         raise
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
