@@ -126,10 +126,6 @@ class Ladaformer(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The networks.
-
-
 def orthogonal(module):
     """The paper's initialization of dense layers and convolutions."""
     if isinstance(module, nn.Linear | nn.Conv2d):

@@ -40,10 +40,6 @@ DISCRIMINATOR_RENAMES = [
 ]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The authors' weights.
-
-
 @torch.no_grad()
 def test_outputs_are_the_authors():
     state, io = read("ladagan_small")
@@ -64,10 +60,6 @@ def test_size_of_the_paper():
     with torch.device("meta"):
         generator = ladagan.Generator(32, width=1024, z_dim=128)
     assert sum(p.numel() for p in generator.parameters()) / 1e6 == pytest.approx(19.9, abs=0.05)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Formulas.
 
 
 @torch.no_grad()
