@@ -41,7 +41,7 @@ from evaluation.enlarging import enlarged, enlarger
 from evaluation.extractors import load_extractor
 from evaluation.features import OTHERS, drawing, extract_real, measure, measure_real, own_resolution
 from evaluation.metrics import CANDIDATES, NEIGHBOURS
-from sampling import inference
+from sampling import inference, latent
 from weights.generator_file import DEMO, load_generator, load_upsampler
 
 
@@ -130,10 +130,6 @@ def describe(args, clip, generator, resolution, resizer, extractors, captions, s
     }
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# What is measured.
-
-
 def measure_all(draws, captions, real, args, resolution, extractors):
     """Measures real images and each {name: see features.drawing}, and prints it → {name: {measure: number}}."""
     results = {"real images": measure_real(captions, real, args.count, extractors)}
@@ -170,6 +166,8 @@ def evaluate(args, device):
         specs = {"images": args.features, "texts": args.clip}
         extractors = {name: load_extractor(spec, device) for name, spec in specs.items()}
     captions, real, skipped = extract_real(source, args.count, resolution, extractors)
+    if note := latent.unread(clip, captions):
+        distributed.say(note)
     real = {name: features.to(device) for name, features in real.items()}
     protocol = describe(args, clip, generator, resolution, resizer, extractors, captions, skipped)
     width = max(map(len, protocol))

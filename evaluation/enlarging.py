@@ -19,7 +19,7 @@ from common import distributed
 from common.cli import Parser, UserError, a_path, add_data, errors_in_one_line, positive_int
 from data import sources
 from evaluation.extractors import efficientnet
-from evaluation.features import share, to_pixels
+from evaluation.features import first_pairs, share, to_pixels
 from evaluation.metrics import fid
 from losses import perceptual_distance
 from sampling import latent
@@ -68,27 +68,21 @@ def compare(enlargers, source, small, large, count, device="cpu"):
     """
     network, features_of = load_efficientnet(features_only=True).to(device), efficientnet(device).images
     of_true, distances, features = [], {name: [] for name in enlargers}, {name: [] for name in enlargers}
-    pairs, left = source.evaluation_pairs(BATCH), count
-    with tqdm(total=count, leave=False) as bar:
-        while left:
-            if (batch := next(pairs, None)) is None:
-                raise UserError(f"--count {count}: the data has {count - left} usable images; ask for no more")
-            true, captions = batch.images[:left].to(device), batch.captions[:left]
-            maps = network(true)
-            of_true.append(features_of(to_pixels(true, large)).cpu())
-            for name, enlarge in enlargers.items():
-                made = enlarge(F.interpolate(true, small, mode="area"), captions, large).clamp(-1, 1)
-                distances[name].append(perceptual_distance(network(made), maps).cpu())
-                features[name].append(features_of(to_pixels(made, large)).cpu())
-            left -= len(true)
-            bar.update(len(true))
-    return {
-        name: {
-            "perceptual": torch.cat(parts).mean().item(),
-            "fd": fid(torch.cat(features[name]), torch.cat(of_true)),
-        }
-        for name, parts in distances.items()
-    }
+    for batch in tqdm(first_pairs(source, count, BATCH), leave=False):
+        true = batch.images.to(device)
+        maps = network(true)
+        of_true.append(features_of(to_pixels(true, large)).cpu())
+        for name, enlarge in enlargers.items():
+            made = enlarge(F.interpolate(true, small, mode="area"), batch.captions, large).clamp(-1, 1)
+            distances[name].append(perceptual_distance(network(made), maps).cpu())
+            features[name].append(features_of(to_pixels(made, large)).cpu())
+    of_true, results = torch.cat(of_true), {}
+    if len(of_true) < count:
+        raise UserError(f"--count {count}: the data has {len(of_true)} usable images; ask for no more")
+    for name in enlargers:
+        distance = fid(torch.cat(features[name]), of_true)
+        results[name] = {"perceptual": torch.cat(distances[name]).mean().item(), "fd": distance}
+    return results
 
 
 def main():

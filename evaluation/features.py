@@ -60,23 +60,29 @@ def gather(labels, features):
     return [labels[i] for i in order], {name: values[order] for name, values in features.items()}
 
 
+def first_pairs(source, count, size):
+    """Batches, of `size` pairs or fewer, with this rank's first `count` pairs for evaluation."""
+    left = count
+    pairs = source.evaluation_pairs(min(size, count), distributed.rank(), distributed.world_size()) if count else ()
+    for batch in pairs:
+        yield batch._replace(images=batch.images[:left], captions=batch.captions[:left])
+        left -= len(batch.captions)
+        if left <= 0:
+            return
+
+
 def extract_real(source, count, resolution, extractors):
     """Features of the first 2·count images of a source, or of all if it has fewer; held-out ones come first.
 
     → captions, {extractor: features [N, D]}, {cause: number of skipped pairs}. Raises UserError for fewer than `count`.
     """
-    rank, world_size = distributed.rank(), distributed.world_size()
-    quota = len(range(rank, 2 * count, world_size))
     captions, skipped = [], collections.Counter()
 
     def batches():
-        for batch in source.evaluation_pairs(min(BATCH, quota), rank, world_size) if quota else ():
+        for batch in first_pairs(source, len(share(range(2 * count))), BATCH):
             skipped.update(batch.skipped)
-            left = quota - len(captions)
-            captions.extend(batch.captions[:left])
-            yield real_pixels(batch.images[:left], resolution)
-            if len(captions) == quota:
-                return
+            captions.extend(batch.captions)
+            yield real_pixels(batch.images, resolution)
 
     with distributed.together():
         features = extract(batches(), extractors)
@@ -121,12 +127,9 @@ def embed(extractor, captions):
     return torch.cat([extractor.texts(part).cpu() for part in parts])
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# All measures of a generator. The extractor "images" is for distances, "texts" compares images with captions.
-
-
 def measure(draw, captions, real, count, seed, resolution, extractors):
-    """Draws an image for each of the first `count` captions → {measure: number}.
+    """Draws an image for each of the first `count` captions → {measure: number}. The extractor "images" is for
+    distances, "texts" compares images with captions.
 
     captions, real: see extract_real. The FID is to the real images of the same captions, as usual. That to other real
     images is comparable to the FID between two sets of real images, which have no captions in common either. Both
@@ -145,19 +148,8 @@ def measure_real(captions, real, count, extractors):
     """The measures of real images: distances between their two halves, and how well they match their captions."""
     own = captions[:count]
     texts = embed(extractors["texts"], own).to(real["texts"].device)
-    rows = list({caption: row for row, caption in enumerate(own)}.values())
-    _, counts = F.normalize(texts[rows], dim=1).mul(1e5).round().unique(dim=0, return_counts=True)
-    if alike := int(counts[counts > 1].sum()):
-        distributed.say(
-            f"note: {alike} of {len(rows)} captions look like others to the network of the CLIP score, which may not "
-            "know their language; R-precision counts them as wrong"
-        )
     distances = {OTHERS: fid_of_halves(real["images"]), READ_BY_CLIP: fid_of_halves(real["texts"])}
     return distances | compare_texts(real["texts"][:count], texts, own)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The features for the FID during training.
 
 
 @torch.no_grad()
@@ -167,16 +159,13 @@ def extract_clip_features(clip, images):
 
 
 def extract_fake_features(generator, clip, captions, resolution, seed, given=()):
-    """CLIP features [N, D] of one generated image for each caption at a resolution, on all ranks.
+    """CLIP features [N, D], on the CPU, of one generated image for each caption at a resolution; for training's FID.
 
     given: for an Upsampler, its inputs from upsampler.given_images.
     """
-    z = latent.noise(generator, len(captions), seed)
-    share = -(-len(captions) // distributed.world_size())
-    # distributed.gather needs equal shares, so the last ones wrap around.
-    mine = torch.arange(distributed.rank() * share, (distributed.rank() + 1) * share) % len(captions)
-    captions_of_mine, given = [captions[i] for i in mine], tuple(images[mine] for images in given)
+    z, mine = share(latent.noise(generator, len(captions), seed)), share(captions)
+    given = tuple(share(images) for images in given)
     batch = max(1, BATCH * 64 // max(64, resolution))  # large images need memory
-    outputs = latent.generate(generator, clip, captions_of_mine, z[mine], resolution, batch=batch, given=given)
-    features = [extract_clip_features(clip, output.image.clamp(-1, 1)) for output in outputs]
-    return distributed.gather(torch.cat(features))[: len(captions)]
+    outputs = latent.generate(generator, clip, mine, z, resolution, batch=batch, given=given)
+    features = [extract_clip_features(clip, output.image.clamp(-1, 1)).cpu() for output in outputs]
+    return gather(mine, {"clip": features})[1]["clip"]
