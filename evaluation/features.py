@@ -13,7 +13,6 @@ from tqdm import tqdm
 from common import distributed
 from common.cli import UserError
 from evaluation.metrics import compare_images, compare_texts, fid, fid_of_halves
-from layers import resize
 from sampling import latent
 from sampling.pictures import to_bytes
 
@@ -33,11 +32,6 @@ def to_pixels(images, resolution):
     if images.shape[-1] != resolution:
         images = F.interpolate(images, resolution, mode="bicubic", antialias=True)
     return to_bytes(images)
-
-
-def real_pixels(images, resolution):
-    """Like to_pixels, but averaged down like the discriminator's real images in training."""
-    return to_pixels(resize(images, resolution), resolution)
 
 
 @torch.no_grad()
@@ -82,7 +76,7 @@ def extract_real(source, count, resolution, extractors):
         for batch in first_pairs(source, len(share(range(2 * count))), BATCH):
             skipped.update(batch.skipped)
             captions.extend(batch.captions)
-            yield real_pixels(batch.images, resolution)
+            yield to_pixels(batch.images, resolution)
 
     with distributed.together():
         features = extract(batches(), extractors)
