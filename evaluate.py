@@ -11,8 +11,6 @@ for the caption of each real image. On the emoji it also measures how often name
 right, and how much seeds differ.
 """
 
-import common.interrupts  # noqa: F401
-
 import json
 import platform
 from pathlib import Path
@@ -41,7 +39,7 @@ from evaluation.enlarging import enlarged, enlarger
 from evaluation.extractors import load_extractor
 from evaluation.features import OTHERS, drawing, extract_real, measure, measure_real, own_resolution
 from evaluation.metrics import CANDIDATES, NEIGHBOURS
-from sampling import inference
+from sampling import inference, latent
 from weights.generator_file import DEMO, load_generator, load_upsampler
 
 
@@ -81,34 +79,23 @@ def check(args):
     check_file(args.out / "evaluation.json")
 
 
-def open_source(args, generator, resolution):
-    """→ the source of real images, and a description of how it crops and resizes them.
-
-    For a lower output of the generator they are read at its highest resolution and averaged down, as in training.
-    """
-    highest = generator.config.levels[-1].resolution
-    averaged = own_resolution(generator, resolution) == resolution < highest
-    size = highest if averaged else resolution
+def open_source(args, resolution):
+    """→ the source of real images, and a description of how it crops and resizes them."""
     is_coco = args.data.endswith(".json") and not Path(args.data).is_dir()
     if args.caption_key if is_coco else args.images:
         raise UserError("--images is for COCO's captions, --caption-key for other data; leave it out")
     if is_coco:
-        source, resizer = Coco(args.data, args.images, size, args.count, args.seed), RESIZER
-    else:
-        source = sources.open_data(args.data, size, args.seed, args.caption_key)
-        source.announce()
-        resizer = "centre crop, then Pillow's Lanczos, JPEGs decoded small"
-    then = f"; from {size}×{size} averaged down as in training" if averaged else ""
-    return source, resizer + then
+        return Coco(args.data, args.images, resolution, args.count, args.seed), RESIZER
+    source = sources.open_data(args.data, resolution, args.seed, args.caption_key)
+    source.announce()
+    return source, "centre crop, then Pillow's Lanczos, JPEGs decoded small"
 
 
 def describe(args, clip, generator, resolution, resizer, extractors, captions, skipped):
     """The protocol: what the numbers depend on. captions, skipped: see extract_real."""
-    highest, own = generator.config.levels[-1].resolution, own_resolution(generator, resolution)
-    made = f"{highest}×{highest}"
-    if own != highest:
-        made += f", of which its own output at {own}×{own}, not resized"
-    elif resolution != own:
+    own = own_resolution(generator, resolution)
+    made = f"its output at {own}×{own}"
+    if own != resolution:
         made += f", resized to {resolution}×{resolution} by antialiased bicubic"
     half, candidates = len(captions) // 2, min(CANDIDATES, len(set(captions[: args.count])))
     fewer = f"; with {args.count} it would be lower" if half < args.count else ""
@@ -128,10 +115,6 @@ def describe(args, clip, generator, resolution, resizer, extractors, captions, s
         "seed": args.seed,
         "versions": f"PyTorch {torch.__version__}, Python {platform.python_version()}",
     }
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# What is measured.
 
 
 def measure_all(draws, captions, real, args, resolution, extractors):
@@ -166,10 +149,12 @@ def evaluate(args, device):
         upsampler = load_upsampler(args.upsampler, clip, device) if args.upsampler else None
         inference.prepare(generator)
         resolution = args.resolution or (upsampler or generator).config.resolutions[-1]
-        source, resizer = open_source(args, generator, resolution)
+        source, resizer = open_source(args, resolution)
         specs = {"images": args.features, "texts": args.clip}
         extractors = {name: load_extractor(spec, device) for name, spec in specs.items()}
     captions, real, skipped = extract_real(source, args.count, resolution, extractors)
+    if note := latent.unread(clip, captions):
+        distributed.say(note)
     real = {name: features.to(device) for name, features in real.items()}
     protocol = describe(args, clip, generator, resolution, resizer, extractors, captions, skipped)
     width = max(map(len, protocol))

@@ -4,8 +4,6 @@ Prompts and interpolation between them, layers, noise, walks, and which expert t
 open the page, unless --host allows others. It needs no network.
 """
 
-import common.interrupts  # noqa: F401
-
 import contextlib
 import functools
 import json

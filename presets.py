@@ -117,7 +117,6 @@ class Recipe:
     crop: int = 0  # side of the random crops of its input that the upsampler learns from; 0: it sees whole pictures
     l1_weight: float = 0.0  # of the distance of pixels to the real picture; of the upsampler
     perceptual_weight: float = 0.0  # of the perceptual distance to it
-    perceptual_network: str = "efficientnet"  # that measures it, see weights/perceptual.py
     fid_factor: float = 1.5  # κ: a resolution is done when FID ≤ κ · reference FID
     augment: tuple[str, ...] = ()  # what the discriminator sees pictures through, see augment.py
     recompute: bool = False  # for memory: gradient checkpointing in the generator, and R1 of half the images at a time
@@ -263,7 +262,7 @@ PRESETS = {
         ), clip_maps=()),
         Recipe(
             steps=300_000, batch=512, images_per_phase={128: 0, 256: 0}, ema_half_life=160_000, fid_samples=10_000,
-            fid_every=500_000, recompute=True, l1_weight=10.0, perceptual_weight=5.0, perceptual_network="vgg16",
+            fid_every=500_000, recompute=True, l1_weight=10.0, perceptual_weight=5.0,
         ),
     ),
     # The second stage on one CPU core: emoji at 256×256, learned from crops.

@@ -3,8 +3,6 @@
 Also interpolates between two prompts, shows which expert took which point, and enlarges a picture of yours.
 """
 
-import common.interrupts  # noqa: F401
-
 import shlex
 import sys
 from pathlib import Path

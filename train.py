@@ -5,8 +5,6 @@ learns against it and towards CLIP, and the moving average follows. The resoluti
 near the FID between two sets of real images, when it stops falling, or after a number of images.
 """
 
-import common.interrupts  # noqa: F401
-
 import argparse
 import dataclasses
 import shlex
@@ -41,7 +39,7 @@ from training.plan import print_plan
 from training.run_folder import RunFolder
 from training.small_clip import clip_for, clip_of_new_run
 from weights import checkpoint, generator_file
-from weights.perceptual import perceptual_network
+from weights.efficientnet import load_efficientnet
 
 NUM_PICTURES = 24
 
@@ -105,8 +103,7 @@ def build(args, device):
         clip = load_clip(str(clip), device)
         preset = fitted_to(preset, clip.width, clip.map_shapes())
         torch.manual_seed(args.seed)
-        if perceptual := perceptual_network(recipe):
-            perceptual.to(device)
+        perceptual = load_efficientnet(features_only=True).to(device) if recipe.perceptual_weight else None
         learner = Learner(preset, clip, device, dtype, batch, perceptual)
         growth = Growth(recipe, learner.resolutions, clip, args.seed, preset.generator)
         source = sources.open_data(

@@ -14,8 +14,6 @@ Differences from the paper:
 - Truncation, which scales z, is ours.
 """
 
-import common.interrupts  # noqa: F401
-
 import itertools
 import math
 
@@ -124,10 +122,6 @@ class Ladaformer(nn.Module):
     def forward(self, x):
         x = x + self.attention(self.norm1(x))
         return x + self.mlp(self.norm2(x))
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The networks.
 
 
 def orthogonal(module):

@@ -12,8 +12,6 @@ Differences from the paper:
 - Codes that no image uses are moved to vectors of images (Codebook.restart).
 """
 
-import common.interrupts  # noqa: F401
-
 import math
 
 import torch
@@ -23,6 +21,7 @@ from torch import nn
 from attention import merge_heads, split_heads
 from baselines.shared import System, main
 from common import distributed
+from common.cli import UserError
 from losses import perceptual_distance
 
 # The VQGAN.
@@ -45,7 +44,6 @@ MASK = -1  # in place of an unknown token
 STEPS = 24
 TEMPERATURE = 4.5  # scale of the confidence's noise at the first step
 GUIDANCE = 3.0
-EDIT_SHARE, EDIT_ITERATIONS, EDIT_GUIDANCE, EDIT_TOP_K = 0.08, 100, 4.0, 3
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -155,10 +153,6 @@ def patch_discriminator(width=32):
     return nn.Sequential(*first, *second, nn.Conv2d(2 * width, 1, 3, padding=1))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The transformer.
-
-
 class Attention(nn.Module):
     """Attention of x [B, N, D] to a context [B, T, context_dim]. visible: an optional mask [B, 1, 1, T]."""
 
@@ -233,10 +227,6 @@ def uniform(shape, noise, device):
     return torch.rand(shape, generator=noise).to(device)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Decoding.
-
-
 def gumbel(shape, noise, device):
     """Standard Gumbel noise: argmax(logits + noise) is k with probability softmax(logits)ₖ."""
     return -torch.log(-torch.log(uniform(shape, noise, device).clamp(1e-20, 1 - 1e-7)))
@@ -271,22 +261,6 @@ def fill(network, tokens, text, noise, steps=STEPS, guidance=GUIDANCE):
         confidence = certainty + TEMPERATURE * (1 - progress) * gumbel(drawn.shape, noise, logits.device)
         tokens = keep_certain(tokens, drawn, confidence, (unknown * math.cos(math.pi / 2 * progress)).floor())
     return tokens
-
-
-def resample(network, tokens, text, noise, iterations=EDIT_ITERATIONS):
-    """Mask-free editing: in each iteration, a few random tokens [B, H, W] are replaced, given the text."""
-    count = torch.full((len(tokens),), EDIT_SHARE * tokens[0].numel(), device=tokens.device)
-    for _ in range(iterations):
-        chosen = lowest(uniform(tokens.shape, noise, tokens.device), count)
-        logits = guided_logits(network, tokens.masked_fill(chosen, MASK), text, EDIT_GUIDANCE)
-        likely, index = logits.topk(EDIT_TOP_K)
-        choice = (likely + gumbel(likely.shape, noise, likely.device)).argmax(-1, keepdim=True)
-        tokens = torch.where(chosen, index.gather(-1, choice)[..., 0], tokens)
-    return tokens
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The system.
 
 
 class Muse(System):
@@ -346,15 +320,13 @@ class Muse(System):
         correct = ((logits.argmax(-1) == tokens) & masked).sum() / masked.sum()
         return {"transformer_loss": loss, "accuracy": correct, "masked": masked.float().mean()}
 
-    def draw(self, text, noise, edit=None):
-        """An image for each caption. edit: an image [3, R, R] to change toward the captions, without a mask."""
-        vqgan, ema = self.networks.vqgan, self.networks.ema
-        if edit is not None:
-            tokens = vqgan.encode(edit[None]).expand(len(text.eot), -1, -1)
-            return vqgan.decode(resample(ema, tokens, text, noise))
+    def draw(self, text, noise, truncation):
+        """An image for each caption. Raises UserError for a truncation other than 1, which Muse does not have."""
+        if truncation != 1:
+            raise UserError("--truncation: Muse does not have this option; leave it out")
         side = self.resolution // FACTOR
         tokens = torch.full((len(text.eot), side, side), MASK, device=self.device)
-        return vqgan.decode(fill(ema, tokens, text, noise))
+        return self.networks.vqgan.decode(fill(self.networks.ema, tokens, text, noise))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ python -m baselines.stylegan_t sample "red heart" --num 6
 
 import copy
 import importlib
-import inspect
 import json
 import sys
 from pathlib import Path
@@ -32,7 +31,7 @@ from common.distributed import say
 from data import sources
 from layers import parameter_groups
 from sampling import latent
-from sampling.files import MOST, check_picture, read_picture, save
+from sampling.files import MOST, check_picture, save
 from sampling.pictures import grid, in_range, to_pil
 from step import ema_weight, rng_of
 from training.loop import Loop
@@ -43,9 +42,6 @@ SYSTEMS = {"StyleGANT": "stylegan_t", "LadaGAN": "ladagan", "Muse": "muse"}  # {
 RESOLUTIONS = 32, 64
 NUM_PICTURES = 24  # in a grid of samples
 IDENTITY = "data", "caption-key", "clip", "resolution", "batch", "seed"  # options that cannot change when a run resumes
-
-# ----------------------------------------------------------------------------------------------------------------------
-# A system.
 
 
 class System:
@@ -94,22 +90,15 @@ class System:
         return torch.randn(count, self.networks.generator.z_dim, generator=noise).to(self.device)
 
     @torch.no_grad()
-    def sample(self, text, seed, count, **options):
-        """`count` images for each of P captions, one caption after another: [P · count, 3, R, R] in [−1, 1].
-
-        options: those of `draw`.
-        """
+    def sample(self, text, seed, count, truncation=1.0):
+        """`count` images for each of P captions, one caption after another: [P · count, 3, R, R] in [−1, 1]."""
         text = Text(*(x.repeat_interleave(count, dim=0) for x in text))
-        return self.draw(text, torch.Generator().manual_seed(seed), **options)
+        return self.draw(text, torch.Generator().manual_seed(seed), truncation)
 
-    def draw(self, text, noise, truncation=1.0):
+    def draw(self, text, noise, truncation):
         """An image for each caption. truncation: 1 is full variety, 0 the mean image of each caption."""
         z = self.sample_z(len(text.embedding), noise)
         return self.networks.ema(z, text.embedding, truncation).clamp(-1, 1)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The command.
 
 
 def main(system_class):
@@ -138,7 +127,6 @@ def main(system_class):
     add("--num", type=positive_int, default=4, help="pictures for each prompt")
     add("--seed", type=natural_number, default=0)
     add("--truncation", type=a_truncation, default=1.0, help="1: full variety; 0: the mean picture of each prompt")
-    add("--edit", type=a_path, help="a square picture for Muse to change toward the prompts")
     generator = Path("runs") / name / "generator_ema.safetensors"
     add("--checkpoint", type=a_path, default=generator, help="a run's folder or its generator file")
     add("--out", type=a_path, default=Path("sample.png"), help="the picture to write")
@@ -196,10 +184,6 @@ def run(system_class, name, args, device):
     loop.conclude()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Files.
-
-
 def save_run(loop, system):
     """Writes a checkpoint and the generator file, unless a weight is not finite."""
     if all(p.isfinite().all() for p in system.networks.parameters()):
@@ -217,7 +201,7 @@ def restore(system, state):
         optimizer.load_state_dict(state["optimizers"][name])
 
 
-def drawing(system):
+def drawing_networks(system):
     """The networks that drawing needs, as one module."""
     return nn.ModuleDict({name: system.networks[name] for name in system.for_sampling})
 
@@ -226,26 +210,18 @@ def generator_file(system, notes):
     """→ tensors and metadata of the file that `load` reads."""
     about = {"resolution": system.resolution, "notes": notes}
     metadata = {"system": type(system).__name__, "about": json.dumps(about), "clip": system.clip.name}
-    return drawing(system).state_dict(), metadata
+    return drawing_networks(system).state_dict(), metadata
 
 
 @torch.no_grad()
 def sample(system_class, name, args):
     latent.check(args.prompt)
-    check_picture(args.out, args.edit)
+    check_picture(args.out)
     if (pictures := len(args.prompt) * args.num) > MOST:
         raise UserError(f"{pictures} pictures are too many for one file; ask for {MOST} at most")
     system, _ = load(system_class, args.checkpoint)
-    options = {"truncation": args.truncation} if args.truncation != 1 else {}
-    if args.edit:
-        options["edit"] = args.edit
-    for option in options:
-        if option not in inspect.signature(system.draw).parameters:
-            raise UserError(f"--{option}: {system_class.__name__} does not have this option; leave it out")
-    if args.edit:
-        options["edit"] = read_picture(args.edit, system.resolution)
     latent.print_notes(system.clip.text, args.prompt)
-    images = in_range(system.sample(system.clip.read(args.prompt), args.seed, args.num, **options))
+    images = in_range(system.sample(system.clip.read(args.prompt), args.seed, args.num, args.truncation))
     captions = [prompt for prompt in args.prompt for _ in range(args.num)]
     picture = grid([to_pil(image) for image in images], captions, columns=args.num)
     save([picture], args.out, as_texts(args))
@@ -253,15 +229,13 @@ def sample(system_class, name, args):
 
 
 def system_of(path):
-    """The class of the system that wrote a generator file, or None if it is not of this folder. Raises UserError."""
+    """The class of the system that wrote a generator file, or None if it is not of this folder."""
     try:
         with safe_open(path, "pt") as file:
             name = (file.metadata() or {}).get("system")
     except (OSError, SafetensorError):  # its next reader reports what is wrong
         return None
-    if name and name not in SYSTEMS:
-        raise UserError(f"{path} was written by the system {name}; known are {', '.join(SYSTEMS)}")
-    return getattr(importlib.import_module(f"baselines.{SYSTEMS[name]}"), name) if name else None
+    return getattr(importlib.import_module(f"baselines.{SYSTEMS[name]}"), name) if name in SYSTEMS else None
 
 
 def load(system_class, path, device="cpu"):
@@ -275,13 +249,13 @@ def load(system_class, path, device="cpu"):
     try:
         about, learned_with = json.loads(metadata["about"]), metadata["clip"]
         clip = load_clip(about["notes"]["clip"], device)
-        if clip.name != learned_with:
-            name = about["notes"]["clip"]
-            raise UserError(f"{path} learned with {learned_with}, but {name} is now {clip.name}; restore that file")
         system = system_class(clip, about["resolution"], torch.device(device))
-        drawing(system).load_state_dict(tensors)
+        drawing_networks(system).load_state_dict(tensors)
     except UserError:
         raise
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"{path} is damaged, or of an earlier version ({first_line(error)}); train it again") from error
+    if clip.name != learned_with:
+        name = about["notes"]["clip"]
+        raise UserError(f"{path} learned with {learned_with}, but {name} is now {clip.name}; restore that file")
     return system, about["notes"]

@@ -17,8 +17,6 @@ Differences from the paper:
 - Both losses of the generator are means over the batch. The authors' code accumulates gradients and averages only one.
 """
 
-import common.interrupts  # noqa: F401
-
 import math
 
 import torch
@@ -65,7 +63,7 @@ class SecondOrderStyle(Affine):
 class SynthesisLayer(nn.Module):
     """A modulated convolution, noise and a leaky ReLU: [B, C, H, W] and w [B, w_dim] → [B, D, R, R].
 
-    noise: "const", a map that belongs to the weights; "none"; or a torch.Generator, for a new map for each image.
+    noise: "const", a map that belongs to the weights; or a torch.Generator, for a new map for each image.
     """
 
     def __init__(self, conv, resolution, w_dim, gain=LAYER_GAIN):
@@ -79,7 +77,7 @@ class SynthesisLayer(nn.Module):
         x = self.conv(x, w)
         if noise == "const":
             x = x + self.noise_strength * self.noise_const
-        elif noise != "none":
+        else:
             x = x + self.noise_strength * torch.randn(len(x), 1, *x.shape[2:], generator=noise).to(x)
         return lrelu(x).clamp(-MAX_ACTIVATION, MAX_ACTIVATION) * self.gain
 
@@ -257,10 +255,6 @@ class Discriminator(nn.Module):
         return [head(x, c) for head, x in zip(self.heads, taps, strict=True)]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The losses.
-
-
 def mean_logit(logits):
     """The mean over tokens and samples, then over taps."""
     return torch.stack([x.mean() for x in logits]).mean()
@@ -286,10 +280,6 @@ def blur(images, sigma):
 def blur_sigma(images_seen, resolution):
     """σ of the discriminator's blur in pixels. It falls linearly to 0 at BLUR_IMAGES."""
     return BLUR_SHARE * resolution * max(0.0, 1 - images_seen / BLUR_IMAGES)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The system.
 
 
 class StyleGANT(System):

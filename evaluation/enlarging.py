@@ -6,8 +6,6 @@ The perceptual distance is a mean over the pictures, from EfficientNet's feature
 this distance. The Fréchet distance is between EfficientNet's features of enlarged and of true pictures at 224×224.
 """
 
-import common.interrupts  # noqa: F401
-
 import itertools
 
 import torch
@@ -68,25 +66,21 @@ def compare(enlargers, source, small, large, count, device="cpu"):
     """
     network, features_of = load_efficientnet(features_only=True).to(device), efficientnet(device).images
     of_true, distances, features = [], {name: [] for name in enlargers}, {name: [] for name in enlargers}
-    with tqdm(total=count, leave=False) as bar:
-        for batch in source.evaluation_pairs(BATCH, count=count):
-            true, captions = batch.images.to(device), batch.captions
-            maps = network(true)
-            of_true.append(features_of(to_pixels(true, large)).cpu())
-            for name, enlarge in enlargers.items():
-                made = enlarge(F.interpolate(true, small, mode="area"), captions, large).clamp(-1, 1)
-                distances[name].append(perceptual_distance(network(made), maps).cpu())
-                features[name].append(features_of(to_pixels(made, large)).cpu())
-            bar.update(len(true))
-    if (found := sum(map(len, of_true))) < count:
-        raise UserError(f"--count {count}: the data has {found} usable images; ask for no more")
-    return {
-        name: {
-            "perceptual": torch.cat(parts).mean().item(),
-            "fd": fid(torch.cat(features[name]), torch.cat(of_true)),
-        }
-        for name, parts in distances.items()
-    }
+    for batch in tqdm(source.evaluation_pairs(BATCH, count=count), leave=False):
+        true = batch.images.to(device)
+        maps = network(true)
+        of_true.append(features_of(to_pixels(true, large)).cpu())
+        for name, enlarge in enlargers.items():
+            made = enlarge(F.interpolate(true, small, mode="area"), batch.captions, large).clamp(-1, 1)
+            distances[name].append(perceptual_distance(network(made), maps).cpu())
+            features[name].append(features_of(to_pixels(made, large)).cpu())
+    of_true, results = torch.cat(of_true), {}
+    if len(of_true) < count:
+        raise UserError(f"--count {count}: the data has {len(of_true)} usable images; ask for no more")
+    for name in enlargers:
+        distance = fid(torch.cat(features[name]), of_true)
+        results[name] = {"perceptual": torch.cat(distances[name]).mean().item(), "fd": distance}
+    return results
 
 
 def main():

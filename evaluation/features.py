@@ -13,7 +13,6 @@ from tqdm import tqdm
 from common import distributed
 from common.cli import UserError
 from evaluation.metrics import compare_images, compare_texts, fid, fid_of_halves
-from layers import resize
 from sampling import latent
 from sampling.pictures import to_bytes
 
@@ -33,11 +32,6 @@ def to_pixels(images, resolution):
     if images.shape[-1] != resolution:
         images = F.interpolate(images, resolution, mode="bicubic", antialias=True)
     return to_bytes(images)
-
-
-def real_pixels(images, resolution):
-    """Like to_pixels, but averaged down like the discriminator's real images in training."""
-    return to_pixels(resize(images, resolution), resolution)
 
 
 @torch.no_grad()
@@ -72,7 +66,7 @@ def extract_real(source, count, resolution, extractors):
         for batch in source.evaluation_pairs(BATCH, rank, world_size, 2 * count):
             skipped.update(batch.skipped)
             captions.extend(batch.captions)
-            yield real_pixels(batch.images, resolution)
+            yield to_pixels(batch.images, resolution)
 
     with distributed.together():
         features = extract(batches(), extractors)
@@ -117,12 +111,9 @@ def embed(extractor, captions):
     return torch.cat([extractor.texts(part).cpu() for part in parts])
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# All measures of a generator. The extractor "images" is for distances, "texts" compares images with captions.
-
-
 def measure(draw, captions, real, count, seed, resolution, extractors):
-    """Draws an image for each of the first `count` captions → {measure: number}.
+    """Draws an image for each of the first `count` captions → {measure: number}. The extractor "images" is for
+    distances, "texts" compares images with captions.
 
     captions, real: see extract_real. The FID is to the real images of the same captions, as usual. That to other real
     images is comparable to the FID between two sets of real images, which have no captions in common either. Both
@@ -141,19 +132,8 @@ def measure_real(captions, real, count, extractors):
     """The measures of real images: distances between their two halves, and how well they match their captions."""
     own = captions[:count]
     texts = embed(extractors["texts"], own).to(real["texts"].device)
-    rows = list({caption: row for row, caption in enumerate(own)}.values())
-    _, counts = F.normalize(texts[rows], dim=1).mul(1e5).round().unique(dim=0, return_counts=True)
-    if alike := int(counts[counts > 1].sum()):
-        distributed.say(
-            f"note: {alike} of {len(rows)} captions look like others to the network of the CLIP score, which may not "
-            "know their language; R-precision counts them as wrong"
-        )
     distances = {OTHERS: fid_of_halves(real["images"]), READ_BY_CLIP: fid_of_halves(real["texts"])}
     return distances | compare_texts(real["texts"][:count], texts, own)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The features for the FID during training.
 
 
 @torch.no_grad()
@@ -163,16 +143,13 @@ def extract_clip_features(clip, images):
 
 
 def extract_fake_features(generator, clip, captions, resolution, seed, given=()):
-    """CLIP features [N, D] of one generated image for each caption at a resolution, on all ranks.
+    """CLIP features [N, D], on the CPU, of one generated image for each caption at a resolution; for training's FID.
 
     given: for an Upsampler, its inputs from upsampler.given_images.
     """
-    z = latent.noise(generator, len(captions), seed)
-    share = -(-len(captions) // distributed.world_size())
-    # distributed.gather needs equal shares, so the last ones wrap around.
-    mine = torch.arange(distributed.rank() * share, (distributed.rank() + 1) * share) % len(captions)
-    captions_of_mine, given = [captions[i] for i in mine], tuple(images[mine] for images in given)
+    z, mine = share(latent.noise(generator, len(captions), seed)), share(captions)
+    given = tuple(share(images) for images in given)
     batch = max(1, BATCH * 64 // max(64, resolution))  # large images need memory
-    outputs = latent.generate(generator, clip, captions_of_mine, z[mine], resolution, batch=batch, given=given)
-    features = [extract_clip_features(clip, output.image.clamp(-1, 1)) for output in outputs]
-    return distributed.gather(torch.cat(features))[: len(captions)]
+    outputs = latent.generate(generator, clip, mine, z, resolution, batch=batch, given=given)
+    features = [extract_clip_features(clip, output.image.clamp(-1, 1)).cpu() for output in outputs]
+    return gather(mine, {"clip": features})[1]["clip"]

@@ -8,10 +8,9 @@ The model has no switches for this: a variant is another preset, or replaces a c
 measured. Finished runs are not repeated, so two commands can share the variants between two cores.
 """
 
-import common.interrupts  # noqa: F401
-
 import contextlib
 import dataclasses
+import itertools
 import json
 import statistics
 import time
@@ -20,11 +19,9 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
 import aurora
-import discriminator
 from clip import load_clip
 from common.cli import Parser, UserError, a_path, errors_in_one_line, finite_number, positive_int
 from common.disk import write_text
@@ -37,13 +34,10 @@ from presets import PRESETS, UpsamplerConfig, fitted_to
 from router import Router
 from step import Learner
 from text import TextHead
-from weights.perceptual import perceptual_network
+from weights.efficientnet import load_efficientnet
 
 CPU = torch.device("cpu")
 COUNT, COUNT_LARGE = 1000, 96  # measured pictures of the base and of the second stage
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The variants.
 
 
 class RouterWithoutW(Router):
@@ -67,11 +61,6 @@ class UnreadText(TextHead):
         return super().forward(torch.zeros_like(tokens), torch.zeros_like(eot))
 
 
-def tied_dot_product_attention(qk, v):
-    """softmax(q·qᵀ/√d)·v, which replaces the discriminator's squared_l2_attention."""
-    return (qk @ qk.mT / qk.shape[-1] ** 0.5).softmax(-1) @ v
-
-
 @dataclass
 class Variant:
     """The differences from the full model."""
@@ -79,7 +68,7 @@ class Variant:
     recipe: dict = field(default_factory=dict)  # fields of the recipe
     generator: dict = field(default_factory=dict)  # fields of the generator's config
     levels: dict = field(default_factory=dict)  # fields of every level of the generator that has them
-    replaced: tuple = ()  # (module, name, substitute)
+    replaced: tuple = ()  # module, name, substitute
 
     def preset(self, full):
         changed = []
@@ -89,35 +78,25 @@ class Variant:
         generator = dataclasses.replace(full.generator, levels=tuple(changed), **self.generator)
         return dataclasses.replace(full, generator=generator, recipe=dataclasses.replace(full.recipe, **self.recipe))
 
-    @contextlib.contextmanager
     def in_place(self):
-        """A context in which the substitutes replace Aurora's own."""
-        with contextlib.ExitStack() as stack:
-            for module, name, substitute in self.replaced:
-                stack.enter_context(mock.patch.object(module, name, substitute))
-            yield
+        """A context in which the substitute replaces Aurora's own."""
+        return mock.patch.object(*self.replaced) if self.replaced else contextlib.nullcontext()
 
 
 BASE = {
     "full": Variant(),
-    "router without w": Variant(replaced=((aurora, "Router", RouterWithoutW),)),
+    "router without w": Variant(replaced=(aurora, "Router", RouterWithoutW)),
     "one expert": Variant(levels={"num_experts": 1}),
     "no matching loss": Variant(recipe={"matching_weight_discriminator": 0.0, "matching_weight_generator": 0.0}),
     "no CLIP loss": Variant(recipe={"clip_weight": 0.0}),
-    "no MTM": Variant(replaced=((aurora, "DeformableConv2d", UndeformedConv2d),)),
+    "no MTM": Variant(replaced=(aurora, "DeformableConv2d", UndeformedConv2d)),
     "no adaptive kernels": Variant(levels={"num_kernels": 1}),
-    "dot-product attention": Variant(
-        replaced=(
-            (aurora, "l2_attention", F.scaled_dot_product_attention),
-            (discriminator, "squared_l2_attention", tied_dot_product_attention),
-        )
-    ),
     "not progressive": Variant(recipe={"images_per_phase": {4: 0, 8: 0}}),
 }
 SECOND_STAGE = {
     "full": Variant(),
     "L1 only": Variant(recipe={"adversarial_weight": 0.0, "clip_weight": 0.0, "perceptual_weight": 0.0}),
-    "no text": Variant(replaced=((aurora, "TextHead", UnreadText),)),
+    "no text": Variant(replaced=(aurora, "TextHead", UnreadText)),
     "no noise on the input": Variant(generator={"input_noise": 0.0}),
     "inputs without distortion": Variant(generator={"input_bend": 0.0, "input_stain": 0.0}),
     "one expert": Variant(levels={"num_experts": 1}),
@@ -140,10 +119,6 @@ def full_preset(name):
     )
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# A run and its results.
-
-
 def learn(preset, seed, minutes):
     """Trains on the emoji for some minutes of processor time → the Learner, and the number of images.
 
@@ -152,18 +127,17 @@ def learn(preset, seed, minutes):
     clip, recipe = load_clip(preset.clip_model), preset.recipe
     torch.manual_seed(seed)
     preset = fitted_to(preset, clip.width, clip.map_shapes())
-    learner = Learner(preset, clip, CPU, torch.float32, recipe.batch, perceptual_network(recipe))
+    perceptual = load_efficientnet(features_only=True) if recipe.perceptual_weight else None
+    learner = Learner(preset, clip, CPU, torch.float32, recipe.batch, perceptual)
     resolutions = learner.resolutions
+    starts = [0, *itertools.accumulate(recipe.images_per_phase[r] for r in resolutions[:-1])]
     source = sources.open_data("emoji", resolutions[-1], seed, group=preset.discriminator.group)
     batches = sources.loader(source, 0, recipe.batch, workers=0)
     ends, number = time.process_time() + 60 * minutes, 0
     while time.process_time() < ends:
-        phase, left = 0, number * recipe.batch
-        while phase < len(resolutions) - 1 and left >= recipe.images_per_phase[resolutions[phase]]:
-            left -= recipe.images_per_phase[resolutions[phase]]
-            phase += 1
-        if learner.active != resolutions[: phase + 1]:
-            learner.learn_at(resolutions[: phase + 1])
+        active = [r for r, start in zip(resolutions, starts, strict=True) if start <= number * recipe.batch]
+        if learner.active != active:
+            learner.learn_at(active)
         learner.step(number, learner.prepare(seed, number, [next(batches)]))
         number += 1
     return learner, number * recipe.batch
@@ -200,12 +174,8 @@ def run_all(preset, names, seeds, minutes, out):
         path = out / preset / f"{minutes:g}-minutes" / name.replace(" ", "-") / f"{seed}.json"
         if not path.is_file():
             path.parent.mkdir(parents=True, exist_ok=True)
-            written = json.dumps(run(VARIANTS[preset][name], full_preset(preset), seed, minutes))
-            write_text(path, written)
-        try:
-            results[name].append(json.loads(path.read_text("utf-8")))
-        except ValueError as error:
-            raise UserError(f"{path} is damaged; delete it, and give the same command again") from error
+            write_text(path, json.dumps(run(VARIANTS[preset][name], full_preset(preset), seed, minutes)))
+        results[name].append(json.loads(path.read_text("utf-8")))
     return results
 
 
@@ -233,12 +203,9 @@ def main():
     args = parser.parse_args()
     with errors_in_one_line():
         known = VARIANTS[args.preset]
-        names = list(dict.fromkeys(args.only or known))
+        names = args.only or list(known)
         if unknown := set(names) - known.keys():
             raise UserError(f"no variant {min(unknown)!r}; choose from: {', '.join(known)}")
-        if args.minutes <= 0:
-            raise UserError(f"--minutes {args.minutes:g}: give a positive number")
-        args.out.mkdir(parents=True, exist_ok=True)
         torch.set_num_threads(1)
         print(table(run_all(args.preset, names, args.seeds, args.minutes, args.out)))
 

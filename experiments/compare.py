@@ -4,57 +4,46 @@
         LadaGAN=runs/ladagan Muse=runs/muse
 
 A system is Aurora or one of baselines/: a run's folder or its generator_ema.safetensors. All draw the same captions and
-are measured with the networks of evaluate.py. Times are processor time, so other processes do not count. The table, its
-numbers as JSON and a picture go to --out.
+are measured with the networks of evaluate.py. Times of sampling are processor time, so other processes do not count.
+The table, its numbers as JSON and a picture go to --out.
 """
-
-import common.interrupts  # noqa: F401
 
 import argparse
 import functools
 import json
+import time
+import timeit
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from aurora import Generator
-from baselines.shared import load, system_of
+from baselines.shared import drawing_networks, load, system_of
 from common.cli import MADE_BY, Parser, UserError, a_path, check_file, errors_in_one_line, positive_int
 from common.disk import write_text
 from data import sources
 from data.emoji import read_emoji
-from discriminator import Discriminator
 from evaluation import emoji
 from evaluation.extractors import load_extractor
 from evaluation.features import BATCH, drawing, extract_real, measure, measure_real, to_pixels
 from evaluation.metrics import NEIGHBOURS
-from experiments.bench import peak_memory, processor_seconds
-from presets import PRESETS
 from sampling import inference
 from sampling.files import check_picture, save
 from sampling.pictures import grid, to_pil
 from training.plan import FlopCounter
-from training.run_folder import step_of
 from weights.generator_file import generator_of, load_generator
 
 PROMPTS = ["red heart", "grinning face", "fox", "hot dog", "red apple", "automobile", "sun", "man astronaut"]
 NAMES = 50  # for the variety
-REAL = "real pictures"  # the name of their column
 
 
 class Entry(NamedTuple):
     """A trained system, ready to draw."""
 
     draw: Callable  # see features.drawing
-    sampling: int  # parameters used for sampling
-    trained: int | None  # trained parameters, with the discriminator's
+    parameters: int  # used for sampling
     notes: dict  # of the run that trained it
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Loading systems.
 
 
 def open_system(path, resolution):
@@ -66,11 +55,7 @@ def open_system(path, resolution):
 def open_aurora(path, resolution):
     generator, clip, notes = load_generator(path)
     inference.prepare(generator)
-    trained = None
-    if preset := PRESETS.get(notes.get("preset")):
-        with torch.device("meta"):
-            trained = count(Generator(preset.generator), Discriminator(preset.discriminator))
-    return Entry(drawing(generator, clip, resolution), count(generator), trained, notes)
+    return Entry(drawing(generator, clip, resolution), count(generator), notes)
 
 
 def open_baseline(system_class, path):
@@ -81,45 +66,32 @@ def open_baseline(system_class, path):
         for first in range(0, len(captions), BATCH):
             yield system.sample(system.clip.read(captions[first : first + BATCH]), seed + first, 1)
 
-    learning = [network for name, network in system.networks.items() if name != "ema"]
-    return Entry(draw, count(*(system.networks[name] for name in system.for_sampling)), count(*learning), notes)
+    return Entry(draw, count(drawing_networks(system)), notes)
 
 
-def count(*networks):
-    return sum(parameter.numel() for network in networks for parameter in network.parameters())
+def count(network):
+    return sum(parameter.numel() for parameter in network.parameters())
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# What is measured.
+def measure_cost(entry):
+    """The cost of training, and of a picture, including reading its caption."""
 
+    def draw(size):
+        return list(entry.draw(PROMPTS[:1] * size, 0))
 
-def measure_training(entry, path):
-    """Images and hours until the generator was saved: processor time if its folder has a log, else wall-clock time."""
-    notes, log = entry.notes, path.parent / "metrics.jsonl"
-    seconds = notes.get("seconds", 0)
-    if log.is_file():
-        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-        rows = [json.loads(line) for line in lines if 0 < step_of(line) <= notes.get("step", 0)]  # no cut line
-        if spent := [row["cpu_seconds"] for row in rows if "cpu_seconds" in row]:  # else of another program
-            seconds = sum(spent)
-    return {
-        "training images, thousands": notes.get("images", 0) / 1e3,
-        "training, hours (of a processor, if logged)": seconds / 3600,
-        "parameters trained, M": entry.trained and entry.trained / 1e6,
-    }
+    def milliseconds(size):
+        """The minimum processor time for a picture; time of other processes does not count."""
+        return 1e3 * min(timeit.repeat(lambda: draw(size), timer=time.process_time, repeat=3, number=1)) / size
 
-
-def measure_sampling(entry):
-    """The cost of a picture, including reading its caption."""
-    few, many = (lambda size=size: list(entry.draw(PROMPTS[:1] * size, 0)) for size in (1, BATCH))
     with FlopCounter() as counter:
-        few()
+        draw(1)
     return {
-        "parameters of sampling, M": entry.sampling / 1e6,
+        "training images, thousands": entry.notes.get("images", 0) / 1e3,
+        "training, hours": entry.notes.get("seconds", 0) / 3600,
+        "parameters of sampling, M": entry.parameters / 1e6,
         "GFLOP a picture": counter.total / 1e9,
-        "ms a picture, batch 1": 1e3 * processor_seconds(few),
-        f"ms a picture, batch {BATCH}": 1e3 * processor_seconds(many) / BATCH,
-        f"peak memory, batch {BATCH}, MB": peak_memory(many) / 2**20,
+        "ms a picture, batch 1": milliseconds(1),
+        f"ms a picture, batch {BATCH}": milliseconds(BATCH),
     }
 
 
@@ -139,19 +111,15 @@ def compare(args):
     extractors, captions, real = real_emoji(args.count, args.resolution)
     samples, columns, panels, titles = read_emoji(), {}, [], []
     for name, entry in entries.items():
-        columns[name] = measure_training(entry, paths[name]) | measure_sampling(entry)
+        columns[name] = measure_cost(entry)
         columns[name] |= measure(entry.draw, captions, real, args.count, 0, args.resolution, extractors)
         columns[name]["variety"], _ = emoji.variety(entry.draw, samples, 0, NAMES)
         print(f"{name}: {', '.join(f'{what} {shown(value)}' for what, value in columns[name].items())}", flush=True)
         drawn = torch.cat([to_pixels(images, args.resolution) for images in entry.draw(PROMPTS, 0)])
         panels += [to_pil(image / 127.5 - 1) for image in drawn]
         titles += [f"{name}: {prompt}" for prompt in PROMPTS]
-    columns[REAL] = measure_real(captions, real, args.count, extractors)
+    columns["real pictures"] = measure_real(captions, real, args.count, extractors)
     return columns, grid(panels, titles, len(PROMPTS))
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The table.
 
 
 def markdown(rows):
@@ -162,7 +130,9 @@ def markdown(rows):
 
 def shown(value):
     """A number with at least three digits; — for None."""
-    return "—" if value is None else f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+    if value is None:
+        return "—"
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 def table(columns):
@@ -177,8 +147,6 @@ def named_system(text):
     name, _, path = text.partition("=")
     if not (name and path):
         raise argparse.ArgumentTypeError(f"{text}: write NAME=PATH, for example StyleGAN-T=runs/stylegan_t")
-    if name == REAL or set(name) & set("|\r\n"):
-        raise argparse.ArgumentTypeError(f"{text}: the table has no room for this NAME; give another")
     return name, path
 
 

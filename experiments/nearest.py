@@ -5,8 +5,6 @@
 Nearness is the cosine between features of EfficientNet-lite0. A picture that equals its neighbour is memorized.
 """
 
-import common.interrupts  # noqa: F401
-
 import itertools
 from pathlib import Path
 
@@ -16,7 +14,7 @@ import torch.nn.functional as F
 from common.cli import Parser, UserError, a_path, add_data, errors_in_one_line, natural_number
 from data import sources
 from evaluation.extractors import load_extractor
-from evaluation.features import BATCH, real_pixels, to_pixels
+from evaluation.features import BATCH, to_pixels
 from sampling import files, inference, latent
 from sampling.pictures import grid, in_range, to_pil
 from weights.generator_file import DEMO, load_generator
@@ -45,7 +43,7 @@ def panels(generator, clip, prompts, source, seed, extractor):
     source.report(source.skips)
     if not examples:
         raise UserError("none of the training pictures can be used; give other --data")
-    pixels = torch.cat([real_pixels(image[None], resolution) for image, _ in examples])
+    pixels = torch.cat([to_pixels(image[None], resolution) for image, _ in examples])
     cosines, indices = nearest(extract(extractor, to_pixels(made, resolution)), extract(extractor, pixels))
     pictures, captions = [], []
     for row, prompt in enumerate(prompts):

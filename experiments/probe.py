@@ -6,8 +6,6 @@ It prints, in bits, the mutual information between the expert that took a point 
 with the points of each image shuffled.
 """
 
-import common.interrupts  # noqa: F401
-
 import itertools
 import math
 

@@ -1,10 +1,12 @@
 """Attention against its formula, and the memory it takes."""
 
+import gc
+import itertools
+
 import pytest
 import torch
 
 import attention
-from experiments.bench import peak_memory
 from tests.conftest import assert_same_gradients, double
 
 torch.manual_seed(0)
@@ -33,6 +35,16 @@ def test_near_points_far_from_the_origin_keep_their_distances(dtype, tolerance):
     v = torch.eye(50)[None, None].to(dtype)
     ours = attention.l2_attention(8 * q, 8 * k, v).double()
     assert ours.sub(attention.l2_attention_plain(8 * q.double(), 8 * k.double(), v.double())).abs().max() < tolerance
+
+
+def peak_memory(function):
+    """The peak bytes of PyTorch's CPU allocator during a call, minus those before."""
+    gc.collect()  # otherwise older garbage may be freed during the call
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        function()
+    events = (event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]")
+    changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    return max(itertools.accumulate(changes))
 
 
 def test_memory_in_training_is_linear_in_the_points(monkeypatch):

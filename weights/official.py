@@ -1,18 +1,15 @@
-"""The authors' released weights, `aurora_v1.pth`, in our generator.
-
-Every size is read from the names and shapes of the state dict, except the number of heads.
-"""
+"""The authors' released weights, `aurora_v1.pth`, in our generator."""
 
 import contextlib
+import dataclasses
 import re
-from collections.abc import Mapping
 
 import torch
 
 from aurora import Generator
-from presets import GeneratorConfig, Level
+from presets import PRESETS
 
-NUM_HEADS = 8
+RELEASE = dataclasses.replace(PRESETS["aurora-64"].generator, mix_tokens=False)  # its configuration
 
 # Their names → ours, applied in order. A name that becomes "" has nothing learned: constant resampling filters, a
 # transform of the Fourier features that a user may set, and the second name of each MLP.
@@ -39,93 +36,37 @@ RENAMES = [
 ]
 
 
-def load_official(source):
+def load_official(source, config=RELEASE):
     """The generator with the authors' weights, in float32 and eval mode.
 
     source: the dict in `aurora_v1.pth`, with the moving average `generator_smooth` or else `generator`; or a state dict
-    of tensors or arrays. Raises ValueError if names or shapes are not an Aurora generator's.
+    of tensors or arrays. Raises ValueError if its names or shapes are not those of this configuration.
     """
-    names = {"generator_smooth", "generator", "synthesis.net.0.0.freqs"}
-    if not isinstance(source, Mapping) or names.isdisjoint(source):
-        raise ValueError("this is not a checkpoint of the authors' generator: its names are others")
-    state = source.get("generator_smooth", source.get("generator", source))
     with reading("Aurora's generator"):
-        config, prefixes = read_architecture({name: tuple(value.shape) for name, value in state.items()})
+        state = source.get("generator_smooth", source.get("generator", source))
         with torch.device("meta"):
             generator = Generator(config)
-        renames = [(f"^{re.escape(theirs)}", prefix) for theirs, prefix in prefixes.items()]
-        translated = stack_experts(renamed(state, renames + RENAMES))
+        translated = stack_experts(renamed(state, layer_names(config) + RENAMES))
         generator.load_state_dict(reshaped(translated, generator), assign=True)
     return generator.requires_grad_(True).eval()
 
 
-def read_architecture(shapes):
-    """{name: shape} → the GeneratorConfig, and {their prefix: our prefix} for the synthesis network."""
-    resolutions = numbers(shapes, r"synthesis\.output_res_(\d+)x\d+\.bias")
-    convs, attentions = group_layers(shapes)
-    prefixes = {f"synthesis.output_res_{r}x{r}.": f"synthesis.levels.{i}.to_rgb." for i, r in enumerate(resolutions)}
-    for i, blocks in enumerate(convs):
-        prefixes |= {theirs: f"synthesis.levels.{i}.blocks.{j}." for j, theirs in enumerate(blocks)}
-    for i, blocks in enumerate(attentions):
-        prefixes |= {theirs: f"synthesis.levels.{i}.attentions.{j}." for j, theirs in enumerate(blocks)}
-    prefixes["synthesis.net.0.0."] = "synthesis.levels.0.blocks.0.fourier."
-    prefixes["synthesis.net.0.1."] = "synthesis.levels.0.blocks.0.conv."
+def layer_names(config):
+    """Their single list of layers → our levels, in the form of RENAMES.
 
-    (text_dim,) = shapes["text_head.transformer.res_blocks.0.ln_1.weight"]
-    mapping_dim, mapping_input = shapes["mapping.dense0.weight"]
-    attention_dims = [shape[0] for name, shape in shapes.items() if name.endswith("self_attn.to_v.weight")]
-    config = GeneratorConfig(
-        levels=tuple(read_level(shapes, *level) for level in zip(resolutions, convs, attentions, strict=True)),
-        fourier_channels=shapes["synthesis.net.0.0.freqs"][0],
-        z_dim=mapping_input - text_dim,
-        w_dim=shapes["w_avg"][0],
-        mapping_layers=len(numbers(shapes, r"mapping\.dense(\d+)\.")),
-        mapping_dim=mapping_dim,
-        clip_width=shapes.get("text_head.align_dim.weight", (text_dim, text_dim))[1],
-        text_dim=text_dim,
-        text_layers=len(numbers(shapes, r"text_head\.transformer\.res_blocks\.(\d+)\.")),
-        mix_tokens=False,
-        num_heads=NUM_HEADS,
-        head_dim=max(attention_dims, default=NUM_HEADS) // NUM_HEADS,
-    )
-    return config, prefixes
-
-
-def group_layers(shapes):
-    """Their single list of layers → for each resolution, the prefixes of its convolution and attention blocks."""
-    convs, attentions = [[]], [[]]
-    for layer in numbers(shapes, r"synthesis\.net\.(\d+)\."):
-        theirs = f"synthesis.net.{layer}.0."
-        if theirs + "norm.weight" in shapes:
-            attentions[-1].append(theirs)
-            continue
-        if theirs + "conv1.filter" in shapes:  # only the upsampling convolution, a resolution's first, has one
-            convs.append([])
-            attentions.append([])
-        convs[-1].append(theirs)
-    return convs, attentions
-
-
-def read_level(shapes, resolution, convs, attentions):
-    num_kernels, _, channels, *_ = shapes[f"synthesis.output_res_{resolution}x{resolution}.weight"]
-    attention = re.escape((attentions or ["none"])[0])
-    # The start block has a single convolution, after its Fourier features.
-    last_conv = "synthesis.net.0.1." if convs == ["synthesis.net.0.0."] else convs[-1] + "conv2."
-    return Level(
-        resolution,
-        channels,
-        num_blocks=len(convs),
-        num_kernels=num_kernels,
-        attn_depth=len(numbers(shapes, attention + r"attn_blocks\.(\d+)\.")),
-        num_experts=len(numbers(shapes, attention + r"attn_blocks\.0\.ff\.net\.(\d+)\.0\.")),
-        deformable=last_conv + "mtm_bias" in shapes,
-    )
-
-
-def numbers(shapes, pattern):
-    """The different numbers that match (\\d+) in the names, sorted."""
-    matches = (re.match(pattern, name) for name in shapes)
-    return sorted({int(match[1]) for match in matches if match})
+    A level has their layers in turn: a convolution block and, if it has attention, an attention block.
+    """
+    start = "synthesis.levels.0.blocks.0."  # Fourier features and a single convolution
+    names = [(r"^synthesis\.net\.0\.0\.", start + "fourier."), (r"^synthesis\.net\.0\.1\.", start + "conv.")]
+    layer = 0
+    for i, level in enumerate(config.levels):
+        ours, side = f"synthesis.levels.{i}.", level.resolution
+        names.append((rf"^synthesis\.output_res_{side}x{side}\.", ours + "to_rgb."))
+        for j in range(level.num_blocks):
+            for kind in ("blocks", "attentions") if level.attn_depth else ("blocks",):
+                names.append((rf"^synthesis\.net\.{layer}\.0\.", f"{ours}{kind}.{j}."))
+                layer += 1
+    return names
 
 
 def stack_experts(translated):
@@ -137,18 +78,16 @@ def stack_experts(translated):
     return translated | {name: torch.stack([value for _, value in sorted(x.items())]) for name, x in stacks.items()}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# For the weights of any authors: other names, other shapes of the same numbers, other scales.
-
-
 @contextlib.contextmanager
 def reading(what):
-    """Raises ValueError, in one line, if a state dict does not fit."""
+    """Raises ValueError, in one line, if a state dict of these or other authors does not fit."""
     try:
         yield
     except (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[-200:]
-        raise ValueError(f"this is not the authors' state of {what}, or not all of it: … {reason}") from error
+        raise ValueError(
+            f"this is not the authors' state of {what}, not all of it, or of another size: … {reason}"
+        ) from error
 
 
 def renamed(state, renames):

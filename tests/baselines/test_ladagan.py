@@ -7,10 +7,9 @@ import torch
 
 from baselines import ladagan
 from baselines.ladagan import AdditiveAttention
-from tests.weights.test_official import FIXTURES, load_renamed, read
+from tests.weights.test_official import load_renamed, read
 from weights.generator_file import without_prefix
 
-AUTHORS = FIXTURES[0].parent / "ladagan_small.npz"
 # {the authors' names: ours}. They name levels by their number of points.
 BLOCK_RENAMES = [
     (r"\.ln_(\d)\.", r".norm\1."),
@@ -41,13 +40,9 @@ DISCRIMINATOR_RENAMES = [
 ]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The authors' weights.
-
-
 @torch.no_grad()
 def test_outputs_are_the_authors():
-    state, io = read(AUTHORS)
+    state, io = read("ladagan_small")
     io = {key: torch.from_numpy(value) for key, value in io.items()}
     generator = ladagan.Generator(64, width=128, num_heads=(4, 4, 2), hidden=(64, 48, 32), z_dim=16)
     discriminator = ladagan.Discriminator([8, 16, 32], 4, hidden=64, code_channels=48, logit_channels=64)
@@ -65,10 +60,6 @@ def test_size_of_the_paper():
     with torch.device("meta"):
         generator = ladagan.Generator(32, width=1024, z_dim=128)
     assert sum(p.numel() for p in generator.parameters()) / 1e6 == pytest.approx(19.9, abs=0.05)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Formulas.
 
 
 @torch.no_grad()

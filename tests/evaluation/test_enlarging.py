@@ -1,13 +1,9 @@
 """Enlarged pictures are compared with what they were."""
 
-import itertools
-
 import numpy as np
-import pytest
 import torch
 
 from clip import load_minilm
-from common.cli import UserError
 from evaluation import enlarging
 from tests import figures
 from upsampler import Upsampler, enlarge
@@ -26,23 +22,6 @@ def test_a_better_enlarger_is_nearer_and_the_true_pictures_are_nearest(monkeypat
     for measure in ("perceptual", "fd"):
         order = [found[name][measure] for name in enlargers]
         assert order == sorted(order), measure
-
-
-def test_exactly_as_many_pictures_are_measured_as_asked_for_or_it_is_refused(monkeypatch):
-    monkeypatch.setattr(enlarging, "efficientnet", lambda device: figures.GRID_MEANS)
-    seen, source = [], figures.Figures(32)
-
-    def counted(images, captions, resolution):
-        seen.append(len(images))
-        return torch.zeros(len(images), 3, 32, 32)
-
-    enlargers = {"counted": counted}
-    enlarging.compare(enlargers, source, 16, 32, count=9)
-    assert seen == [8, 1]
-    few = source.examples
-    monkeypatch.setattr(source, "examples", lambda *share: itertools.islice(few(*share), 5))
-    with pytest.raises(UserError, match="--count 9: the data has 5 usable images"):
-        enlarging.compare(enlargers, source, 16, 32, count=9)
 
 
 def test_an_upsampler_enlarges_what_it_is_given_and_what_a_generator_draws():

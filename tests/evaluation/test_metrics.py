@@ -5,6 +5,7 @@ import pytest
 import scipy.linalg
 import torch
 
+from common.cli import UserError
 from evaluation import metrics
 
 
@@ -30,6 +31,12 @@ def test_the_distance_between_halves_is_between_different_images():
     """The distance of a set to itself would be zero."""
     x = torch.cat([torch.zeros(4, 3), torch.ones(4, 3), 9 * torch.ones(1, 3)])  # the ninth is in neither half
     assert metrics.fid_of_halves(x) == pytest.approx(3)
+
+
+def test_equal_sets_are_refused():
+    same = torch.randn(8, 3)
+    with pytest.raises(UserError, match="are the same"):
+        metrics.compare_images(same, same)
 
 
 def naive_own_caption_first(images, texts, captions):

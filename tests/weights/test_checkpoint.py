@@ -3,7 +3,6 @@
 import os
 import re
 import shutil
-import stat
 from dataclasses import replace
 from unittest.mock import Mock
 
@@ -164,10 +163,6 @@ def killed_after(number, patch, folder):
     return False
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Files.
-
-
 def test_a_file_written_atomically_is_the_old_one_or_the_new_one_and_touches_no_other(tmp_path):
     path, others = tmp_path / "x.png", ("x.png.tmp", ".x.png.tmp", "x.tmp")
     for name in others:
@@ -184,18 +179,6 @@ def test_a_file_written_atomically_is_the_old_one_or_the_new_one_and_touches_no_
     assert all((tmp_path / name).read_text() == "mine" for name in others)
 
 
-def test_a_file_has_the_permissions_of_any_other_and_may_have_a_long_name(tmp_path):
-    path, other = tmp_path / ("x" * 250), tmp_path / "other"
-    other.write_text("")
-    for write in (lambda temporary: temporary.write_text("new"), lambda temporary: save_file({}, temporary)):
-        disk.atomically(path, write)
-        assert stat.S_IMODE(path.stat().st_mode) == stat.S_IMODE(other.stat().st_mode)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Weights to start from.
-
-
 def test_weights_to_start_from(tmp_path, generator_config):
     weights = checkpoint.load_weights(save(tmp_path))
     assert torch.equal(weights["generator"]["w"], WEIGHT) and torch.equal(weights["ema"]["w"], WEIGHT + 1)
@@ -210,23 +193,23 @@ def test_weights_to_start_from(tmp_path, generator_config):
         assert torch.equal(value, generator.state_dict()[name])
 
 
-@pytest.mark.parametrize(
-    "content", [None, b"", b"PK\x03\x04", b"not a checkpoint" * 100, "list", "legacy", "folder", "foreign", "truncated"]
-)
+@pytest.mark.parametrize("content", ["missing", "empty", "garbage", "foreign", "list", "legacy", "folder", "truncated"])
 def test_a_file_without_weights_is_one_clear_line(tmp_path, content):
     path = tmp_path / "x.pth"
-    if content == "folder":
-        path.mkdir()
+    if content == "empty":
+        path.touch()
+    elif content == "garbage":
+        path.write_bytes(b"not a checkpoint" * 100)
+    elif content == "foreign":
+        save_file({"x": torch.ones(2)}, path)
     elif content == "list":
         torch.save([1, 2], path)
     elif content == "legacy":
         torch.save({"weights": torch.zeros(3)}, path, _use_new_zipfile_serialization=False)
-    elif content == "foreign":
-        save_file({"x": torch.ones(2)}, path)
+    elif content == "folder":
+        path.mkdir()
     elif content == "truncated":
         path.write_bytes(figures.generator_file().read_bytes()[:50_000])
-    elif content is not None:
-        path.write_bytes(content)
     with pytest.raises(UserError, match=r"x\.pth") as caught:
         checkpoint.load_weights(path)
     assert len(str(caught.value).splitlines()) == 1
