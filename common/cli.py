@@ -34,8 +34,6 @@ def errors_in_one_line():
     status 2. Any other exception is a bug and keeps its traceback.
     """
     print_on_any_console()
-    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # see common/interrupts.py; files are to be finished
-        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         yield
         sys.stdout.flush()

@@ -53,10 +53,3 @@ def test_text_files_are_utf_8_whatever_the_locale(path):
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Call) and getattr(node.func, "attr", "") in ("read_text", "write_text"):
             assert "utf-8" in ast.get_source_segment(source, node), f"line {node.lineno}"
-
-
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_ctrl_c_ends_a_command_during_its_imports_without_a_traceback(path):
-    """Importing torch takes seconds."""
-    if '__name__ == "__main__"' in path.read_text(encoding="utf-8") and "torch" in imported(path):
-        assert next(imported(path)) == "common.interrupts"
