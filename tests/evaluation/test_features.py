@@ -95,11 +95,13 @@ def shard(tmp_path):
 
 @pytest.mark.parametrize("kind", ["shard", "folder"])
 def test_real_features_do_not_depend_on_the_number_of_ranks(kind, tmp_path, monkeypatch):
+    data = tmp_path
     if kind == "shard":
-        write_shard(tmp_path / "0.tar", [{**good(i), "txt": f"picture {i}\nthe {i}th".encode()} for i in range(11)])
+        data = tmp_path / "0.tar"
+        write_shard(data, [{**good(i), "txt": f"picture {i}\nthe {i}th".encode()} for i in range(11)])
     else:
-        figures.write(tmp_path, count=11)
-    source = sources.open_data(str(tmp_path), 16, seed=0)
+        figures.write(data, count=11)
+    source = sources.open_data(str(data), 16, seed=0)
 
     def work():
         return features.extract_real(source, 5, 16, MEANS)
