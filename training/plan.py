@@ -7,6 +7,7 @@ compare the counts with formulas and with real steps. The time is the counts div
 share of its peak rates.
 """
 
+import warnings
 import weakref
 from collections import Counter
 from pathlib import Path
@@ -202,7 +203,8 @@ def empty_batch(learner, size):
 def clip_without_weights(spec):
     """The CLIP of a preset or of --clip, with its shapes and without weights. Raises UserError."""
     if spec == "train" or BUILT_IN.get(spec, Path(spec)).is_file():
-        return new_small(MiniLM())
+        with warnings.catch_warnings(action="ignore"):  # nn.TransformerEncoder copies its layer, which has no content
+            return new_small(MiniLM())
     name = spec.partition(":")[0]
     if name not in open_clip.list_models():
         raise UserError(
