@@ -161,7 +161,7 @@ class FourierFeatures(nn.Module):
 
 
 def level_conv(config, level, in_channels):
-    """A level's last convolution, which may be deformable."""
+    """The last convolution of a block, which is deformable if the level says so."""
     if level.deformable:
         return DeformableConv2d(in_channels, level.channels, config.w_dim, level.num_kernels)
     return ModulatedConv2d(in_channels, level.channels, 3, config.w_dim, level.num_kernels)

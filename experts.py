@@ -19,10 +19,11 @@ class Experts(nn.Module):
 
     forward: points [P, C], expert_index [P], gate [P] → gate · expert(point), [P, C]. The points are sorted by expert,
     so that each expert multiplies one contiguous slice; together this costs as much as one expert over all points. No
-    point is ever dropped. An expert without points multiplies an empty slice, and its gradient is zero. All experts
-    share one parameter tensor, which always gets a gradient, so DDP never waits. On a GPU, Triton kernels run all
-    experts at once; tests compare both.
-    For top-k routing call this once for each choice, and add the results. An assertion refuses several experts a point.
+    point is ever dropped. An expert without points multiplies an empty slice, and its gradient is zero. Each of the
+    four parameters is one tensor for all experts, so it always gets a gradient, and DDP never waits. On a GPU, Triton
+    kernels run all experts at once; tests compare both.
+    For top-k routing call this once for each choice, and add the results. An assertion fails if a point has several
+    experts.
     """
 
     def __init__(self, dim, num_experts):

@@ -24,7 +24,7 @@ PATIENCE = 10  # evaluations without a better FID after which a phase ends
 class Phase:
     """The state of the growth; part of a run's checkpoint."""
 
-    number: int = 0  # index of the active resolution
+    number: int = 0  # index of the highest active resolution
     images: int = 0  # real ones seen at this resolution
     best_fid: float = float("inf")  # at this resolution
     evaluations_since_best: int = 0

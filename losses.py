@@ -3,8 +3,8 @@ then those that only some recipes use.
 
 A pyramid contains an image for each active resolution. The discriminator scores each image after every stage that it
 passes. A *prediction* is named (input, stage), by their resolutions. `scales`, {resolution: weight}, weighs images.
-The CLIP loss and the mode-seeking loss are of a micro-batch on all ranks, which without gradient accumulation is the
-global batch. The others are means over a rank's images; DDP averages their gradients over ranks.
+The CLIP loss is of a micro-batch on all ranks, which without gradient accumulation is the global batch. The others are
+means over a rank's images; DDP averages their gradients over ranks.
 """
 
 import open_clip
@@ -234,7 +234,8 @@ def generator_loss(output, text, wrong, chances, discriminator, clip, recipe, re
     real: the pyramid of the true images. perceptual: a frozen network, images [B, 3, R, R] → feature maps. The
     upsampler's recipes need both.
     """
-    losses, weights, clip_maps = {"g_moe": moe_loss(output, recipe.balance_weight)}, {"g_moe": 1}, None
+    losses, weights = {"g_moe": moe_loss(output, recipe.balance_weight)}, {"g_moe": 1}
+    clip_maps = None
     if recipe.clip_weight:
         losses["g_clip"], clip_maps = pyramid_clip_loss(output.pyramid, text, clip, recipe)
         weights["g_clip"] = recipe.clip_weight

@@ -227,7 +227,7 @@ PRESETS = {
             ema_half_life=200_000, fid_samples=5_000, fid_every=200_000, lr_generator=2e-3, lr_discriminator=2e-3,
         ),
     ),
-    # A laptop without GPU: emoji at 64×64, whole Aurora in small.
+    # A laptop without GPU: emoji at 64×64, all of Aurora, small.
     "emoji": emoji(
         (192, 128, 96, 48, 24), (128, 160, 96, 48, 24), w_dim=192, head_dim=24, text_layers=1, batch=32,
         ema_half_life=10_000, r1_gamma=4.0, images_per_phase={4: 0, 8: 0, 16: 96_000, 32: 256_000}, fid_every=16_000,

@@ -101,7 +101,7 @@ class Learner:
         Triton the experts wait for the device, which a graph cannot record. With several ranks we record none, because
         we had no two GPUs to test whether a graph can replay NCCL's messages.
         """
-        alone = torch.cuda.is_available() and self.device.type == "cuda" and distributed.world_size() == 1
+        alone = self.device.type == "cuda" and distributed.world_size() == 1
         recorded = alone and routed_experts and not self.recipe.recompute
         r1_weights = 0, R1_INTERVAL  # one graph for each
         return Graphed(self.update_networks, r1_weights) if recorded else self.update_networks
@@ -120,8 +120,8 @@ class Learner:
         """This rank's batches of step `number` → a list of MicroBatch.
 
         The random numbers depend only on the seed and the step's number. They are drawn for the global batch, and each
-        rank uses its share, cut as sources.loader cuts the images: so a step is the same on any number of ranks. Losses
-        that use every fourth image of a rank are the same only if each rank has a multiple of four images.
+        rank uses its share, cut as sources.loader cuts the images: for the same images a step is the same on any number
+        of ranks. But if the CLIP loss sees every fourth of the lower images, it counts them on each rank.
         """
         config, rng = self.generator.config, rng_of(seed, number)
         z = torch.randn(self.batch, config.z_dim, generator=rng)
@@ -314,7 +314,7 @@ def rng_of(*numbers):
 
 
 def adam(network, lr, momentum=0.0):
-    """capturable: a CUDA graph can record its step. It also records the learning rates: after changing them, call
+    """capturable: a CUDA graph can record its step. The graph also keeps the learning rates: after changing them, call
     Learner.forget(). docs/extend.md shows a schedule.
     """
     on_gpu = next(network.parameters()).is_cuda

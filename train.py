@@ -73,7 +73,7 @@ def parse_args(argv=None):
 
 
 class Run(NamedTuple):
-    """The parts of a run, which `train` calls in order."""
+    """What a run consists of."""
 
     args: argparse.Namespace
     learner: Learner
@@ -110,23 +110,30 @@ def build(args, device):
             args.data, learner.resolutions[-1], args.seed, args.caption_key, preset.discriminator.group
         )
         loop = Loop(folder, args, batch, args.accumulate, args.steps or recipe.steps)
+        run = Run(args, learner, growth, source, loop)
         if state:
-            with loop.resuming(state):
-                if source.holds_out and not state.get("holds_out", True):
-                    say("note: when this run began, its data had too few pairs to hold any out; so none is now")
-                    source.holds_out = False
-                growth.phase = Phase(**state["phase"])
-                state["ema"] = checkpoint.moving_average(state)
-                learner.load_state_dict(state)
-            for name, then in state.get("recipe", {}).items():
-                if (now := getattr(recipe, name, then)) != then:
-                    say(f"note: {name} was {then}; now it is {now}")
-        if args.init and state:
-            say(f"note: --init {args.init} is not used, because the run in {args.out} is resumed")
+            resume(run, state)
         elif args.init:
             start_from(args, learner, growth)
     learner.learn_at(growth.active)
-    return Run(args, learner, growth, source, loop)
+    return run
+
+
+def resume(run, state):
+    """Restores everything from a checkpoint's state. Raises UserError if they do not fit together."""
+    args, learner, growth, source, loop = run
+    with loop.resuming(state):
+        if source.holds_out and not state["holds_out"]:
+            say("note: when this run began, its data had too few pairs to hold any out; so none is now")
+            source.holds_out = False
+        growth.phase = Phase(**state["phase"])
+        state["ema"] = checkpoint.moving_average(state)
+        learner.load_state_dict(state)
+    for name, then in state["recipe"].items():
+        if (now := getattr(learner.recipe, name, then)) != then:
+            say(f"note: {name} was {then}; now it is {now}")
+    if args.init:
+        say(f"note: --init {args.init} is not used, because the run in {args.out} is resumed")
 
 
 def check_division(batch, micro_batches, group):

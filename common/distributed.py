@@ -118,7 +118,7 @@ def say(message):
 
 def gather(x):
     """Concatenates x [B, …] over ranks, in their order. Each rank gets the sum of all ranks' gradients."""
-    return torch.cat(all_gather(x.contiguous())) if dist.is_initialized() else x
+    return torch.cat(all_gather(x.contiguous())) if world_size() > 1 else x
 
 
 def mean(x):

@@ -27,7 +27,7 @@ TRIED, SAMPLES_TRIED = 5, 300  # shards, and samples of each, that are read when
 STRETCH = 3  # samples, on average, that are read from one random place of a tar
 LANES = 8  # shards that are read from the front in turn
 BUFFER, BUFFER_BYTES = 2048, 2**27  # most samples in the shuffle buffer, and their most bytes
-BLOCK = 2**14  # samples after which a stream starts anew
+BLOCK, STREAM = 2**14, 2**17  # samples after which it starts anew; if shards are read from the front
 LONG_NAME = 8 * tarfile.BLOCKSIZE  # most bytes that a name of over 100 characters adds before its file's header
 ERRORS = (OSError, EOFError, tarfile.TarError, zlib.error)  # what reading a shard may raise
 GZIP = b"\x1f\x8b"  # first bytes of a compressed shard
@@ -42,7 +42,7 @@ class Shards(Source):
     and the pairs of a batch come from many shards. If any shard is compressed or a command, all are read from the
     front, LANES in turn.
 
-    After BLOCK samples a stream starts anew, with a seed made of the run's, the block's and its own. A resumed run
+    After a block of samples a stream starts anew, with a seed made of the run's, the block's and its own. A resumed run
     continues exactly if ranks, workers and batch are the same, and decodes nothing of the block's earlier batches.
 
     Shards that cannot be read or contain no usable sample are skipped. A hash of the picture holds out one sample in
@@ -50,10 +50,12 @@ class Shards(Source):
     """
 
     def __init__(self, urls, resolution, seed, caption_key=None):
-        self.urls = [url.removeprefix("file://") for url in urls]
-        found = [url for url in self.urls if command_of(url) or os.path.isfile(url)]
-        self.sizes = {url: 0 if command_of(url) else os.path.getsize(url) for url in found}  # bytes; 0 for a command
-        self.missing = [url for url in self.urls if url not in self.sizes]
+        given = [url.removeprefix("file://") for url in urls]
+        self.urls = [url for url in given if command_of(url) or os.path.isfile(url)]
+        self.sizes = {
+            url: 0 if command_of(url) else os.path.getsize(url) for url in self.urls
+        }  # bytes; 0: unknown
+        self.missing = [url for url in given if url not in self.sizes]
         if 2 * len(self.missing) > len(urls):
             raise UserError(f"--data: no such shard: {self.missing[0]}; write several as data/{{00000..00041}}.tar")
         name = urls[0] if len(urls) == 1 else f"{urls[0]} … {urls[-1]}"
@@ -125,7 +127,9 @@ class Shards(Source):
             yield from self.raw(urls[number], max(0, start), start + self.stretch)
 
     def from_whole_shards(self, rng):
-        """Endless samples of whole shards in random order. The first samples are left out, a random number of them."""
+        """Endless samples of whole shards in random order. A random number of samples is read and left out first, so
+        that the first ones of a shard are not more likely than others.
+        """
         shards = (self.raw(self.urls[rng.integers(len(self.urls))]) for _ in itertools.count())
         return itertools.islice(itertools.chain.from_iterable(shards), rng.integers(min(BLOCK, self.number)), None)
 
@@ -154,8 +158,8 @@ class Shards(Source):
             del ahead[:batch]
 
     def batches(self, steps, batch, rank, world_size):
-        worker, workers = steps.start % steps.step, steps.step  # also if the first step is another one
-        length = max(1, BLOCK // batch)  # of a block, in batches of this worker
+        worker, workers = steps.start % steps.step, steps.step  # a resumed run may begin at any step
+        length = max(1, (BLOCK if self.are_plain else STREAM) // batch)  # of a block, in batches of this worker
         first, done = divmod(steps.start // workers, length)
         for number in itertools.count(first):
             made = self.block(done, batch, number, rank, world_size, worker, workers)
@@ -227,9 +231,8 @@ def opened(url, start):
     with output_of(command) if command else open(url, "rb") as file:
         if plain:
             file.seek(start // tarfile.BLOCKSIZE * tarfile.BLOCKSIZE)
-        else:
-            if file.peek().startswith(GZIP):
-                file = gzip.open(file)  # noqa: SIM115 - unlike tarfile, it reads several streams in one file
+        elif file.peek().startswith(GZIP):
+            file = gzip.open(file)  # noqa: SIM115 - unlike tarfile, it reads several streams in one file
         with tarfile.open(fileobj=file, mode="r:" if plain else "r|", ignore_zeros=plain and start > 0) as tar:
             tar.ignore_zeros = True  # after the first header, damaged ones and the end of a first tar are skipped
             yield tar

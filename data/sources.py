@@ -75,7 +75,7 @@ class Source:
     def batches(self, steps, batch, rank, world_size):
         """For training: yields for each of the steps, a range without an end, a rank's share of `batch` pairs as Batch.
 
-        The seed and the number of a step determine its batch.
+        The seed and the number of a step determine its batch; with shards, also the numbers of ranks and workers.
         """
         raise NotImplementedError
 
@@ -155,8 +155,8 @@ class Source:
         self.report(self.skips)
 
     def evaluation_pairs(self, batch=64, rank=0, world_size=1, count=ENDLESS):
-        """Batches of a rank's share of the first `count` pairs: the held-out pairs, then those of training."""
-        left = len(range(rank, count, world_size))
+        """Batches of `count` pairs, shared by the ranks: of each rank's pairs first the held-out ones."""
+        left = len(range(rank, count, world_size))  # this rank's share of `count`
         for held_out in (True, False):
             for pairs in self.evaluation(batch, held_out, rank, world_size, left):
                 left -= len(pairs.captions)
@@ -220,7 +220,9 @@ def loader(source, first, batch, workers):
     options = {"batch_size": None, "num_workers": workers, "worker_init_fn": leave_signals_to_the_run}
     try:
         batches = iter(DataLoader(Stream(source, first, *share), **options))
-        for number in signals("SIGCHLD"):  # DataLoader's handler would raise in the middle of a step if a worker dies
+        for number in signals(
+            "SIGCHLD"
+        ):  # DataLoader has set a handler, which would raise in the middle of a step
             signal.signal(number, signal.SIG_DFL)
         yield from map(source.report, batches)
     except UserError as error:  # a worker's message contains its traceback

@@ -4,8 +4,8 @@
     python -m experiments.bench --cases experts attention  # some
 
 Each case is compared with its floor, the time of its multiplications at the speed of a large matrix product. The speed
-of a shared machine varies, so product and case alternate: compare only ratios. It computes in bfloat16 on a GPU, and in
-float32 on a CPU.
+of a shared machine varies, so product and case alternate: compare only ratios. It computes in bfloat16 on a GPU, where
+the floors of `sample` and `train` lack the experts' products, and in float32 on a CPU.
 """
 
 import functools
@@ -24,6 +24,7 @@ from experts import Experts
 from presets import PRESETS, fitted_to
 from sampling import inference
 from step import Learner
+from training.cuda_graph import WARM_UP
 from training.plan import FlopCounter
 
 TRAINED = {"emoji-gpu": 16, "small-64": 4}  # {preset: batch}
@@ -83,9 +84,18 @@ def training(stopwatch):
         learner = Learner(preset, clip, stopwatch.device, stopwatch.dtype, batch)
         batches = sources.loader(sources.open_data("emoji", learner.resolutions[-1], seed=0), 0, batch, workers=0)
         inputs = learner.prepare(0, 0, [next(batches)])
-        for number, kind in ((1, ""), (0, ", with R1")):
-            step = functools.partial(learner.step, number, inputs)
-            yield stopwatch.row(f"training step, {name}, batch {batch}{kind}", step)
+        steps = {kind: functools.partial(learner.step, number, inputs) for kind, number in (("", 1), (", with R1", 0))}
+        flop = {}
+        for kind, step in steps.items():
+            with FlopCounter() as counter:
+                step()
+            flop[kind] = counter.total
+        for step in WARM_UP * list(
+            steps.values()
+        ):  # then a GPU records graphs, which have no operators to count
+            step()
+        for kind, step in steps.items():
+            yield stopwatch.row(f"training step, {name}, batch {batch}{kind}", step, flop[kind])
 
 
 def experts(stopwatch):

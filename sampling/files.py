@@ -25,7 +25,7 @@ def check_picture(path, given=None):
     given: the picture that the user gave, which may also be of `save`.
     """
     if Image.registered_extensions().get(path.suffix.lower()) not in KINDS:
-        raise UserError(f"--out {path}: unknown picture format {path.suffix!r}; use .png or .jpg")
+        raise UserError(f"--out {path}: unknown picture format {path.suffix!r}; use .png, .jpg or .gif")
     if given and given.exists() and path.exists() and path.samefile(given):
         raise UserError(f"--out {path} is the picture that you gave; name another file with --out")
     check_file(path)

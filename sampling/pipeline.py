@@ -96,6 +96,8 @@ class Pipeline:
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         latent.check(prompts)
         check_seed(seed)
+        if num < 1:
+            raise UserError(f"num={num}: give 1 or more")
         return self.view(views.samples, prompts, num, int(seed), psi, numbers)
 
     def view(self, view, *arguments) -> list[views.Frame]:
@@ -122,6 +124,8 @@ class Pipeline:
     @torch.no_grad()
     def enlarge(self, image: torch.Tensor, caption: str, seed=0) -> Image.Image:
         """An image [3, R, R] in [−1, 1] of the second stage's input resolution, and its caption → a PIL image."""
+        if self.upsampler is None:
+            raise UserError("this model has no second stage; give an upsampler")
         check_seed(seed)
         latent.check([caption])
         frames = views.samples(self.upsampler, self.clip, [caption], 1, seed, 1.0)
@@ -163,7 +167,8 @@ def enlarge(upsampler, images, frames):
 @torch.no_grad()
 def draw(generator, frames, given=()):
     """Frames → Drawn, by one stage, in batches. given: for an Upsampler, its inputs from upsampler.given_images."""
-    w, local_text = (torch.stack(t) for t in list(zip(*frames, strict=True))[:2])
+    w = torch.stack([frame.w for frame in frames])
+    local_text = torch.stack([frame.local_text for frame in frames])
     outputs = []
     with inference.autocast(generator):
         for first in trange(0, len(frames), latent.BATCH, disable=len(frames) <= latent.BATCH, leave=False):

@@ -23,7 +23,7 @@ from data.pairs import CAUSES
 from layers import pyramid
 from upsampler import draw_input_noise, given_images
 
-MOST_REJECTED = 20  # A run ends after this number of updates in a row without finite gradients; a step has two.
+MOST_REJECTED = 20  # A run ends after so many updates without finite gradients, in steps in a row; a step has two.
 LASTING = 500  # A symptom is reported after this number of steps in a row.
 WATCHED = 128  # images of each kind that overfitting is measured with, on every rank
 AT_ONCE = 16  # of these images
@@ -32,7 +32,7 @@ AT_ONCE = 16  # of these images
 @dataclass
 class Progress:
     """The progress of a run; part of its checkpoint. It has no state of a random number generator: noise, data and
-    captions depend on the seed and the step's number alone.
+    captions depend on the seed and the step's number (with shards, also on the numbers of ranks and workers).
     """
 
     step: int = 0
@@ -46,7 +46,7 @@ class Loop:
 
         for number, batches in loop.steps(source):
             report = loop.count(learn(number, batches), batches)
-            loop.log(report)
+            loop.log(report | {"resolution": …})
             if loop.draws: …
             if loop.saves: …
 
@@ -88,8 +88,8 @@ class Loop:
     def count(self, scalars, batches):
         """Counts a step → its report, {name: number}: the means of its scalars over ranks.
 
-        The scalar `rejected` is the number of updates that were skipped as not finite; after MOST_REJECTED in a row
-        this raises UserError. If one rank was asked to stop, all ranks stop.
+        The scalar `rejected` is the number of updates that were skipped as not finite; after MOST_REJECTED in steps in
+        a row this raises UserError. If one rank was asked to stop, all ranks stop.
         """
         p, skipped = self.progress, sum((batch.skipped for batch in batches), Counter())
         mine = [*(skipped[cause] for cause in CAUSES), stopping.asked() or self.out_of_time]
@@ -114,7 +114,10 @@ class Loop:
         return report
 
     def log(self, report):
-        """Writes a line of the log, and moves the progress bar, which shows the values named `*_loss`."""
+        """Writes a line of the log, and moves the progress bar, which shows the values named `*_loss`.
+
+        report: of `count`, with the active resolution as "resolution".
+        """
         p, seconds = self.progress, time.perf_counter() - self.started
         p.seconds += seconds
         cpu_seconds = time.process_time() - self.cpu_started  # the cost on a shared machine
@@ -129,10 +132,10 @@ class Loop:
 
     def warn(self, report):
         """Reports a symptom once, after LASTING steps in a row; overfitting at once, as it is measured rarely."""
-        self.lasting = Counter({symptom: self.lasting[symptom] + 1 for symptom in symptoms(report)})
+        found = {symptom: steps for steps, symptom in symptoms(report)}
+        self.lasting = Counter({symptom: self.lasting[symptom] + 1 for symptom in found})
         for symptom, steps in self.lasting.items():
-            enough = 1 if "overfitting" in symptom else LASTING
-            if steps == enough and symptom not in self.reported:
+            if steps == found[symptom] and symptom not in self.reported:
                 say(f"warning, for {steps} step(s) now: {symptom}")
                 self.reported.add(symptom)
 
@@ -208,22 +211,19 @@ class Loop:
 
 
 def symptoms(report):
-    """Yields what is wrong according to a step's report, in words."""
+    """Yields what is wrong according to a step's report: the steps in a row after which it is reported, and words."""
     difference = report.get("logits_real", 1) - report.get("logits_fake", 0)
     if report.get("expert_min_share", 1) < 0.01:
-        yield "an expert gets almost no points (expert_min_share is below 1 %)"
+        yield LASTING, "an expert gets almost no points (expert_min_share is below 1 %)"
     if difference > 10:
-        yield (
-            "the discriminator is certain of every image (logits_real and logits_fake are more than 10 apart), so the "
-            "generator has little to learn from; a higher r1_gamma or a lower lr_discriminator may help"
-        )
+        advice = "the generator has little to learn from; a higher r1_gamma or a lower lr_discriminator may help"
+        apart = "logits_real and logits_fake are more than 10 apart"
+        yield LASTING, f"the discriminator is certain of every image ({apart}), so {advice}"
     if abs(difference) < 1e-4:
-        yield "the discriminator no longer tells real from generated (logits_real and logits_fake are the same)"
+        yield LASTING, "the discriminator no longer tells real from generated (logits_real equals logits_fake)"
     if report.get("overfitting", 0) > 0.5:
-        yield (
-            "the discriminator has memorized its training images (overfitting is above 0.5): to it, held-out images "
-            "look generated. More images help, or the recipe's `augment`"
-        )
+        advice = "to it, held-out images look generated. More images help, or the recipe's `augment`"
+        yield 1, f"the discriminator has memorized its training images (overfitting is above 0.5): {advice}"
 
 
 def watched_pairs(source, clip):
@@ -250,26 +250,26 @@ def overfitting(learner, pairs, seed):
     if not pairs:
         return {}
     seen, held_out = pairs
-    config, noise = learner.generator.config, torch.Generator().manual_seed(seed)
-    z = torch.randn(len(held_out[0]), config.z_dim, generator=noise)
-    small = draw_input_noise(config, len(held_out[0]), noise)
+    config, rng = learner.generator.config, torch.Generator().manual_seed(seed)
+    z = torch.randn(len(held_out[0]), config.z_dim, generator=rng)
+    input_noise = draw_input_noise(config, len(held_out[0]), rng)
 
     def mean_logit(images, text, generated=False):
         """Scores the images, AT_ONCE at a time. generated: replace them by generated ones."""
         logits = []
         for first in range(0, len(images), AT_ONCE):
             some = slice(first, first + AT_ONCE)
-            shown, captions = images[some], Text(*(x[some] for x in text))
+            shown, its_text = images[some], Text(*(x[some] for x in text))
             if generated:
-                given = given_images(config, shown, small[some])
+                given = given_images(config, shown, input_noise[some])
                 with learner.autocast():
-                    shown = learner.ema(*given, z[some].to(shown.device), *captions[:2], learner.active[-1]).pyramid
+                    shown = learner.ema(*given, z[some].to(shown.device), *its_text[:2], learner.active[-1]).pyramid
             else:
                 shown = pyramid(shown, learner.active)
-            logits.append(learner.score(shown, captions))
+            logits.append(learner.score(shown, its_text))
         return torch.cat(logits).mean()
 
-    real, new, fake = mean_logit(*seen), mean_logit(*held_out), mean_logit(*held_out, generated=True)
-    ratio = (real - new) / (real - fake).clamp(min=1e-6)
-    values = {"logits_seen": real, "logits_held_out": new, "logits_generated": fake, "overfitting": ratio}
+    real, unseen, fake = mean_logit(*seen), mean_logit(*held_out), mean_logit(*held_out, generated=True)
+    ratio = (real - unseen) / (real - fake).clamp(min=1e-6)
+    values = {"logits_seen": real, "logits_held_out": unseen, "logits_generated": fake, "overfitting": ratio}
     return {name: value.item() for name, value in values.items()}

@@ -37,7 +37,8 @@ PEAK = {"bfloat16": 312e12, "float32": 19.5e12, "moved": 2.04e12}
 # multiplied 76 TFLOP in bfloat16 and 8.5 TFLOP in float32, and moved 1.7 TB, at this share of the peak rates.
 SHARE_OF_PEAK = 0.40
 RESERVED = 10e9  # assumed: bytes for CUDA's context, NCCL's buffers and fragmentation
-# Images of the counted steps: multiples of four, as some losses use every fourth. Others are on a line through these.
+# Images of the counted steps. Others are on a line through these. CLIP may see every fourth of the lower images, so
+# these are multiples of four.
 REHEARSED = 4, 8
 GPUS = 1, 8, 64
 COLUMNS = "GPUs|--accumulate|images|memory, GB|bf16, TFLOP|fp32, TFLOP|traffic, TB|a step, s|days"
@@ -153,14 +154,15 @@ class Rehearsal:
         """The bytes at the peak of a step with R1 on a micro-batch of so many images."""
         return max(self.of(kind, images)["memory"] for kind in ("step", "r1"))
 
-    def fewest_micro_batches(self, share):
-        """A rank's share of the batch, in images → the fewest equal parts of it that fit into MEMORY. Raises UserError
-        if one image does not fit.
+    def fewest_micro_batches(self, share, group=1):
+        """A rank's share of the batch, in images → the fewest equal parts of whole groups that fit into MEMORY. Raises
+        UserError if one group does not fit.
         """
-        for number in range(1, share + 1):
-            if share % number == 0 and self.memory(share // number) <= MEMORY - RESERVED:
+        for number in range(1, share // group + 1):
+            if share % (number * group) == 0 and self.memory(share // number) <= MEMORY - RESERVED:
                 return number
-        raise UserError(f"one image takes {self.memory(1) / 1e9:.0f} GB, which does not fit; take a smaller preset")
+        needed = self.memory(group) / 1e9
+        raise UserError(f"{group} image(s) take {needed:.0f} GB, which does not fit; take a smaller preset")
 
     def work(self, share, micro_batches):
         """The counts of a mean step for a rank's share of the batch; R1 is in one step of R1_INTERVAL."""
@@ -223,16 +225,16 @@ def print_plan(args, preset):
     """Prints the plan. args: of train.py. Raises UserError."""
     print("Running steps with empty tensors; this takes minutes for a large preset …", flush=True)
     clip, batch = args.clip or preset.clip_model, args.batch or preset.recipe.batch
-    steps = args.steps or preset.recipe.steps
+    steps, group = args.steps or preset.recipe.steps, preset.discriminator.group
     count_as_on_gpu()
     rehearsal = Rehearsal(preset, clip)
     print(f"{args.preset} on A100 GPUs with 80 GB, global batch {batch}, {steps:,} steps, CLIP {clip}")
     print("".join(f"{name:>13s}" for name in COLUMNS.split("|")))
     for gpus in GPUS:
-        if batch % gpus:
+        if batch % (gpus * group):
             continue
         share = batch // gpus
-        micro_batches = rehearsal.fewest_micro_batches(share)
+        micro_batches = rehearsal.fewest_micro_batches(share, group)
         images, work = share // micro_batches, rehearsal.work(share, micro_batches)
         memory, tera = rehearsal.memory(images) / 1e9, [work[name] / 1e12 for name in PEAK]
         days = steps * seconds(work) / 86400

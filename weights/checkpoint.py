@@ -2,7 +2,8 @@
 
 A checkpoint is written once and never changed. The digest in its name is of state.pt, which contains the digest of the
 generator's file: so every changed bit is noticed. state.pt contains the networks without the moving average, the
-optimizers, the phase of growth, the recipe, the progress (step, skipped pairs, seconds) and what identifies the run.
+optimizers, the phase of growth, the recipe, the progress (step, skipped pairs, seconds), the name of the CLIP, whether
+pairs are held out, and what identifies the run.
 """
 
 import contextlib
