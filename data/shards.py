@@ -52,9 +52,7 @@ class Shards(Source):
     def __init__(self, urls, resolution, seed, caption_key=None):
         given = [url.removeprefix("file://") for url in urls]
         self.urls = [url for url in given if command_of(url) or os.path.isfile(url)]
-        self.sizes = {
-            url: 0 if command_of(url) else os.path.getsize(url) for url in self.urls
-        }  # bytes; 0: unknown
+        self.sizes = {url: 0 if command_of(url) else os.path.getsize(url) for url in self.urls}  # bytes; 0: unknown
         self.missing = [url for url in given if url not in self.sizes]
         if 2 * len(self.missing) > len(urls):
             raise UserError(f"--data: no such shard: {self.missing[0]}; write several as data/{{00000..00041}}.tar")

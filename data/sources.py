@@ -220,9 +220,7 @@ def loader(source, first, batch, workers):
     options = {"batch_size": None, "num_workers": workers, "worker_init_fn": leave_signals_to_the_run}
     try:
         batches = iter(DataLoader(Stream(source, first, *share), **options))
-        for number in signals(
-            "SIGCHLD"
-        ):  # DataLoader has set a handler, which would raise in the middle of a step
+        for number in signals("SIGCHLD"):  # DataLoader has set a handler, which would raise in the middle of a step
             signal.signal(number, signal.SIG_DFL)
         yield from map(source.report, batches)
     except UserError as error:  # a worker's message contains its traceback

@@ -90,9 +90,7 @@ def training(stopwatch):
             with FlopCounter() as counter:
                 step()
             flop[kind] = counter.total
-        for step in WARM_UP * list(
-            steps.values()
-        ):  # then a GPU records graphs, which have no operators to count
+        for step in WARM_UP * list(steps.values()):  # then a GPU records graphs, which have no operators to count
             step()
         for kind, step in steps.items():
             yield stopwatch.row(f"training step, {name}, batch {batch}{kind}", step, flop[kind])
