@@ -91,7 +91,7 @@ def open_source(args, resolution):
     return source, "centre crop, then Pillow's Lanczos, JPEGs decoded small"
 
 
-def describe(args, clip, generator, resolution, resizer, extractors, captions, skipped):
+def describe(args, text_encoder, generator, resolution, resizer, extractors, captions, skipped):
     """The protocol: what the numbers depend on. captions, skipped: see extract_real."""
     own = own_resolution(generator, resolution)
     made = f"its output at {own}×{own}"
@@ -102,7 +102,7 @@ def describe(args, clip, generator, resolution, resizer, extractors, captions, s
     reader = extractors["texts"].name
     return {
         "generator": f"{args.checkpoint.name}, {made}",
-        "prompts read by": clip.name,
+        "prompts read by": text_encoder.name,
         "data": Path(args.data).name,
         "images": f"{args.count} real ones, {args.count} generated, one for each caption",
         "real images": resizer,
@@ -145,26 +145,26 @@ def measure_emoji(draw, args, resolution, extractors):
 def evaluate(args, device):
     with distributed.together():
         check(args)
-        generator, clip, _ = load_generator(args.checkpoint, device, args.text_clip)
-        upsampler = load_upsampler(args.upsampler, clip, device) if args.upsampler else None
+        generator, text_encoder, _ = load_generator(args.checkpoint, device, args.text_clip)
+        upsampler = load_upsampler(args.upsampler, text_encoder, device) if args.upsampler else None
         inference.prepare(generator)
         resolution = args.resolution or (upsampler or generator).config.resolutions[-1]
         source, resizer = open_source(args, resolution)
         specs = {"images": args.features, "texts": args.clip}
         extractors = {name: load_extractor(spec, device) for name, spec in specs.items()}
     captions, real, skipped = extract_real(source, args.count, resolution, extractors)
-    if note := latent.unread(clip, captions):
+    if note := latent.unread(text_encoder, captions):
         distributed.say(note)
     real = {name: features.to(device) for name, features in real.items()}
-    protocol = describe(args, clip, generator, resolution, resizer, extractors, captions, skipped)
+    protocol = describe(args, text_encoder, generator, resolution, resizer, extractors, captions, skipped)
     width = max(map(len, protocol))
     for name, value in protocol.items():
         distributed.say(f"  {name:{width}s}  {value}")
-    draws = {"generated images": drawing(generator, clip, resolution, args.truncation)}
+    draws = {"generated images": drawing(generator, text_encoder, resolution, args.truncation)}
     if upsampler:
-        small = drawing(generator, clip, upsampler.config.input_resolution, args.truncation)
+        small = drawing(generator, text_encoder, upsampler.config.input_resolution, args.truncation)
         draws["enlarged by the second stage"] = enlarged(
-            small, enlarger(upsampler, clip), upsampler.config.resolutions[-1]
+            small, enlarger(upsampler, text_encoder), upsampler.config.resolutions[-1]
         )
     result = {"about": MADE_BY, "protocol": protocol} | measure_all(draws, captions, real, args, resolution, extractors)
     if args.data == "emoji":

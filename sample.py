@@ -136,7 +136,7 @@ def main():
             files.check_picture(args.out, args.enlarge)
         stages = args.upsampler, args.resolution
         pipe = Pipeline.load(args.checkpoint, args.device, args.dtype, args.clip, *stages)
-        latent.print_notes(pipe.clip, prompts)
+        latent.print_notes(pipe.text_encoder, prompts)
         if args.enlarge:
             enlarge(args, pipe, prompts)
         elif args.each:

@@ -82,7 +82,7 @@ def share(items):
     return items[distributed.rank() :: distributed.world_size()]
 
 
-def drawing(generator, clip, resolution, psi=1.0):
+def drawing(generator, text_encoder, resolution, psi=1.0):
     """A Generator → draw(captions, seed), a function of all captions that yields this rank's images in batches.
 
     The images are the output at `resolution` if it has one, else its highest. psi: the truncation.
@@ -91,7 +91,7 @@ def drawing(generator, clip, resolution, psi=1.0):
 
     def draw(captions, seed):
         z = share(latent.noise(generator, len(captions), seed))
-        for output in latent.generate(generator, clip, share(captions), z, own, psi, BATCH):
+        for output in latent.generate(generator, text_encoder, share(captions), z, own, psi, BATCH):
             yield output.image
 
     return draw

@@ -143,17 +143,17 @@ def learn(preset, seed, minutes):
     return learner, number * recipe.batch
 
 
-def measure_base(generator, clip):
+def measure_base(generator, text_encoder):
     resolution = generator.config.resolutions[-1]
     extractors, captions, real = real_emoji(COUNT, resolution)
-    found = measure(drawing(generator, clip, resolution), captions, real, COUNT, 0, resolution, extractors)
+    found = measure(drawing(generator, text_encoder, resolution), captions, real, COUNT, 0, resolution, extractors)
     return {name: found[name] for name in ("R-precision", "precision", "recall", "FID")}
 
 
-def measure_second_stage(upsampler, clip):
+def measure_second_stage(upsampler, text_encoder):
     """On held-out emoji, averaged down and enlarged again."""
     small, large = upsampler.config.input_resolution, upsampler.config.resolutions[-1]
-    source, enlargers = sources.open_data("emoji", large, 0), {"ours": enlarging.enlarger(upsampler, clip)}
+    source, enlargers = sources.open_data("emoji", large, 0), {"ours": enlarging.enlarger(upsampler, text_encoder)}
     found = enlarging.compare(enlargers, source, small, large, COUNT_LARGE)["ours"]
     return {"perceptual distance": found["perceptual"], "FD": found["fd"]}
 

@@ -53,9 +53,9 @@ def open_system(path, resolution):
 
 
 def open_aurora(path, resolution):
-    generator, clip, notes = load_generator(path)
+    generator, text_encoder, notes = load_generator(path)
     inference.prepare(generator)
-    return Entry(drawing(generator, clip, resolution), count(generator), notes)
+    return Entry(drawing(generator, text_encoder, resolution), count(generator), notes)
 
 
 def open_baseline(system_class, path):

@@ -43,10 +43,10 @@ def names_of_emoji(count):
 
 
 @torch.no_grad()
-def experts_know(generator, clip, captions):
+def experts_know(generator, text_encoder, captions):
     """→ {router: {what: bits}}."""
     z = latent.noise(generator, len(captions), seed=1)
-    drawn = draw(generator, views.frames(generator, z, latent.read(generator, clip, captions), 1, captions))
+    drawn = draw(generator, views.frames(generator, z, latent.read(generator, text_encoder, captions), 1, captions))
     rng = torch.Generator().manual_seed(0)
     result = {}
     for name, routing in drawn.routings.items():
@@ -67,11 +67,11 @@ def main():
     parser.add_argument("--count", type=positive_int, default=200, help="pictures")
     args = parser.parse_args()
     with errors_in_one_line():
-        generator, clip, _ = load_generator(args.checkpoint)
+        generator, text_encoder, _ = load_generator(args.checkpoint)
         if not routers(generator):
             raise UserError(f"{args.checkpoint} has no experts; give a model that draws 8×8 or more")
         captions = names_of_emoji(args.count)
-        for router, bits in experts_know(generator, clip, captions).items():
+        for router, bits in experts_know(generator, text_encoder, captions).items():
             print(f"Expert and object or background at {router}, {len(captions)} pictures, bits:")
             for what, value in bits.items():
                 print(f"  {what:34s} {value:.4f}")

@@ -29,19 +29,19 @@ def check(prompts):
             raise UserError("a prompt is not UTF-8 text, or contains a NUL character; remove its special characters")
 
 
-def read(generator, clip, prompts):
+def read(generator, text_encoder, prompts):
     """A list of texts → Prompt. Raises UserError, see `check`."""
     check(prompts)
-    text = clip.read(prompts)
+    text = text_encoder.read(prompts)
     return Prompt(*generator.text_head(text.tokens, text.eot))
 
 
-def notes(clip, prompt):
+def notes(text_encoder, prompt):
     """Yields sentences about the parts of a prompt that the text encoder does not read."""
     shown = prompt if len(prompt) <= 60 else prompt[:60] + "…"
-    if cut := clip.num_tokens_cut(prompt):
+    if cut := text_encoder.num_tokens_cut(prompt):
         yield f'"{shown}" is {cut} tokens too long for this text encoder, which ignores its end.'
-    if unknown := clip.unknown(prompt):
+    if unknown := text_encoder.unknown(prompt):
         yield f'In "{shown}" this text encoder does not know {" ".join(unknown)[:60]}; use English words.'
 
 
@@ -54,10 +54,10 @@ def unread(text, captions):
     return f"note: the text encoder knows only English words, and reads only parts of {found}"
 
 
-def print_notes(clip, prompts):
+def print_notes(text_encoder, prompts):
     """Prints what the text encoder does not read of the prompts."""
     for prompt in prompts:
-        for note in notes(clip, prompt):
+        for note in notes(text_encoder, prompt):
             print(f"note: {note}")
 
 
@@ -88,7 +88,7 @@ def codes(generator, z, global_text, psi):
 
 
 @torch.no_grad()
-def generate(generator, clip, captions, z, resolution=None, psi=1.0, batch=64, given=()):
+def generate(generator, text_encoder, captions, z, resolution=None, psi=1.0, batch=64, given=()):
     """Yields the generator's Output for each batch of N captions and their z [N, z_dim].
 
     resolution: where to stop, by default the highest. psi: the truncation; 1 is none. given: for an Upsampler, its
@@ -96,6 +96,6 @@ def generate(generator, clip, captions, z, resolution=None, psi=1.0, batch=64, g
     """
     for first in range(0, len(captions), batch):
         part, device = slice(first, first + batch), generator.w_avg.device
-        prompt = read(generator, clip, captions[part])
+        prompt = read(generator, text_encoder, captions[part])
         w = codes(generator, z[part].to(device), prompt.global_text, psi)
         yield generator.synthesis(*(images[part].to(device) for images in given), w, prompt.local_text, resolution)

@@ -69,9 +69,9 @@ def read_settings(text):
 
 
 @functools.lru_cache(maxsize=8)
-def read(generator, clip, prompt):
+def read(generator, text_encoder, prompt):
     """A text → latent.Prompt. Cached, because most requests change no prompt."""
-    return latent.read(generator, clip, [prompt])
+    return latent.read(generator, text_encoder, [prompt])
 
 
 def noise(generator, settings):
@@ -87,11 +87,11 @@ def noise(generator, settings):
     return z
 
 
-def frames_of_stage(generator, clip, settings):
+def frames_of_stage(generator, text_encoder, settings):
     """The frames of one stage, all layers with the same w."""
-    text = read(generator, clip, settings.prompt)
+    text = read(generator, text_encoder, settings.prompt)
     if settings.amount:
-        second = read(generator, clip, settings.second or settings.prompt)
+        second = read(generator, text_encoder, settings.second or settings.prompt)
         text = views.between_prompts(text, second, [settings.amount], settings.part)
     captions = [settings.prompt] * settings.num
     return views.frames(generator, noise(generator, settings), text, settings.psi, captions)
@@ -144,9 +144,9 @@ def answer(model, settings, router):
     """→ what the page shows, as values of JSON. router: the one whose choices it shows, or ""."""
     drawn, _ = draw(model, settings)
     is_aurora = isinstance(model, Pipeline)
-    clip = model.clip if is_aurora else model.clip.text
+    text_encoder = model.text_encoder if is_aurora else model.clip.text
     prompts = [settings.prompt, settings.second] if settings.second else [settings.prompt]
-    notes = [note for prompt in prompts for note in latent.notes(clip, prompt)]
+    notes = [note for prompt in prompts for note in latent.notes(text_encoder, prompt)]
     result = {"pictures": [data_url(picture) for picture in drawn.pictures], "note": " ".join(notes)}
     if not is_aurora:
         return result | {"baseline": type(model).__name__, "layers": [], "routers": []}

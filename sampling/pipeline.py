@@ -48,8 +48,8 @@ class Pipeline:
     each prompt's mean picture. Methods raise UserError for prompts, seeds and pictures that cannot be drawn.
     """
 
-    def __init__(self, generator: torch.nn.Module, clip: torch.nn.Module, notes: dict, upsampler=None):
-        self.generator, self.clip, self.notes, self.upsampler = generator, clip, notes, upsampler
+    def __init__(self, generator: torch.nn.Module, text_encoder: torch.nn.Module, notes: dict, upsampler=None):
+        self.generator, self.text_encoder, self.notes, self.upsampler = generator, text_encoder, notes, upsampler
 
     @classmethod
     def load(
@@ -68,12 +68,12 @@ class Pipeline:
         of the pictures, by default the highest; the second stage is not used for resolutions of the first.
         """
         device = distributed.start(str(device))
-        generator, clip, notes = load_generator(Path(checkpoint), device, clip)
+        generator, text_encoder, notes = load_generator(Path(checkpoint), device, clip)
         path = upsampler_of(checkpoint) if upsampler is None else upsampler
-        upsampler = None if path is None else load_upsampler(path, clip, device)
+        upsampler = None if path is None else load_upsampler(path, text_encoder, device)
         if resolution is not None:
             generator, upsampler = up_to(resolution, generator, upsampler)
-        pipe = cls(generator, clip, notes, upsampler)
+        pipe = cls(generator, text_encoder, notes, upsampler)
         for stage in pipe.stages:
             inference.prepare(stage, inference.sampling_dtype(dtype, stage))
         return pipe
@@ -101,11 +101,11 @@ class Pipeline:
         return self.view(views.samples, prompts, num, int(seed), psi, numbers)
 
     def view(self, view, *arguments) -> list[views.Frame]:
-        """The frames of a function(generator, clip, *arguments) of views.py, for both stages from the same z."""
-        frames = view(self.generator, self.clip, *arguments)
+        """The frames of a function(generator, text_encoder, *arguments) of views.py: both stages, from the same z."""
+        frames = view(self.generator, self.text_encoder, *arguments)
         if self.upsampler is None:
             return frames
-        larger = view(self.upsampler, self.clip, *arguments)
+        larger = view(self.upsampler, self.text_encoder, *arguments)
         return [frame._replace(large=large) for frame, large in zip(frames, larger, strict=True)]
 
     def experts(self, prompts: str | list[str], num=1, seed=0, psi=1.0) -> Drawn:
@@ -128,7 +128,7 @@ class Pipeline:
             raise UserError("this model has no second stage; give an upsampler")
         check_seed(seed)
         latent.check([caption])
-        frames = views.samples(self.upsampler, self.clip, [caption], 1, seed, 1.0)
+        frames = views.samples(self.upsampler, self.text_encoder, [caption], 1, seed, 1.0)
         return enlarge(self.upsampler, image[None].to(frames[0].w.device), frames).pictures[0]
 
 

@@ -27,20 +27,20 @@ def frames(generator, z, text, psi, captions):
     return [Frame(*frame) for frame in zip(ws, local_text, captions, strict=True)]
 
 
-def samples(generator, clip, prompts, num, seed, psi, numbers=None):
+def samples(generator, text_encoder, prompts, num, seed, psi, numbers=None):
     """A row of `num` pictures for each prompt. z depends on the seed alone. numbers: draws only these of the `num`."""
     z, drawn = latent.noise(generator, num, seed), []
     if numbers is not None:
         z = z[numbers]
     for prompt in prompts:
-        drawn += frames(generator, z, latent.read(generator, clip, [prompt]), psi, [prompt] * len(z))
+        drawn += frames(generator, z, latent.read(generator, text_encoder, [prompt]), psi, [prompt] * len(z))
     return drawn
 
 
-def interpolation(generator, clip, prompts, seed, psi, steps):
+def interpolation(generator, text_encoder, prompts, seed, psi, steps):
     """From one prompt to another at the same noise."""
     amounts = torch.linspace(0, 1, steps)
-    start, end = (latent.read(generator, clip, [prompt]) for prompt in prompts)
+    start, end = (latent.read(generator, text_encoder, [prompt]) for prompt in prompts)
     text = between_prompts(start, end, amounts)
     captions = [prompts[0], *[f"{100 * t:.0f} %" for t in amounts[1:-1]], prompts[1]]
     return frames(generator, latent.noise(generator, 1, seed).expand(steps, -1), text, psi, captions)
