@@ -124,6 +124,8 @@ def uses(levels, times=10):
         drawing("<g>" * 100_000 + "</g>" * 100_000),
         drawing(box="0 0 1 1000000"),
         drawing(" " * svg.MAX_BYTES),
+        drawing(head='<?xml-stylesheet href="style.css"?>'),
+        drawing("<style>@import 'style.css'; rect { fill: red }</style>"),
     ],
 )
 def test_svgs_that_refer_to_files_or_expand_are_refused(content):
