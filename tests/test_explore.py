@@ -75,13 +75,12 @@ def test_the_page_and_what_it_shows_first(server):
     assert start["prompt"] == "red heart" and len(start["models"]) == 3
 
 
-@pytest.mark.parametrize("psi", [1, 0.5])
-def test_plain_settings_draw_what_the_pipeline_draws(ask, psi):
-    small = Pipeline.load(device="cpu", resolution=64).sample("red heart", num=2, seed=3, psi=psi)
-    answer = ask(psi=psi)
+def test_plain_settings_draw_what_the_pipeline_draws(ask):
+    small = Pipeline.load(device="cpu", resolution=64).sample("red heart", num=2, seed=3, psi=0.5)
+    answer = ask(psi=0.5)
     assert all(np.array_equal(opened(url), np.asarray(p)) for url, p in zip(answer["pictures"], small, strict=True))
-    large = Pipeline.load(device="cpu").sample("red heart", num=2, seed=3, psi=psi)[1]
-    assert np.abs(opened(ask("/enlarge", number=1, psi=psi)) - np.asarray(large)).max() <= 1  # another batch
+    large = Pipeline.load(device="cpu").sample("red heart", num=2, seed=3, psi=0.5)[1]
+    assert np.abs(opened(ask("/enlarge", number=1, psi=0.5)) - np.asarray(large)).max() <= 1  # another batch
     assert answer["second_stage"] and answer["routers"] == ["8.0.0", "16.0.0"] and not answer["note"]
 
 
@@ -142,12 +141,8 @@ def test_a_baseline_takes_a_prompt_a_seed_and_a_number(ask):
     [
         ({"prompt": " "}, "say what to draw"),
         ({"model": 2}, "is damaged"),
-        ({"forced": {"router": "999999.0.0", "points": [[0, 0]], "expert": 0}}, "no router 999999.0.0"),
-        ({"forced": {"router": "8.0.0", "points": [[0, 9999]], "expert": 0}}, "with size 64; reload the page"),
         ({"seed": 99999999999}, "give a whole number from 0 to"),
         ({"num": 17}, "ask for 1 to 16 pictures"),
-        ({"amount": -5}, "amount is not between"),
-        ({"layers": [-1]}, "an index is negative"),
         ({"path": "/enlarge", "number": 0, "model": 1}, "no second stage"),
     ],
 )
@@ -166,8 +161,7 @@ def test_the_page_is_served_under_names_of_this_machine_alone(server):
 
 
 def test_foreign_requests_are_answered_and_long_ones_are_not_read(server):
-    for body in ("[", "[]", "{}"):
-        assert "error" in json.loads(request(server, "POST", "/draw", body)[1])
+    assert "error" in json.loads(request(server, "POST", "/draw", "[")[1])
     connection = http.client.HTTPConnection(*server.server_address, timeout=9)
     connection.putrequest("POST", "/draw")
     connection.putheader("Content-Length", str(explore.MAX_BYTES + 1))

@@ -1,9 +1,7 @@
 """Pictures that say how they were made, and folders of thousands."""
 
-import errno
 import json
 from types import SimpleNamespace
-from unittest.mock import Mock
 
 import pytest
 from PIL import Image
@@ -43,7 +41,7 @@ def test_a_folder_says_how_each_picture_was_made_and_is_completed_with_the_same(
     assert all((folder / f"{i:06d}.png").stat().st_mtime_ns == times[f"{i:06d}.png"] for i in (0, 1, 2, 4, 5))
 
 
-@pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.gif"])
+@pytest.mark.parametrize("name", ["a.png", "a.jpg"])
 def test_only_a_picture_of_ours_is_replaced(run_main, tmp_path, name):
     """Not one that another program wrote over ours."""
     arguments = ("red heart", "--num", 1, "--resolution", 64, "--device", "cpu", "--out", tmp_path / name)
@@ -55,13 +53,6 @@ def test_only_a_picture_of_ours_is_replaced(run_main, tmp_path, name):
     status, _, error = run_main(sample.main, *arguments)
     assert status == 2 and "exists, and this command did not make it; give another --out" in error
     assert (tmp_path / name).read_bytes() == before
-
-
-def test_a_full_disk_is_reported_as_one(run_main, tmp_path, monkeypatch):
-    monkeypatch.setattr(Image.Image, "save", Mock(side_effect=OSError(errno.ENOSPC, "No space left on device")))
-    for option in ("--out", "--each"):
-        status, _, error = run_main(sample.main, "red heart", "--num", 1, option, tmp_path / f"{option}.png")
-        assert status == 2 and f"{option}.png" in error and "No space left on device; make room on that disk" in error
 
 
 def test_a_folder_of_another_command_or_model_is_refused(each, tmp_path):
@@ -77,11 +68,10 @@ def test_a_folder_of_another_command_or_model_is_refused(each, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["000002.png", files.INDEX])
-@pytest.mark.parametrize("content", [b"", b"mine"])
-def test_a_folder_with_files_of_the_users_is_refused_and_left_alone(each, tmp_path, name, content):
+def test_a_folder_with_files_of_the_users_is_refused_and_left_alone(each, tmp_path, name):
     (tmp_path / "all").mkdir()
-    (tmp_path / "all" / name).write_bytes(content)
+    (tmp_path / "all" / name).write_bytes(b"mine")
     status, _, stderr = each("red heart", "--num", 2)
     assert status == 2 and "name another folder" in stderr and "\n" not in stderr
-    assert (tmp_path / "all" / name).read_bytes() == content
+    assert (tmp_path / "all" / name).read_bytes() == b"mine"
     assert [path.name for path in (tmp_path / "all").iterdir()] == [name]
