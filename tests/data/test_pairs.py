@@ -1,6 +1,5 @@
 """Images and captions as the web has them: each is read correctly, or unusable for one of CAUSES."""
 
-import collections
 import io
 import struct
 
@@ -10,7 +9,7 @@ import torch
 from PIL import Image, ImageCms
 
 from data import pairs, svg
-from data.pairs import CAUSES, EMPTY, ENCODING, FORMAT, IMAGE, LARGE, REFUSED, SMALL, Unusable, captions_of, read_image
+from data.pairs import EMPTY, ENCODING, FORMAT, IMAGE, LARGE, REFUSED, SMALL, Unusable, captions_of, read_image
 from tests.data.files import encoded, jpeg
 
 
@@ -141,28 +140,6 @@ def test_svgs_with_styles_links_and_repeated_elements_are_drawn():
     for content in (by_class, linked):
         assert torch.equal(read(drawing(content)), red)
     torch.testing.assert_close(read(drawing(uses(2))), read(drawing('<rect width="1" height="1"/>')))
-
-
-def test_a_thousand_damaged_images_do_no_harm():
-    """Files with bytes changed or cut: each is read, or unusable for a known cause."""
-    rng = np.random.default_rng(0)
-    noise = Image.fromarray(rng.integers(0, 256, (24, 24, 3), np.uint8))  # small, so that every part of a file is hit
-    seeds = [encoded(noise, kind) for kind in ("PNG", "JPEG", "WEBP", "GIF", "BMP")]
-    seeds += [drawing(uses(2)), encoded(noise, icc_profile=SWAPPED)]
-    outcomes = collections.Counter()
-    for i in range(1000):
-        content = np.frombuffer(seeds[i % len(seeds)], np.uint8).copy()
-        places = rng.integers(min(64, len(content)) if i % 2 else len(content), size=4)
-        content[places] = rng.integers(256, size=4)
-        if i % 3 == 0:
-            content = content[: places.max()]
-        try:
-            image = read(content.tobytes())
-            assert image.shape == (3, 8, 8) and image.isfinite().all()
-            outcomes["read"] += 1
-        except Unusable as error:
-            outcomes[str(error)] += 1
-    assert outcomes["read"] > 20 and outcomes[IMAGE] > 200 and set(outcomes) <= {"read", *CAUSES}
 
 
 def test_captions_are_cleaned_and_cut():

@@ -1,7 +1,6 @@
 """What every source does, and the workers that load it: order, resume, stopping, and failures."""
 
 import itertools
-import multiprocessing
 import os
 import signal
 import threading
@@ -28,25 +27,13 @@ def loaded(source, count, first=0, workers=1):
     return list(itertools.islice(sources.loader(source, first, 4, workers), count))
 
 
-def belong_together(batch):
-    return all(color_of(image) == COLORS[int(c.split()[1]) % 6] for image, c in zip(*batch[:2], strict=True))
-
-
 def test_a_folder_gives_pairs_that_belong_together(folder):
     batch, next_epoch = take(source_of(folder), 2, batch=6)
     assert batch.captions != next_epoch.captions and sorted(batch.captions) == sorted(next_epoch.captions)
     assert batch.images.shape == (6, 3, 16, 16) and batch.images.min() >= -1 and batch.images.max() <= 1
     assert sorted(batch.captions) == [f"picture {i}" for i in range(6)]  # an epoch contains each once
-    assert belong_together(batch)
-
-
-def test_shards_as_img2dataset_writes_them(tmp_path):
-    for shard in range(2):
-        write_shard(tmp_path / f"{shard:05d}.tar", [good(6 * shard + i) for i in range(6)])
-    source = source_of(tmp_path / "{00000..00001}.tar")
-    batches = take(source, 6)
-    assert len(set(captions_of(batches))) > 6 and all(map(belong_together, batches))
-    assert captions_of(take(source, 6, rank=1, world_size=2)) != captions_of(batches)
+    for image, text in zip(batch.images, batch.captions, strict=True):
+        assert color_of(image) == COLORS[int(text.split()[1])]
 
 
 def test_ranks_share_the_global_batch_and_any_step_can_be_the_first(folder):
@@ -136,14 +123,6 @@ def test_workers_that_are_killed_end_the_run_in_one_clear_line_or_stop_it(monkey
     clear_line = r"^a data worker failed \(DataLoader .*\); the same command resumes the run"
     with pytest.raises(stopping.Stopped if asked else UserError, match=None if asked else clear_line):
         loaded(Figures(8), 1)
-
-
-def test_a_worker_that_dies_during_a_step_does_not_end_the_step():
-    batches = sources.loader(Figures(8), 0, 4, workers=1)
-    next(batches)
-    for worker in multiprocessing.active_children():
-        worker.kill()
-        worker.join()  # a handler of the signal would raise here
 
 
 def test_the_caption_of_evaluation_depends_on_picture_and_seed():

@@ -65,16 +65,6 @@ def test_a_file_of_the_wrong_stage_is_refused(file):
         Pipeline.load(file, device="cpu", upsampler=file)
 
 
-def test_pictures_and_their_experts_through_the_command(file, tmp_path, run_main):
-    common = ("red heart", "--checkpoint", file, "--num", 1, "--device", "cpu", "--out")
-    assert run_main(sample.main, *common, tmp_path / "all.png", "--experts")[0] == 0
-    assert Image.open(tmp_path / "all.png").width > 3 * 64
-    status, stdout, _ = run_main(sample.main, *common, tmp_path / "small.png", "--resolution", 16)
-    assert status == 0 and "16×16" in stdout
-    assert run_main(sample.main, *common[:-1], "--each", tmp_path / "each")[0] == 0
-    assert Image.open(tmp_path / "each" / "000000.png").size == (32, 32)
-
-
 @pytest.fixture
 def enlarged(file, tmp_path, run_main):
     """An RGBA picture → status, error and the path of what sample.py --enlarge writes."""
