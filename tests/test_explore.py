@@ -133,9 +133,9 @@ def test_a_baseline_takes_a_prompt_a_seed_and_a_number(ask):
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"prompt": " "}, "say what to draw"),
         ({"model": 2}, "is damaged"),
-        ({"seed": 99999999999}, "give a whole number from 0 to"),
+        ({"forced": {"router": "8.0.0", "points": [[0, 9999]], "expert": 0}}, "with size 64; reload the page"),
+        ({"layers": [-1]}, "an index is negative"),
         ({"num": 17}, "ask for 1 to 16 pictures"),
         ({"path": "/enlarge", "number": 0, "model": 1}, "no second stage"),
     ],

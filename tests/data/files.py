@@ -58,10 +58,9 @@ def write_tar(path, files, mode="w", **options):
 
 
 def write_shard(path, samples):
-    """As img2dataset does: key.jpg, key.txt and key.json, and a statistics file next to the shard."""
+    """As img2dataset does: key.jpg, key.txt and key.json."""
     facts = [{"json": json.dumps({"key": i, "status": "success"}).encode()} for i in range(len(samples))]
     write_tar(path, named([sample | fact for sample, fact in zip(samples, facts, strict=True)]))
-    path.with_name(path.stem + "_stats.json").write_text(json.dumps({"successes": len(samples)}))
 
 
 def source_of(spec, **options):

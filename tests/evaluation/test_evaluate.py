@@ -40,11 +40,11 @@ def write_coco(folder, count=6, split="val2014"):
     for i in range(count):
         name = f"COCO_{split}_{i:012d}.jpg"
         figures.picture(i, 64, seed=99).resize((96, 64)).save(folder / "val2014" / name, quality=95)
-        listed.append({"id": i, "file_name": name, "width": 96, "height": 64})
-        captions = figures.caption(i, 99), "picture of a " + figures.caption(i, 99)
-        annotations += [{"id": 2 * i + n, "image_id": i, "caption": c} for n, c in enumerate(captions)]
+        listed.append({"id": i, "file_name": name})
+        for text in (figures.caption(i, 99), "picture of a " + figures.caption(i, 99)):
+            annotations.append({"image_id": i, "caption": text})
     path = folder / "annotations" / f"captions_{split}.json"
-    path.write_text(json.dumps({"info": {}, "images": listed, "annotations": annotations}))
+    path.write_text(json.dumps({"images": listed, "annotations": annotations}))
     return path
 
 

@@ -2,18 +2,15 @@
 
 import os
 import re
-from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from aurora import Generator
-from clip import load_clip
 from common import disk
 from common.cli import UserError
 from tests import figures
-from weights import checkpoint, generator_file
+from weights import checkpoint
 from weights.generator_file import FILE
 
 WEIGHT = torch.randn(300, 400)
@@ -140,20 +137,6 @@ def test_a_file_written_atomically_is_the_old_one_or_the_new_one_and_touches_no_
     with pytest.raises(OSError, match="No space"):
         disk.atomically(path, fails)
     assert {file.name: file.read_text() for file in tmp_path.iterdir()} == {"x.png": "new", "x.png.tmp": "mine"}
-
-
-def test_weights_to_start_from(tmp_path, generator_config):
-    weights = checkpoint.load_weights(save(tmp_path))
-    assert torch.equal(weights["generator"]["w"], WEIGHT) and torch.equal(weights["ema"]["w"], WEIGHT + 1)
-    assert weights.keys() == {"generator", "ema", "discriminator"}
-    clip = load_clip("emoji")
-    generator = Generator(replace(generator_config, clip_width=clip.width))
-    path = tmp_path / "g.bin"  # any name
-    generator_file.save_generator(path, *generator_file.content(generator, clip, 8, {}))
-    weights = checkpoint.load_weights(path)
-    assert weights.keys() == {"generator", "ema"} and weights["ema"].keys() < generator.state_dict().keys()
-    for name, value in weights["generator"].items():
-        assert torch.equal(value, generator.state_dict()[name])
 
 
 BAD = {
