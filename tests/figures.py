@@ -203,16 +203,15 @@ def moved(network, by=0.1):
 
 
 @functools.cache
-def generator_file(resolution=32):
-    """A generator of `tiny` with random weights, as a run saves it when it has grown to a resolution."""
+def generator_file():
+    """A generator of `tiny` with random weights, as a run saves it."""
     torch.manual_seed(0)
     generator = Generator(TINY.generator)
     for parameter in generator.parameters():
         if not parameter.any():
             parameter.data.normal_(std=0.1)  # else to-RGB, which starts at zero, would hide everything
-    path = folder().parent / ("generator_ema.safetensors" if resolution == 32 else f"{resolution}.safetensors")
-    notes = {"preset": "tiny", "resolution": resolution, "images": 0}
-    save_generator(path, *content(generator, load_clip("emoji"), resolution, notes))
+    path = folder().parent / "generator_ema.safetensors"
+    save_generator(path, *content(generator, load_clip("emoji"), 32, {"preset": "tiny", "images": 0}))
     return path
 
 

@@ -112,20 +112,17 @@ def test_folded_batch_norms_change_nothing():
 
 
 def test_any_text_is_safe(small, large):
-    texts = ["🐉🐉", "word " * 10_000, "a <end_of_text> b [SEP]", "a <END_OF_TEXT> ＜end_of_text＞ [PAD] b", "é" * 300]
+    texts = ["🐉🐉", "word " * 100, "a <end_of_text> b [SEP]", "a ＜end_of_text＞ [PAD] b"]
     for clip in (small, large):
         ids, text = clip.tokenize(texts), clip.read(texts)
-        assert ids.shape == (5, clip.text.context_length)
+        assert ids.shape == (4, clip.text.context_length)
         assert text.tokens.isfinite().all() and text.embedding.isfinite().all()
-        assert clip.text.num_tokens_cut("word " * 10_000) == 10_002 - clip.text.context_length
+        assert clip.text.num_tokens_cut("word " * 100) == 102 - clip.text.context_length
         assert clip.text.num_tokens_cut("a red circle") == 0
-    assert small.text.unknown('a cat, "ünïcode" [UNK]') == []
-    assert small.text.unknown("a 猫 for 🍕x") == ["猫", "🍕x"]
-    assert small.text.unknown("a café, 5½ – красное heart, Ω") == ["красное", "Ω"]
-    assert large.text.unknown("🍕") == []
     assert ((ids == ids.max()).sum(1) == 1).all()  # one end of text each
-    exists = (small.tokenize(texts) != 0).long()
-    assert (exists.diff() <= 0).all()  # padding only at the end
+    assert ((small.tokenize(texts) != 0).long().diff() <= 0).all()  # padding only at the end
+    assert small.text.unknown("a cat, [UNK]") == [] == large.text.unknown("🍕")
+    assert small.text.unknown("a café for 🍕x – красное heart") == ["🍕x", "красное"]
 
 
 def test_a_small_clip_is_saved_and_named_after_its_weights_and_never_learns(small, tmp_path):

@@ -76,9 +76,6 @@ def test_dead_codes_move_to_vectors_and_used_ones_stay():
     assert torch.equal(codebook.codes[:2], codes[:2])
     points = z.movedim(1, -1).flatten(0, -2)
     assert all((points == code).all(1).any() for code in codebook.codes[2:])
-    moved = codebook.codes.detach().clone()
-    codebook.restart(z + 1, tokens, seeded(1))  # moved codes are not dead at once
-    assert torch.equal(codebook.codes, moved)
 
 
 def test_mean_share_masked_is_two_over_pi():
@@ -110,18 +107,13 @@ def test_only_masked_tokens_count(monkeypatch, drop):
     assert report["masked"] == pytest.approx(len(masked) / tokens.numel())
 
 
-def test_text_of_zeros_is_self_attention_alone():
-    """Cross-attention then adds zero, whatever its weights. Padding after the end of a text is not read."""
-    network, tokens = small_transformer(), torch.randint(-1, 10, (2, 4, 4), generator=seeded())
-    text = some_text(2)
-    silent = network(tokens, text._replace(tokens=torch.zeros_like(text.tokens)))
-    padded = text._replace(tokens=text.tokens.clone())
+def test_padding_after_the_end_of_a_text_is_not_read():
+    network, tokens, text = small_transformer(), torch.full((2, 4, 4), MASK), some_text(2)
+    padded, other = (text._replace(tokens=text.tokens.clone()) for _ in range(2))
     padded.tokens[:, 4:] += 1
+    other.tokens[:, 3] += 1
     assert torch.equal(network(tokens, padded), network(tokens, text))
-    assert not torch.allclose(network(tokens, text), silent)
-    for block in network.blocks:
-        block.cross_attention.proj_out.weight.data.zero_()
-    torch.testing.assert_close(network(tokens, text), silent)
+    assert not torch.allclose(network(tokens, other), network(tokens, text))
 
 
 def test_guidance_at_its_ends_and_between():

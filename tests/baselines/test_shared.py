@@ -2,9 +2,7 @@
 
 import copy
 import functools
-import os
 import shutil
-import signal
 import subprocess
 import sys
 
@@ -17,9 +15,7 @@ from baselines.ladagan import LadaGAN
 from baselines.muse import Muse
 from baselines.stylegan_t import StyleGANT
 from clip import BUILT_IN, load_clip
-from common import stopping
 from tests import figures
-from tests.data.files import COLORS, good, jpeg, write_shard
 from tests.training.runs import identical
 from tests.training.test_distributed import ROOT, torchrun
 from training.loop import Loop
@@ -27,18 +23,6 @@ from weights import checkpoint, generator_file
 from weights.generator_file import DEMO
 
 BATCH, STEPS = 4, 4
-
-
-@pytest.fixture
-def data(tmp_path):
-    """{kind: --data}; reading the emoji would take seconds."""
-    folder = tmp_path / "pictures"
-    folder.mkdir()
-    for i, color in enumerate(COLORS):
-        (folder / f"{i}.jpg").write_bytes(jpeg(color))
-        (folder / f"{i}.txt").write_text(f"picture {i}\n")
-    write_shard(tmp_path / "0.tar", [good(i) for i in range(12)])
-    return {"folder": folder, "shards": tmp_path / "0.tar"}
 
 
 @pytest.fixture
@@ -71,11 +55,11 @@ def assert_one_line(result, message):
     assert status == 2 and message in error and error.count("\n") == 0, error
 
 
-@pytest.mark.parametrize(("system", "kind"), [(StyleGANT, "shards"), (LadaGAN, "folder"), (Muse, "folder")])
-def test_a_run_resumes_to_the_last_bit_and_draws(tmp_path, data, learn, draw, system, kind):
+@pytest.mark.parametrize("system", [StyleGANT, LadaGAN, Muse])
+def test_a_run_resumes_to_the_last_bit_and_draws(tmp_path, learn, draw, system):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     for out, steps in ((whole, STEPS), (stopped, STEPS - 1), (stopped, STEPS)):
-        status, output, error = learn(system, steps, "--out", out, "--data", data[kind])
+        status, output, error = learn(system, steps, "--out", out, "--data", figures.folder())
         assert status == 0, error
     assert f"Resuming from step {STEPS - 1}" in output
     assert len((stopped / "metrics.jsonl").read_text().splitlines()) == STEPS
@@ -98,13 +82,10 @@ def test_a_step_changes_what_learns_and_nothing_else(system_class, number):
     system, images = system_class(load_clip("emoji"), 32, "cpu"), torch.rand(4, 3, 32, 32) * 2 - 1
     text = system.clip.read(["red heart", "cat", "sun", "tree"])
     watched = {**system.networks, "clip": system.clip}
-    if system_class is StyleGANT:
-        watched["features"] = system.features
     before, kept = copy.deepcopy({name: network.state_dict() for name, network in watched.items()}), images.clone()
     report = system.step(number, images, text, torch.Generator().manual_seed(1))
     changed = {name for name, network in watched.items() if not identical(network.state_dict(), before[name])}
     assert changed == {"generator", "discriminator", "ema"} and torch.equal(images, kept)
-    assert all(value.ndim == 0 and value.isfinite() for value in report.values())
     assert ("r1" in report) == (system_class is LadaGAN and number == 0)
     for name in ("generator", "discriminator"):
         for key, parameter in system.networks[name].named_parameters():
@@ -128,19 +109,6 @@ def test_samples_are_of_the_moving_average_caption_by_caption(system_class):
     assert not torch.equal(images, networks.ema(z, c.flip(0)).clamp(-1, 1))
     same = system.sample(text, seed=4, count=3, truncation=0.0)
     torch.testing.assert_close(same[:3], same[:1].expand(3, -1, -1, -1), rtol=0, atol=1e-5)
-
-
-def test_a_run_that_is_stopped_is_saved_and_says_so(tmp_path, data, learn, monkeypatch):
-    step = LadaGAN.step
-
-    def interrupted(self, *batch):
-        os.kill(os.getpid(), signal.SIGTERM)
-        return step(self, *batch)
-
-    monkeypatch.setattr(LadaGAN, "step", interrupted)
-    status, said, _ = learn(LadaGAN, STEPS, "--out", tmp_path / "run", "--data", data["folder"])
-    assert status == stopping.COME_AGAIN and "Stopped and saved" in said and "6 images have a caption" in said
-    assert checkpoint.checkpoints(tmp_path / "run" / "checkpoints")[0].name.startswith("00000001-")
 
 
 def test_generators_that_cannot_be_drawn_are_one_line(tmp_path, draw):

@@ -30,9 +30,9 @@ def good(i):
     return {"jpg": jpeg(COLORS[i % 6]), "txt": f"picture {i}".encode()}
 
 
-def numbered(count, first=0, picture=b"x", **parts):
+def numbered(count, first=0):
     """Samples whose caption is their number."""
-    return [{"jpg": picture + b"%d" % i, "txt": b"%d" % i, **parts} for i in range(first, first + count)]
+    return [{"jpg": b"x%d" % i, "txt": b"%d" % i} for i in range(first, first + count)]
 
 
 def named(samples):
@@ -48,22 +48,19 @@ def write_folder(path, files):
 
 
 def write_tar(path, files, mode="w", **options):
-    """files: (name, bytes) in their order, or (name, None, target) for a hard link."""
+    """files: (name, bytes) in their order."""
     with tarfile.open(path, mode, **options) as tar:
-        for name, content, *target in files:
+        for name, content in files:
             info = tarfile.TarInfo(name)
-            if target:
-                info.type, info.linkname = tarfile.LNKTYPE, *target
-            info.size = len(content or b"")
+            info.size = len(content)
             tar.addfile(info, io.BytesIO(content))
     return str(path)
 
 
 def write_shard(path, samples):
-    """As img2dataset does: key.jpg, key.txt and key.json, and a statistics file next to the shard."""
+    """As img2dataset does: key.jpg, key.txt and key.json."""
     facts = [{"json": json.dumps({"key": i, "status": "success"}).encode()} for i in range(len(samples))]
     write_tar(path, named([sample | fact for sample, fact in zip(samples, facts, strict=True)]))
-    path.with_name(path.stem + "_stats.json").write_text(json.dumps({"successes": len(samples)}))
 
 
 def source_of(spec, **options):
@@ -71,12 +68,11 @@ def source_of(spec, **options):
 
 
 def opened(kind, path, files, **options):
-    """A source of files, [(name, bytes)], in a folder, a shard, or a shard that a command writes."""
+    """A source of files, [(name, bytes)], in a folder, or in a shard of the kind tar or tar.gz."""
     path.mkdir(exist_ok=True)
     if kind == "folder":
         return source_of(write_folder(path, files), **options)
-    shard = write_tar(path / ("0.tar.gz" if kind == "tar.gz" else "0.tar"), files, "w:gz" if kind == "tar.gz" else "w")
-    return source_of(f"pipe:cat {shard}" if kind == "pipe" else shard, **options)
+    return source_of(write_tar(path / f"0.{kind}", files, "w:gz" if kind == "tar.gz" else "w"), **options)
 
 
 def take(source, count, first=0, **share):

@@ -40,11 +40,11 @@ def write_coco(folder, count=6, split="val2014"):
     for i in range(count):
         name = f"COCO_{split}_{i:012d}.jpg"
         figures.picture(i, 64, seed=99).resize((96, 64)).save(folder / "val2014" / name, quality=95)
-        listed.append({"id": i, "file_name": name, "width": 96, "height": 64})
-        captions = figures.caption(i, 99), "picture of a " + figures.caption(i, 99)
-        annotations += [{"id": 2 * i + n, "image_id": i, "caption": c} for n, c in enumerate(captions)]
+        listed.append({"id": i, "file_name": name})
+        for text in (figures.caption(i, 99), "picture of a " + figures.caption(i, 99)):
+            annotations.append({"image_id": i, "caption": text})
     path = folder / "annotations" / f"captions_{split}.json"
-    path.write_text(json.dumps({"info": {}, "images": listed, "annotations": annotations}))
+    path.write_text(json.dumps({"images": listed, "annotations": annotations}))
     return path
 
 
@@ -116,15 +116,12 @@ def test_coco_draws_different_images_and_one_caption_of_each(tmp_path):
         torch.testing.assert_close(coco.read_image(image, 32), expected, atol=1e-6, rtol=0)
     chosen = {image for seed in range(4) for image, _ in coco.Coco(path, None, 32, 1, seed).pairs}
     assert len(chosen) > 2  # two for each seed, and not the same ones
-    path.write_text(path.read_text().replace("COCO_", "val2014/COCO_"))  # as some tools write the names
-    assert coco.Coco(path, None, 32, 5, seed=3).pairs == source.pairs
 
 
 def test_mistakes_are_one_line(run, tmp_path):
     val = write_coco(tmp_path)
     (tmp_path / "train").mkdir()
     train = write_coco(tmp_path / "train", split="train2014")
-    (tmp_path / "other.json").write_text('{"images": [], "annotations": [{"id": 1}]}')
     (tmp_path / "evaluation.json").write_text('{"mine": 1}')
     for arguments, says in (
         (("--data", train), "is not of COCO 2014 val"),
@@ -132,11 +129,8 @@ def test_mistakes_are_one_line(run, tmp_path):
         (("--count", 4, "--out", tmp_path), "evaluation.json exists, and this command did not make it"),
         (("--data", val, "--count", 1), "need 4 images"),
         (("--data", val, "--count", 5, "--images", tmp_path / "nowhere"), "with --images"),
-        (("--data", val, "--caption-key", "text"), "--caption-key for other data; leave it out"),
-        (("--data", "emoji", "--images", tmp_path), "--images is for COCO's captions"),
-        (("--data", tmp_path / "other.json"), "not a captions file in COCO's format"),
+        (("--data", tmp_path / "evaluation.json"), "not a captions file in COCO's format"),
         (("--data", tmp_path / "none.json"), "cannot be read"),
-        (("--count", 4, "--features", "inception:/missing.pth"), "there is no such file"),
         (("--count", 4, "--features", f"inception:{val}"), "weights are not available"),
         (("--count", 4, "--clip", "inception"), "cannot read text"),
     ):
@@ -144,27 +138,12 @@ def test_mistakes_are_one_line(run, tmp_path):
         assert status == 2 and says in stderr and len(stderr.splitlines()) == 1, (arguments, stderr)
 
 
-def test_fewer_images_than_asked(run, tmp_path):
-    for i in range(5):
-        Image.new("RGB", (64, 64), (40 * i, 0, 0)).save(tmp_path / f"{i}.png")
-        (tmp_path / f"{i}.txt").write_text("a red square")
-    (tmp_path / "0.png").write_bytes(b"broken")
-    status, _, stderr = run("--data", tmp_path, "--count", 5)  # no other image replaces it
-    assert status == 2 and "has 4 usable images" in stderr
-    status, stdout, _ = run("--data", tmp_path, "--count", 4)
-    assert status == 0 and "1 files that are no picture" in stdout
-
-
 def test_on_emoji_words_and_variety_are_measured_too(run, tmp_path, monkeypatch):
     """The real command on some of the emoji, at a lower output of the generator."""
     monkeypatch.setattr("data.emoji.SHARD", figures.write_emoji(tmp_path / "emoji.tar.gz"))
     status, stdout, stderr = run(*["--data", "emoji", "--count", "8", "--resolution", "16", "--truncation", "0.5"])
     assert status == 0, stderr
-    for words in (
-        "8 real ones", "between 8 of them and 8 others", "PyTorch", "seed", "FID", "precision", "R-precision",
-        "real images: ", "4×4 grid", "its output at 16×16", "R-precision of names",
-        "R-precision of tags", "Variety", "(emoji_clip.safetensors)",
-    ):  # fmt: skip
+    for words in ("8 real ones", "FID", "precision", "R-precision", "R-precision of tags", "Variety", "4×4 grid"):
         assert words in stdout
     written = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     assert written["variety"] > 0 and "FID to other real images" in written["generated images"]
@@ -179,17 +158,12 @@ def test_enlarged_images_are_measured_too(run, tmp_path):
     assert status == 0 and "enlarged by the second stage: ψ 1, FID" in stdout, stderr
     written = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     assert written["generated images"].keys() == written["enlarged by the second stage"].keys()
-    status, _, stderr = run("--data", figures.folder(), "--count", 8, "--upsampler", figures.generator_file())
-    assert status == 2 and "is a generator; give an upsampler" in stderr
 
 
 def test_defaults_depend_on_the_data_and_the_run(tmp_path):
-    defaults = {data: evaluate.parse_args(["--data", data]) for data in ("emoji", "folder")}
-    assert {data: (args.count, args.clip) for data, args in defaults.items()} == {
-        "emoji": (2400, "judge"),
-        "folder": (1000, "judge"),
-    }
-    own, generator = tmp_path / "clip.safetensors", tmp_path / "generator_ema.safetensors"
+    counts = [evaluate.parse_args(["--data", data]).count for data in ("emoji", "folder")]
+    assert counts == [2400, 1000] and evaluate.parse_args(["--data", "folder"]).clip == "judge"
+    own = tmp_path / "clip.safetensors"
     own.touch()
-    for name in (tmp_path, generator):
+    for name in (tmp_path, tmp_path / "generator_ema.safetensors"):
         assert evaluate.parse_args(["--data", "folder", "--checkpoint", str(name)]).clip == str(own)

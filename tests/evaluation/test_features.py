@@ -12,7 +12,7 @@ from timm.data import ImageNetInfo
 from clip import load_clip
 from common import distributed
 from common.cli import UserError
-from data import shards, sources
+from data import sources
 from data.pairs import FORMAT
 from evaluation import features
 from evaluation.extractors import Extractor
@@ -69,7 +69,7 @@ def test_efficientnet_knows_what_is_in_a_photograph():
     assert "military uniform" in ImageNetInfo().index_to_description(word)
 
 
-@pytest.mark.parametrize(("resolution", "own"), [(8, 8), (24, 32), (32, 32), (64, 32)])
+@pytest.mark.parametrize(("resolution", "own"), [(8, 8), (24, 32), (64, 32)])
 def test_a_lower_output_of_the_generator_is_taken_as_it_is(demo, resolution, own):
     seen = []
     spy = {"spy": Extractor("", lambda pixels: seen.append(pixels) or means_of(pixels), None)}
@@ -84,24 +84,8 @@ def test_a_lower_output_of_the_generator_is_taken_as_it_is(demo, resolution, own
     assert seen[1].shape[-1] == seen[0].shape[-1]  # an FID is between images of one size
 
 
-@pytest.fixture
-def shard(tmp_path):
-    """Eleven pairs with two captions each, the fifth of them broken."""
-    samples = [{**good(i), "txt": f"picture {i}\nthe {i}th".encode()} for i in range(11)]
-    samples[4]["jpg"] = b"broken"
-    write_shard(tmp_path / "00000.tar", samples)
-    return tmp_path / "00000.tar"
-
-
-@pytest.mark.parametrize("kind", ["shard", "folder"])
-def test_real_features_do_not_depend_on_the_number_of_ranks(kind, tmp_path, monkeypatch):
-    data = tmp_path
-    if kind == "shard":
-        data = tmp_path / "0.tar"
-        write_shard(data, [{**good(i), "txt": f"picture {i}\nthe {i}th".encode()} for i in range(11)])
-    else:
-        figures.write(data, count=11)
-    source = sources.open_data(str(data), 16, seed=0)
+def test_real_features_do_not_depend_on_the_number_of_ranks(tmp_path, monkeypatch):
+    source = sources.open_data(str(figures.write(tmp_path, count=11)), 16, seed=0)
 
     def work():
         return features.extract_real(source, 5, 16, MEANS)
@@ -112,16 +96,12 @@ def test_real_features_do_not_depend_on_the_number_of_ranks(kind, tmp_path, monk
         assert found == captions and torch.equal(values["means"], expected["means"])
 
 
-def test_pairs_held_out_are_evaluated_first(shard, monkeypatch):
-    monkeypatch.setattr(shards, "FEWEST", 1)
-    monkeypatch.setattr(sources, "is_held_out", lambda image, facts: facts["key"] in (7, 9))
-    source = sources.open_data(str(shard), 16, seed=0)
-    captions, _, _ = features.extract_real(source, 2, 16, MEANS)
-    assert [int("".join(filter(str.isdigit, caption))) for caption in captions] == [7, 9, 0, 1]
-
-
-def test_too_few_images_are_refused_and_skipped_ones_counted(shard, monkeypatch):
-    source = sources.open_data(str(shard), 16, seed=0)
+def test_too_few_images_are_refused_and_skipped_ones_counted(tmp_path, monkeypatch):
+    """Of eleven pairs with two captions each, the fifth is broken."""
+    samples = [{**good(i), "txt": f"picture {i}\nthe {i}th".encode()} for i in range(11)]
+    samples[4]["jpg"] = b"broken"
+    write_shard(tmp_path / "00000.tar", samples)
+    source = sources.open_data(str(tmp_path / "00000.tar"), 16, seed=0)
     for captions, values, skipped in by_ranks(monkeypatch, 2, lambda: features.extract_real(source, 9, 16, MEANS)):
         assert len(captions) == len(values["means"]) == 10 and skipped == {FORMAT: 1}
     with pytest.raises(UserError, match="the data has 10 usable images"):
