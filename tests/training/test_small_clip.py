@@ -45,26 +45,13 @@ def test_it_learns_captions_and_understands_words_that_no_caption_contains(sourc
         assert clip.encode_image(flat("red")) @ difference.T > 0 > clip.encode_image(flat("blue")) @ difference.T
 
 
-def test_the_same_seed_gives_the_same_weights(source):
-    first, second, other = (train_small_clip(source, steps=2, batch=8, seed=seed) for seed in (1, 1, 2))
-    state = first.visual.state_dict()
-    assert all(torch.equal(value, second.visual.state_dict()[name]) for name, value in state.items())
-    assert not all(torch.equal(value, other.visual.state_dict()[name]) for name, value in state.items())
-
-
-def test_contrast_is_clips_loss_also_if_equal_captions_shared_targets():
+def test_contrast_is_clips_loss_and_equal_captions_share_their_targets():
     clip, images = load_clip("emoji"), torch.rand(4, 3, 32, 32) * 2 - 1
-    text = clip.read(["cat", "dog", "sun", "tree"]).embedding
+    text = clip.read(["cat", "cat", "sun", "tree"]).embedding
     logits = clip.logit_scale * F.normalize(clip.encode_image(images), dim=-1) @ text.T
-    own = torch.arange(4)
-    expected = (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
+    targets = torch.tensor([[0.5, 0.5, 0, 0], [0.5, 0.5, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]])
+    expected = (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
     torch.testing.assert_close(contrast(clip, [images], text), expected)
-    text = text[[0, 0, 2, 3]]
-    logits = (clip.logit_scale * F.normalize(clip.encode_image(images), dim=-1) @ text.T).log_softmax(1)
-    rows = [(logits[0, 0] + logits[0, 1]) / 2, (logits[1, 0] + logits[1, 1]) / 2, logits[2, 2], logits[3, 3]]
-    columns = (clip.logit_scale * text @ F.normalize(clip.encode_image(images), dim=-1).T).log_softmax(1)
-    rows += [(columns[0, 0] + columns[0, 1]) / 2, (columns[1, 0] + columns[1, 1]) / 2, columns[2, 2], columns[3, 3]]
-    torch.testing.assert_close(contrast(clip, [images], text), -sum(rows) / 8)
 
 
 def test_misled_pictures_fit_their_captions_less_and_stay_near():
