@@ -5,25 +5,28 @@ undisturbed one, or stop with one line that says what to do. Other faults: hung 
 shards, hostile images and captions in tests/data, damaged checkpoints in tests/weights, kill −9 in torture.py.
 """
 
+import contextlib
+import resource
+
 import pytest
 
 import train
 from common.cli import UserError
 from step import Learner
-from tests.training.runs import SHORT, full_disk, identical, room_afterwards, room_again, run, state_of
+from tests.training.runs import SHORT, identical, run, state_of
 from tests.training.torture import torture
 from training import loop
 
 
 @pytest.fixture
 def at_step(monkeypatch):
-    """at_step({2: f}) calls f(learner) as step 2 begins."""
+    """at_step({2: f}) calls f(learner) as step 2 begins, instead of what was planned before."""
+    step = Learner.step
 
     def plan(actions):
-        step = Learner.step
-
         def disturbed(self, number, micro_batches):
-            actions.get(number, lambda _: None)(self)
+            if number in actions:
+                actions[number](self)
             return step(self, number, micro_batches)
 
         monkeypatch.setattr(Learner, "step", disturbed)
@@ -31,60 +34,67 @@ def at_step(monkeypatch):
     return plan
 
 
+@contextlib.contextmanager
+def full_disk(room=100_000):
+    """A context in which no file grows beyond `room` bytes, so that a checkpoint fails midway, as on a full disk."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, resource.RLIM_INFINITY))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+
 def test_a_disk_that_is_full_for_a_while(undisturbed, stopped_after, at_step, capsys):
     out = stopped_after(2)
-    at_step({2: lambda _: full_disk(), 4: lambda _: room_again()})
-    with room_afterwards():
+    with contextlib.ExitStack() as disk:
+        at_step({2: lambda _: disk.enter_context(full_disk()), 4: lambda _: disk.close()})
         run(*SHORT, "--out", out, "--steps", 5)
     assert "a checkpoint could not be written" in capsys.readouterr().out
     assert identical(state_of(out), state_of(undisturbed)) and not list(out.glob("**/*.unfinished"))
 
 
 def test_a_disk_that_stays_full(undisturbed, stopped_after, at_step):
-    out, actions = stopped_after(3), {3: lambda _: full_disk()}
-    at_step(actions)
-    message = r"step 5 is not saved; the last good checkpoint: .*0000000[34]-\w+"
-    with room_afterwards(), pytest.raises(UserError, match=message):
-        run(*SHORT, "--out", out, "--steps", 5)
-    actions.clear()
+    out = stopped_after(3)
+    with contextlib.ExitStack() as disk:
+        at_step({3: lambda _: disk.enter_context(full_disk())})
+        with pytest.raises(UserError, match=r"step 5 is not saved; the last good checkpoint: .*00000003-"):
+            run(*SHORT, "--out", out, "--steps", 5)
+    at_step({})
     run(*SHORT, "--out", out, "--steps", 5)
     assert identical(state_of(out), state_of(undisturbed))
 
 
 @pytest.mark.parametrize("room", [1000, 300_000], ids=["for nothing", "for the reference"])
 def test_a_disk_that_is_full_from_the_start(tmp_path, run_main, room):
-    with room_afterwards():
-        full_disk(room)
+    with full_disk(room):
         status, _, stderr = run_main(train.main, *SHORT, "--steps", 2, "--out", tmp_path / "run")
     assert status == 2 and stderr.splitlines()[-1].startswith("error: ") and "Traceback" not in stderr
     assert "same command again" in stderr and not list((tmp_path / "run").glob("**/*.unfinished"))
 
 
-@pytest.mark.parametrize("network", ["generator", "discriminator"])
-def test_weights_that_become_nan(undisturbed, stopped_after, at_step, monkeypatch, network):
+def test_weights_that_become_nan(undisturbed, stopped_after, at_step, monkeypatch):
     """The run stops, names its last good checkpoint, and goes on from there."""
     monkeypatch.setattr(loop, "MOST_REJECTED", 4)
 
     def poison(learner):
-        next(getattr(learner, network).parameters()).data.fill_(float("nan"))
+        next(learner.discriminator.parameters()).data.fill_(float("nan"))
 
-    out, actions = stopped_after(3), {3: poison}
-    at_step(actions)
+    out = stopped_after(3)
+    at_step({3: poison})
     with pytest.raises(UserError, match=r"updates in a row .* last good checkpoint: .*00000003-\w+"):
         run(*SHORT, "--out", out, "--steps", 100)
-    actions.clear()
+    at_step({})
     run(*SHORT, "--out", out, "--steps", 5)
     assert identical(state_of(out), state_of(undisturbed))
 
 
-@pytest.mark.parametrize("poisoned_step", [3, 4], ids=["in the middle", "in the last step"])
-def test_data_that_is_nan_costs_one_update(stopped_after, monkeypatch, capsys, poisoned_step):
+def test_data_that_is_nan_costs_one_update(stopped_after, monkeypatch, capsys):
     """All other updates are made, and the run is saved, because its weights are finite."""
     prepare, out = Learner.prepare, stopped_after(3)
 
     def poisoned(self, seed, number, batches):
         micro_batches = prepare(self, seed, number, batches)
-        if number == poisoned_step:
+        if number == 4:
             micro_batches[0].real[4][0, 0, 0, 0] = float("nan")
         return micro_batches
 

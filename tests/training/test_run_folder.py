@@ -111,7 +111,7 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on(tmp_path, monkeypatch, caps
             folder.write_picture(Image.new("RGB", (4, 4)), 3)
             folder.save(3, state(3), ({}, {}), 3)
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 4 and all(re.match("note: .* No space .* checkpoint: .*00000002-", line) for line in lines)
+    assert len(lines) == 4 and all(re.match("note: .*No space.* checkpoint: .*00000002-", line) for line in lines)
     folder.log({"step": 3})  # there is room again
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 3}\n'
 
