@@ -9,6 +9,7 @@ import torch
 
 from clip import load_clip
 from common.stopping import Stopped
+from data.pairs import FORMAT
 from data.sources import Batch
 from step import Learner
 from tests.figures import QUICK
@@ -17,7 +18,7 @@ from training.loop import Loop, overfitting, watched_pairs
 from training.run_folder import RunFolder
 
 OPTIONS = SimpleNamespace(workers=0, sample_every=100, save_every=100, save_minutes=15, keep=3)
-BATCH = Batch(None, [], Counter())
+BATCH = Batch(None, [], Counter({FORMAT: 2}))
 HEALTHY = {"expert_min_share": 0.5, "logits_real": 1.0, "logits_fake": -1.0}
 
 
@@ -46,7 +47,7 @@ def test_a_run_stopped_while_its_data_stall_is_saved(tmp_path, monkeypatch):
     made = run(tmp_path, monkeypatch, stalling(), last_step=9)
     with pytest.raises(Stopped):
         made.conclude()
-    assert made.folder.saved_step == 3
+    assert made.folder.saved_step == 3 and made.progress.skipped == Counter({FORMAT: 6})
 
 
 def test_a_run_whose_minutes_are_over_makes_no_more_steps(tmp_path, monkeypatch, capsys):
