@@ -73,13 +73,6 @@ def test_the_reference_is_between_two_disjoint_sets_at_each_resolution(monkeypat
             assert kept["reference_fid"][resolution] == pytest.approx(distance(features, others), rel=1e-3)
 
 
-def test_a_run_is_stopped_while_it_measures_the_reference(tmp_path, monkeypatch):
-    monkeypatch.setattr(growth.stopping, "asked", lambda: True)
-    with pytest.raises(growth.stopping.Stopped):
-        Growth(RECIPE, [4], Spread(), seed=0).measure_reference(Pictures(), tmp_path / "reference.pt")
-    assert not list(tmp_path.iterdir())
-
-
 def test_a_reference_of_other_samples_or_that_is_damaged_is_measured_again(tmp_path):
     path, made = tmp_path / "reference.pt", []
 

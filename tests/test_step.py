@@ -110,21 +110,11 @@ def test_the_least_share_is_that_of_the_expert_with_the_fewest_points():
     assert step_module.least_share(SimpleNamespace(w=w, routings={})) == 1
 
 
-def test_every_image_of_a_step_has_noise_of_its_own_however_the_batch_is_divided(learner, monkeypatch):
+def test_every_image_of_every_step_has_noise_of_its_own(learner):
     whole = learner.prepare(7, 3, batches(1, 4))[0]
     assert len(whole.z.unique(dim=0)) == 4 and whole.chances.shape[0] == 4
     for number, seed in ((4, 7), (3, 8)):
         assert not torch.equal(learner.prepare(seed, number, batches(1, 4))[0].z, whole.z)
-    monkeypatch.setattr(distributed, "world_size", lambda: 2)
-    monkeypatch.setattr(distributed, "gather", lambda ids: torch.cat([ids, ids]))
-    drawn = {}
-    for rank in range(2):
-        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
-        for part, mine in enumerate(learner.prepare(7, 3, batches(2, 1))):
-            drawn[part, rank] = mine
-    drawn = [drawn[key] for key in sorted(drawn)]  # a part of one image on each of two ranks, then another
-    assert torch.equal(torch.cat([x.z for x in drawn]), whole.z)
-    assert torch.equal(torch.cat([x.chances for x in drawn]), whole.chances)
 
 
 @pytest.mark.parametrize("number", [2, 10**6], ids=["at the beginning", "later"])

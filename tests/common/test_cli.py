@@ -2,34 +2,10 @@
 
 import argparse
 import errno
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 from common.cli import Parser, UserError, a_path, add_data, errors_in_one_line, finite_number, positive_int
-
-ROOT = Path(__file__).parent.parent.parent
-
-SCRIPT = """
-from common.cli import Parser, UserError, errors_in_one_line
-parser = Parser(description="ψ and × …")
-parser.add_argument("--size", help="in 4×4 …")
-parser.parse_args()
-with errors_in_one_line():
-    print("64×64 …")
-    raise UserError("ψ is not a number, nor is 日本")
-"""
-
-
-@pytest.mark.parametrize(("arguments", "status"), [(["--help"], 0), ([], 2)])
-def test_a_console_without_these_characters_shows_question_marks(arguments, status):
-    environment = {"PYTHONIOENCODING": "ascii:strict", "PATH": ""}
-    command = [sys.executable, "-c", SCRIPT, *arguments]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == status and "Traceback" not in done.stderr
-    assert "?" in done.stdout and ("error: ?" in done.stderr) == (status == 2)
 
 
 @pytest.mark.parametrize(

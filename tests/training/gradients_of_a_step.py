@@ -41,8 +41,10 @@ def gradients():
             group["lr"] = 0.0  # otherwise Adam's first step replaces each gradient by its sign
         rank, ranks = distributed.rank(), distributed.world_size()
         source, size = Figures(learner.resolutions[-1]), BATCH // ranks // num_micro_batches
-        batches = [some_alike(batch) for batch in source.batches(range(num_micro_batches), size, rank, ranks)]
-        micro_batches = []
+        batches, micro_batches = [], []
+        for batch in source.batches(range(num_micro_batches), size, rank, ranks):
+            captions = ["red circle" if len(caption) % 2 else caption for caption in batch.captions]
+            batches.append(batch._replace(captions=captions))
         for batch, micro_batch in zip(batches, learner.prepare(0, 0, batches), strict=True):
             text = clip.encode_text(clip.tokenize(batch.captions))  # clip.read keeps texts in half precision
             micro_batches.append(tree_map(in_float64, micro_batch._replace(text=text)))
@@ -53,10 +55,6 @@ def gradients():
                 if parameter.grad is not None:
                     found[f"{case}, {kind}.{name}"] = parameter.grad.clone()
     return found
-
-
-def some_alike(batch):
-    return batch._replace(captions=["red circle" if len(each) % 2 else each for each in batch.captions])
 
 
 def in_float64(x):

@@ -18,20 +18,16 @@ from tests.training.torture import torture
 from training import loop
 
 
-@pytest.fixture
-def at_step(monkeypatch):
-    """at_step({2: f}) calls f(learner) as step 2 begins, instead of what was planned before."""
+def before_step(monkeypatch, number, call):
+    """Calls call(learner, micro_batches) as this step begins."""
     step = Learner.step
 
-    def plan(actions):
-        def disturbed(self, number, micro_batches):
-            if number in actions:
-                actions[number](self)
-            return step(self, number, micro_batches)
+    def disturbed(learner, its_number, micro_batches):
+        if its_number == number:
+            call(learner, micro_batches)
+        return step(learner, its_number, micro_batches)
 
-        monkeypatch.setattr(Learner, "step", disturbed)
-
-    return plan
+    monkeypatch.setattr(Learner, "step", disturbed)
 
 
 @contextlib.contextmanager
@@ -44,22 +40,23 @@ def full_disk(room=100_000):
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 
 
-def test_a_disk_that_is_full_for_a_while(undisturbed, stopped_after, at_step, capsys):
+def test_a_disk_that_is_full_for_a_while(undisturbed, stopped_after, monkeypatch, capsys):
     out = stopped_after(2)
     with contextlib.ExitStack() as disk:
-        at_step({2: lambda _: disk.enter_context(full_disk()), 4: lambda _: disk.close()})
+        before_step(monkeypatch, 2, lambda *_: disk.enter_context(full_disk()))
+        before_step(monkeypatch, 4, lambda *_: disk.close())
         run(*SHORT, "--out", out, "--steps", 5)
     assert "a checkpoint could not be written" in capsys.readouterr().out
     assert identical(state_of(out), state_of(undisturbed)) and not list(out.glob("**/*.unfinished"))
 
 
-def test_a_disk_that_stays_full(undisturbed, stopped_after, at_step):
+def test_a_disk_that_stays_full(undisturbed, stopped_after, monkeypatch):
     out = stopped_after(3)
     with contextlib.ExitStack() as disk:
-        at_step({3: lambda _: disk.enter_context(full_disk())})
+        before_step(monkeypatch, 3, lambda *_: disk.enter_context(full_disk()))
         with pytest.raises(UserError, match=r"step 5 is not saved; the last good checkpoint: .*00000003-"):
             run(*SHORT, "--out", out, "--steps", 5)
-    at_step({})
+    monkeypatch.undo()
     run(*SHORT, "--out", out, "--steps", 5)
     assert identical(state_of(out), state_of(undisturbed))
 
@@ -72,33 +69,26 @@ def test_a_disk_that_is_full_from_the_start(tmp_path, run_main, room):
     assert "same command again" in stderr and not list((tmp_path / "run").glob("**/*.unfinished"))
 
 
-def test_weights_that_become_nan(undisturbed, stopped_after, at_step, monkeypatch):
+def test_weights_that_become_nan(undisturbed, stopped_after, monkeypatch):
     """The run stops, names its last good checkpoint, and goes on from there."""
     monkeypatch.setattr(loop, "MOST_REJECTED", 4)
 
-    def poison(learner):
+    def poison(learner, _):
         next(learner.discriminator.parameters()).data.fill_(float("nan"))
 
     out = stopped_after(3)
-    at_step({3: poison})
+    before_step(monkeypatch, 3, poison)
     with pytest.raises(UserError, match=r"updates in a row .* last good checkpoint: .*00000003-\w+"):
         run(*SHORT, "--out", out, "--steps", 100)
-    at_step({})
+    monkeypatch.undo()
     run(*SHORT, "--out", out, "--steps", 5)
     assert identical(state_of(out), state_of(undisturbed))
 
 
 def test_data_that_is_nan_costs_one_update(stopped_after, monkeypatch, capsys):
     """All other updates are made, and the run is saved, because its weights are finite."""
-    prepare, out = Learner.prepare, stopped_after(3)
-
-    def poisoned(self, seed, number, batches):
-        micro_batches = prepare(self, seed, number, batches)
-        if number == 4:
-            micro_batches[0].real[4][0, 0, 0, 0] = float("nan")
-        return micro_batches
-
-    monkeypatch.setattr(Learner, "prepare", poisoned)
+    out = stopped_after(3)
+    before_step(monkeypatch, 4, lambda _, micro_batches: micro_batches[0].real[4].fill_(float("nan")))
     made = run(*SHORT, "--out", out, "--steps", 5)
     assert made.loop.progress.rejected == 1 and "1 updates were skipped" in capsys.readouterr().out
     assert made.learner.weights_are_finite() and state_of(out)["progress"]["step"] == 5

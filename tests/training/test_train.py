@@ -1,6 +1,5 @@
 """train.py end to end: exact resuming, what a run writes, learning, other weights, stopping, errors."""
 
-import dataclasses
 import json
 import os
 import shutil
@@ -9,14 +8,12 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
 import train
 from clip import BUILT_IN, load_minilm
 from common import stopping
 from common.cli import UserError
 from growth import Growth
-from presets import PRESETS
 from sampling import views
 from sampling.pipeline import draw
 from step import Learner
@@ -79,19 +76,12 @@ def test_samples_are_of_the_moving_average(stopped_after):
 
 
 @pytest.mark.tour
-def test_a_tiny_model_learns_colors(tmp_path, monkeypatch):
+def test_a_tiny_model_learns_colors(tmp_path):
     """At 4×4, where only colors are visible: the background that the prompt names."""
-    preset = figures.TINY
-    low = dataclasses.replace(
-        preset,
-        generator=dataclasses.replace(preset.generator, levels=preset.generator.levels[:1]),
-        discriminator=dataclasses.replace(preset.discriminator, levels=preset.discriminator.levels[:1]),
-        recipe=dataclasses.replace(preset.recipe, images_per_phase={}, clip_weight=0.0, ema_half_life=500),
-    )
-    monkeypatch.setitem(PRESETS, "low", low)
     data = figures.write(tmp_path / "figures", count=400)
-    options = f"--preset low --data {data} --out {tmp_path} --steps 300 --batch 32 --sample-every 1000"
-    run(*COMMON, *options.split())
+    recipe = "--set", "images_per_phase={4: 10000000}", "clip_weight=0", "ema_half_life=500", "fid_every=10000000"
+    options = f"--preset quick --data {data} --out {tmp_path} --steps 300 --batch 32 --sample-every 1000"
+    run(*COMMON, *options.split(), *recipe)
     generator, clip, _ = load_generator(tmp_path / "generator_ema.safetensors")
     colors = torch.tensor(list(figures.BACKGROUNDS.values())) / 255
     right = []
@@ -116,17 +106,15 @@ def test_a_new_learning_rate_and_momentum_are_used_on_resume_and_noted(stopped_a
     assert {group["betas"][0] for group in learner.optimizer_g.param_groups} == {0.5}
 
 
-@pytest.mark.parametrize("kind", ["generator", "generator and discriminator", "checkpoint"])
+@pytest.mark.parametrize("kind", ["generator", "checkpoint"])
 def test_a_new_run_starts_from_the_weights_of_another(undisturbed, tmp_path, kind):
     path = checkpoint.checkpoints(undisturbed / "checkpoints")[0]
     first = checkpoint.load_weights(path)
-    if kind != "checkpoint":
+    if kind == "generator":
         path = shutil.copy(undisturbed / "generator_ema.safetensors", tmp_path / "mine.safetensors")
-    if kind == "generator and discriminator":
-        save_file(first["discriminator"], tmp_path / "mine_discriminator.safetensors")
     second = build(*SHORT, "--out", tmp_path / "second", "--init", path, "--seed", 9)
     learner = second.learner
-    assert identical(dict(learner.discriminator.state_dict()), first["discriminator"]) == (kind != "generator")
+    assert identical(dict(learner.discriminator.state_dict()), first["discriminator"]) == (kind == "checkpoint")
     assert identical(dict(learner.generator.state_dict()), first["generator" if kind == "checkpoint" else "ema"])
     assert identical(dict(learner.ema.state_dict()), first["ema"])
     assert second.loop.progress.step == 0 and second.growth.active == [4, 8]
@@ -158,24 +146,6 @@ def test_signals_ask_a_run_to_stop(number):
     assert ended.value.code == stopping.COME_AGAIN
 
 
-def test_an_interrupt_loses_nothing(undisturbed, stopped_after, monkeypatch, run_main):
-    step, out = Learner.step, stopped_after(2)
-
-    def interrupted(self, number, micro_batches):
-        if number == 3:
-            os.kill(os.getpid(), signal.SIGTERM)  # in the middle of the fourth step
-        return step(self, number, micro_batches)
-
-    monkeypatch.setattr(Learner, "step", interrupted)
-    status, said, _ = run_main(train.main, *SHORT, "--out", out, "--steps", 5)
-    assert status == stopping.COME_AGAIN and "Stopped and saved" in said
-    assert checkpoint.checkpoints(out / "checkpoints")[0].name.startswith("00000004-")
-    monkeypatch.setattr(Learner, "step", step)
-    status, said, _ = run_main(train.main, *SHORT, "--out", out, "--steps", 5)
-    assert status == 0 and f"--checkpoint '{out}/generator_ema.safetensors'" in said
-    assert identical(state_of(out), state_of(undisturbed))
-
-
 def test_a_run_stopped_while_its_small_clip_learns_leaves_no_half_file(tmp_path, monkeypatch, run_main):
     monkeypatch.setattr("training.small_clip.learn", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     options = ("--preset", "quick", "--data", figures.folder(), "--device", "cpu", "--out", tmp_path / "run")
@@ -191,7 +161,6 @@ def test_a_run_stopped_while_its_small_clip_learns_leaves_no_half_file(tmp_path,
         (("--preset", "emoji", "--batch", "12", "--accumulate", "2"), "in 2 parts, of groups of 4 images; "),
         (("--init", DEMO.parent), "is no checkpoint; a run's checkpoints are the folders in its checkpoints/"),
         (("--clip", "nonsense"), "neither a file nor"),
-        (("--out", "/proc/run"), "cannot be written"),
         (("--set", "augment=('blur', 'color')"), "there is no blur; choose from color, translation"),
         (("--init", DEMO), "give the preset that it was trained with"),
         (("--clip", "judge"), "--clip judge is for evaluation"),
