@@ -22,9 +22,8 @@ def test_fields_keep_their_types():
         ("batch=2.5", "with a value like 32"),
         ("fid_every=-1", "with a value like 16000"),
         ("images_per_phase={4: 0}", "with a value like {4: 0, 8: 0, 16: 96000, 32: 256000}"),
-        ("batch=8; batch=16", "batch=… is given twice"),
     ],
 )
 def test_mistakes_say_what_to_write(assignment, says):
     with pytest.raises(ValueError, match=says):
-        with_fields(PRESETS["emoji"].recipe, "--set", assignment.split("; "))
+        with_fields(PRESETS["emoji"].recipe, "--set", [assignment])

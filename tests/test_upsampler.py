@@ -120,5 +120,3 @@ def test_its_judge_scores_only_what_it_makes_and_sees_no_clip():
     logits = judge(pyramid, (), torch.randn(2, 7, CONFIG.clip_width), torch.tensor([6, 2]))
     assert logits.keys() == {(32, 32), (32, 16), (32, 8), (16, 16), (16, 8)}
     assert losses.last_prediction(logits) is logits[32, 8]
-    sum(x.sum() for x in logits.values()).backward()
-    assert all(p.grad is not None for p in judge.parameters())

@@ -8,8 +8,8 @@ import train
 from tests import figures
 from weights import checkpoint
 
-COMMON = ("--data", figures.folder(), "--clip", "emoji", "--workers", 0, "--device", "cpu")
-SHORT = (*COMMON, "--preset", "quick", "--sample-every", 2, "--save-every", 1, "--keep", 9)
+SHORT = ("--preset", "quick", "--data", figures.folder(), "--clip", "emoji", "--workers", 0, "--device", "cpu")
+SHORT += ("--sample-every", 2, "--save-every", 1, "--keep", 9)
 
 
 def build(*arguments):

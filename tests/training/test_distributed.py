@@ -1,4 +1,4 @@
-"""The number of ranks changes nothing: gradients of a whole step, and one message for an error."""
+"""The number of ranks changes nothing: gradients of a whole step; a run that is stopped and goes on."""
 
 import os
 import subprocess
@@ -17,13 +17,12 @@ from tests.training.runs import log_of
 ROOT = Path(__file__).parent.parent.parent
 
 
-def torchrun(ranks, *command, restarts=0, **options):
-    """Runs a command on this number of ranks; a single one needs no launcher."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
-    launcher += ["--max-restarts", str(restarts)] if restarts else []
+def torchrun(ranks, *command, restarts=0):
+    """Runs a command on this number of ranks."""
+    launcher = f"-m torch.distributed.run --standalone --nproc-per-node {ranks} --max-restarts {restarts}"
+    command = [sys.executable, *launcher.split(), *map(str, command)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *launcher, *map(str, command)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, env=environment, **options)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, env=environment)
 
 
 def test_ranks_have_the_gradients_of_one_process_and_share_a_mistake(tmp_path):

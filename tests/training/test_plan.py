@@ -25,11 +25,12 @@ def flop(call):
     return counter.total
 
 
-def test_products_are_counted_as_their_formulas(batch=5):
+def test_products_are_counted_as_their_formulas():
     """Grouped convolutions with a kernel for each sample: the forward pass and each of the two gradients take
     2 · B · D · C · k² · H · W. Fused attention: two products of 2 · B · heads · N² · d, and five in the backward pass,
     which computes the map again. Two recomputed layers: the first counts four times, the second three times.
     """
+    batch = 5
     x, kernels = (torch.randn(*s, requires_grad=True) for s in ((1, batch * 6, 8, 8), (batch * 4, 6, 3, 3)))
     once = 2 * batch * 4 * 6 * 9 * 8 * 8
     assert flop(lambda: F.conv2d(x, kernels, padding=1, groups=batch)) == once
@@ -64,10 +65,11 @@ def peak_memory(function):
     return max(itertools.accumulate(changes))
 
 
-def test_the_counts_are_those_of_a_step(images=6):
+def test_the_counts_are_those_of_a_step():
     """FLOP, except what grows with the square of the batch; memory to 10 %. The profiler counts what a step allocates;
     before the step, the state exists except the gradients.
     """
+    images = 6
     clip = load_small(BUILT_IN["emoji"])  # without folded batch norms, as in the plan
     learner = Learner(LOWEST, clip, torch.device("cpu"), torch.float32, 8)
     learner.step(0, [batch_of(learner, 2)])  # makes Adam's averages and gradients

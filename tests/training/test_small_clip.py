@@ -15,29 +15,15 @@ from training.small_clip import clip_of_new_run, contrast, draw_batches, mislead
 COLORS = {"red": (220, 30, 30), "green": (30, 160, 60), "blue": (40, 60, 220), "yellow": (230, 210, 40)}
 
 
-def write_pictures(folder, captions):
-    """A picture of one color for each caption that names it."""
-    folder.mkdir(exist_ok=True)
-    for i, lines in enumerate(captions):
-        color = next(color for name, color in COLORS.items() if name in lines)
-        (folder / f"{i}.jpg").write_bytes(jpeg(color))
-        (folder / f"{i}.txt").write_text(lines)
-    return sources.open_data(str(folder), 32, seed=0)
-
-
-@pytest.fixture
-def source(tmp_path):
-    places = itertools.product(("sky", "wall"), COLORS)
-    return write_pictures(
-        tmp_path / "data", [f"{color} {place}\na {place} that is {color}\n" for place, color in places]
-    )
-
-
 def flat(name):
     return torch.tensor(COLORS[name]).view(1, 3, 1, 1).expand(1, 3, 32, 32) / 127.5 - 1
 
 
-def test_it_learns_captions_and_understands_words_that_no_caption_contains(source):
+def test_it_learns_captions_and_understands_words_that_no_caption_contains(tmp_path):
+    for place, color in itertools.product(("sky", "wall"), COLORS):
+        (tmp_path / f"{color} {place}.jpg").write_bytes(jpeg(COLORS[color]))
+        (tmp_path / f"{color} {place}.txt").write_text(f"{color} {place}\na {place} that is {color}\n")
+    source = sources.open_data(str(tmp_path), 32, seed=0)
     clip = train_small_clip(source, steps=60, batch=16)
     for warm, cold in (("red sky", "blue sky"), ("a scarlet thing", "an azure thing")):
         difference = clip.read([warm]).embedding - clip.read([cold]).embedding
