@@ -11,6 +11,7 @@ import resource
 import pytest
 
 import train
+from common import disk
 from common.cli import UserError
 from step import Learner
 from tests.training.runs import SHORT, identical, run, state_of
@@ -42,9 +43,9 @@ def full_disk(room=100_000):
 
 def test_a_disk_that_is_full_for_a_while(undisturbed, stopped_after, monkeypatch, capsys):
     out = stopped_after(2)
-    with contextlib.ExitStack() as disk:
-        before_step(monkeypatch, 2, lambda *_: disk.enter_context(full_disk()))
-        before_step(monkeypatch, 4, lambda *_: disk.close())
+    with contextlib.ExitStack() as stack:
+        before_step(monkeypatch, 2, lambda *_: stack.enter_context(full_disk()))
+        before_step(monkeypatch, 4, lambda *_: stack.close())
         run(*SHORT, "--out", out, "--steps", 5)
     assert "a checkpoint could not be written" in capsys.readouterr().out
     assert identical(state_of(out), state_of(undisturbed)) and not list(out.glob("**/*.unfinished"))
@@ -52,8 +53,8 @@ def test_a_disk_that_is_full_for_a_while(undisturbed, stopped_after, monkeypatch
 
 def test_a_disk_that_stays_full(undisturbed, stopped_after, monkeypatch):
     out = stopped_after(3)
-    with contextlib.ExitStack() as disk:
-        before_step(monkeypatch, 3, lambda *_: disk.enter_context(full_disk()))
+    with contextlib.ExitStack() as stack:
+        before_step(monkeypatch, 3, lambda *_: stack.enter_context(full_disk()))
         with pytest.raises(UserError, match=r"step 5 is not saved; the last good checkpoint: .*00000003-"):
             run(*SHORT, "--out", out, "--steps", 5)
     monkeypatch.undo()
@@ -61,12 +62,13 @@ def test_a_disk_that_stays_full(undisturbed, stopped_after, monkeypatch):
     assert identical(state_of(out), state_of(undisturbed))
 
 
-@pytest.mark.parametrize("room", [1000, 300_000], ids=["for nothing", "for the reference"])
-def test_a_disk_that_is_full_from_the_start(tmp_path, run_main, room):
-    with full_disk(room):
+def test_a_disk_that_is_full_from_the_start(tmp_path, run_main):
+    with full_disk(1000):
         status, _, stderr = run_main(train.main, *SHORT, "--steps", 2, "--out", tmp_path / "run")
-    assert status == 2 and stderr.splitlines()[-1].startswith("error: ") and "Traceback" not in stderr
-    assert "same command again" in stderr and not list((tmp_path / "run").glob("**/*.unfinished"))
+        with pytest.raises(OSError) as error:
+            disk.write_text(tmp_path / "a.txt", 2000 * "a")
+    assert error.value.filename == str(tmp_path / "a.txt") and not list(tmp_path.glob("**/*.unfinished"))
+    assert status == 2 and stderr.splitlines()[-1].startswith("error: step 0 is") and "Traceback" not in stderr
 
 
 def test_weights_that_become_nan(undisturbed, stopped_after, monkeypatch):
@@ -98,5 +100,4 @@ def test_data_that_is_nan_costs_one_update(stopped_after, monkeypatch, capsys):
 
 @pytest.mark.tour
 def test_kills_at_random_moments(tmp_path):
-    """The short form of torture.py."""
     torture(ranks=1, kills=2, steps=20, folder=tmp_path)
