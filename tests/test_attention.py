@@ -1,7 +1,4 @@
-"""Attention against its formula, and the memory it takes."""
-
-import gc
-import itertools
+"""Attention against its formula."""
 
 import pytest
 import torch
@@ -35,25 +32,3 @@ def test_near_points_far_from_the_origin_keep_their_distances(dtype, tolerance):
     v = torch.eye(50)[None, None].to(dtype)
     ours = attention.l2_attention(8 * q, 8 * k, v).double()
     assert ours.sub(attention.l2_attention_plain(8 * q.double(), 8 * k.double(), v.double())).abs().max() < tolerance
-
-
-def peak_memory(function):
-    """The peak bytes of PyTorch's CPU allocator during a call, minus those before."""
-    gc.collect()  # otherwise older garbage may be freed during the call
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
-        function()
-    events = (event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]")
-    changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
-    return max(itertools.accumulate(changes))
-
-
-def test_memory_in_training_is_linear_in_the_points(monkeypatch):
-    monkeypatch.setitem(attention.MAP_ENTRIES, "cpu", 2**14)
-
-    def forward_and_backward(points):
-        leaves = [torch.randn(1, 1, points, 64, requires_grad=True) for _ in range(3)]
-        upstream = torch.randn(1, 1, points, 64)
-        return peak_memory(lambda: torch.autograd.grad(attention.l2_attention(*leaves), leaves, upstream))
-
-    small, middle, large = (forward_and_backward(side**2) for side in (8, 16, 32))
-    assert small < middle < 4 * small and middle < large < 4 * middle

@@ -5,17 +5,16 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 import growth
 from clip import load_clip
-from common.cli import UserError
 from data.sources import Batch
 from growth import Growth
-from presets import PRESETS
 from sampling import latent
 from tests import figures
 from tests.evaluation.test_features import by_ranks
-from tests.figures import TINY
+from tests.figures import LARGER, TINY
 from weights.generator_file import load_generator
 
 RECIPE = dataclasses.replace(TINY.recipe, fid_samples=5)
@@ -38,14 +37,15 @@ class Spread:
 
 
 class Pictures:
-    """A source of 14 random images of 16×16, in batches of four."""
+    """A source of random images of 16×16, in batches of up to four."""
 
     images = torch.randn(14, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 
     def evaluation_pairs(self, rank, world_size, count):
-        for first in range(0, count, 4):
-            part = range(first, min(first + 4, count))
-            yield Batch(self.images[part.start : part.stop], [f"picture {i}" for i in part], {})
+        mine = list(range(rank, count, world_size))
+        for first in range(0, len(mine), 4):
+            part = mine[first : first + 4]
+            yield Batch(self.images[part], [f"picture {i}" for i in part], {})
 
 
 def features_at(images, resolution):
@@ -53,46 +53,24 @@ def features_at(images, resolution):
     return np.concatenate([pixels.mean((2, 3)), pixels.std((2, 3), ddof=1)], 1)
 
 
-def test_the_reference_is_between_two_disjoint_sets_at_each_resolution(tmp_path):
-    measured = Growth(RECIPE, [4, 8], Spread(), seed=0)
-    measured.measure_reference(Pictures(), tmp_path / "reference.pt")
-    assert measured.captions == [f"picture {i}" for i in range(5)]  # and the statistics are of the other images
-    for resolution in (4, 8):
-        features = features_at(Pictures.images, resolution)
-        mean, covariance = measured.statistics[resolution]
-        np.testing.assert_allclose(mean, features[5:10].mean(0), rtol=1e-4)
-        np.testing.assert_allclose(covariance, np.cov(features[5:10].T), rtol=1e-3, atol=1e-6)
-        expected = distance(features[:5], features[5:10])
-        assert measured.reference_fid[resolution] == pytest.approx(expected, rel=1e-3)
-
-
-def test_the_ranks_share_the_reference(monkeypatch):
-    """Each reads its own images alone, and all have the result of all."""
-    read = []
-
-    class Shared(Pictures):
-        def evaluation_pairs(self, rank, world_size, count):
-            for number in range(rank, count, world_size):
-                read.append(number)
-                yield Batch(self.images[number : number + 1], [f"picture {number}"], {})
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_the_reference_is_between_two_disjoint_sets_at_each_resolution(monkeypatch, ranks):
+    """Each rank reads its own images alone, and all have the result of all. The second stage is given small images."""
 
     def work():
-        return Growth(RECIPE, [8], Spread(), seed=0).compute_reference(Shared())
+        return Growth(RECIPE, [4, 8], Spread(), 0, LARGER.generator).compute_reference(Pictures())
 
-    results = by_ranks(monkeypatch, 2, work)
-    assert sorted(read) == sorted(2 * [*range(10)])  # by_ranks asks twice
-    features = features_at(Pictures.images, 8)
-    for kept in results:
-        assert kept["captions"] == [f"picture {i}" for i in (0, 2, 4, 6, 8)]
-        np.testing.assert_allclose(kept["statistics"][8][0], features[1:10:2].mean(0), rtol=1e-4)
-        assert kept["reference_fid"][8] == pytest.approx(distance(features[0:10:2], features[1:10:2]), rel=1e-3)
-
-
-def test_a_run_is_stopped_while_it_measures_the_reference(tmp_path, monkeypatch):
-    monkeypatch.setattr(growth.stopping, "asked", lambda: True)
-    with pytest.raises(growth.stopping.Stopped):
-        Growth(RECIPE, [4], Spread(), seed=0).measure_reference(Pictures(), tmp_path / "reference.pt")
-    assert not list(tmp_path.iterdir())
+    order = [number for rank in range(ranks) for number in range(rank, 10, ranks)]
+    images, other = Pictures.images[order[:5]], Pictures.images[order[5:]]
+    for kept in by_ranks(monkeypatch, ranks, work):
+        assert kept["captions"] == [f"picture {i}" for i in order[:5]]
+        torch.testing.assert_close(kept["given"][0], F.avg_pool2d(images, 2))
+        for resolution in (4, 8):
+            features, others = features_at(images, resolution), features_at(other, resolution)
+            mean, covariance = kept["statistics"][resolution]
+            np.testing.assert_allclose(mean, others.mean(0), rtol=1e-4)
+            np.testing.assert_allclose(covariance, np.cov(others.T), rtol=1e-3, atol=1e-6)
+            assert kept["reference_fid"][resolution] == pytest.approx(distance(features, others), rel=1e-3)
 
 
 def test_a_reference_of_other_samples_or_that_is_damaged_is_measured_again(tmp_path):
@@ -110,26 +88,23 @@ def test_a_reference_of_other_samples_or_that_is_damaged_is_measured_again(tmp_p
     assert made[0] == made[1] and len(set(made)) == 3
 
 
-@pytest.mark.parametrize("phase", [0, 2])
-def test_the_fid_is_of_the_generators_output_at_the_active_resolution(phase):
+def test_the_fid_is_of_the_generators_output_at_the_active_resolution():
     generator, clip = load_generator(figures.generator_file())[0], load_clip("emoji")
     captions = [f"{color} circle" for color in ("red", "green", "blue", "pink", "black")]
     measured = Growth(RECIPE, [4, 8, 16, 32], clip, seed=3)
-    measured.phase.number, measured.captions, measured.given = phase, captions, ()
-    resolution = (4, 8, 16)[phase]
+    measured.phase.number, measured.captions, measured.given = 1, captions, ()
     for level in generator.synthesis.levels:
         for parameter in level.to_rgb.parameters():
             parameter *= 3  # so that there is something to cut
     text = clip.read(captions)
-    image = generator(latent.noise(generator, 5, seed=3), text.tokens, text.eot, resolution).image
-    assert image.shape[-1] == resolution and image.abs().max() > 1
+    image = generator(latent.noise(generator, 5, seed=3), text.tokens, text.eot, 8).image
+    assert image.shape[-1] == 8 and image.abs().max() > 1
     fake = clip.encode_image(image.clamp(-1, 1)).double().numpy()
-    real = {r: np.random.default_rng(r).normal(size=(9, fake.shape[1])) for r in (4, 8, 16, 32)}
+    real = {r: np.random.default_rng(r).normal(size=(9, fake.shape[1])) for r in (4, 8)}
     measured.statistics = {r: (torch.tensor(x.mean(0)), torch.tensor(np.cov(x.T))) for r, x in real.items()}
     measured.reference_fid = {r: float(r) for r in real}
     report = measured.evaluate(generator)
-    assert report["reference_fid"] == resolution
-    assert report["fid"] == pytest.approx(distance(fake, real[resolution]), rel=1e-4)
+    assert report["reference_fid"] == 8 and report["fid"] == pytest.approx(distance(fake, real[8]), rel=1e-4)
 
 
 def test_the_best_fid_is_kept_and_evaluations_since_are_counted(monkeypatch):
@@ -141,12 +116,6 @@ def test_the_best_fid_is_kept_and_evaluations_since_are_counted(monkeypatch):
         monkeypatch.setattr(growth, "frechet_distance", lambda *_, value=value: float(value))
         assert measured.evaluate(None)["fid"] == value
         assert (measured.phase.best_fid, measured.phase.evaluations_since_best) == (best, since)
-
-
-def test_a_level_without_images_per_phase_is_refused_at_the_start():
-    recipe = dataclasses.replace(PRESETS["emoji"].recipe, images_per_phase={4: 0, 8: 0})
-    with pytest.raises(UserError, match="does not say when to grow from 16×16"):
-        Growth(recipe, [4, 8, 16, 32], clip=None, seed=0)
 
 
 def test_a_phase_ends_at_the_reference_fid_or_when_it_stops_falling_or_by_its_images():

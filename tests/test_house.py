@@ -44,12 +44,3 @@ def test_imports_point_down(path):
             continue
         assert theirs <= layer_of(own), f"{path.name} imports {module}, which stands above it"
         assert not {own, other} <= COMMANDS, "a command imports no other command"
-
-
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_text_files_are_utf_8_whatever_the_locale(path):
-    """Else Windows takes cp1252, which has no ψ."""
-    source = path.read_text(encoding="utf-8")
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Call) and getattr(node.func, "attr", "") in ("read_text", "write_text"):
-            assert "utf-8" in ast.get_source_segment(source, node), f"line {node.lineno}"

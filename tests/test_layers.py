@@ -64,5 +64,4 @@ def test_every_parameter_is_in_one_group():
 def test_pyramid_averages():
     image = torch.arange(64.0).view(1, 1, 8, 8).expand(1, 3, 8, 8)
     small = layers.pyramid(image, [4, 8])
-    assert torch.equal(small[8], image)
     assert small[4][0, 0, 0, 0] == (0 + 1 + 8 + 9) / 4

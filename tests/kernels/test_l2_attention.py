@@ -32,10 +32,7 @@ def plain(*leaves):
     [
         pytest.param((1, 2, 37, 37, 32), 1, 1e-5, id="self"),
         pytest.param((2, 1, 21, 76, 24), 1, 1e-5, id="cross, a width that is no power of two"),
-        pytest.param((1, 1, 5, 2, 64), 1, 1e-5, id="two keys"),
-        pytest.param((1, 1, 32, 16, 16), 1, 1e-5, id="whole tiles"),
         pytest.param((1, 1, 19, 40, 16), 1e-15, 1e-5, id="tiny distances"),
-        pytest.param((1, 1, 19, 40, 16), 1e-3, 1e-5, id="small distances"),
         # A logit of a thousand has an error of 1e-4 in float32, and so has its exponential.
         pytest.param((1, 1, 19, 40, 16), 300, 1e-4, id="large distances"),
     ],
@@ -55,13 +52,6 @@ def test_a_distance_of_zero_has_no_gradient():
 def test_half_precision_errs_no_more_than_pytorch(sizes):
     """In float16, as the interpreter cannot multiply bfloat16. Far from the origin large terms cancel."""
     compare_in_half_precision(fused, plain, tensors_of(*sizes, dtype=torch.float16))
-
-
-def test_a_second_derivative_is_refused():
-    q, k, v = tensors_of(1, 1, 3, 3, 16)
-    (gradient,) = torch.autograd.grad(fused_l2_attention(q, k, v).square().sum(), q, create_graph=True)
-    with pytest.raises(RuntimeError, match="l2_attention_backward"):
-        gradient.sum().backward()
 
 
 def test_the_operators_declarations_are_true():
@@ -87,7 +77,7 @@ def test_products_are_counted_with_and_without_content():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("sizes", [(1, 2, 700, 700, 64), (2, 4, 1000, 76, 64), (1, 4, 256, 256, 24)])
+@pytest.mark.parametrize("sizes", [(1, 2, 700, 700, 64), (2, 4, 1000, 76, 64)])
 def test_kernels_at_full_width_on_a_gpu(sizes):
     compare(fused, plain, tensors_of(*sizes), 1e-4)
     compare_in_half_precision(fused, plain, tensors_of(*sizes, dtype=torch.bfloat16))

@@ -1,81 +1,78 @@
-"""The gradients of training steps, for test_distributed.py: torchrun gradients_of_a_step.py FILE.
+"""Gradients of training steps in float64, R1 included, for test_distributed.py.
 
-Whole steps in float64 at 8×8 and at the highest resolution, R1 included; weights that start at zero are random too.
+torchrun --nproc-per-node 2 -m tests.training.gradients_of_a_step FILE
 """
 
+import copy
 import dataclasses
 import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 
 import torch
+from torch.utils._pytree import tree_map
 
-from clip import MiniLM, Text
+from clip import load_clip
 from common import distributed
-from data import sources
-from tests import figures
-from tests.training.runs import build
+from common.cli import UserError
+from step import Learner
+from tests.figures import LARGER, TINY, Figures, moved
+from weights.efficientnet import load_efficientnet
 
-CASES = (
-    "--preset tiny --set clip_lower_every=4",
-    "--preset tiny --accumulate 2",
-    "--preset tiny-larger",
-)
+BATCH = 8  # on all ranks
+IN_GROUPS = dataclasses.replace(TINY, discriminator=dataclasses.replace(TINY.discriminator, group=2))
+FEW_FOR_CLIP = dataclasses.replace(IN_GROUPS, recipe=dataclasses.replace(TINY.recipe, clip_lower_every=4))
+CASES = {"base": (FEW_FOR_CLIP, 1), "base in micro-batches": (IN_GROUPS, 2), "upsampler": (LARGER, 1)}
+
+
+def gradients():
+    """The gradient of every parameter that learns at the two lowest resolutions, {name: tensor}; the same on all ranks.
+
+    Weights that start at zero are random too. About half of the captions are equal, so not wrong for each other.
+    """
+    found = {}
+    for case, (preset, num_micro_batches) in CASES.items():
+        torch.manual_seed(1)
+        clip = copy.deepcopy(load_clip("emoji")).double()
+        perceptual = load_efficientnet(features_only=True).double()
+        learner = Learner(preset, clip, torch.device("cpu"), torch.float32, BATCH, perceptual)
+        networks = {"g": moved(learner.generator.double()), "d": moved(learner.discriminator.double())}
+        learner.ema.double()
+        learner.learn_at(learner.resolutions[:2])
+        for group in learner.optimizer_d.param_groups + learner.optimizer_g.param_groups:
+            group["lr"] = 0.0  # otherwise Adam's first step replaces each gradient by its sign
+        rank, ranks = distributed.rank(), distributed.world_size()
+        source, size = Figures(learner.resolutions[-1]), BATCH // ranks // num_micro_batches
+        batches, micro_batches = [], []
+        for batch in source.batches(range(num_micro_batches), size, rank, ranks):
+            captions = ["red circle" if len(caption) % 2 else caption for caption in batch.captions]
+            batches.append(batch._replace(captions=captions))
+        for batch, micro_batch in zip(batches, learner.prepare(0, 0, batches), strict=True):
+            text = clip.encode_text(clip.tokenize(batch.captions))  # clip.read keeps texts in half precision
+            micro_batches.append(tree_map(in_float64, micro_batch._replace(text=text)))
+        report = learner.step(0, micro_batches)
+        assert report["r1"] > 0 and report["g_clip"] > 0 and report["d_matching"] > 0
+        for kind, network in networks.items():
+            for name, parameter in network.named_parameters():
+                if parameter.grad is not None:
+                    found[f"{case}, {kind}.{name}"] = parameter.grad.clone()
+    return found
+
+
+def in_float64(x):
+    return x.double() if x.is_floating_point() else x
 
 
 def main(path):
-    in_groups = dataclasses.replace(figures.TINY.discriminator, group=2)
-    figures.PRESETS["tiny"] = dataclasses.replace(figures.TINY, discriminator=in_groups)
-    torch.set_default_dtype(torch.float64)
-    read_in_float64()
     with distributed.ranks("cpu"):
-        data = distributed.broadcast(str(figures.folder()))
-        gradients = {}
-        for number, case in enumerate(CASES):
-            out = Path(f"{path}.run{number}")
-            options = f"{case} --data {data} --clip emoji --dtype fp32 --workers 0 --batch 8 --out {out}"
-            for name, gradient in gradients_of(build(*options.split())):
-                gradients[f"{case} {name}"] = gradient.clone()
+        found = gradients()
+        try:
+            with distributed.together():
+                if distributed.rank() == 1:
+                    raise UserError("a mistake of rank 1")
+        except UserError as error:
+            messages = distributed.collect(str(error))
         if distributed.is_main():
-            torch.save(gradients, path)
-
-
-def gradients_of(run):
-    """Yields the name and the gradient of every parameter that learns."""
-    learner, micro_batches = run.learner, run.loop.micro_batches
-    torch.manual_seed(1)
-    for network in (learner.generator, learner.discriminator):
-        figures.moved(network)
-    for stage in (learner.resolutions[:2], learner.resolutions):
-        learner.learn_at(stage)
-        for group in learner.optimizer_d.param_groups + learner.optimizer_g.param_groups:
-            group["lr"] = 0.0  # otherwise Adam's first step replaces each gradient by its sign
-        loader = sources.loader(run.source, 0, learner.batch // micro_batches, 0)
-        batches = [some_alike(next(loader)) for _ in range(micro_batches)]
-        report = learner.step(0, learner.prepare(0, 0, batches))
-        assert report["r1"] > 0 and report["g_clip"] > 0 and report["d_matching"] > 0
-        for kind, network in (("g", learner.generator), ("d", learner.discriminator)):
-            for name, parameter in network.named_parameters():
-                if parameter.grad is not None:
-                    yield f"{stage[-1]}.{kind}.{name}", parameter.grad
-
-
-def read_in_float64():
-    """Makes MiniLM return float64; it caches captions in half precision."""
-    read = MiniLM.read
-
-    def read_in_float64(encoder, captions):
-        return Text(*(x.double() if x.is_floating_point() else x for x in read(encoder, captions)))
-
-    MiniLM.read = read_in_float64
-
-
-def some_alike(batch):
-    """The batch in float64, with about half of its captions equal; equal captions are not wrong for each other."""
-    captions = ["red circle" if len(caption) % 2 else caption for caption in batch.captions]
-    return batch._replace(images=batch.images.double(), captions=captions)
+            torch.save((found, messages), path)
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(sys.argv[1])

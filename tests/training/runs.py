@@ -1,8 +1,6 @@
 """Short runs of train.py, and comparisons of their states."""
 
-import contextlib
 import json
-import resource
 
 import torch
 
@@ -10,8 +8,8 @@ import train
 from tests import figures
 from weights import checkpoint
 
-COMMON = ("--data", figures.folder(), "--clip", "emoji", "--workers", 0, "--device", "cpu")
-SHORT = (*COMMON, "--preset", "quick", "--sample-every", 2, "--save-every", 1, "--keep", 9)
+SHORT = ("--preset", "quick", "--data", figures.folder(), "--clip", "emoji", "--workers", 0, "--device", "cpu")
+SHORT += ("--sample-every", 2, "--save-every", 1, "--keep", 9)
 
 
 def build(*arguments):
@@ -45,21 +43,3 @@ def identical(a, b):
     if isinstance(a, list | tuple):
         return len(a) == len(b) and all(map(identical, a, b))
     return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
-
-
-def full_disk(room=100_000):
-    """Limits every file to `room` bytes from now on, so that a checkpoint fails midway, as on a full disk."""
-    resource.setrlimit(resource.RLIMIT_FSIZE, (room, resource.RLIM_INFINITY))
-
-
-def room_again():
-    full_disk(resource.RLIM_INFINITY)
-
-
-@contextlib.contextmanager
-def room_afterwards():
-    """Removes the limit before pytest reports the test, possibly to a file."""
-    try:
-        yield
-    finally:
-        room_again()

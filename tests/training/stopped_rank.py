@@ -1,14 +1,10 @@
-"""train.py for test_distributed.py: torchrun stopped_rank.py, with options of train.py.
+"""train.py for test_distributed.py: torchrun -m tests.training.stopped_rank, with options of train.py.
 
 The first time, rank 1 alone is asked to stop in the middle of step 3; torchrun starts both again.
 """
 
 import os
 import signal
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 
 import train
 from step import Learner

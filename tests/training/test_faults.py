@@ -5,90 +5,92 @@ undisturbed one, or stop with one line that says what to do. Other faults: hung 
 shards, hostile images and captions in tests/data, damaged checkpoints in tests/weights, kill −9 in torture.py.
 """
 
+import contextlib
+import resource
+
 import pytest
 
 import train
+from common import disk
 from common.cli import UserError
 from step import Learner
-from tests.training.runs import SHORT, full_disk, identical, room_afterwards, room_again, run, state_of
+from tests.training.runs import SHORT, identical, run, state_of
 from tests.training.torture import torture
 from training import loop
 
 
-@pytest.fixture
-def at_step(monkeypatch):
-    """at_step({2: f}) calls f(learner) as step 2 begins."""
+def before_step(monkeypatch, number, call):
+    """Calls call(learner, micro_batches) as this step begins."""
+    step = Learner.step
 
-    def plan(actions):
-        step = Learner.step
+    def disturbed(learner, its_number, micro_batches):
+        if its_number == number:
+            call(learner, micro_batches)
+        return step(learner, its_number, micro_batches)
 
-        def disturbed(self, number, micro_batches):
-            actions.get(number, lambda _: None)(self)
-            return step(self, number, micro_batches)
-
-        monkeypatch.setattr(Learner, "step", disturbed)
-
-    return plan
+    monkeypatch.setattr(Learner, "step", disturbed)
 
 
-def test_a_disk_that_is_full_for_a_while(undisturbed, stopped_after, at_step, capsys):
+@contextlib.contextmanager
+def full_disk(room=100_000):
+    """A context in which no file grows beyond `room` bytes, so that a checkpoint fails midway, as on a full disk."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, resource.RLIM_INFINITY))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+
+def test_a_disk_that_is_full_for_a_while(undisturbed, stopped_after, monkeypatch, capsys):
     out = stopped_after(2)
-    at_step({2: lambda _: full_disk(), 4: lambda _: room_again()})
-    with room_afterwards():
+    with contextlib.ExitStack() as stack:
+        before_step(monkeypatch, 2, lambda *_: stack.enter_context(full_disk()))
+        before_step(monkeypatch, 4, lambda *_: stack.close())
         run(*SHORT, "--out", out, "--steps", 5)
     assert "a checkpoint could not be written" in capsys.readouterr().out
     assert identical(state_of(out), state_of(undisturbed)) and not list(out.glob("**/*.unfinished"))
 
 
-def test_a_disk_that_stays_full(undisturbed, stopped_after, at_step):
-    out, actions = stopped_after(3), {3: lambda _: full_disk()}
-    at_step(actions)
-    message = r"step 5 is not saved; the last good checkpoint: .*0000000[34]-\w+"
-    with room_afterwards(), pytest.raises(UserError, match=message):
-        run(*SHORT, "--out", out, "--steps", 5)
-    actions.clear()
+def test_a_disk_that_stays_full(undisturbed, stopped_after, monkeypatch):
+    out = stopped_after(3)
+    with contextlib.ExitStack() as stack:
+        before_step(monkeypatch, 3, lambda *_: stack.enter_context(full_disk()))
+        with pytest.raises(UserError, match=r"step 5 is not saved; the last good checkpoint: .*00000003-"):
+            run(*SHORT, "--out", out, "--steps", 5)
+    monkeypatch.undo()
     run(*SHORT, "--out", out, "--steps", 5)
     assert identical(state_of(out), state_of(undisturbed))
 
 
-@pytest.mark.parametrize("room", [1000, 300_000], ids=["for nothing", "for the reference"])
-def test_a_disk_that_is_full_from_the_start(tmp_path, run_main, room):
-    with room_afterwards():
-        full_disk(room)
+def test_a_disk_that_is_full_from_the_start(tmp_path, run_main):
+    with full_disk(1000):
         status, _, stderr = run_main(train.main, *SHORT, "--steps", 2, "--out", tmp_path / "run")
-    assert status == 2 and stderr.splitlines()[-1].startswith("error: ") and "Traceback" not in stderr
-    assert "same command again" in stderr and not list((tmp_path / "run").glob("**/*.unfinished"))
+        with pytest.raises(OSError) as error:
+            disk.write_text(tmp_path / "a.txt", 2000 * "a")
+    assert error.value.filename == str(tmp_path / "a.txt") and not list(tmp_path.glob("**/*.unfinished"))
+    assert status == 2 and stderr.splitlines()[-1].startswith("error: step 0 is") and "Traceback" not in stderr
 
 
-@pytest.mark.parametrize("network", ["generator", "discriminator"])
-def test_weights_that_become_nan(undisturbed, stopped_after, at_step, monkeypatch, network):
+def test_weights_that_become_nan(undisturbed, stopped_after, monkeypatch):
     """The run stops, names its last good checkpoint, and goes on from there."""
     monkeypatch.setattr(loop, "MOST_REJECTED", 4)
 
-    def poison(learner):
-        next(getattr(learner, network).parameters()).data.fill_(float("nan"))
+    def poison(learner, _):
+        next(learner.discriminator.parameters()).data.fill_(float("nan"))
 
-    out, actions = stopped_after(3), {3: poison}
-    at_step(actions)
+    out = stopped_after(3)
+    before_step(monkeypatch, 3, poison)
     with pytest.raises(UserError, match=r"updates in a row .* last good checkpoint: .*00000003-\w+"):
         run(*SHORT, "--out", out, "--steps", 100)
-    actions.clear()
+    monkeypatch.undo()
     run(*SHORT, "--out", out, "--steps", 5)
     assert identical(state_of(out), state_of(undisturbed))
 
 
-@pytest.mark.parametrize("poisoned_step", [3, 4], ids=["in the middle", "in the last step"])
-def test_data_that_is_nan_costs_one_update(stopped_after, monkeypatch, capsys, poisoned_step):
+def test_data_that_is_nan_costs_one_update(stopped_after, monkeypatch, capsys):
     """All other updates are made, and the run is saved, because its weights are finite."""
-    prepare, out = Learner.prepare, stopped_after(3)
-
-    def poisoned(self, seed, number, batches):
-        micro_batches = prepare(self, seed, number, batches)
-        if number == poisoned_step:
-            micro_batches[0].real[4][0, 0, 0, 0] = float("nan")
-        return micro_batches
-
-    monkeypatch.setattr(Learner, "prepare", poisoned)
+    out = stopped_after(3)
+    before_step(monkeypatch, 4, lambda _, micro_batches: micro_batches[0].real[4].fill_(float("nan")))
     made = run(*SHORT, "--out", out, "--steps", 5)
     assert made.loop.progress.rejected == 1 and "1 updates were skipped" in capsys.readouterr().out
     assert made.learner.weights_are_finite() and state_of(out)["progress"]["step"] == 5
@@ -98,5 +100,4 @@ def test_data_that_is_nan_costs_one_update(stopped_after, monkeypatch, capsys, p
 
 @pytest.mark.tour
 def test_kills_at_random_moments(tmp_path):
-    """The short form of torture.py."""
     torture(ranks=1, kills=2, steps=20, folder=tmp_path)

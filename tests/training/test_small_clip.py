@@ -9,62 +9,34 @@ import torch.nn.functional as F
 from clip import load_clip
 from common.cli import UserError
 from data import sources
-from data.pairs import FORMAT
 from tests.data.files import jpeg
 from training.small_clip import clip_of_new_run, contrast, draw_batches, mislead, train_small_clip
 
 COLORS = {"red": (220, 30, 30), "green": (30, 160, 60), "blue": (40, 60, 220), "yellow": (230, 210, 40)}
 
 
-def write_pictures(folder, captions):
-    """A picture of one color for each caption that names it."""
-    folder.mkdir(exist_ok=True)
-    for i, lines in enumerate(captions):
-        color = next(color for name, color in COLORS.items() if name in lines)
-        (folder / f"{i}.jpg").write_bytes(jpeg(color))
-        (folder / f"{i}.txt").write_text(lines)
-    return sources.open_data(str(folder), 32, seed=0)
-
-
-@pytest.fixture
-def source(tmp_path):
-    places = itertools.product(("sky", "wall"), COLORS)
-    return write_pictures(
-        tmp_path / "data", [f"{color} {place}\na {place} that is {color}\n" for place, color in places]
-    )
-
-
 def flat(name):
     return torch.tensor(COLORS[name]).view(1, 3, 1, 1).expand(1, 3, 32, 32) / 127.5 - 1
 
 
-def test_it_learns_captions_and_understands_words_that_no_caption_contains(source):
+def test_it_learns_captions_and_understands_words_that_no_caption_contains(tmp_path):
+    for place, color in itertools.product(("sky", "wall"), COLORS):
+        (tmp_path / f"{color} {place}.jpg").write_bytes(jpeg(COLORS[color]))
+        (tmp_path / f"{color} {place}.txt").write_text(f"{color} {place}\na {place} that is {color}\n")
+    source = sources.open_data(str(tmp_path), 32, seed=0)
     clip = train_small_clip(source, steps=60, batch=16)
     for warm, cold in (("red sky", "blue sky"), ("a scarlet thing", "an azure thing")):
         difference = clip.read([warm]).embedding - clip.read([cold]).embedding
         assert clip.encode_image(flat("red")) @ difference.T > 0 > clip.encode_image(flat("blue")) @ difference.T
 
 
-def test_the_same_seed_gives_the_same_weights(source):
-    first, second, other = (train_small_clip(source, steps=2, batch=8, seed=seed) for seed in (1, 1, 2))
-    state = first.visual.state_dict()
-    assert all(torch.equal(value, second.visual.state_dict()[name]) for name, value in state.items())
-    assert not all(torch.equal(value, other.visual.state_dict()[name]) for name, value in state.items())
-
-
-def test_contrast_is_clips_loss_also_if_equal_captions_shared_targets():
+def test_contrast_is_clips_loss_and_equal_captions_share_their_targets():
     clip, images = load_clip("emoji"), torch.rand(4, 3, 32, 32) * 2 - 1
-    text = clip.read(["cat", "dog", "sun", "tree"]).embedding
+    text = clip.read(["cat", "cat", "sun", "tree"]).embedding
     logits = clip.logit_scale * F.normalize(clip.encode_image(images), dim=-1) @ text.T
-    own = torch.arange(4)
-    expected = (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
+    targets = torch.tensor([[0.5, 0.5, 0, 0], [0.5, 0.5, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]])
+    expected = (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
     torch.testing.assert_close(contrast(clip, [images], text), expected)
-    text = text[[0, 0, 2, 3]]
-    logits = (clip.logit_scale * F.normalize(clip.encode_image(images), dim=-1) @ text.T).log_softmax(1)
-    rows = [(logits[0, 0] + logits[0, 1]) / 2, (logits[1, 0] + logits[1, 1]) / 2, logits[2, 2], logits[3, 3]]
-    columns = (clip.logit_scale * text @ F.normalize(clip.encode_image(images), dim=-1).T).log_softmax(1)
-    rows += [(columns[0, 0] + columns[0, 1]) / 2, (columns[1, 0] + columns[1, 1]) / 2, columns[2, 2], columns[3, 3]]
-    torch.testing.assert_close(contrast(clip, [images], text), -sum(rows) / 8)
 
 
 def test_misled_pictures_fit_their_captions_less_and_stay_near():
@@ -87,28 +59,9 @@ def test_half_of_the_batches_are_neighbours_in_the_alphabet():
     assert sum(count <= 3 for count in letters) == 32  # of eight letters, drawn equally often
 
 
-def test_captions_that_are_all_the_same_are_refused_and_broken_pictures_reported(tmp_path, capsys):
-    source = write_pictures(tmp_path / "data", ["red"] * 4)
-    (tmp_path / "data" / "0.jpg").write_bytes(b"broken")
-    with pytest.raises(UserError, match="all captions are the same"):
-        train_small_clip(source, steps=2)
-    assert f"note: skipped and counted: {FORMAT} (first: {tmp_path / 'data' / '0.jpg'})" in capsys.readouterr().out
-
-
-def test_a_clip_of_other_data_is_made_again(tmp_path, monkeypatch):
-    """Its file names its data: for another folder or seed it is made again. A file of the user is left alone."""
-    monkeypatch.setattr("training.small_clip.STEPS", (1, 1))
+def test_a_file_of_the_user_is_left_alone(tmp_path):
     path = tmp_path / "clip.safetensors"
-
-    def make(data, seed=1):
-        clip_of_new_run(path, data, None, seed, "cpu")
-        return path.read_bytes()
-
-    write_pictures(tmp_path / "a", ["red", "blue", "green"] * 2)
-    write_pictures(tmp_path / "b", ["red", "blue", "yellow"] * 2)
-    made = [make(tmp_path / "a"), make(tmp_path / "a"), make(tmp_path / "b"), make(tmp_path / "b", seed=2)]
-    assert made[0] == made[1] and len(set(made)) == 3
     path.write_bytes(b"mine")
     with pytest.raises(UserError, match=r"no \.safetensors"):
-        make(tmp_path / "a")
+        clip_of_new_run(path, "emoji", None, 1, "cpu")
     assert path.read_bytes() == b"mine"

@@ -21,16 +21,14 @@ from tqdm import tqdm
 
 from tests import figures
 from tests.training.runs import identical, log_of, state_of
-from weights import checkpoint
 
 ROOT = Path(__file__).parent.parent.parent
-START = 600  # seconds that a life may take to make its first step, on a machine that others use too
-STEPS = 5  # that a life may make after its first before it is killed, roughly; every other one ends with a checkpoint
+STEPS = 5  # that a life may make after its first new one before it is killed; every other one ends with a checkpoint
 
 
-def command(ranks, out, steps, preset="tiny"):
+def command(ranks, out, steps, preset):
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
-    options = f"--data {out.parent / 'figures'} --clip emoji --device cpu --batch 8 --save-every 2 --sample-every 1000"
+    options = f"--data {figures.folder()} --clip emoji --device cpu --batch 8 --save-every 2 --sample-every 1000"
     options += f" --preset {preset} --steps {steps} --out {out}"
     return [sys.executable, *launcher, "-m", "tests.figures", *options.split()]
 
@@ -40,11 +38,7 @@ def last_row(out):
     try:
         return log_of(out)[-1]
     except (OSError, ValueError, IndexError):
-        return {"step": 0, "seconds": 0}
-
-
-def last_step(out):
-    return last_row(out)["step"]
+        return {"step": 0}
 
 
 def kill(out):
@@ -57,39 +51,26 @@ def kill(out):
             continue
 
 
-def finish(*run):
-    done = subprocess.run(command(*run), cwd=ROOT, capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(f"the run in {run[1]} failed:\n{done.stdout}\n{done.stderr}")
-
-
-def torture(ranks, kills, steps, folder, preset="tiny", seed=0):
-    moments = random.Random(seed)
-    whole, out = folder / "whole", folder / "tortured"
-    figures.write(folder / "figures")
-    finish(ranks, whole, steps, preset)
-    with (folder / "output.txt").open("w") as output:
-        for _ in tqdm(range(kills), desc=f"{ranks} rank(s)", unit="kill"):
-            newest, log = checkpoint.checkpoints(out / "checkpoints"), out / "metrics.jsonl"
-            begun, former = int(newest[0].name[:8]) if newest else 0, log.stat().st_ino if log.exists() else None
-            life = subprocess.Popen(command(ranks, out, steps, preset), cwd=ROOT, stdout=output, stderr=output)
-            deadline = time.monotonic() + START
-            # A life rewrites the log, without the steps after the last checkpoint.
-            while not log.exists() or log.stat().st_ino == former or last_step(out) <= begun:
-                if (ended := life.poll() is not None) or time.monotonic() > deadline:
-                    kill(out)
-                    what = "ended by itself" if ended else f"made no step in {START} s"
-                    sys.exit(f"a life {what}, at step {last_step(out)}:\n{Path(output.name).read_text()[-2000:]}")
-                time.sleep(0.01)
-            time.sleep(moments.uniform(0, STEPS * last_row(out)["seconds"]))
-            kill(out)
-            life.wait()
-    if last_step(out) >= steps:
+def torture(ranks, kills, steps, folder, preset="tiny"):
+    whole, out, moments = folder / "whole", folder / "tortured", random.Random(0)
+    subprocess.run(command(ranks, whole, steps, preset), cwd=ROOT, check=True)
+    reached = 0
+    for _ in tqdm(range(kills), desc=f"{ranks} rank(s)", unit="kill"):
+        life = subprocess.Popen(command(ranks, out, steps, preset), cwd=ROOT, stdout=subprocess.DEVNULL)
+        while last_row(out)["step"] <= reached:
+            if life.poll() is not None:
+                sys.exit(f"a life ended by itself, at step {last_row(out)['step']}")
+            time.sleep(0.01)
+        time.sleep(moments.uniform(0, STEPS * last_row(out).get("seconds", 0)))
+        kill(out)
+        life.wait()
+        reached = max(reached, last_row(out)["step"])
+    if reached >= steps:
         sys.exit("it was done before all kills were made; take more --steps")
-    finish(ranks, out, steps, preset)
+    subprocess.run(command(ranks, out, steps, preset), cwd=ROOT, check=True)
     if not identical(state_of(whole), state_of(out)):
         sys.exit(f"the states differ: {whole} and {out}")
-    if last_step(out) != steps or (out / "metrics.jsonl").read_text().count("\n") != steps:
+    if [row["step"] for row in log_of(out)] != list(range(1, steps + 1)):
         sys.exit("the log has lost or doubled steps")
 
 
