@@ -1,4 +1,4 @@
-"""Attention against its formula."""
+"""Attention against its formula, and what it keeps in memory."""
 
 import pytest
 import torch
@@ -32,3 +32,13 @@ def test_near_points_far_from_the_origin_keep_their_distances(dtype, tolerance):
     v = torch.eye(50)[None, None].to(dtype)
     ours = attention.l2_attention(8 * q, 8 * k, v).double()
     assert ours.sub(attention.l2_attention_plain(8 * q.double(), 8 * k.double(), v.double())).abs().max() < tolerance
+
+
+def test_training_keeps_no_map(monkeypatch):
+    """It is computed again in the backward pass; with 1,024 points it would have a million entries."""
+    monkeypatch.setitem(attention.MAP_ENTRIES, "cpu", 2**14)
+    q, k, v = (torch.randn(1, 1, 1024, 8, requires_grad=True) for _ in range(3))
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
+        attention.l2_attention(q, k, v).sum().backward()
+    assert sum(kept) < 2**18
