@@ -142,6 +142,24 @@ def test_svgs_with_styles_links_and_repeated_elements_are_drawn():
     torch.testing.assert_close(read(drawing(uses(2))), read(drawing('<rect width="1" height="1"/>')))
 
 
+def test_hostile_images_do_no_harm():
+    """Files with bytes changed, or cut: each is read, or unusable for a known cause."""
+    rng, read_ones = np.random.default_rng(0), 0
+    noise = Image.fromarray(rng.integers(0, 256, (24, 24, 3), np.uint8))  # small, so that every part of a file is hit
+    files = [encoded(noise, kind) for kind in ("PNG", "JPEG", "WEBP", "GIF", "BMP")] + [drawing(uses(2))]
+    for i in range(600):
+        content = bytearray(files[i % len(files)])
+        for at in rng.integers(min(64, len(content)) if i % 4 else len(content), size=4):
+            content[at] = rng.integers(256)
+        try:
+            image = read(bytes(content[: rng.integers(len(content))] if i % 3 == 0 else content))
+            assert image.shape == (3, 8, 8) and image.isfinite().all()
+            read_ones += 1
+        except Unusable as error:
+            assert str(error) in pairs.CAUSES
+    assert 20 < read_ones < 580
+
+
 def test_captions_are_cleaned_and_cut():
     assert captions_of(b"\xef\xbb\xbf a  cat\ton a mat \r\n\n a dog\na dog") == ["a cat on a mat", "a dog", "a dog"]
     assert captions_of(b"a" * 10_000) == ["a" * pairs.MAX_CAPTION]

@@ -106,6 +106,21 @@ def test_after_a_kill_at_any_system_call_there_is_a_whole_checkpoint(tmp_path):
     assert path.name[:8] == "00000002" and life > 10
 
 
+def test_the_files_of_a_checkpoint_are_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    flushed, fsync, replace = set(), os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda file: flushed.add(os.fstat(file).st_ino) or fsync(file))
+
+    def rename(source, target):
+        files = source.iterdir() if source.is_dir() else [source]
+        renamed.append({file.stat().st_ino for file in files} <= flushed)
+        replace(source, target)
+
+    renamed = []
+    monkeypatch.setattr(os, "replace", rename)
+    save(tmp_path)
+    assert len(renamed) >= 3 and all(renamed)
+
+
 def killed_after(number, patch, folder):
     """Writes a checkpoint and is killed after this number of system calls → whether that was before the end."""
     calls = iter(range(1000))
