@@ -68,6 +68,8 @@ def test_every_case_of_the_benchmark_runs(case, monkeypatch):
     monkeypatch.setattr(bench, "PRESETS", dict.fromkeys(("aurora-64", "emoji-gpu", "small-64"), figures.TINY))
     monkeypatch.setattr(bench, "POINTS", 64)
     monkeypatch.setattr(bench, "SIDE", 4)
+    monkeypatch.setattr(bench, "TRAINED", {"emoji-gpu": 4})
+    monkeypatch.setattr(bench, "WARM_UP", 0)
     called = SimpleNamespace(
         device=torch.device("cpu"), dtype=torch.float32, row=lambda name, function, *_: (name, function())
     )
