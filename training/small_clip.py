@@ -94,8 +94,8 @@ def clip_of_new_run(path, data, caption_key, seed, device):
         if former is not None and "caption-key" not in former:
             raise UserError(f"{path} is not of a run, which writes its small CLIP there; give another --out")
         if distributed.is_main() and former != made:
-            say("First a small CLIP learns from these pictures and captions: a few minutes on one CPU core.")
             source = sources.open_data(data, 32, seed, caption_key)
+            say("First a small CLIP learns from these pictures and captions: a few minutes on one CPU core.")
             clip = train_small_clip(source, seed=seed, device=device)
             atomically(path, lambda temporary: save_small(clip, temporary, made))
     if distributed.broadcast(stopping.asked()):
