@@ -42,6 +42,7 @@ from weights import checkpoint, generator_file
 from weights.efficientnet import load_efficientnet
 
 NUM_PICTURES = 24
+MOST_BATCH = 2**16  # images of a step
 
 
 def parse_args(argv=None):
@@ -129,16 +130,20 @@ def resume(run, state):
         growth.phase = Phase(**state["phase"])
         state["ema"] = checkpoint.moving_average(state)
         learner.load_state_dict(state)
-    for name, then in state["recipe"].items():
-        if (now := getattr(learner.recipe, name, then)) != then:
-            say(f"note: {name} was {then}; now it is {now}")
+        for name, then in state["recipe"].items():
+            if (now := getattr(learner.recipe, name, then)) != then:
+                say(f"note: {name} was {then}; now it is {now}")
     if args.init:
         say(f"note: --init {args.init} is not used, because the run in {args.out} is resumed")
 
 
 def check_division(batch, micro_batches, group):
-    """Raises UserError if a micro-batch has no wrong captions, or if each rank's part of it is not of whole groups."""
+    """Raises UserError if a micro-batch has no wrong captions, if each rank's part of it is not of whole groups, or if
+    the batch is so large that it must be a mistake: its images would be collected for ever.
+    """
     ranks = distributed.world_size()
+    if batch > MOST_BATCH:
+        raise UserError(f"--batch {batch}: give {MOST_BATCH} or fewer")
     if batch // micro_batches < 2:
         raise UserError(
             f"--batch {batch} in {micro_batches} part(s) leaves no wrong caption to compare with; take 2 or more each"

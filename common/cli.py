@@ -22,9 +22,13 @@ class UserError(ValueError):
 
 
 def print_on_any_console():
-    """Prints "?" for characters that the console cannot show: cp1252 and ASCII have no ψ."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
+    """Prints "?" for characters that the console cannot show: cp1252 and ASCII have no ψ. If the user closed a stream
+    (`>&-`), its output is dropped.
+    """
+    for name in ("stdout", "stderr"):
+        if (stream := getattr(sys, name)) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        elif hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
 
 

@@ -134,6 +134,7 @@ def test_a_run_stopped_while_its_small_clip_learns_leaves_no_half_file(tmp_path,
     ("arguments", "says"),
     [
         (("--batch", "1"), "take 2 or more each"),
+        (("--batch", "100000"), "--batch 100000: give 65536 or fewer"),
         # A group that was half real and half generated would give the discriminator the answer.
         (("--preset", "emoji", "--batch", "12", "--accumulate", "2"), "in 2 parts, of groups of 4 images; "),
         (("--clip", "nonsense"), "neither a file nor"),
