@@ -95,7 +95,7 @@ class Growth:
         rank, ranks = distributed.rank(), distributed.world_size()
         features, captions, given = {r: [] for r in self.resolutions}, [], []
         noise = torch.Generator().manual_seed(self.seed + rank)
-        for batch in source.evaluation_pairs(rank=rank, world_size=ranks, count=2 * self.recipe.fid_samples):
+        for batch in source.held_out_first(rank=rank, world_size=ranks, count=2 * self.recipe.fid_samples):
             images = batch.images.to(self.clip.device)
             captions += batch.captions
             its_noise = draw_input_noise(self.config, len(images), noise)

@@ -127,8 +127,8 @@ class Learner:
         z = torch.randn(self.batch, config.z_dim, generator=rng)
         chances = torch.rand(self.batch, 2, NUM_CHANCES, generator=rng)  # for real images, and for fake ones
         noise = draw_input_noise(config, self.batch, rng)
-        places = torch.rand(self.batch, 2, generator=rng)  # y, x of the crops
         distortions = draw_distortions(config, self.batch, rng)
+        places = torch.rand(self.batch, 2, generator=rng)  # y, x of the crops
         shape = len(batches), distributed.world_size(), -1
         # Each [micro-batches, ranks, b, …]; the loader cuts the images in the same order.
         drawn = [x.unflatten(0, shape) for x in (z, chances, noise, distortions, places)]
@@ -137,8 +137,8 @@ class Learner:
 
     def micro_batch(self, batch, z, chances, noise, distortions, places):
         """A data.sources.Batch and its random numbers, on the CPU → MicroBatch. places [b, 2]: of the crops."""
-        drawn = batch.images, z, chances, noise, distortions
-        images, z, chances, noise, distortions = (x.to(self.device) for x in drawn)
+        moved = batch.images, z, chances, noise, distortions  # upsampler.crop reads the places on the CPU
+        images, z, chances, noise, distortions = (x.to(self.device) for x in moved)
         real, config = pyramid(images, self.active), self.generator.config
         given = given_images(config, images, noise)
         if given:  # the second stage

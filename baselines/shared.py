@@ -158,7 +158,7 @@ def run(system_class, name, args, device):
     with distributed.together():
         system = system_class(load_clip(args.clip, device), args.resolution, device)
         source = sources.open_data(args.data, args.resolution, args.seed, args.caption_key)
-        captions = next(source.evaluation(NUM_PICTURES)).captions
+        captions = next(source.evaluation_batches(NUM_PICTURES)).captions
         loop = Loop(folder, args, args.batch, minutes=args.minutes)
         if state:
             with loop.resuming(state):

@@ -1,7 +1,7 @@
 """WebDataset shards, as img2dataset writes them: `key.jpg`, `key.txt` and `key.json` in 00000.tar, 00001.tar, …
 
-webdataset's own reader is not used: it reads each tar whole from its front, ends a key at the first period of a name,
-and does not count what it skips.
+webdataset's own reader is not used: it ends a key at the first period of a name, does not count what it skips, and
+cannot resume a stream.
 """
 
 import collections
@@ -24,11 +24,10 @@ from data.pairs import DUPLICATE, IMAGE_SUFFIXES, MAX_FILE, SHARD, SUFFIXES, Sam
 from data.sources import FEWEST, JSON_UNREAD, Source
 
 TRIED, SAMPLES_TRIED = 5, 300  # shards, and samples of each, that are read when a source is opened
-STRETCH = 3  # samples, on average, that are read from one random place of a tar
-LANES = 8  # shards that are read from the front in turn
+LANES = 8  # shards that are read in turn
 BUFFER, BUFFER_BYTES = 2048, 2**27  # most samples in the shuffle buffer, and their most bytes
-BLOCK, STREAM = 2**14, 2**17  # samples after which it starts anew; if shards are read from the front
-LONG_NAME = 8 * tarfile.BLOCKSIZE  # most bytes that a name of over 100 characters adds before its file's header
+BLOCK = 2**17  # samples after which a stream starts anew
+LEFT_OUT = 2**14  # most samples of each lane that are left out at its start
 ERRORS = (OSError, EOFError, tarfile.TarError, zlib.error)  # what reading a shard may raise
 GZIP = b"\x1f\x8b"  # first bytes of a compressed shard
 CURL = ["curl", "-sSfL", "--connect-timeout", "30", "--speed-limit", "1", "--speed-time", "60"]
@@ -37,10 +36,8 @@ CURL = ["curl", "-sSfL", "--connect-timeout", "30", "--speed-limit", "1", "--spe
 class Shards(Source):
     """A list of shards: files, URLs, or commands (`pipe:COMMAND`).
 
-    Each rank and worker reads an endless stream. It reads a few samples from a random place of a random shard, then of
-    another, and shuffles them in a buffer that is full before the first batch. So each sample is about equally likely,
-    and the pairs of a batch come from many shards. If any shard is compressed or a command, all are read from the
-    front, LANES in turn.
+    Each rank and worker reads an endless stream: random shards from front to back, LANES in turn, shuffled in a buffer
+    that is full before the first batch.
 
     After a block of samples a stream starts anew, with a seed made of the run's, the block's and its own. A resumed run
     continues exactly if ranks, workers and batch are the same, and decodes nothing of the block's earlier batches.
@@ -50,10 +47,9 @@ class Shards(Source):
     """
 
     def __init__(self, urls, resolution, seed, caption_key=None):
-        given = [url.removeprefix("file://") for url in urls]
-        self.urls = [url for url in given if command_of(url) or os.path.isfile(url)]
-        self.sizes = {url: 0 if command_of(url) else os.path.getsize(url) for url in self.urls}  # bytes; 0: unknown
-        self.missing = [url for url in given if url not in self.sizes]
+        self.urls, self.missing = [], []
+        for url in (url.removeprefix("file://") for url in urls):
+            (self.urls if command_of(url) or os.path.isfile(url) else self.missing).append(url)
         if 2 * len(self.missing) > len(urls):
             raise UserError(f"--data: no such shard: {self.missing[0]}; write several as data/{{00000..00041}}.tar")
         name = urls[0] if len(urls) == 1 else f"{urls[0]} … {urls[-1]}"
@@ -63,14 +59,12 @@ class Shards(Source):
     def look(self):
         """Reads the first samples of some shards to learn what they contain → whether one is usable for training."""
         self.kinds, self.complete, self.alone = collections.Counter(), 0, 0
-        number, size, reached_ends, usable = 0, 0, True, set()  # whether usable ones would be held out
-        shards = list(self.sizes)
-        tried = shards[:: -(-len(shards) // TRIED)]
+        number, reached_ends, usable = 0, True, set()  # whether usable ones would be held out
+        tried = self.urls[:: -(-len(self.urls) // TRIED)]
         for url in tried:
             count = 0
             for sample in itertools.islice(self.raw(url), SAMPLES_TRIED):
                 count += 1
-                size += sample.size + 1000 * len(sample.parts)  # with headers and padding
                 self.kinds.update(suffix or "no suffix" for suffix in sample.parts)
                 if sample.image:
                     has_caption = (".json" if self.caption_key else ".txt") in sample.parts
@@ -82,8 +76,6 @@ class Shards(Source):
             reached_ends = reached_ends and count < SAMPLES_TRIED
         self.number = number * len(self.urls) // len(tried) if reached_ends else math.inf  # estimate of all samples
         self.holds_out = self.number >= FEWEST
-        self.are_plain = all(url.lower().endswith(".tar") for url in shards) and all(map(is_plain_tar, tried))
-        self.stretch = STRETCH * size // max(number, 1)  # bytes
         return False in usable or (True in usable and not self.holds_out)
 
     def findings(self):
@@ -95,10 +87,10 @@ class Shards(Source):
         if self.alone and self.kinds[".json"] and not self.caption_key:
             yield JSON_UNREAD
 
-    def raw(self, url, start=0, stop=math.inf):
-        """Samples of a shard, or of its bytes from start to stop, not decoded; up to where it is unreadable."""
+    def raw(self, url):
+        """Samples of a shard, not decoded; up to where it is unreadable."""
         try:
-            for key, files in itertools.groupby(members(url, start, stop), operator.itemgetter(0)):
+            for key, files in itertools.groupby(members(url), operator.itemgetter(0)):
                 parts = {}
                 for _, suffix, data in files:
                     is_further = suffix.endswith(IMAGE_SUFFIXES) and not parts.keys().isdisjoint(IMAGE_SUFFIXES)
@@ -111,31 +103,16 @@ class Shards(Source):
         except ERRORS as error:
             self.skips.fail(SHARD, f"{url}: {first_line(error)}")
 
-    def from_random_places(self, rng):
-        """Endless samples, a few from each random place in the bytes of all shards.
-
-        A place may lie up to a stretch before its shard, so that the first samples are as likely as others.
-        """
-        urls, sizes = list(self.sizes), list(self.sizes.values())
-        ends = np.cumsum([size + self.stretch if size else 0 for size in sizes])
-        while True:
-            place = rng.integers(ends[-1])
-            number = int(np.searchsorted(ends, place, "right"))
-            start = int(place - ends[number]) + sizes[number]
-            yield from self.raw(urls[number], max(0, start), start + self.stretch)
-
-    def from_whole_shards(self, rng):
+    def lane(self, rng):
         """Endless samples of whole shards in random order. A random number of samples is read and left out first, so
         that the first ones of a shard are not more likely than others.
         """
         shards = (self.raw(self.urls[rng.integers(len(self.urls))]) for _ in itertools.count())
-        return itertools.islice(itertools.chain.from_iterable(shards), rng.integers(min(BLOCK, self.number)), None)
+        return itertools.islice(itertools.chain.from_iterable(shards), rng.integers(min(LEFT_OUT, self.number)), None)
 
     def random_samples(self, rng):
         """Endless samples of random shards."""
-        if self.are_plain:
-            return self.from_random_places(rng)
-        lanes = [self.from_whole_shards(own) for own in rng.spawn(min(LANES, len(self.urls)))]
+        lanes = [self.lane(own) for own in rng.spawn(min(LANES, len(self.urls)))]
         return (next(lane) for lane in itertools.cycle(lanes))
 
     def block(self, done, batch, *seed):
@@ -157,7 +134,7 @@ class Shards(Source):
 
     def batches(self, steps, batch, rank, world_size):
         worker, workers = steps.start % steps.step, steps.step  # a resumed run may begin at any step
-        length = max(1, (BLOCK if self.are_plain else STREAM) // batch)  # of a block, in batches of this worker
+        length = max(1, BLOCK // batch)  # of a block, in batches of this worker
         first, done = divmod(steps.start // workers, length)
         for number in itertools.count(first):
             made = self.block(done, batch, number, rank, world_size, worker, workers)
@@ -193,14 +170,6 @@ def command_of(url):
     return [*CURL, url] if url.startswith(("http://", "https://")) else None
 
 
-def is_plain_tar(url):
-    """Whether a shard is an uncompressed tar on a disk. Only such a shard can be read from a random place."""
-    if command_of(url) or not os.access(url, os.R_OK):
-        return False
-    with open(url, "rb") as file:
-        return file.read(tarfile.BLOCKSIZE)[257:262] == b"ustar"
-
-
 @contextlib.contextmanager
 def output_of(command):
     """What a command writes, as a file. If the reader finds no whole tar, raises OSError with the command's message."""
@@ -223,61 +192,39 @@ def output_of(command):
 
 
 @contextlib.contextmanager
-def opened(url, start):
-    """A shard as a TarFile. A plain tar is read from byte `start` on; blocks before the next header are skipped."""
-    plain, command = is_plain_tar(url), command_of(url)
+def opened(url):
+    """A shard as a TarFile, to be read from the front."""
+    command = command_of(url)
     with output_of(command) if command else open(url, "rb") as file:
-        if plain:
-            file.seek(start // tarfile.BLOCKSIZE * tarfile.BLOCKSIZE)
-        elif file.peek().startswith(GZIP):
+        if file.peek().startswith(GZIP):
             file = gzip.open(file)  # noqa: SIM115 - unlike tarfile, it reads several streams in one file
-        with tarfile.open(fileobj=file, mode="r:" if plain else "r|", ignore_zeros=plain and start > 0) as tar:
+        with tarfile.open(fileobj=file, mode="r|") as tar:
             tar.ignore_zeros = True  # after the first header, damaged ones and the end of a first tar are skipped
             yield tar
 
 
-def members(url, start=0, stop=math.inf):
-    """Yields (key, suffix, bytes) of the files in a shard, see named_files and content. Raises one of ERRORS.
-
-    start, stop: yield the samples after that of the first file at byte `start`, up to that of the first file at `stop`.
-    So each sample belongs to one of consecutive stretches, and is whole. But if the first file is a.1.jpg, the files of
-    the key a after it are left out, as they may belong to its sample.
-    """
-    first = last = None  # keys of the first file from `start` on, and from `stop` on
-    within_first = start > 0  # the sample that begins before `start`
-    with opened(url, max(0, start - LONG_NAME)) as tar:
-        for key, suffix, info in named_files(tar, start):
-            first = first or key
-            if last is None and info.offset >= stop:
-                last = key
-            if last not in (None, key):
-                break
-            within_first = within_first and f"{first}.".startswith(f"{key}.")
-            if not within_first:
-                yield key, suffix, content(tar, info, suffix)
-
-
-def named_files(tar, start):
-    """Yields (key, suffix, its TarInfo) of the files from byte `start` on, without hidden ones.
+def members(url):
+    """Yields (key, suffix, bytes) of the files in a shard, without hidden ones, see content. Raises one of ERRORS.
 
     The key is the name without its last suffix; but after a file of the key 0, such as 0.jpg, 0.mask.png also has the
     key 0, and the suffix .mask.png. (So 0.5.jpg right after the sample 0 is taken for a further image of it.)
     """
     former, end = "", None  # the former file's key; the place after it
-    for info in iter(tar.next, None):
-        tar.members, end = [], tar.offset  # else it keeps all members in memory
-        if info.offset < start or info.isdir() or any(map(is_hidden, info.name.split("/"))):
-            continue
-        folder, _, name = info.name.rpartition("/")
-        stem, _, suffix = name.rpartition(".")
-        key, suffix = f"{folder}/{stem or name}".lstrip("/"), f".{suffix}".lower() if stem else ""
-        if former and key.startswith(f"{former}."):
-            key, suffix = former, key[len(former) :].lower() + suffix
-        former = key
-        yield key, suffix, info
-    # tarfile takes half a header for the end, and does not ask for the empty blocks that end a tar.
-    if tar.fileobj.tell() % tarfile.BLOCKSIZE or tar.offset == end:
-        raise tarfile.ReadError("unexpected end of data")
+    with opened(url) as tar:
+        for info in iter(tar.next, None):
+            tar.members, end = [], tar.offset  # else it keeps all members in memory
+            if info.isdir() or any(map(is_hidden, info.name.split("/"))):
+                continue
+            folder, _, name = info.name.rpartition("/")
+            stem, _, suffix = name.rpartition(".")
+            key, suffix = f"{folder}/{stem or name}".lstrip("/"), f".{suffix}".lower() if stem else ""
+            if former and key.startswith(f"{former}."):
+                key, suffix = former, key[len(former) :].lower() + suffix
+            former = key
+            yield key, suffix, content(tar, info, suffix)
+        # tarfile takes half a header for the end, and does not ask for the empty blocks that end a tar.
+        if tar.fileobj.tell() % tarfile.BLOCKSIZE or tar.offset == end:
+            raise tarfile.ReadError("unexpected end of data")
 
 
 def content(tar, info, suffix):

@@ -143,22 +143,22 @@ class Source:
         skipped, self.skips.counts = self.skips.counts, collections.Counter()
         return Batch(torch.stack([image for image, _ in examples]), captions, skipped, dict(self.skips.first))
 
-    def evaluation(self, batch=64, held_out=False, rank=0, world_size=1, most=ENDLESS):
-        """Batches of a rank's share of the usable pairs, once: the held-out pairs, or those of training; at most so
-        many pairs.
-
-        A pair has the same one of its captions on any number of ranks.
+    def evaluation_batches(self, batch=64, held_out=False, rank=0, world_size=1, most=ENDLESS):
+        """For evaluation: batches of what `examples` yields, at most so many pairs. A pair has the same one of its
+        captions on any number of ranks.
         """
         examples = itertools.islice(self.examples(held_out, rank, world_size), most)
         while some := list(itertools.islice(examples, batch)):
             yield self.report(self.collate(some))
         self.report(self.skips)
 
-    def evaluation_pairs(self, batch=64, rank=0, world_size=1, count=ENDLESS):
-        """Batches of `count` pairs, shared by the ranks: of each rank's pairs first the held-out ones."""
+    def held_out_first(self, batch=64, rank=0, world_size=1, count=ENDLESS):
+        """For evaluation: batches of `count` pairs, shared by the ranks: of each rank's pairs first the held-out ones,
+        then those of training.
+        """
         left = len(range(rank, count, world_size))  # this rank's share of `count`
         for held_out in (True, False):
-            for pairs in self.evaluation(batch, held_out, rank, world_size, left):
+            for pairs in self.evaluation_batches(batch, held_out, rank, world_size, left):
                 left -= len(pairs.captions)
                 yield pairs
 

@@ -66,7 +66,7 @@ def compare(enlargers, source, small, large, count, device="cpu"):
     """
     network, features_of = load_efficientnet(features_only=True).to(device), efficientnet(device).images
     of_true, distances, features = [], {name: [] for name in enlargers}, {name: [] for name in enlargers}
-    for batch in tqdm(source.evaluation_pairs(BATCH, count=count), leave=False):
+    for batch in tqdm(source.held_out_first(BATCH, count=count), leave=False):
         true = batch.images.to(device)
         maps = network(true)
         of_true.append(features_of(to_pixels(true, large)).cpu())

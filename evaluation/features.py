@@ -63,7 +63,7 @@ def extract_real(source, count, resolution, extractors):
     captions, skipped = [], collections.Counter()
 
     def batches():
-        for batch in source.evaluation_pairs(BATCH, rank, world_size, 2 * count):
+        for batch in source.held_out_first(BATCH, rank, world_size, 2 * count):
             skipped.update(batch.skipped)
             captions.extend(batch.captions)
             yield to_pixels(batch.images, resolution)

@@ -49,58 +49,41 @@ BACKGROUNDS = {"black": (0, 0, 0), "white": (255, 255, 255), "brown": (120, 70, 
 
 GENERATOR = SMALL_GENERATOR | {"w_dim": 64, "mapping_dim": 64, "num_heads": 2, "head_dim": 16}
 DISCRIMINATOR = SMALL_DISCRIMINATOR | {"num_heads": 2, "head_dim": 16}
+# fmt: off
 TINY = Preset(
-    GeneratorConfig(
-        levels=(
-            Level(4, 64, num_blocks=1, deformable=True),
-            Level(8, 64, num_blocks=1, attn_depth=1, num_experts=4),
-            Level(16, 32, num_blocks=1),
-            Level(32, 16, num_blocks=1, num_kernels=2),
-        ),
-        fourier_channels=32,
-        **GENERATOR,
-    ),
-    DiscriminatorConfig(
-        levels=(
-            DiscriminatorLevel(4, 64, num_blocks=0),
-            DiscriminatorLevel(8, 64, num_blocks=0, attn_depth=1),
-            DiscriminatorLevel(16, 32, num_blocks=0),
-            DiscriminatorLevel(32, 16, num_blocks=0),
-        ),
-        **DISCRIMINATOR,
-    ),
+    GeneratorConfig(levels=(
+        Level(4, 64, num_blocks=1, deformable=True),
+        Level(8, 64, num_blocks=1, attn_depth=1, num_experts=4),
+        Level(16, 32, num_blocks=1),
+        Level(32, 16, num_blocks=1, num_kernels=2),
+    ), fourier_channels=32, **GENERATOR),
+    DiscriminatorConfig(levels=(
+        DiscriminatorLevel(4, 64, num_blocks=0),
+        DiscriminatorLevel(8, 64, num_blocks=0, attn_depth=1),
+        DiscriminatorLevel(16, 32, num_blocks=0),
+        DiscriminatorLevel(32, 16, num_blocks=0),
+    ), **DISCRIMINATOR),
     Recipe(
-        steps=1000,
-        batch=8,
-        images_per_phase={4: 0, 8: 0, 16: 256_000},
-        ema_half_life=5_000,
-        fid_samples=16,
-        fid_every=4_000,
-        r1_gamma=16.0,
-        **SMALL_RECIPE,
-    ),
-    clip_model="emoji",
+        steps=1000, batch=8, images_per_phase={4: 0, 8: 0, 16: 256_000}, ema_half_life=5_000, fid_samples=16,
+        fid_every=4_000, r1_gamma=16.0, **SMALL_RECIPE,
+    ), clip_model="emoji",
 )
 # The second stage, from 8×8 to 16×16 and 32×32, on crops of half the side.
 LARGER = Preset(
-    UpsamplerConfig(
-        levels=(Level(4, 32, num_blocks=1, attn_depth=1, num_experts=2), *(Level(r, 32, 1) for r in (8, 16, 32))),
-        input_resolution=8,
-        **GENERATOR,
-    ),
-    DiscriminatorConfig(
-        levels=(
-            DiscriminatorLevel(8, 32, num_blocks=0, takes_images=False),
-            DiscriminatorLevel(16, 32, num_blocks=0),
-            DiscriminatorLevel(32, 16, num_blocks=0),
-        ),
-        **DISCRIMINATOR | {"clip_maps": ()},
-    ),
+    UpsamplerConfig(levels=(
+        Level(4, 32, num_blocks=1, attn_depth=1, num_experts=2),
+        *(Level(r, 32, num_blocks=1) for r in (8, 16, 32)),
+    ), input_resolution=8, **GENERATOR),
+    DiscriminatorConfig(levels=(
+        DiscriminatorLevel(8, 32, num_blocks=0, takes_images=False),
+        DiscriminatorLevel(16, 32, num_blocks=0),
+        DiscriminatorLevel(32, 16, num_blocks=0),
+    ), **DISCRIMINATOR | {"clip_maps": ()}),
     dataclasses.replace(
-        TINY.recipe, images_per_phase={16: 0}, crop=4, l1_weight=10.0, perceptual_weight=5.0, momentum_generator=0.9
-    ),
-    clip_model="emoji",
+        TINY.recipe, images_per_phase={16: 0}, crop=4, l1_weight=10.0, perceptual_weight=5.0, momentum_generator=0.9,
+    ), clip_model="emoji",
 )
+# fmt: on
 # The two lowest resolutions of TINY, which grow after two steps of four images.
 QUICK = dataclasses.replace(
     TINY,

@@ -41,7 +41,7 @@ class Pictures:
 
     images = torch.randn(14, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 
-    def evaluation_pairs(self, rank, world_size, count):
+    def held_out_first(self, rank, world_size, count):
         mine = list(range(rank, count, world_size))
         for first in range(0, len(mine), 4):
             part = mine[first : first + 4]

@@ -232,7 +232,7 @@ def watched_pairs(source, clip):
     """
     pairs = []
     for held_out in (False, True):
-        batch = next(source.evaluation(WATCHED, held_out=held_out), None)
+        batch = next(source.evaluation_batches(WATCHED, held_out=held_out), None)
         if batch is None:
             return None
         pairs.append((batch.images.to(clip.device), clip.read(batch.captions)))

@@ -92,7 +92,7 @@ def seen(source, steps, **share):
 
 def all_captions(source, **options):
     """The captions of evaluation, sorted."""
-    return sorted(captions_of(source.evaluation(**options)))
+    return sorted(captions_of(source.evaluation_batches(**options)))
 
 
 def color_of(image):

@@ -11,7 +11,7 @@ from upsampler import Upsampler, enlarge
 
 def test_a_better_enlarger_is_nearer_and_the_true_pictures_are_nearest(monkeypatch):
     monkeypatch.setattr(enlarging, "efficientnet", lambda device: figures.GRID_MEANS)
-    large = iter(figures.Figures(32).evaluation_pairs(enlarging.BATCH))
+    large = iter(figures.Figures(32).held_out_first(enlarging.BATCH))
     enlargers = {
         "the truth": lambda images, captions, resolution: next(large).images,
         "bicubic": enlarging.bicubic,

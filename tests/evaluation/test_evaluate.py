@@ -107,7 +107,7 @@ def test_coco_end_to_end(run, tmp_path):
 
 def test_coco_draws_different_images_and_one_caption_of_each(tmp_path):
     source = coco.Coco(path := write_coco(tmp_path), None, 32, count=5, seed=3)
-    batch = next(source.evaluation_pairs())
+    batch = next(source.held_out_first())
     assert batch.images.shape == (6, 3, 32, 32) and len({path for path, _ in source.pairs}) == 6
     for image, caption in source.pairs:
         assert figures.caption(int(image.stem[-12:]), 99) in caption

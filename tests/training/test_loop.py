@@ -85,7 +85,7 @@ def test_lasting_symptoms_are_reported_once(tmp_path, monkeypatch):
 class Source:
     """Black images to learn from, and white ones held out."""
 
-    def evaluation(self, batch=64, held_out=False):
+    def evaluation_batches(self, batch=64, held_out=False):
         yield Batch(torch.full((batch, 3, 32, 32), 1.0 if held_out else -1.0), ["a red circle"] * batch, {})
 
 

@@ -42,7 +42,7 @@ def test_contrast_is_clips_loss_and_equal_captions_share_their_targets():
 def test_misled_pictures_fit_their_captions_less_and_stay_near():
     clip, captions = load_clip("emoji"), ["red heart", "cat face", "sun", "deciduous tree"] * 4
     source = sources.open_data("emoji", 32, 0)
-    images = next(source.evaluation(16)).images
+    images = next(source.evaluation_batches(16)).images
     text = clip.read(captions).embedding
     images = [images[:8], images[8:]]
     misled = mislead(clip, images, text, 0.3)
