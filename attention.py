@@ -1,7 +1,7 @@
 """Attention by L2 distance. Unlike dot products it can be Lipschitz (Kim et al. 2021; GigaGAN, section 3.1).
 
 The proof needs squared distances and q = k. The discriminator's attention has both; the generator's, as released, has
-neither.
+neither. The modules are in aurora.py and discriminator.py.
 """
 
 import math
@@ -15,7 +15,7 @@ try:
 except ImportError:  # Triton comes with PyTorch on Linux only
     fused_l2_attention = None
 
-FUSED_ON = {"cuda"}  # devices that use the Triton kernel; training/plan.py adds the CPU, to count a GPU's operators
+FUSED_ON = {"cuda"}  # devices that use the Triton kernel; training/plan.py adds "cpu", to count what a GPU would do
 MAP_ENTRIES = {"cpu": 2**19, "cuda": 2**26}  # entries of the attention map in memory at a time; 2**19 fit a CPU's cache
 
 

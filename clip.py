@@ -100,7 +100,7 @@ class MiniLM(nn.Module):
         """The words of a caption that the model does not know: emoji, and words with letters that English lacks."""
         read, words = self.tokenizer.encode(caption), set()
         for token, word in zip(read.tokens, read.word_ids, strict=True):
-            is_foreign = token.strip("#").isalpha() and not token.isascii()  # of such words it has only the letters
+            is_foreign = token.strip("#").isalpha() and not token.isascii()  # it knows their letters, but no such words
             if token == "[UNK]" or is_foreign:
                 words.add(word)
         return [caption[slice(*read.word_to_chars(word))] for word in sorted(words)]
@@ -305,7 +305,10 @@ def load_clip(spec, device="cpu"):
 
 def load_text(name, device="cpu"):
     """The text encoder that a generator file names: MiniLM, or that of "MODEL:WEIGHTS" of open_clip."""
-    text = load_minilm() if name == MiniLM.name else load_clip(name).text
+    if name == MiniLM.name:
+        return load_minilm().to(device)
+    text = load_clip(name).text
+    del text.model.visual  # of ViT-L 1.2 GB, which sampling does not use
     return text.to(device)
 
 

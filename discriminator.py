@@ -17,8 +17,8 @@ from presets import DiscriminatorConfig
 from text import TextHead
 
 ATTN_GAIN = 0.3  # for the branch only: a scaled x would shrink at every block
-LOGIT_GAIN = 0.25  # at 1, a step of Adam moves a prediction more than a change of the caption does
-CLIP = "clip"  # the name of a further stage, whose maps come from CLIP's feature maps
+LOGIT_GAIN = 0.25  # without it, a step of Adam changes a logit more than another caption does
+CLIP_STAGE = "clip"  # the name of a further stage, whose maps come from CLIP's feature maps
 
 
 def squared_l2_attention(qk, v):
@@ -110,8 +110,8 @@ class Head(nn.Module):
 
 
 def deviation_in_groups(x, group):
-    """Maps [B, C, H, W] → the standard deviation of each channel and point over each `group` maps in a row, for every
-    map, [B, C, H, W].
+    """For each of the maps [B, C, H, W] the standard deviation of each channel and point over its group, [B, C, H, W].
+    A group is `group` maps in a row.
     """
     deviation = torch.sqrt(full_precision(x).unflatten(0, (-1, group)).var(1, correction=0) + 1e-8)
     return deviation.repeat_interleave(group, 0).to(x.dtype)
@@ -128,7 +128,8 @@ class Discriminator(nn.Module):
 
     With a group of several images, the last stage also reads how much the images of a group differ (StyleGAN's
     minibatch standard deviation). If they have the same caption, the discriminator notices a generator that draws the
-    same picture under each z. If the size of a group does not divide the number of images, groups are smaller.
+    same picture under each z; only data/emoji.py makes such groups. If the size of a group does not divide the number
+    of images, groups are smaller.
     """
 
     def __init__(self, config: DiscriminatorConfig):
@@ -145,7 +146,7 @@ class Discriminator(nn.Module):
             width = below.channels if below else level.channels  # after the stage's step
             heads[str(resolution)] = Head(width, config.text_dim, config.head_layers)
         if config.clip_maps:
-            heads[CLIP] = Head(config.clip_channels, config.text_dim, config.head_layers)
+            heads[CLIP_STAGE] = Head(config.clip_channels, config.text_dim, config.head_layers)
         self.map_readers = nn.ModuleList(MapReader(*shape, config.clip_channels) for shape in config.clip_maps)
         self.stages, self.heads = nn.ModuleDict(stages), nn.ModuleDict(heads)
         self.resolutions, self.group = sorted(levels, reverse=True), config.group
@@ -154,7 +155,7 @@ class Discriminator(nn.Module):
             self.from_deviation = Conv2d(width, width, 1)
 
     def encode_text(self, tokens, eot):
-        """CLIP token features [B, T, clip_width] and eot [B] → the discriminator's own text code t_D [B, text_dim]."""
+        """The text encoder's token features [B, T, clip_width] and eot [B] → a text code of its own [B, text_dim]."""
         return rms_norm(full_precision(self.text_head(tokens, eot)[0]))
 
     def maps(self, pyramid, clip_maps):
@@ -170,7 +171,7 @@ class Discriminator(nn.Module):
         CLIP is a stage of its own, with one feature point for each of its maps: [B, C, number of maps, 1].
         """
         points = [read(x) for read, x in zip(self.map_readers, clip_maps, strict=True)]
-        maps = {(max(pyramid), CLIP): torch.cat(points, dim=2)} if points else {}
+        maps = {(max(pyramid), CLIP_STAGE): torch.cat(points, dim=2)} if points else {}
         entered = {}  # input → its map, on the way down
         group = math.gcd(self.group, len(pyramid[max(pyramid)]))
         for resolution in self.resolutions:

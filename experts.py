@@ -17,13 +17,16 @@ POINTS_AT_A_TIME = 512  # of one expert on a CPU, so that their 8C activations b
 class Experts(nn.Module):
     """E feed-forward networks: C → 8C, halved into a and g; a·gelu(g) → C.
 
-    forward: points [P, C], expert_index [P], gate [P] → gate · expert(point), [P, C]. The points are sorted by expert,
-    so that each expert multiplies one contiguous slice; together this costs as much as one expert over all points. No
-    point is ever dropped. An expert without points multiplies an empty slice, and its gradient is zero. Each of the
-    four parameters is one tensor for all experts, so it always gets a gradient, and DDP never waits. On a GPU, Triton
-    kernels run all experts at once; tests compare both.
-    For top-k routing call this once for each choice, and add the results. An assertion fails if a point has several
-    experts.
+    forward: points [P, C], expert_index [P], gate [P] → gate · expert(point), [P, C].
+
+    The points are sorted by expert, so that each expert multiplies one contiguous slice; together this costs as much as
+    one expert over all points. No point is ever dropped. On a GPU, Triton kernels run all experts at once; tests
+    compare both.
+
+    All experts share each of the four parameter tensors. So each tensor always gets a gradient, which is zero for an
+    expert without points, and DDP never waits.
+
+    For top-k routing call this once for each choice, and add the results.
     """
 
     def __init__(self, dim, num_experts):
@@ -38,7 +41,8 @@ class Experts(nn.Module):
     def forward(self, points, expert_index, gate):
         one_each = expert_index.shape == gate.shape == points.shape[:1]
         assert one_each, f"{len(points)} points take one expert each, not {[*expert_index.shape]} and {[*gate.shape]}"
-        apply = routed_experts if points.is_cuda and routed_experts else sliced_experts
+        fused = points.is_cuda and routed_experts and points.dtype != torch.float64
+        apply = routed_experts if fused else sliced_experts
         return apply(points, expert_index, gate, self.proj_in, self.bias_in, self.proj_out, self.bias_out)
 
 

@@ -60,7 +60,7 @@ def recomputed(function, *inputs):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Equalized learning rate (Progressive GAN, section 4.1): Adam's steps are equally large for all parameters, and should
-# change all layers by the same share. The paper draws weights v from N(0, 1)/lr_mul and uses w = s·v with s =
+# change all layers by the same share. StyleGAN draws weights v from N(0, 1)/lr_mul and uses w = s·v with s =
 # lr_mul/√fan_in. We draw w itself, from N(0, 1)/√fan_in, and give Adam the learning rate s·lr and ε/s. Both forms take
 # the same steps: if g is the gradient of w, Adam moves v by lr·(s·g)/(|s·g| + ε), and so w by s·lr·g/(|g| + ε/s).
 # A module's `lr_scale` gives s for each parameter for which it is not one.
@@ -107,7 +107,7 @@ class Conv2d(nn.Module):
 class ResidualBlock(nn.Module):
     """Two plain convolutions and the identity, added: [B, C, H, W] → the same shape."""
 
-    BRANCH_GAIN = 0.4  # for the branch only: a scaled x would shrink at every block
+    BRANCH_GAIN = 0.4  # for the branch only: a scaled x would shrink at every block, as in the generator
 
     def __init__(self, channels):
         super().__init__()

@@ -15,11 +15,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from augment import augment
 from common import distributed
-from discriminator import CLIP
+from discriminator import CLIP_STAGE
 from layers import float32_region, full_precision
 
 R1_INTERVAL = 16  # R1 is computed in one step of 16, and counts 16 times there (StyleGAN2, section 4.1).
-EARLY_ADVERSARIAL, EARLY_MATCHING = 0.01, 0.05  # weights of predictions before the last stage
+EARLY_ADVERSARIAL, EARLY_MATCHING = 0.01, 0.05  # weights of predictions before the last stage; the paper gives none
 Z_LOSS_WEIGHT = 0.001  # the release's
 SEEN_BY_CLIP = 64  # Of images above this resolution CLIP sees only the largest, because it resizes them to one size.
 
@@ -35,13 +35,13 @@ def prediction_weights(logits, early, scales):
     """{(input, stage): weight}: the weight of the image, times `early` for predictions before the last stage. CLIP
     counts as a last stage.
     """
-    late = last_stage(logits), CLIP
+    late = last_stage(logits), CLIP_STAGE
     return {(entry, stage): scales[entry] * (1 if stage in late else early) for entry, stage in logits}
 
 
 def last_stage(logits):
     """The stage of the lowest resolution."""
-    return min(stage for _, stage in logits if stage != CLIP)
+    return min(stage for _, stage in logits if stage != CLIP_STAGE)
 
 
 def last_prediction(logits):
@@ -70,7 +70,7 @@ def wrong_captions(ids):
     batch, position = len(ids), torch.arange(len(ids), device=ids.device)
     differs = torch.cdist(ids.float(), ids.float(), p=0) > 0  # [B, B]; p=0 counts the tokens that differ
     places = (position - position[:, None]) % batch  # [B, B]: how many places caption j comes after caption i
-    places = torch.where(differs, places, places + batch)  # after all that differ; of the equal ones, itself first
+    places = torch.where(differs, places, places + batch)  # equal ones come last, itself first
     # Captions a, b, a: [[3, 1, 5], [2, 3, 1], [4, 2, 3]].
     return places.argmin(1)
 
@@ -91,7 +91,7 @@ def r1_penalty(discriminator, clip, pyramid, tokens, eot, gamma, scales):
     scalar.
 
     Each image of the pyramid adds scale · γ_r/2 · ‖gradient by its pixels‖², with γ_r = gamma · (r/64)². This is
-    the gradient of the sum of the image's predictions; those before the last stage have weight EARLY_ADVERSARIAL.
+    the gradient of the sum of the predictions of its group; those before the last stage have weight EARLY_ADVERSARIAL.
     No image affects the predictions for another resolution or another group, so one backward pass gives all gradients.
     """
     with float32_region(tokens), sdpa_kernel(SDPBackend.MATH):  # fused attention, as in CLIP, has no second derivative
@@ -114,7 +114,8 @@ def clip_loss(clip, embeddings, text_embedding, scales, lower_every=1):
 
     embeddings: {resolution: CLIP's embeddings [B, D]}, not normalized; below the highest resolution, of every n-th
     image, n = lower_every. text_embedding [B, D], of unit length. Gradients pass through the gather. Otherwise an image
-    would learn only from its own rank's captions, and the step would depend on the number of ranks.
+    would learn only from its own rank's captions, and the step would depend on the number of ranks. Equal captions are
+    wrong for each other's images here, but their embeddings are equal, so this adds a constant and favours no image.
     """
     info_nce = open_clip.ClipLoss(
         gather_with_grad=True, rank=distributed.rank(), world_size=distributed.world_size(), cache_labels=False
@@ -177,8 +178,9 @@ def moe_loss(output, balance_weight):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The two objectives. The discriminator's calls several methods of the network (encode_text, maps, score), and DDP only
-# wraps a forward: so it is a module, and DDP wraps that. The generator's objective receives finished images.
+# The two objectives. DDP only wraps a module's forward, but the discriminator's objective calls several methods of the
+# network (encode_text, maps, score). So this objective is a module, and DDP wraps it. That of the generator receives
+# finished images.
 
 
 class DiscriminatorLoss(nn.Module):
@@ -286,9 +288,8 @@ def fooling_losses(output, text, wrong, chances, clip_maps, discriminator, clip,
     maps = feature_maps(discriminator, clip, pyramid, None if recipe.augment else clip_maps)
     right_logits = discriminator.score(maps, code)
     adversarial = logistic_loss(right_logits, -1, EARLY_ADVERSARIAL, scales).mean()
-    # The discriminator learns to reject these images under a wrong caption, too, and the generator to be accepted. A
-    # wrong caption does not describe the image, so it can only learn to look real. Results get worse with the matching
-    # loss in the discriminator alone, and better with it in both (GigaGAN, table 1).
+    # The generator is to be accepted under a wrong caption, too; it can achieve this only by looking real. Results get
+    # worse with the matching loss in the discriminator alone, and better with it in both (GigaGAN, table 1).
     wrong_logits = discriminator.score(maps, wrong_code)
     matching = logistic_loss(wrong_logits, -1, EARLY_MATCHING, scales) * is_wrong
     return adversarial, matching.mean()

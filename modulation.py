@@ -12,8 +12,8 @@ from torch import nn
 
 from layers import Linear, float32_region, full_precision, in_float32
 
-# In sampling, a convolution is computed as a matrix product if it has at least this many input channels for each point
-# that shares a kernel. In training, this would keep the unfolded input in memory.
+# In sampling, a convolution is computed as a matrix product if it has at least this many input channels for each of the
+# points that share a kernel. In training, this would keep the unfolded input in memory.
 CHANNELS_PER_POINT = 4
 
 

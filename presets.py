@@ -29,7 +29,7 @@ class GeneratorConfig:
     w_dim: int = 1024
     mapping_layers: int = 4
     mapping_dim: int = 1024
-    clip_width: int = 768  # of the frozen CLIP's token features
+    clip_width: int = 768  # of the token features of the text encoder, CLIP's or MiniLM's
     text_dim: int = 1024
     text_layers: int = 4
     mix_tokens: bool = True  # False only for released weights, see text.py
@@ -56,7 +56,7 @@ class UpsamplerConfig(GeneratorConfig):
 
     input_resolution: int = 64
     input_noise: float = 0.1  # standard deviation of the noise on the input, whose range is [−1, 1]
-    input_bend: float = 1.0  # most standard deviation of its displacements in training, in pixels
+    input_bend: float = 1.0  # largest standard deviation of its displacements in training, in pixels
     input_stain: float = 0.1  # and of its changes of color
     encoder_blocks: int = 1  # residual ones of the way down, at each resolution
 
@@ -71,7 +71,7 @@ class DiscriminatorLevel:
 
     resolution: int
     channels: int
-    num_blocks: int  # of two residual convolutions each
+    num_blocks: int  # residual blocks, of two convolutions each
     attn_depth: int = 0
     takes_images: bool = True  # whether images of this resolution enter
 
@@ -131,8 +131,8 @@ class Preset:
 
     @property
     def crops(self):
-        """The values of the recipe's `crop`: 0, and the sides of an upsampler's crops for which no map of a network
-        ends in a half, or below 4×4: of `emoji-256` 32, 40, …, 64.
+        """The values of the recipe's `crop`: 0, and the sides of an upsampler's crops at which every map of both
+        networks has a whole number of pixels, and the last one at least 4×4: of `emoji-256` 32, 40, …, 64.
         """
         if not isinstance(self.generator, UpsamplerConfig):
             return [0]

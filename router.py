@@ -25,8 +25,8 @@ class Routing(NamedTuple):
 class Router(nn.Module):
     """Top-1 routing of feature points u [B, N, C] under the latent code w [B, w_dim] (section 3.2, figure 2).
 
-    u comes from cross-attention, so it already contains the text. w brings in text and noise once more: it scales the
-    channels of u, so that the same feature can go to another expert under another prompt. Everything is computed in
+    Cross-attention has already added the text to u. w brings in text and noise once more: it scales the channels of u,
+    so that the same feature can go to another expert under another prompt. Everything is computed in
     float32, because rounded logits would send points to other experts. The lrelu on the logits is the release's.
     """
 

@@ -121,7 +121,7 @@ class Learner:
 
         The random numbers depend only on the seed and the step's number. They are drawn for the global batch, and each
         rank uses its share, cut as sources.loader cuts the images: for the same images a step is the same on any number
-        of ranks. But if the CLIP loss sees every fourth of the lower images, it counts them on each rank.
+        of ranks. The exception is clip_lower_every, which picks every n-th image of each rank.
         """
         config, rng = self.generator.config, rng_of(seed, number)
         z = torch.randn(self.batch, config.z_dim, generator=rng)
@@ -163,7 +163,7 @@ class Learner:
     def update_networks(self, micro_batches, r1_weight):
         """A step without the moving average → its report, and the mean of w, [w_dim].
 
-        r1_weight: 0 without R1 in this step, else the number of steps that it counts for.
+        r1_weight: the factor of R1: 0, or R1_INTERVAL, because the other steps go without it.
 
         Both networks learn from the same images, so these are drawn once. With several micro-batches they are drawn
         twice: keeping the graphs of all would take the memory that micro-batches are to save.
@@ -194,13 +194,14 @@ class Learner:
 
         R1 takes several times the memory of the other losses, and images of different groups do not affect each other's
         penalties. So large networks, those that recompute, process half of a micro-batch at a time. R1 comes first,
-        while no other graph is in memory. It bypasses the DDP wrapper, so its gradients wait in .grad, as after
-        no_sync(): the backward pass of discriminator_step averages all of .grad.
+        while no other graph is in memory. It bypasses the DDP wrapper, so its gradients stay in .grad. The
+        backward pass of discriminator_step adds to them, and DDP then averages the sums.
         """
         scales, total = scale_weights(micro_batches[0].real, self.recipe.lower_scales), 0
         for batch in micro_batches:
             real, size = augment(batch.real, self.recipe.augment, batch.chances[:, 0]), len(batch.text.eot)
-            at_once = -(-size // 2) if self.recipe.recompute else size
+            group = self.discriminator.group
+            at_once = -(-size // (2 * group)) * group if self.recipe.recompute else size
             for first in range(0, size, at_once):
                 some = slice(first, first + at_once)
                 some_real = {r: x[some] for r, x in real.items()}
@@ -276,7 +277,7 @@ class Learner:
             getattr(self, name).load_state_dict(state[name])
         for name in OPTIMIZERS:
             optimizer, of_parameters = getattr(self, name), state[name]["state"]
-            for of_parameter in of_parameters.values():  # earlier versions did not save the last gradient
+            for of_parameter in of_parameters.values():  # earlier versions saved none if β₁ was 0
                 of_parameter.setdefault("exp_avg", torch.zeros_like(of_parameter["exp_avg_sq"]))
             own = optimizer.state_dict()["param_groups"]
             optimizer.load_state_dict({"state": of_parameters, "param_groups": own})
@@ -304,6 +305,7 @@ def ema_weight(number, batch, half_life):
     """The weight of step `number`'s parameters in their moving average. half_life: in images.
 
     The half-life is at most a twentieth of the images seen. Otherwise the average would remember the initial weights.
+    So a run that starts from other weights also begins its average anew.
     """
     return 1 - 0.5 ** (batch / max(1e-8, min(half_life, 0.05 * (number + 1) * batch)))
 
@@ -324,8 +326,9 @@ def adam(network, lr, momentum=0.0):
 def step_optimizer(optimizer, reports, prefix):
     """One step of an optimizer, after backward → the means of the reports, the gradients' norm, `rejected`.
 
-    If a gradient is not finite, which is then so on all ranks, the weights do not change. The device decides that, so
-    the host need not wait: fused Adam reads found_inf, which torch.amp's GradScaler sets otherwise.
+    If a gradient is not finite, the weights do not change; DDP has averaged the gradients, so this is so on all ranks.
+    The device decides it, so the host need not wait: fused Adam reads found_inf, which torch.amp's GradScaler sets
+    otherwise.
     """
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)

@@ -1,4 +1,4 @@
-"""The text head: learned attention over frozen CLIP token features. Generator and discriminator own one each."""
+"""The text head: learned attention over the frozen text encoder's tokens. Generator and discriminator own one each."""
 
 import torch
 import torch.nn.functional as F
@@ -35,9 +35,11 @@ class TextBlock(nn.Module):
 
 
 class TextHead(nn.Module):
-    """CLIP token features [B, T, clip_width] and eot [B] → global text t_g [B, D] and local text [B, T−1, D].
+    """The text encoder's token features [B, T, clip_width] and eot [B] → global text t_g [B, D] and local text
+    [B, T−1, D].
 
-    t_g is the token at eot, the end of the text; the local text is every other token, padding included, in order.
+    t_g is the token at eot, the end of the text; the local text is every other token, padding included, in order, as in
+    the release.
     mix_tokens: whether a token attends to the whole text up to eot, or only to itself. The release attends over the
     batch axis, so at batch 1 each token attends only to itself: its weights need mix_tokens=False. Ours mix.
     """

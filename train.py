@@ -139,7 +139,7 @@ def resume(run, state):
 
 def check_division(batch, micro_batches, group):
     """Raises UserError if a micro-batch has no wrong captions, if each rank's part of it is not of whole groups, or if
-    the batch is so large that it must be a mistake: its images would be collected for ever.
+    the batch is so large that it must be a mistake.
     """
     ranks = distributed.world_size()
     if batch > MOST_BATCH:
@@ -203,7 +203,7 @@ def train(run):
         say(note)
     if len(set(growth.captions)) == 1:
         say("note: all captions are the same, so the generator learns nothing about text")
-    pairs = watched_pairs(source, learner.clip) if recipe.adversarial_weight else None
+    pairs = watched_pairs(source, learner.clip, learner.discriminator.group) if recipe.adversarial_weight else None
     folder.write_config({**vars(args), "steps": loop.last_step, "recipe": dataclasses.asdict(recipe)})
     say(f"Training {args.preset} on {learner.device}, {distributed.world_size()} rank(s); all in {args.out}")
 

@@ -15,7 +15,7 @@ from aurora import ConvBlock, Generator, Synthesis
 from layers import Conv2d, Downsample, ResidualBlock, lrelu, resize
 from presets import GeneratorConfig, UpsamplerConfig
 
-KEPT = 8  # pixels of the input image; the upsampler keeps what is coarser
+KEPT = 8  # pixels of the input image; larger structures stay as they are
 SPACING = 4  # pixels of the input image between the independent distortions of `distort`
 
 
@@ -55,9 +55,9 @@ def add_detail(rgb, image, side):
 
     side: of the upsampler's input image, or of its crop, in pixels.
 
-    Adds the RGB without what is coarser than KEPT pixels of the input. So the large picture keeps the colors of the
-    small one, and the network can redraw its shapes. Otherwise early steps of training would shift colors that are
-    right.
+    Adds the RGB minus a blurred copy of it, which has only what is coarser than about KEPT pixels of the input. So the
+    large picture keeps the colors of the small one, and the network can redraw its shapes. Otherwise early steps of
+    training would shift colors that are right.
     """
     coarse = F.interpolate(resize(rgb, max(1, side // KEPT)), rgb.shape[-1], mode="bilinear", align_corners=False)
     return rgb - coarse + enlarge(image)
@@ -128,8 +128,8 @@ def draw_distortions(config, count, generator):
 
 
 def distort(images, distortions, config):
-    """Bends and stains images [B, 3, S, S]: smooth displacements by up to config.input_bend pixels, and smooth changes
-    of color by up to config.input_stain, as standard deviations.
+    """Bends and stains images [B, 3, S, S] by smooth displacements and smooth changes of color, whose standard
+    deviations are at most about config.input_bend pixels and config.input_stain.
 
     The first stage draws wavy edges and mottled areas, and pictures averaged down have none. An upsampler that learns
     from distorted inputs corrects both. The strength differs, so it also learns to leave a clean picture alone.

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from attention import merge_heads, split_heads
-from discriminator import CLIP, Discriminator, MapReader, deviation_in_groups, squared_l2_attention
+from discriminator import CLIP_STAGE, Discriminator, MapReader, deviation_in_groups, squared_l2_attention
 from tests.conftest import double
 from tests.figures import TINY, moved
 
@@ -36,7 +36,7 @@ def test_every_image_is_judged_after_every_stage_from_its_own_on_by_its_caption(
     logits = discriminator(pyramid, seen, tokens, eot)
     assert {key: tuple(x.shape) for key, x in logits.items()} == {
         (16, 16): (2, 64), (16, 8): (2, 16), (16, 4): (2, 1), (8, 8): (2, 16), (8, 4): (2, 1), (4, 4): (2, 1),
-        (16, CLIP): (2, 4),
+        (16, CLIP_STAGE): (2, 4),
     }  # fmt: skip
     of_other_captions = discriminator(pyramid, seen, tokens.flip(0), eot.flip(0))
     assert not any(torch.allclose(logits[key], of_other_captions[key]) for key in logits)
@@ -57,7 +57,7 @@ def test_it_grows_with_the_generator(discriminator):
     pyramid, seen, caption = images(), clip_maps(), text()
     whole = discriminator(pyramid, seen, *caption)
     part = discriminator({r: pyramid[r] for r in (4, 8)}, seen, *caption)
-    torch.testing.assert_close(part.pop((8, CLIP)), whole[16, CLIP])
+    torch.testing.assert_close(part.pop((8, CLIP_STAGE)), whole[16, CLIP_STAGE])
     assert set(part) == {(8, 8), (8, 4), (4, 4)}
     for key, x in part.items():
         torch.testing.assert_close(x, whole[key], rtol=1e-4, atol=1e-5)

@@ -14,7 +14,7 @@ import losses
 from augment import NUM_CHANCES, augment
 from aurora import Generator, Output
 from clip import from_open_clip, load_clip
-from discriminator import CLIP, Discriminator
+from discriminator import CLIP_STAGE, Discriminator
 from presets import PRESETS
 from router import Routing
 from tests import figures
@@ -30,11 +30,12 @@ def test_logistic_loss_is_its_formula(sign):
         for stage in (4, 8, 16)
         if stage <= entered
     }
-    logits[16, CLIP] = torch.randn(3, 4, dtype=torch.float64)
+    logits[16, CLIP_STAGE] = torch.randn(3, 4, dtype=torch.float64)
     scale, early = {16: 0.6, 8: 0.3, 4: 0.1}, 0.01
     expected = np.zeros(3)
     for (entered, stage), x in logits.items():
-        expected += scale[entered] * (1 if stage in (4, CLIP) else early) * np.log1p(np.exp(sign * x.numpy())).mean(1)
+        weight = scale[entered] * (1 if stage in (4, CLIP_STAGE) else early)
+        expected += weight * np.log1p(np.exp(sign * x.numpy())).mean(1)
     np.testing.assert_allclose(losses.logistic_loss(logits, sign, early, scale), expected, rtol=1e-12)
     assert losses.last_prediction(logits) is logits[16, 4]
 
@@ -77,7 +78,8 @@ def test_r1_is_the_gradient_norm_of_each_image(discriminator_config, clip, kind)
             image = pyramid[entered][[i]].requires_grad_()
             one = {r: image if r == entered else x[[i]] for r, x in pyramid.items()}
             logits = tiny(one, clip.see(one[8])[1], tokens[[i]], eot[[i]])
-            score = sum((1 if s in (4, CLIP) else 0.01) * x.mean() for (e, s), x in logits.items() if e == entered)
+            own = {stage: x for (entry, stage), x in logits.items() if entry == entered}
+            score = sum((1 if stage in (4, CLIP_STAGE) else 0.01) * x.mean() for stage, x in own.items())
             (gradient,) = torch.autograd.grad(score, image)
             expected += scale * 100.0 * (entered / 64) ** 2 / 2 * gradient.square().sum().item() / 2
     weights = [

@@ -22,7 +22,11 @@ CPU = torch.device("cpu")
 def learner():
     """With every weight moved, and rates of zero, so that steps leave gradients and change nothing."""
     torch.manual_seed(0)
-    preset = dataclasses.replace(TINY, recipe=dataclasses.replace(TINY.recipe, augment=("color",)))
+    preset = dataclasses.replace(
+        TINY,
+        recipe=dataclasses.replace(TINY.recipe, augment=("color",)),
+        discriminator=dataclasses.replace(TINY.discriminator, group=2),
+    )
     learner = Learner(preset, load_clip("emoji"), CPU, torch.float32, batch=4)
     for network in (learner.generator, learner.discriminator):
         moved(network, by=0.05)
@@ -57,10 +61,12 @@ def test_the_active_resolutions_learn_and_no_others(learner, top):
 
 @pytest.mark.parametrize(("number", "recompute"), [(16, True), (1, False)])
 def test_a_step_has_the_gradients_of_its_objectives(learner, monkeypatch, number, recompute):
-    """Their mean over two parts of a batch. R1 counts for 16 steps, and takes half of a part if levels run again."""
-    monkeypatch.setattr(learner, "batch", 8)
+    """Their mean over two parts of a batch. R1 counts for 16 steps, and takes about half of a part, in whole groups, if
+    levels run again.
+    """
+    monkeypatch.setattr(learner, "batch", 12)
     monkeypatch.setattr(learner, "recipe", dataclasses.replace(learner.recipe, recompute=recompute))
-    parts = learner.prepare(0, number, batches(2, 4))
+    parts = learner.prepare(0, number, batches(2, 6))
     report = learner.step(number, parts)
     d, clip, recipe, of_generator, of_discriminator, r1 = learner.discriminator, learner.clip, learner.recipe, 0, 0, 0
     scales = scale_weights([4, 8], recipe.lower_scales)

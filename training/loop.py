@@ -226,16 +226,17 @@ def symptoms(report):
         yield 1, f"the discriminator has memorized its training images (overfitting is above 0.5): {advice}"
 
 
-def watched_pairs(source, clip):
+def watched_pairs(source, clip, group=1):
     """Pairs to measure overfitting with → a list of (images [B, 3, R, R], clip.Text): first pairs of training, then
-    held-out ones. None if the source holds none out.
+    held-out ones. None if the source holds too few out. B is a multiple of the discriminator's group.
     """
     pairs = []
     for held_out in (False, True):
         batch = next(source.evaluation_batches(WATCHED, held_out=held_out), None)
-        if batch is None:
+        size = len(batch.captions) // group * group if batch else 0
+        if size == 0:
             return None
-        pairs.append((batch.images.to(clip.device), clip.read(batch.captions)))
+        pairs.append((batch.images[:size].to(clip.device), clip.read(batch.captions[:size])))
     return pairs
 
 

@@ -96,5 +96,7 @@ def test_overfitting_is_adas_ratio(monkeypatch):
     clip = load_clip("emoji")
     learner = Learner(QUICK, clip, torch.device("cpu"), torch.float32, 4)
     monkeypatch.setattr(learner, "score", lambda images, text: -images[8].mean((1, 2, 3)))
-    report = overfitting(learner, watched_pairs(Source(), clip), seed=0)
+    pairs = watched_pairs(Source(), clip, group=100)
+    report = overfitting(learner, pairs, seed=0)
+    assert [len(images) for images, _ in pairs] == [100, 100] and watched_pairs(Source(), clip, group=200) is None
     assert report == {"logits_seen": 1, "logits_held_out": -1, "logits_generated": 0, "overfitting": 2}
