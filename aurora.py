@@ -224,7 +224,7 @@ class Output:
     image: torch.Tensor  # [B, 3, R, R], about [−1, 1]
     pyramid: dict[int, torch.Tensor]  # resolution → image, low to high; the last is `image`
     w: torch.Tensor  # [B, w_dim], or [B, L, w_dim] as given to `synthesis`
-    routings: dict[str, Routing]  # of every router, by "resolution.block.router"
+    routings: dict[str, Routing]  # of every router, by "resolution.block.depth"
 
 
 class SynthesisLevel(nn.Module):

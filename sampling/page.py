@@ -24,7 +24,7 @@ SPREAD = 0.25  # "More like this" moves z by this share of the way to other nois
 class Forced(NamedTuple):
     """Feature points that go to one expert instead of the router's choice."""
 
-    router: str  # "resolution.block.router"
+    router: str  # "resolution.block.depth"
     points: tuple[tuple[int, int], ...]  # picture, and index in N
     expert: int
 

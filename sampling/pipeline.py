@@ -33,7 +33,7 @@ class Drawn:
 
     images: torch.Tensor  # [n, 3, R, R] in [−1, 1]
     captions: list[str]
-    routings: dict[str, Routing]  # of each router "resolution.block.router", with LARGE if of the second stage
+    routings: dict[str, Routing]  # of each router "resolution.block.depth", with LARGE if of the second stage
 
     @property
     def pictures(self) -> list[Image.Image]:
