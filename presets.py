@@ -293,9 +293,9 @@ PRESETS = {
 # fmt: on
 
 
-def fitted_to(preset, clip_width, clip_maps):
-    """The preset for another CLIP: the width of its token features, and the (channels, side) of its feature maps."""
-    generator = dataclasses.replace(preset.generator, clip_width=clip_width)
-    clip_maps = clip_maps if preset.discriminator.clip_maps else ()
-    discriminator = dataclasses.replace(preset.discriminator, clip_width=clip_width, clip_maps=clip_maps)
+def fitted_to(preset, clip):
+    """The preset for another clip.FrozenClip: the width of its token features, and the shapes of its feature maps."""
+    generator = dataclasses.replace(preset.generator, clip_width=clip.width)
+    clip_maps = clip.map_shapes() if preset.discriminator.clip_maps else ()
+    discriminator = dataclasses.replace(preset.discriminator, clip_width=clip.width, clip_maps=clip_maps)
     return dataclasses.replace(preset, generator=generator, discriminator=discriminator)

@@ -11,13 +11,13 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from augment import NUM_CHANCES, augment
 from clip import Text
 from common import distributed
 from discriminator import Discriminator
-from evaluation.metrics import expert_counts
 from experts import routed_experts
 from layers import full_precision, parameter_groups, pyramid
 from losses import (
@@ -30,6 +30,7 @@ from losses import (
     scale_weights,
     wrong_captions,
 )
+from presets import fitted_to
 from training.cuda_graph import Graphed
 from upsampler import crop, distort, draw_distortions, draw_input_noise, given_images, new_generator
 
@@ -56,6 +57,7 @@ class Learner:
     """
 
     def __init__(self, preset, clip, device, dtype, batch, perceptual=None):
+        preset = fitted_to(preset, clip)
         self.recipe, self.clip, self.device, self.dtype, self.batch = preset.recipe, clip, device, dtype, batch
         self.perceptual, self.resolutions = perceptual, preset.generator.resolutions
         with device:
@@ -343,8 +345,10 @@ def least_share(output):
     got the same, or if there is no router.
     """
     shares = [output.w.new_ones(())]
-    for count in expert_counts(output.routings).values():
-        shares.append(count.min() / count.float().mean())
+    for routing in output.routings.values():
+        num_experts = routing.logits.shape[-1]
+        points = F.one_hot(routing.expert_index, num_experts).sum((0, 1)).float()  # [E]
+        shares.append(points.min() / points.mean())
     return torch.stack(shares).min()
 
 

@@ -29,7 +29,7 @@ from common.cli import (
 from common.distributed import say
 from data import sources
 from growth import Growth, Phase
-from presets import PRESETS, fitted_to
+from presets import PRESETS
 from sampling import latent
 from sampling.inference import DTYPES, dtype_of
 from sampling.pictures import grid, to_pil
@@ -102,7 +102,6 @@ def build(args, device):
         if isinstance(clip, Path) and not clip.is_file():
             raise UserError(f"{clip} is missing, the small CLIP that this run learned with; put it back")
         clip = load_clip(str(clip), device)
-        preset = fitted_to(preset, clip.width, clip.map_shapes())
         torch.manual_seed(args.seed)
         perceptual = load_efficientnet(features_only=True).to(device) if recipe.perceptual_weight else None
         learner = Learner(preset, clip, device, dtype, batch, perceptual)

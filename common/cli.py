@@ -13,7 +13,6 @@ import sys
 from pathlib import Path
 
 DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no space, a quota, a limit on the size of files
-MOST_PSI = 10  # of the truncation; far more than is of use
 MADE_BY = "made by Aurora (arXiv 2309.03904)"  # in the first 4 KB of every file that a command may replace
 
 
@@ -152,40 +151,18 @@ def add_data(add, also=""):
     add("--caption-key", help="the field of each .json that contains the caption; .txt files are then not read")
 
 
-def whole_number(text):
-    try:
-        return int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
-
-
 def positive_int(text):
     """An argument's type: a whole number from 1 to 2³¹ − 1."""
-    if not 0 < (number := whole_number(text)) < 2**31:
+    if not 0 < (number := int(text)) < 2**31:
         raise argparse.ArgumentTypeError(f"{text} is not a positive number, or is too large")
     return number
 
 
 def natural_number(text):
     """An argument's type: a whole number from 0. Of a seed, PyTorch's generators use 32 bits."""
-    if not 0 <= (number := whole_number(text)) < 2**32:
+    if not 0 <= (number := int(text)) < 2**32:
         raise argparse.ArgumentTypeError(f"{text} is negative or too large; give 0 to {2**32 - 1}")
     return number
-
-
-def finite_number(text):
-    """An argument's type: a float, neither infinite nor NaN."""
-    with contextlib.suppress(ValueError):
-        if math.isfinite(number := float(text)):
-            return number
-    raise argparse.ArgumentTypeError(f"{text!r} is not a finite number, such as 0.7")
-
-
-def a_truncation(text):
-    """An argument's type: the truncation ψ."""
-    if abs(psi := finite_number(text)) > MOST_PSI:
-        raise argparse.ArgumentTypeError(f"{text}: give a number from -{MOST_PSI} to {MOST_PSI}, such as 0.7")
-    return psi
 
 
 def with_fields(settings, option, assignments):
@@ -195,16 +172,11 @@ def with_fields(settings, option, assignments):
         name, _, text = assignment.partition("=")
         if name not in vars(settings):
             raise UserError(f"{option}: {name!r} is no field here; choose one of {', '.join(vars(settings))}")
-        if name in changes:
-            raise UserError(f"{option} {name}=… is given twice; leave one out")
-        former, value = getattr(settings, name), text
+        former, value = getattr(settings, name), None
         with contextlib.suppress(ValueError, SyntaxError, TypeError):
-            if not isinstance(former, str):
-                value = ast.literal_eval(text)
+            value = ast.literal_eval(text)
             if isinstance(former, float):
                 value = float(value)
-        if isinstance(former, tuple) and isinstance(value, str):
-            value = tuple(value.split(","))
         if not is_like(value, former):
             raise UserError(f"{option} {name}={text}: write {name}=VALUE with a value like {former!r}")
         changes[name] = value

@@ -21,8 +21,6 @@ for name in ("all_gather", "`broadcast_buffers`"):
 
 # How long a rank waits for others: the main rank alone trains a small CLIP, and data may stall.
 PATIENCE = datetime.timedelta(hours=1)
-# What torchrun sets in the environment of each rank.
-RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 def start(device_name):
@@ -39,9 +37,9 @@ def start(device_name):
     if not re.fullmatch(r"cpu|cuda(:[1-9]?\d)?", device_name):
         raise UserError(f"--device {device_name}: use auto, cpu, cuda or cuda:N")
     device = torch.device(device_name)
-    launched = is_launched()
+    launched = bool(os.environ.get("RANK"))
     if device.type == "cuda":
-        index = int(os.environ["LOCAL_RANK"]) if launched else device.index or 0
+        index = int(os.environ.get("LOCAL_RANK", 0)) if launched else device.index or 0
         if index >= torch.cuda.device_count():
             found = f"there is no number {index}, as PyTorch finds {torch.cuda.device_count()} CUDA devices"
             raise UserError(f"--device {device_name}: {found}; use auto, or cpu")
@@ -51,23 +49,9 @@ def start(device_name):
         try:
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
         except (RuntimeError, ValueError) as error:
-            address = os.environ["MASTER_ADDR"]
-            raise UserError(f"the other ranks cannot be joined at {address}: {first_line(error)}") from error
+            advice = "start all of them with torchrun, or unset RANK to run alone"
+            raise UserError(f"the other ranks cannot be joined: {first_line(error)}; {advice}") from error
     return device
-
-
-def is_launched():
-    """Whether a launcher started this process as one of several ranks. Raises UserError if variables are missing."""
-    rank, ranks, local_rank, address, port = (os.environ.get(name, "") for name in RANK_VARIABLES)
-    if not rank and not ranks:
-        return False
-    have_numbers = all(map(str.isdecimal, (rank, ranks, local_rank, port)))
-    if not (have_numbers and int(rank) < int(ranks) and address):
-        raise UserError(
-            f"of {', '.join(RANK_VARIABLES)}, the environment lacks some, or they are wrong: start all of the ranks "
-            "with torchrun, or unset RANK and WORLD_SIZE to run alone"
-        )
-    return True
 
 
 def describe(device):

@@ -1,4 +1,4 @@
-"""FID, precision, recall, CLIP score and R-precision, computed from features; counts of points per expert."""
+"""FID, precision, recall, CLIP score and R-precision, computed from features."""
 
 import torch
 import torch.nn.functional as F
@@ -42,27 +42,17 @@ def fid_of_halves(features):
     return fid(features[:half], features[half : 2 * half])
 
 
-@torch.no_grad()
-def precision_recall(real, fake, neighbours=NEIGHBOURS, block=4096):
+def precision_recall(real, fake):
     """Features real [N, D] and fake [M, D] → precision, the share of fake images that lie among the real ones, and
-    recall, the share of real images that lie among the fake ones.
-
-    An image lies among a set if it is in a ball around any image of the set, whose radius is the distance to the k-th
-    nearest other image of the set (Kynkäänniemi et al. 2019, section 2).
-    """
-    return share_among(fake, real, neighbours, block), share_among(real, fake, neighbours, block)
-
-
-def share_among(points, others, neighbours, block):
-    """The share of `points` that lie among `others`, see precision_recall.
+    recall, the share of real images that lie among the fake ones (Kynkäänniemi et al. 2019, section 2).
 
     In float64, because cdist computes distances from products, which loses half of the digits.
     """
-    points, others = points.double(), others.double()
-    near = [torch.cdist(part, others).topk(neighbours + 1, largest=False).values for part in others.split(block)]
-    radii = torch.cat(near)[:, -1]
-    inside = [(torch.cdist(part, others) <= radii).any(1) for part in points.split(block)]
-    return torch.cat(inside).float().mean().item()
+    from torch_fidelity.metric_prc import prc_features_to_metric  # not at the top: training does not need it
+
+    options = {"prc_neighborhood": NEIGHBOURS, "save_cpu_ram": True, "verbose": False}
+    found = prc_features_to_metric(fake.double(), real.double(), **options)
+    return found["precision"], found["recall"]
 
 
 def clip_score(images, texts):
@@ -103,8 +93,3 @@ def compare_texts(images, texts, captions):
     """The embeddings of images and of their captions, both [N, D] → CLIP score and R-precision."""
     hits = own_caption_first(images, texts, captions)
     return {"CLIP score": clip_score(images, texts), "R-precision": hits.double().mean().item()}
-
-
-def expert_counts(routings):
-    """How many points each expert took, {router: [E]}, from the routings of an aurora.Output."""
-    return {name: F.one_hot(r.expert_index, r.logits.shape[-1]).sum((0, 1)) for name, r in routings.items()}

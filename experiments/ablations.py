@@ -23,14 +23,14 @@ from tqdm import tqdm
 
 import aurora
 from clip import load_clip
-from common.cli import Parser, UserError, a_path, errors_in_one_line, finite_number, positive_int
+from common.cli import Parser, UserError, a_path, errors_in_one_line, positive_int
 from common.disk import write_text
 from data import sources
 from evaluation import enlarging
 from evaluation.features import drawing, measure
 from experiments.compare import markdown, real_emoji, shown
 from modulation import ModulatedConv2d
-from presets import PRESETS, UpsamplerConfig, fitted_to
+from presets import PRESETS, UpsamplerConfig
 from router import Router
 from step import Learner
 from text import TextHead
@@ -126,7 +126,6 @@ def learn(preset, seed, minutes):
     """
     clip, recipe = load_clip(preset.clip_model), preset.recipe
     torch.manual_seed(seed)
-    preset = fitted_to(preset, clip.width, clip.map_shapes())
     perceptual = load_efficientnet(features_only=True) if recipe.perceptual_weight else None
     learner = Learner(preset, clip, CPU, torch.float32, recipe.batch, perceptual)
     resolutions = learner.resolutions
@@ -198,7 +197,7 @@ def main():
     parser.add_argument("--preset", choices=VARIANTS, default="emoji", help="the base up to 16×16, or the second stage")
     parser.add_argument("--only", nargs="+", action="extend", help="variants to run (default: all)")
     parser.add_argument("--seeds", type=positive_int, default=3, help="runs of each variant")
-    parser.add_argument("--minutes", type=finite_number, default=20, help="of one core, to train each run")
+    parser.add_argument("--minutes", type=float, default=20, help="of one core, to train each run")
     parser.add_argument("--out", type=a_path, default=Path("runs/ablations"), help="folder of the results")
     args = parser.parse_args()
     with errors_in_one_line():

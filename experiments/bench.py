@@ -21,7 +21,7 @@ from common import distributed
 from common.cli import Parser, errors_in_one_line, positive_int
 from data import sources
 from experts import Experts
-from presets import PRESETS, fitted_to
+from presets import PRESETS
 from sampling import inference
 from step import Learner
 from training.cuda_graph import WARM_UP
@@ -80,8 +80,7 @@ def training(stopwatch):
     """Steps at the highest resolution, without and with R1, with the small CLIP instead of a large one."""
     clip = load_clip("emoji", stopwatch.device)
     for name, batch in TRAINED.items():
-        preset = fitted_to(PRESETS[name], clip.width, clip.map_shapes())
-        learner = Learner(preset, clip, stopwatch.device, stopwatch.dtype, batch)
+        learner = Learner(PRESETS[name], clip, stopwatch.device, stopwatch.dtype, batch)
         batches = sources.loader(sources.open_data("emoji", learner.resolutions[-1], seed=0), 0, batch, workers=0)
         inputs = learner.prepare(0, 0, [next(batches)])
         steps = {kind: functools.partial(learner.step, number, inputs) for kind, number in (("", 1), (", with R1", 0))}

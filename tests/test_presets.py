@@ -10,7 +10,7 @@ def test_fields_keep_their_types():
     recipe = with_fields(PRESETS["emoji"].recipe, "--set", ["lr_generator=1e-3", "batch=8", "augment=()"])
     assert recipe.lr_generator == 1e-3 and recipe.batch == 8 and recipe.augment == ()
     assert with_fields(recipe, "--set", ["r1_gamma=2"]).r1_gamma == 2.0
-    assert with_fields(recipe, "--set", ["augment=color,scale"]).augment == ("color", "scale")
+    assert with_fields(recipe, "--set", ["augment=('color', 'scale')"]).augment == ("color", "scale")
     phases = {4: 0, 8: 10, 16: 0, 32: 1}
     assert with_fields(recipe, "--set", [f"images_per_phase={phases}"]).images_per_phase == phases
 

@@ -25,7 +25,6 @@ from clip import BUILT_IN, MiniLM, from_open_clip, new_small
 from common.cli import UserError
 from layers import pyramid
 from losses import R1_INTERVAL
-from presets import fitted_to
 from step import Learner, MicroBatch
 from upsampler import draw_input_noise, given_images
 from weights.efficientnet import load_efficientnet
@@ -136,10 +135,7 @@ class Rehearsal:
     def __init__(self, preset, clip_model, dtype=torch.bfloat16):
         with FakeTensorMode(allow_non_fake_inputs=True), Meter() as meter:
             clip = clip_without_weights(clip_model)
-            preset = fitted_to(preset, clip.width, clip.map_shapes())
-            perceptual = None
-            if preset.recipe.perceptual_weight:
-                perceptual = load_efficientnet(features_only=True, with_weights=False)
+            perceptual = load_efficientnet(features_only=True) if preset.recipe.perceptual_weight else None
             learner = Learner(preset, clip, torch.device("cpu"), dtype, 1, perceptual)
             learner.step(1, [empty_batch(learner, 2)])  # makes the gradients and Adam's averages
             self.counts = [count(learner, meter, images) for images in REHEARSED]

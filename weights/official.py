@@ -1,6 +1,5 @@
 """The authors' released weights, `aurora_v1.pth`, in our generator."""
 
-import contextlib
 import dataclasses
 import re
 
@@ -42,12 +41,17 @@ def load_official(source, config=RELEASE):
     source: the dict in `aurora_v1.pth`, with the moving average `generator_smooth` or else `generator`; or a state dict
     of tensors or arrays. Raises ValueError if its names or shapes are not those of this configuration.
     """
-    with reading("Aurora's generator"):
+    with torch.device("meta"):
+        generator = Generator(config)
+    try:
         state = source.get("generator_smooth", source.get("generator", source))
-        with torch.device("meta"):
-            generator = Generator(config)
         translated = stack_experts(renamed(state, layer_names(config) + RENAMES))
         generator.load_state_dict(reshaped(translated, generator), assign=True)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[-200:]
+        raise ValueError(
+            f"this is not the authors' state of Aurora's generator, not all of it, or of another size: … {reason}"
+        ) from error
     return generator.requires_grad_(True).eval()
 
 
@@ -76,18 +80,6 @@ def stack_experts(translated):
         stack, number = re.fullmatch(r"(.*)\[(\d+)\]", name).groups()
         stacks.setdefault(stack, {})[int(number)] = translated.pop(name)
     return translated | {name: torch.stack([value for _, value in sorted(x.items())]) for name, x in stacks.items()}
-
-
-@contextlib.contextmanager
-def reading(what):
-    """Raises ValueError, in one line, if a state dict of these or other authors does not fit."""
-    try:
-        yield
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[-200:]
-        raise ValueError(
-            f"this is not the authors' state of {what}, not all of it, or of another size: … {reason}"
-        ) from error
 
 
 def renamed(state, renames):

@@ -65,7 +65,7 @@ def test_precision_and_recall_are_the_definition():
     real, fake = rng.normal(size=(40, 3)), 1.5 * rng.normal(size=(30, 3)) + 1
     expected = naive_precision(real, fake, 3), naive_precision(fake, real, 3)
     assert 0.1 < expected[0] < 1 and 0.1 < expected[1] < 1
-    found = metrics.precision_recall(torch.from_numpy(real), torch.from_numpy(fake), neighbours=3, block=7)
+    found = metrics.precision_recall(torch.from_numpy(real), torch.from_numpy(fake))
     assert found == pytest.approx(expected)
 
 

@@ -7,7 +7,6 @@ from clip import load_clip
 from common import distributed
 from data import sources
 from losses import R1_INTERVAL
-from presets import fitted_to
 from step import OPTIMIZERS, Learner
 from tests.figures import TINY, Figures
 from training.cuda_graph import WARM_UP
@@ -19,9 +18,8 @@ def learner_after(steps, lr, eager):
     """→ the learner, and the reports of its steps."""
     device = distributed.start("cuda")
     clip = load_clip("emoji", device)
-    preset = fitted_to(TINY, clip.width, clip.map_shapes())
     torch.manual_seed(0)
-    learner = Learner(preset, clip, device, torch.float32, batch=4)
+    learner = Learner(TINY, clip, device, torch.float32, batch=4)
     for network in (learner.generator, learner.discriminator):
         for parameter in network.parameters():
             if not parameter.any():
