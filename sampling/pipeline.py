@@ -9,7 +9,6 @@ import contextlib
 import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
-from numbers import Integral
 from pathlib import Path
 
 import torch
@@ -95,7 +94,6 @@ class Pipeline:
         """What `sample` draws, so that w can be changed before `draw`. numbers: only these of the `num`."""
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         latent.check(prompts)
-        check_seed(seed)
         if num < 1:
             raise UserError(f"num={num}: give 1 or more")
         return self.view(views.samples, prompts, num, int(seed), psi, numbers)
@@ -126,16 +124,9 @@ class Pipeline:
         """An image [3, R, R] in [−1, 1] of the second stage's input resolution, and its caption → a PIL image."""
         if self.upsampler is None:
             raise UserError("this model has no second stage; give an upsampler")
-        check_seed(seed)
         latent.check([caption])
         frames = views.samples(self.upsampler, self.text_encoder, [caption], 1, seed, 1.0)
         return enlarge(self.upsampler, image[None].to(frames[0].w.device), frames).pictures[0]
-
-
-def check_seed(seed):
-    """Raises UserError. Of a larger seed, PyTorch's generators use the last 32 bits alone."""
-    if not isinstance(seed, Integral) or not 0 <= seed < 2**32:
-        raise UserError(f"seed={seed!r}: give a whole number from 0 to {2**32 - 1}")
 
 
 def up_to(resolution, generator, upsampler):

@@ -13,15 +13,11 @@ import torch
 from PIL import Image
 
 import explore
-from baselines.shared import generator_file
-from baselines.stylegan_t import StyleGANT
-from clip import load_clip
 from sampling import views
 from sampling.page import Settings, frames
 from sampling.pipeline import Pipeline
-from weights.generator_file import DEMO, save_generator
 
-PLAIN = dict(prompt="red heart", seed=3, num=2, layers=[], centre=[], forced=None)
+PLAIN = dict(prompt="red heart", seed=3, num=2, layers=[], forced=None)
 
 
 @pytest.fixture(scope="module")
@@ -30,13 +26,8 @@ def pipe():
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    """Of the demo, a StyleGAN-T and a file that is none."""
-    folder = tmp_path_factory.mktemp("models")
-    system = StyleGANT(load_clip("emoji"), 32, torch.device("cpu"))
-    save_generator(folder / "baseline.safetensors", *generator_file(system, {"clip": "emoji"}))
-    (folder / "broken.safetensors").write_bytes(b"text")
-    args = explore.parse_args(["--device", "cpu", "--checkpoint", str(DEMO), *map(str, sorted(folder.iterdir()))])
+def server():
+    args = explore.parse_args(["--device", "cpu"])
     args.port = 0
     with explore.Server(args) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -44,9 +35,9 @@ def server(tmp_path_factory):
         server.shutdown()
 
 
-def request(server, method, path, body=None, host="localhost"):
+def request(server, method, path, body=None):
     connection = http.client.HTTPConnection(*server.server_address)
-    connection.request(method, path, body, {"Host": host})
+    connection.request(method, path, body)
     reply = connection.getresponse()
     return reply.status, reply.read().decode()
 
@@ -55,8 +46,8 @@ def request(server, method, path, body=None, host="localhost"):
 def ask(server):
     """Changes of PLAIN → the answer."""
 
-    def ask(path="/draw", model=0, router="", number=0, **changes):
-        sent = {"model": model, "router": router, "number": number, "settings": json.dumps(PLAIN | changes)}
+    def ask(path="/draw", router="", number=0, **changes):
+        sent = {"router": router, "number": number, "settings": json.dumps(PLAIN | changes)}
         status, answer = request(server, "POST", path, json.dumps(sent))
         assert status == 200
         return json.loads(answer)
@@ -70,9 +61,9 @@ def opened(url):
 
 def test_the_page_and_what_it_shows_first(server):
     status, stdout = request(server, "GET", "/")
-    assert status == 200 and "<title>Aurora" in stdout and request(server, "POST", "/none", "{}")[0] == 404
+    assert status == 200 and "<title>Aurora" in stdout and request(server, "GET", "/none")[0] == 404
     start = json.loads(request(server, "POST", "/start", "{}")[1])
-    assert start["prompt"] == "red heart" and len(start["models"]) == 3
+    assert start["prompt"] == "red heart" and start["routers"] == ["8.0.0", "16.0.0"] and start["second_stage"]
 
 
 def test_plain_settings_draw_what_the_pipeline_draws(ask):
@@ -81,7 +72,7 @@ def test_plain_settings_draw_what_the_pipeline_draws(ask):
     assert all(np.array_equal(opened(url), np.asarray(p)) for url, p in zip(answer["pictures"], small, strict=True))
     large = Pipeline.load(device="cpu").sample("red heart", num=2, seed=3, psi=0.5)[1]
     assert np.abs(opened(ask("/enlarge", number=1, psi=0.5)) - np.asarray(large)).max() <= 1  # another batch
-    assert answer["second_stage"] and answer["routers"] == ["8.0.0", "16.0.0"] and not answer["note"]
+    assert not answer["note"]
 
 
 def test_the_way_between_two_prompts_is_that_of_views(pipe):
@@ -104,13 +95,6 @@ def test_chosen_layers_of_both_stages_follow_the_second_prompt(pipe):
         torch.testing.assert_close(m.local_text, a.local_text)
 
 
-def test_more_like_a_picture_keeps_it_and_draws_similar_ones(ask):
-    before = ask()
-    after = ask(centre=before["z"][1], seed=4)
-    assert np.abs(opened(after["pictures"][0]) - opened(before["pictures"][1])).max() <= 1
-    assert 0.8 < torch.cosine_similarity(*map(torch.tensor, after["z"]), dim=0) < 1
-
-
 def test_points_are_given_to_another_expert_and_released(ask):
     free = ask(router="8.0.0")
     taken = free["routing"]["experts"]
@@ -124,20 +108,11 @@ def test_points_are_given_to_another_expert_and_released(ask):
     assert forced["pictures"] != free["pictures"] and ask(router="8.0.0") == free
 
 
-def test_a_baseline_takes_a_prompt_a_seed_and_a_number(ask):
-    answer = ask(model=1)
-    assert [opened(url).shape for url in answer["pictures"]] == [(32, 32, 3)] * 2
-    assert answer["baseline"] == "StyleGANT" and not answer["layers"] and not answer["routers"]
-
-
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"model": 2}, "is damaged"),
+        ({"prompt": " "}, "a prompt is empty; say what to draw"),
         ({"forced": {"router": "8.0.0", "points": [[0, 9999]], "expert": 0}}, "with size 64; reload the page"),
-        ({"layers": [-1]}, "an index is negative"),
-        ({"num": 17}, "ask for 1 to 16 pictures"),
-        ({"path": "/enlarge", "number": 0, "model": 1}, "no second stage"),
     ],
 )
 def test_any_error_is_a_sentence_and_the_next_draws(ask, changes, says):
@@ -145,13 +120,6 @@ def test_any_error_is_a_sentence_and_the_next_draws(ask, changes, says):
     assert says in answer["error"] and "\n" not in answer["error"]
     assert len(ask()["pictures"]) == 2
     assert "too long" in ask(prompt="word " * 200)["note"] and "does not know 🍕" in ask(prompt="🍕")["note"]
-
-
-def test_the_page_is_served_under_names_of_this_machine_alone(server):
-    for host in ("127.0.0.1:8080", "LocalHost", "[::1]:8080"):
-        assert request(server, "GET", "/", host=host)[0] == request(server, "POST", "/start", "{}", host)[0] == 200
-    for host in ("evil.example:8080", "127.0.0.1.evil.example", ""):
-        assert request(server, "GET", "/", host=host)[0] == request(server, "POST", "/start", "{}", host)[0] == 400
 
 
 def test_mistakes_are_one_line(run_main, tmp_path):
