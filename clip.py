@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.nn.utils.rnn import pad_sequence
@@ -361,7 +361,7 @@ def new_small(text):
 def save_small(clip, path, metadata):
     """Writes a small CLIP without its text encoder as safetensors. metadata: {name: text}, how it was made."""
     learned = {name: value for name, value in clip.state_dict().items() if not name.startswith("text.")}
-    save_file(learned, path, metadata)
+    path.write_bytes(save(learned, metadata))
 
 
 def load_small(path):

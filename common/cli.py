@@ -8,7 +8,6 @@ import errno
 import math
 import os
 import re
-import signal
 import sys
 from pathlib import Path
 
@@ -82,11 +81,6 @@ class Parser(argparse.ArgumentParser):
         super().__init__(formatter_class=HelpFormatter, **options)
         self.register("type", None, a_text)
         print_on_any_console()  # help is printed while arguments are parsed, before any command runs
-
-
-def signals(*names):
-    """The signals of these names that this system has; Windows has no SIGUSR1 and no SIGCHLD."""
-    return [getattr(signal, name) for name in names if hasattr(signal, name)]
 
 
 def reason(error):

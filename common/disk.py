@@ -5,12 +5,10 @@ tensors so that no code in their file runs.
 import contextlib
 import hashlib
 import os
-import re
 import warnings
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 
 from common.cli import DISK_IS_FULL, UserError, first_line
 
@@ -31,15 +29,9 @@ def atomically(path, write):
     temporary = path.with_name(f".{path.name[:50]}.{os.getpid()}{UNFINISHED}")
     try:
         temporary.unlink(missing_ok=True)
-        temporary.touch()
-        mode = temporary.stat().st_mode
         write(temporary)
-        temporary.chmod(mode)  # safetensors lets only the owner read its files
         flush(temporary)
         rename(temporary, path)
-    except SafetensorError as error:  # what safetensors raises for an error of the disk
-        number = re.search(r"os error (\d+)", str(error))
-        raise OSError(int(number[1]) if number else None, first_line(error), str(path)) from error
     except OSError as error:
         if str(error.filename) == str(temporary) or error.errno in DISK_IS_FULL:
             error.filename = str(path)
@@ -63,13 +55,13 @@ def write_text(path, content):
 def rename(temporary, path):
     """Renames a file or folder, and replaces what had that name."""
     os.replace(temporary, path)
-    with contextlib.suppress(OSError):  # Windows cannot open a folder, and some network disks cannot flush one
-        flush(path.parent, os.O_RDONLY)
+    with contextlib.suppress(OSError):  # some network disks cannot flush a folder
+        flush(path.parent)
 
 
-def flush(path, mode=os.O_RDWR):  # Windows flushes only files that are open for writing
+def flush(path):
     """Waits until a file, or the list of a folder's files, is on the disk."""
-    descriptor = os.open(path, mode)
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

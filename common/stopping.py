@@ -5,9 +5,9 @@ import os
 import signal
 import sys
 
-from common.cli import signals
 from common.distributed import say
 
+SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP
 COME_AGAIN = 75  # the exit status of a run that was asked to stop and has saved: EX_TEMPFAIL of sysexits.h
 
 _asked = False
@@ -32,7 +32,7 @@ def listening():
 
     def ask(number, _):
         global _asked
-        if number in signals("SIGHUP"):  # the terminal is gone, and writing to it would raise
+        if number == signal.SIGHUP:  # the terminal is gone, and writing to it would raise
             for descriptor in terminals:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
         if not _asked:
@@ -42,7 +42,7 @@ def listening():
             signal.signal(number, signal.default_int_handler)
 
     _asked = False
-    former = {number: signal.signal(number, ask) for number in signals("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")}
+    former = {number: signal.signal(number, ask) for number in SIGNALS}
     for number, handler in former.items():
         if handler == signal.SIG_IGN and number != signal.SIGINT:  # nohup ignores SIGHUP; a shell's & ignores SIGINT
             signal.signal(number, handler)

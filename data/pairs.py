@@ -5,7 +5,6 @@ encoding, or as long as a book. A pair is made fit for training, or it is unusab
 """
 
 import contextlib
-import functools
 import io
 import json
 import re
@@ -14,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError, features
+from PIL import Image, ImageOps, UnidentifiedImageError, features
 
 from data import svg
 
@@ -156,7 +155,7 @@ def centre_square(image, resolution):
 
 
 def decode(data, resolution):
-    """The bytes of an image → its centre square, upright, on white and in sRGB; of an animation, of the first frame.
+    """The bytes of an image → its centre square, upright and on white; of an animation, of the first frame.
 
     Raises Unusable for an unsuitable size or kind, and whatever Pillow raises.
     """
@@ -169,32 +168,17 @@ def decode(data, resolution):
         image.load()  # a TIFF is upright from here on
         if image.mode in ("F", "I"):  # it is unknown which value is white
             raise Unusable(FORMAT)
-        profile = image.info.get("icc_profile")
         with contextlib.suppress(Exception):  # an EXIF tag of a wrong type raises any error, after the image is turned
             ImageOps.exif_transpose(image, in_place=True)
         if image.mode.startswith("I;16"):
             image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
-        return in_srgb(centre_square(on_white(image), resolution), profile)
+        return centre_square(on_white(image), resolution)
 
 
 def on_white(image):
-    """An image without transparency, in RGB, L or CMYK. Raises Unusable if it shows nothing."""
+    """An image in RGB without transparency. Raises Unusable if it shows nothing."""
     if image.has_transparency_data:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
         if image.convert("L").getextrema() == (255, 255):
             raise Unusable(CLEAR)
-    return image if image.mode in ("L", "CMYK") else image.convert("RGB")
-
-
-def in_srgb(image, profile):
-    """An image in RGB. profile: its ICC profile as bytes, or None; one that does not fit the image is ignored."""
-    if profile:
-        with contextlib.suppress(ImageCms.PyCMSError, OSError, TypeError, ValueError):
-            return ImageCms.applyTransform(image, to_srgb(profile, image.mode))
     return image.convert("RGB")
-
-
-@functools.lru_cache(maxsize=16)
-def to_srgb(profile, mode):
-    """The transform from an ICC profile, given as bytes. Raises what ImageCms raises."""
-    return ImageCms.buildTransform(io.BytesIO(profile), ImageCms.createProfile("sRGB"), mode, "RGB")

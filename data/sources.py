@@ -14,7 +14,7 @@ from braceexpand import braceexpand
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from common import distributed, stopping
-from common.cli import UserError, first_line, signals
+from common.cli import UserError, first_line
 from data.pairs import FIELD, IMAGE_SUFFIXES, SMALL, Unusable, read_pair
 
 SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz")
@@ -220,8 +220,7 @@ def loader(source, first, batch, workers):
     options = {"batch_size": None, "num_workers": workers, "worker_init_fn": leave_signals_to_the_run}
     try:
         batches = iter(DataLoader(Stream(source, first, *share), **options))
-        for number in signals("SIGCHLD"):  # DataLoader has set a handler, which would raise in the middle of a step
-            signal.signal(number, signal.SIG_DFL)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # DataLoader's handler would raise in the middle of a step
         yield from map(source.report, batches)
     except UserError as error:  # a worker's message contains its traceback
         raise UserError(str(error).strip().splitlines()[-1].partition("UserError: ")[2] or str(error)) from error
@@ -236,7 +235,7 @@ def loader(source, first, batch, workers):
 
 def leave_signals_to_the_run(_):
     """Ctrl-C and a scheduler's warning reach the workers too, but the main process decides when to stop."""
-    for number in signals("SIGINT", "SIGUSR1", "SIGHUP"):
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 

@@ -1,16 +1,12 @@
 """The folder of a run: checkpoints, log, pictures and generator. The main rank writes it for all."""
 
+import fcntl
 import functools
 import json
 import math
 import os
 import shlex
 import shutil
-
-try:
-    import fcntl
-except ImportError:  # Windows has no fcntl; there, nothing prevents a second run in the folder
-    fcntl = None
 
 import torch
 
@@ -65,7 +61,7 @@ class RunFolder:
         self.generator = path / generator_file.FILE
         self.last_good = None  # the newest checkpoint that is known to be whole
         self.saved_step = None
-        self.log_file = self.lock_file = None
+        self.lock_file = None
         self.unwritten = set()  # what could not be written, and was reported
 
     def state(self):
@@ -106,8 +102,6 @@ class RunFolder:
     def lock(self):
         """Keeps other runs out of this folder while this process lives. Raises UserError and OSError."""
         self.lock_file = (self.checkpoints / LOCK).open("a")
-        if fcntl is None:
-            return
         try:
             # The lock is of this process alone: data workers may outlive it by seconds.
             fcntl.lockf(self.lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -135,19 +129,16 @@ class RunFolder:
 
     @written("metrics.jsonl")
     def open_log(self, step):
-        """Opens the log, without the lines of steps after `step`, which come again."""
+        """Leaves out the lines of steps after `step`, which come again."""
         path = self.path / "metrics.jsonl"
         lines = path.read_text("utf-8", "replace").splitlines() if path.exists() else []
         kept = "".join(line + "\n" for line in lines if step_of(line) <= step)
         write_text(path, kept)
-        self.log_file = path.open("a", encoding="utf-8")
 
     @written("metrics.jsonl")
     def log(self, row):
-        if self.log_file is None:  # the disk was full when the run began
-            self.log_file = (self.path / "metrics.jsonl").open("a", encoding="utf-8")
-        self.log_file.write(json.dumps(row) + "\n")
-        self.log_file.flush()
+        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
 
     @written("a picture of samples")
     def write_picture(self, picture, step):
@@ -175,9 +166,8 @@ class RunFolder:
 
 
 def step_of(line):
-    """The step of a line of metrics.jsonl; 0 if no run wrote the line, infinity if it was cut off."""
+    """The step of a line of metrics.jsonl; infinity if the line was cut off."""
     try:
-        step = json.loads(line)["step"]
-        return step if isinstance(step, int) else 0
+        return json.loads(line)["step"]
     except (ValueError, KeyError, TypeError):
-        return math.inf if line.startswith("{") and not line.endswith("}") else 0
+        return math.inf

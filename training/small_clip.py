@@ -31,7 +31,6 @@ from common.disk import atomically
 from common.distributed import say
 from data import sources
 from layers import resize
-from sampling.inference import dtype_of
 from weights.generator_file import read_safetensors
 
 RESOLUTIONS = (4, 8, 8, 16, 16, 32, 32, 32)  # of the pictures, for an eighth of a batch each: the losses use all
@@ -68,12 +67,12 @@ def train_small_clip(source, steps=None, batch=128, seed=0, device="cpu"):
         learned = [parameter for parameter in clip.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(learned, LR, betas=(0.9, 0.98), weight_decay=0.1)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LR, total_steps=steps, pct_start=0.1)
-        batches, codes = draw_batches(captions, batch), sentence_codes(clip.text, captions)
+        batches = draw_batches(captions, batch)
         for step in until_stopped(tqdm(range(steps), desc="training a small CLIP", unit="step")):
             index, texts = next(batches)
             images = [x.to(device) for x in at_all_resolutions(pixels[index].float() / 127.5 - 1)]
             after = (step / steps - MISLED_AFTER) / (1 - MISLED_AFTER)
-            text_codes = torch.stack([codes[text] for text in texts])
+            text_codes = clip.text.read(texts).embedding
             learn(clip, optimizer, schedule, images, text_codes, REACH * after if after > 0 else None)
     return clip.requires_grad_(False).eval()
 
@@ -108,20 +107,6 @@ def until_stopped(things):
         if stopping.asked():
             raise stopping.Stopped
         yield thing
-
-
-@torch.no_grad()
-def sentence_codes(text, captions, batch=256):
-    """Lists of captions → {caption: the text encoder's embedding [D]}. A batch contains captions of similar length."""
-    lines = sorted({line for lines in captions for line in lines}, key=len)
-    codes, device = {}, text.words.weight.device
-    with torch.autocast(device.type, torch.bfloat16, enabled=dtype_of("auto", device) == torch.bfloat16):
-        parts = tqdm(range(0, len(lines), batch), desc="reading captions", unit="batch")
-        for first in until_stopped(parts):
-            part = lines[first : first + batch]
-            ids = text.tokenize(part)
-            codes |= zip(part, text.encode(ids[:, : (ids != 0).sum(1).max()]).embedding.float(), strict=True)
-    return codes
 
 
 def learn(clip, optimizer, schedule, images, codes, reach):

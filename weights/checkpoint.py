@@ -6,7 +6,6 @@ optimizers, the phase of growth, the recipe, the progress (step, skipped pairs, 
 pairs are held out, and what identifies the run.
 """
 
-import contextlib
 import re
 import shutil
 from pathlib import Path
@@ -46,8 +45,7 @@ def save(folder, step, state, generator, keep):
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     for old in checkpoints(folder)[keep:]:
-        with contextlib.suppress(OSError):  # Windows deletes no file that is open
-            shutil.rmtree(old.rename(unfinished))
+        shutil.rmtree(old.rename(unfinished))
     return path
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from clip import MODELS, load_text
 from common.cli import UserError, first_line
@@ -40,8 +40,8 @@ def content(generator, clip, resolution, notes):
 
 def save_generator(path, tensors, metadata):
     """Writes the file of a generator, see content. Raises OSError on a full disk."""
-    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    atomically(path, lambda temporary: save_file(tensors, temporary, metadata))
+    content = save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata)
+    atomically(path, lambda temporary: temporary.write_bytes(content))
 
 
 def load_generator(path, device="cpu", clip_spec=None):
