@@ -1,5 +1,6 @@
 """Grids and animations of images with captions, and maps of the expert that took each point."""
 
+import textwrap
 import unicodedata
 
 import torch
@@ -8,7 +9,7 @@ from PIL import Image, ImageColor, ImageDraw, ImageFont, ImageOps
 from common.cli import UserError
 
 CELL, MARGIN = 128, 6
-SIZE, LINE = 12, 16  # of letters, in pixels
+SIZE, LINE, LETTER = 12, 16, 7  # pixels: height of letters and of lines, and the width of most letters at most
 FONT = ImageFont.load_default(SIZE)  # Pillow's own, which has Latin letters and shows boxes for other scripts
 COLORS = (  # of experts, distinguishable with red-green color blindness too
     "#332288", "#88CCEE", "#117733", "#DDCC77", "#CC6677", "#AA4499", "#44AA99", "#999933",
@@ -57,22 +58,8 @@ def without_accents(text):
 
 
 def wrapped(text, room, max_lines):
-    """A text → at most max_lines lines, none wider than `room` pixels. If text is left out, the last ends in …"""
-    lines = [""]
-    for word in without_accents(text).split():
-        fits = FONT.getlength(word) <= room
-        for part in [f" {word}"] if fits else f" {word}":  # else letter by letter
-            if lines[-1] and FONT.getlength(lines[-1] + part) > room:
-                lines.append("")
-            lines[-1] = (lines[-1] + part).lstrip()
-        if len(lines) > max_lines:
-            break
-    if len(lines) > max_lines:
-        last = lines[max_lines - 1]
-        while last and FONT.getlength(f"{last} …") > room:
-            last = last[:-1].rstrip()
-        lines[max_lines - 1 :] = [f"{last} …"]
-    return lines
+    """A text → at most max_lines lines of about `room` pixels at most. If text is left out, the last ends in …"""
+    return textwrap.wrap(without_accents(text), room // LETTER, max_lines=max_lines, placeholder=" …") or [""]
 
 
 def write(draw, place, lines):

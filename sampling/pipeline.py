@@ -47,8 +47,8 @@ class Pipeline:
     each prompt's mean picture. Methods raise UserError for prompts, seeds and pictures that cannot be drawn.
     """
 
-    def __init__(self, generator: torch.nn.Module, text_encoder: torch.nn.Module, notes: dict, upsampler=None):
-        self.generator, self.text_encoder, self.notes, self.upsampler = generator, text_encoder, notes, upsampler
+    def __init__(self, generator: torch.nn.Module, text_encoder: torch.nn.Module, upsampler=None):
+        self.generator, self.text_encoder, self.upsampler = generator, text_encoder, upsampler
 
     @classmethod
     def load(
@@ -67,12 +67,12 @@ class Pipeline:
         of the pictures, by default the highest; the second stage is not used for resolutions of the first.
         """
         device = distributed.start(str(device))
-        generator, text_encoder, notes = load_generator(Path(checkpoint), device, clip)
+        generator, text_encoder, _ = load_generator(Path(checkpoint), device, clip)
         path = upsampler_of(checkpoint) if upsampler is None else upsampler
         upsampler = None if path is None else load_upsampler(path, text_encoder, device)
         if resolution is not None:
             generator, upsampler = up_to(resolution, generator, upsampler)
-        pipe = cls(generator, text_encoder, notes, upsampler)
+        pipe = cls(generator, text_encoder, upsampler)
         for stage in pipe.stages:
             inference.prepare(stage, inference.sampling_dtype(dtype, stage))
         return pipe
