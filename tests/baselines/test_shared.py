@@ -133,8 +133,7 @@ def test_ranks_stay_equal(tmp_path):
     assert done.returncode == 0 and "step 4: 2 ranks with equal networks" in done.stdout, done.stderr
 
 
-def test_the_command_runs_and_bounds_its_truncation():
-    for arguments, answer in ((["train", "--help"], "runs/muse"), (["sample", "a", "--truncation", "1e30"], "to 10")):
-        command = [sys.executable, "-m", "baselines.muse", *arguments]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        assert answer in done.stdout + done.stderr and "Traceback" not in done.stderr, done.stderr
+def test_the_command_runs():
+    command = [sys.executable, "-m", "baselines.muse", "train", "--help"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert "runs/muse" in done.stdout and not done.stderr
