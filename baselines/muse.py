@@ -20,7 +20,6 @@ from torch import nn
 
 from attention import merge_heads, split_heads
 from baselines.shared import System, main
-from common import distributed
 from common.cli import UserError
 from losses import perceptual_distance
 
@@ -114,17 +113,15 @@ class Codebook(nn.Module):
 
     @torch.no_grad()
     def restart(self, z, tokens, noise):
-        """Moves dead codes to random vectors of all ranks' batches → the number of codes that the batches use.
+        """Moves dead codes to random vectors of the batch → the number of codes that the batch uses.
 
         A code without vectors gets no gradient, so it would stay dead. At the start only codes of the first batch live.
         """
-        z, tokens = distributed.gather(z), distributed.gather(tokens)
         share = F.one_hot(tokens.flatten(), len(self.codes)).float().mean(0)
         self.usage.lerp_(share * len(self.codes), 1 - USAGE_DECAY)
         dead = self.usage < DEAD
         points = z.movedim(1, -1).flatten(0, -2)
-        drawn = torch.randint(len(points), (len(self.codes),), generator=noise)
-        drawn = distributed.broadcast(drawn).to(z.device)  # each rank has its own noise
+        drawn = torch.randint(len(points), (len(self.codes),), generator=noise).to(z.device)
         self.codes.copy_(torch.where(dead[:, None], points[drawn], self.codes))
         self.usage.masked_fill_(dead, 1.0)
         return (share > 0).sum()
@@ -278,7 +275,7 @@ class Muse(System):
         super().__init__(clip, resolution, device, ADAM, **learning)
 
     def step(self, number, images, text, noise):
-        steps = math.ceil(TOKENIZER_IMAGES / (len(images) * distributed.world_size()))
+        steps = math.ceil(TOKENIZER_IMAGES / len(images))
         if number < steps:
             return self.train_vqgan(images, noise)
         return self.train_transformer(images, text, noise, number - steps)

@@ -26,7 +26,6 @@ from common.cli import (
     natural_number,
     positive_int,
 )
-from common.distributed import say
 from data import sources
 from layers import parameter_groups
 from sampling import latent
@@ -66,20 +65,17 @@ class System:
             self.optimizers[name] = torch.optim.Adam(parameter_groups(network, adam["lr"]), **adam)
 
     def minimize(self, name, loss):
-        """One step of a network down a loss. No other network gets gradients. They are means over all ranks."""
+        """One step of a network down a loss. No other network gets gradients."""
         parameters = list(self.networks[name].parameters())
         self.optimizers[name].zero_grad(set_to_none=True)
         loss.backward(inputs=parameters)
-        for parameter in parameters:
-            if parameter.grad is not None:
-                parameter.grad = distributed.mean(parameter.grad)
         self.optimizers[name].step()
 
     @torch.no_grad()
     def update_average(self, number, batch, half_life):
-        """Moves `ema` toward its network, as step.py does for Aurora. Buffers are copied. batch: of this rank."""
+        """Moves `ema` toward its network, as step.py does for Aurora. Buffers are copied."""
         ema, network = self.networks.ema, self.networks[self.averaged]
-        weight = ema_weight(number, batch * distributed.world_size(), half_life)
+        weight = ema_weight(number, batch, half_life)
         torch._foreach_lerp_(list(ema.parameters()), list(network.parameters()), weight)
         for own, buffer in zip(ema.buffers(), network.buffers(), strict=True):
             own.copy_(buffer)
@@ -111,7 +107,7 @@ def main(system_class):
     add("--clip", default="emoji", help="emoji, a file of training/small_clip.py, or MODEL:WEIGHTS of open_clip")
     add("--resolution", type=int, choices=RESOLUTIONS, default=32)
     add("--minutes", type=positive_int, default=60, help="how long to train")
-    add("--batch", type=positive_int, default=32, help="images of a step, over all ranks")
+    add("--batch", type=positive_int, default=32, help="images of a step")
     add("--out", type=a_path, default=Path("runs") / name, help="the run's folder; a run in it is resumed")
     add("--seed", type=natural_number, default=0)
     add("--workers", type=natural_number, default=1, help="processes that load data")
@@ -141,36 +137,35 @@ def as_texts(args):
 
 
 def train(system_class, name, args):
-    with distributed.ranks("auto") as device, stopping.listening():
+    """Trains on one device."""
+    device = distributed.start("auto")
+    if distributed.world_size() > 1:
+        raise UserError("a baseline learns in one process; start it without torchrun")
+    with stopping.listening():
         run(system_class, name, args, device)
 
 
 def run(system_class, name, args, device):
-    with distributed.together():
-        if args.batch % distributed.world_size():
-            ranks = distributed.world_size()
-            raise UserError(f"--batch {args.batch} cannot be divided among {ranks} ranks; give a multiple of {ranks}")
     identity = {option: getattr(args, option.replace("-", "_")) for option in IDENTITY}
     folder = RunFolder(args.out, {"system": name, **identity})
     state = folder.state()
     torch.manual_seed(args.seed)
-    with distributed.together():
-        system = system_class(load_clip(args.clip, device), args.resolution, device)
-        source = sources.open_data(args.data, args.resolution, args.seed, args.caption_key)
-        captions = next(source.evaluation_batches(NUM_PICTURES)).captions
-        loop = Loop(folder, args, args.batch, minutes=args.minutes)
-        if state:
-            with loop.resuming(state):
-                restore(system, state)
+    system = system_class(load_clip(args.clip, device), args.resolution, device)
+    source = sources.open_data(args.data, args.resolution, args.seed, args.caption_key)
+    captions = next(source.evaluation_batches(NUM_PICTURES)).captions
+    loop = Loop(folder, args, args.batch, minutes=args.minutes)
+    if state:
+        with loop.resuming(state):
+            restore(system, state)
     source.announce()
     save_run(loop, system)
     loop.check_saved()
     folder.write_config(as_texts(args))
-    say(f"Training {name} on {device}, {distributed.world_size()} rank(s); all in {args.out}")
+    print(f"Training {name} on {device}; all in {args.out}")
 
     for number, batches in loop.steps(source):
         (batch,) = batches
-        noise = rng_of(args.seed, number * distributed.world_size() + distributed.rank())
+        noise = rng_of(args.seed, number)
         scalars = system.step(number, batch.images.to(device), system.clip.read(batch.captions), noise)
         loop.log(loop.count(scalars, batches) | {"resolution": system.resolution})
         if loop.draws:

@@ -28,7 +28,6 @@ from torchvision.transforms.functional import gaussian_blur
 from augment import NUM_CHANCES, augment
 from aurora import FourierFeatures
 from baselines.shared import System, main
-from common import distributed
 from layers import Linear, lrelu, rms_norm, upsample
 from modulation import Affine, ModulatedConv2d, ToRGB, UpsamplingConv2d
 from weights.efficientnet import load_efficientnet
@@ -169,7 +168,7 @@ class Generator(nn.Module):
     @torch.no_grad()
     def update_x_avg(self, w):
         """Moves the mean of f(z) toward that of a batch of w."""
-        self.x_avg.lerp_(distributed.mean(w[:, : self.z_dim].mean(0)), 1 - 0.995)
+        self.x_avg.lerp_(w[:, : self.z_dim].mean(0), 1 - 0.995)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -296,7 +295,7 @@ class StyleGANT(System):
         generator, discriminator, c = self.networks.generator, self.networks.discriminator, text.embedding
         w = generator.latent(self.sample_z(len(images), noise), c)
         fake = generator.synthesize(w, noise)
-        sigma = blur_sigma(number * len(images) * distributed.world_size(), self.resolution)
+        sigma = blur_sigma(number * len(images), self.resolution)
         chances = torch.rand(2, len(images), NUM_CHANCES, generator=noise)
         with torch.no_grad():
             real_taps = self.see(images, sigma, chances[0])

@@ -17,7 +17,7 @@ from baselines.stylegan_t import StyleGANT
 from clip import BUILT_IN, load_clip
 from tests import figures
 from tests.training.runs import identical
-from tests.training.test_distributed import ROOT, torchrun
+from tests.training.test_distributed import ROOT
 from training.loop import Loop
 from weights import checkpoint, generator_file
 from weights.generator_file import DEMO
@@ -127,10 +127,9 @@ def test_generators_that_cannot_be_drawn_are_one_line(tmp_path, draw):
         shared.restore(system, {"clip": "another"})
 
 
-def test_ranks_stay_equal(tmp_path):
-    """Of Muse, whose codebook moves codes to vectors of images that only one rank has."""
-    done = torchrun(2, "tests/baselines/equal_ranks.py", tmp_path, figures.folder())
-    assert done.returncode == 0 and "step 4: 2 ranks with equal networks" in done.stdout, done.stderr
+def test_several_processes_are_refused(tmp_path, learn, monkeypatch):
+    monkeypatch.setattr(shared.distributed, "world_size", lambda: 2)
+    assert_one_line(learn(Muse, 1, "--out", tmp_path), "a baseline learns in one process")
 
 
 def test_the_command_runs():
