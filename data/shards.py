@@ -30,11 +30,10 @@ BLOCK = 2**17  # samples after which a stream starts anew
 LEFT_OUT = 2**14  # most samples of each lane that are left out at its start
 ERRORS = (OSError, EOFError, tarfile.TarError, zlib.error)  # what reading a shard may raise
 GZIP = b"\x1f\x8b"  # first bytes of a compressed shard
-CURL = ["curl", "-sSfL", "--connect-timeout", "30", "--speed-limit", "1", "--speed-time", "60"]
 
 
 class Shards(Source):
-    """A list of shards: files, URLs, or commands (`pipe:COMMAND`).
+    """A list of shards: files, or commands that write one to their output (`pipe:COMMAND`).
 
     Each rank and worker reads an endless stream: random shards from front to back, LANES in turn, shuffled in a buffer
     that is full before the first batch.
@@ -48,7 +47,7 @@ class Shards(Source):
 
     def __init__(self, urls, resolution, seed, caption_key=None):
         self.urls, self.missing = [], []
-        for url in (url.removeprefix("file://") for url in urls):
+        for url in urls:
             (self.urls if command_of(url) or os.path.isfile(url) else self.missing).append(url)
         if 2 * len(self.missing) > len(urls):
             raise UserError(f"--data: no such shard: {self.missing[0]}; write several as data/{{00000..00041}}.tar")
@@ -164,10 +163,8 @@ def shuffled(samples, rng, most):
 
 
 def command_of(url):
-    """The command that writes a shard to its output: a shell's line or a list. None for a file on the disk."""
-    if url.startswith("pipe:"):
-        return url.removeprefix("pipe:")
-    return [*CURL, url] if url.startswith(("http://", "https://")) else None
+    """The shell's command that writes a shard to its output; None for a file on the disk."""
+    return url.removeprefix("pipe:") if url.startswith("pipe:") else None
 
 
 @contextlib.contextmanager
@@ -175,8 +172,7 @@ def output_of(command):
     """What a command writes, as a file. If the reader finds no whole tar, raises OSError with the command's message."""
     streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE}
     with tempfile.TemporaryFile() as errors:
-        shell = isinstance(command, str)
-        process = subprocess.Popen(command, shell=shell, stderr=errors, start_new_session=True, **streams)
+        process = subprocess.Popen(command, shell=True, stderr=errors, start_new_session=True, **streams)
         try:
             yield process.stdout
         except tarfile.TarError as error:

@@ -189,7 +189,7 @@ def sample_indices(step, batch, rank, world_size):
 
 def open_data(spec, resolution, seed, caption_key=None, group=1):
     """The Source that --data names: "emoji", a folder of images with captions, or shards (a file, a pattern such as
-    data/{00000..00041}.tar, a URL, or pipe:COMMAND).
+    data/{00000..00041}.tar, or pipe:COMMAND).
 
     caption_key: the field of each .json that contains the caption; by default a .txt contains it. group: of the emoji,
     see emoji.Emoji. Raises UserError if nothing usable is found.

@@ -5,9 +5,7 @@ import itertools
 import json
 import os
 import tarfile
-import threading
 from collections import Counter
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
@@ -186,18 +184,6 @@ def test_the_error_of_a_command_reaches_the_user():
     with pytest.raises(UserError, match="no rights") as caught:
         source_of("pipe:echo 'no rights' >&2; exit 3")
     assert len(str(caught.value).splitlines()) == 1
-
-
-def test_shards_behind_a_web_server(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    write_tar("0.tar", named([good(i) for i in range(12)]))
-    with ThreadingHTTPServer(("127.0.0.1", 0), SimpleHTTPRequestHandler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        source = source_of(f"http://127.0.0.1:{server.server_port}/0.tar")
-        assert len(all_captions(source)) == 12 and len(seen(source, 2)) == 8
-        with pytest.raises(UserError, match="404"):
-            source_of(f"http://127.0.0.1:{server.server_port}/1.tar")
-        server.shutdown()
 
 
 def test_a_shard_whose_pairs_are_all_held_out_is_refused(tmp_path):
