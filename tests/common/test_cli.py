@@ -4,7 +4,8 @@ import errno
 
 import pytest
 
-from common.cli import Parser, UserError, a_path, add_data, errors_in_one_line, positive_int
+from common.cli import Parser, UserError, a_path, add_data, errors_in_one_line, positive_int, with_fields
+from presets import PRESETS
 
 
 @pytest.mark.parametrize(
@@ -60,3 +61,26 @@ def test_an_empty_value_is_refused_and_not_taken_as_the_default(capsys, argument
     with pytest.raises(SystemExit):
         parser.parse_args(arguments)
     assert "it is empty; give a value, or leave it out" in capsys.readouterr().err
+
+
+def test_fields_keep_their_types():
+    recipe = with_fields(PRESETS["emoji"].recipe, "--set", ["lr_generator=1e-3", "batch=8", "augment=()"])
+    assert recipe.lr_generator == 1e-3 and recipe.batch == 8 and recipe.augment == ()
+    assert with_fields(recipe, "--set", ["r1_gamma=2"]).r1_gamma == 2.0
+    assert with_fields(recipe, "--set", ["augment=('color', 'scale')"]).augment == ("color", "scale")
+    phases = {4: 0, 8: 10, 16: 0, 32: 1}
+    assert with_fields(recipe, "--set", [f"images_per_phase={phases}"]).images_per_phase == phases
+
+
+@pytest.mark.parametrize(
+    ("assignment", "says"),
+    [
+        ("speed=2", "no field here; choose one of steps, batch"),
+        ("batch=2.5", "with a value like 32"),
+        ("fid_every=-1", "with a value like 16000"),
+        ("images_per_phase={4: 0}", "with a value like {4: 0, 8: 0, 16: 96000, 32: 256000}"),
+    ],
+)
+def test_mistakes_say_what_to_write(assignment, says):
+    with pytest.raises(ValueError, match=says):
+        with_fields(PRESETS["emoji"].recipe, "--set", [assignment])
