@@ -14,7 +14,9 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
 
 from presets import DiscriminatorConfig, DiscriminatorLevel, GeneratorConfig, Level
-from tests.figures import TINY
+from sampling.pipeline import Pipeline
+from tests.figures import TINY, generator_file
+from weights.generator_file import load_generator
 
 
 def pytest_collection_modifyitems(items):
@@ -43,6 +45,18 @@ def run_main(monkeypatch, capsys):
         return status, said.out, said.err.strip()
 
     return run
+
+
+@pytest.fixture(scope="session")
+def demo():
+    """The generator of figures.generator_file, and its CLIP."""
+    return load_generator(generator_file())[:2]
+
+
+@pytest.fixture(scope="session")
+def pipe():
+    """The demo model's, with both stages."""
+    return Pipeline.load(device="cpu")
 
 
 @pytest.fixture

@@ -21,11 +21,6 @@ PLAIN = dict(prompt="red heart", seed=3, num=2, layers=[], forced=None)
 
 
 @pytest.fixture(scope="module")
-def pipe():
-    return Pipeline.load(device="cpu")
-
-
-@pytest.fixture(scope="module")
 def server():
     args = explore.parse_args(["--device", "cpu"])
     args.port = 0

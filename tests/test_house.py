@@ -2,11 +2,11 @@
 
 import ast
 import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from tests import ROOT
+
 TRAINING = {"training", "step", "growth"}  # of which the step and the growth are Aurora, and stand at the root
 COMMANDS = {"train", "sample", "evaluate", "explore"}
 LAYERS = [  # from the leaves up; a file imports from its own layer and from those before it

@@ -52,11 +52,6 @@ def test_wrong_captions_are_the_next_that_differ():
     assert losses.wrong_captions(torch.ones(4, 2, dtype=torch.long)).tolist() == [0, 1, 2, 3]
 
 
-@pytest.fixture(scope="module")
-def clip():
-    return load_clip("emoji")
-
-
 def vision_transformer():
     vision = dict(image_size=16, layers=4, width=16, head_width=8, patch_size=8)
     text = dict(context_length=7, vocab_size=9, width=12, heads=2, layers=1)
@@ -64,12 +59,12 @@ def vision_transformer():
 
 
 @pytest.mark.parametrize("kind", ["convolutions", "vision transformer"])  # whose attention is fused elsewhere
-def test_r1_is_the_gradient_norm_of_each_image(discriminator_config, clip, kind):
+def test_r1_is_the_gradient_norm_of_each_image(discriminator_config, kind):
     """By the definition: image by image, a gradient of that image's own predictions. Its gradient, which needs second
     derivatives of the discriminator and of CLIP, is compared with finite differences.
     """
     torch.manual_seed(0)
-    clip = copy.deepcopy(clip if kind == "convolutions" else vision_transformer()).double()
+    clip = copy.deepcopy(load_clip("emoji") if kind == "convolutions" else vision_transformer()).double()
     config = dataclasses.replace(discriminator_config, clip_maps=clip.map_shapes())
     tiny, tokens, eot = moved(Discriminator(config).double()), double(2, 7, 12), torch.tensor([6, 3])
     pyramid, scales, expected = {r: double(2, 3, r, r) for r in (4, 8)}, {8: 0.7, 4: 0.3}, 0.0
@@ -97,8 +92,9 @@ def test_r1_is_the_gradient_norm_of_each_image(discriminator_config, clip, kind)
     assert torch.autograd.gradcheck(penalty, (tokens.requires_grad_(), *weights), fast_mode=True, atol=1e-7)
 
 
-def test_clip_loss_is_symmetric_info_nce_at_every_resolution_and_reaches_the_images(clip):
-    images, text = figures.images(range(5), 16), clip.read([figures.caption(i) for i in range(5)])
+def test_clip_loss_is_symmetric_info_nce_at_every_resolution_and_reaches_the_images():
+    clip, images = load_clip("emoji"), figures.images(range(5), 16)
+    text = clip.read([figures.caption(i) for i in range(5)])
     pyramid = {r: image.requires_grad_() for r, image in layers.pyramid(images, [8, 16]).items()}
     embeddings = {r: clip.encode_image(image) for r, image in pyramid.items()}
     expected = {}

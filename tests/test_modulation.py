@@ -43,33 +43,32 @@ def naive_modulated_convolution(layer, x, w, convolve):
     return torch.stack(outputs)
 
 
-@pytest.mark.parametrize(("channels", "side"), [(5, 8), (50, 2)], ids=["many points", "many channels"])
+def ordinary(x, kernel):
+    return F.conv2d(x, kernel, padding=1)
+
+
+def upsampling(x, kernel):
+    """A transposed convolution, then a filter."""
+    taps = torch.tensor([1.0, 3.0, 3.0, 1.0]).double() / 8
+    wide = F.conv_transpose2d(x, kernel.transpose(0, 1), stride=2)
+    assert wide.shape[-1] == 2 * x.shape[-1] + 1
+    return F.conv2d(wide, (torch.outer(taps, taps) * 4).expand(6, 1, 4, 4), padding=1, groups=6)
+
+
+@pytest.mark.parametrize(
+    ("kind", "convolve", "channels", "side"),
+    [
+        pytest.param(modulation.ModulatedConv2d, ordinary, 5, 8, id="many points"),
+        pytest.param(modulation.ModulatedConv2d, ordinary, 50, 2, id="many channels"),
+        pytest.param(modulation.UpsamplingConv2d, upsampling, 4, 8, id="upsampling"),
+    ],
+)
 @pytest.mark.parametrize("num_kernels", [1, 2, 3])
-def test_modulated_convolution_scales_activations_as_if_kernels(num_kernels, channels, side):
+def test_modulated_convolution_scales_activations_as_if_kernels(num_kernels, kind, convolve, channels, side):
     """Values and gradients; then frozen, as a convolution and as a matrix product."""
-    layer = modulation.ModulatedConv2d(channels, 6, 3, w_dim=7, num_kernels=num_kernels).double()
+    layer = kind(channels, 6, 3, w_dim=7, num_kernels=num_kernels).double()
     layer.bias.data.normal_()
     x, w = double(3, channels, side, side), double(3, 7)
-    inputs = [x.requires_grad_(), w.requires_grad_(), *layer.parameters()]
-    naive, ours = naive_modulated_convolution(layer, x, w, lambda x, k: F.conv2d(x, k, padding=1)), layer(x, w)
-    torch.testing.assert_close(ours, naive)
-    assert_same_gradients(ours, naive, inputs)
-    layer.cached_products = layer.kernel_products().detach()
-    torch.testing.assert_close(layer(x, w), naive)
-
-
-@pytest.mark.parametrize("num_kernels", [1, 2])
-def test_upsampling_convolution_is_transposed_convolution_then_filter(num_kernels):
-    layer = modulation.UpsamplingConv2d(4, 5, 3, w_dim=6, num_kernels=num_kernels).double()
-    x, w = double(2, 4, 8, 8), double(2, 6)
-    taps = torch.tensor([1.0, 3.0, 3.0, 1.0]).double() / 8
-    kernel = (torch.outer(taps, taps) * 4).expand(5, 1, 4, 4)
-
-    def convolve(x, k):
-        wide = F.conv_transpose2d(x, k.transpose(0, 1), stride=2)
-        assert wide.shape[-1] == 17
-        return F.conv2d(wide, kernel, padding=1, groups=5)
-
     inputs = [x.requires_grad_(), w.requires_grad_(), *layer.parameters()]
     naive, ours = naive_modulated_convolution(layer, x, w, convolve), layer(x, w)
     torch.testing.assert_close(ours, naive)
@@ -96,5 +95,4 @@ def test_to_rgb_is_scaled_by_its_channels_instead_of_demodulated():
 
 def test_a_deformable_convolution_starts_as_an_ordinary_one():
     layer, x, w = modulation.DeformableConv2d(5, 4, w_dim=3, num_kernels=2).double(), double(2, 5, 6, 7), double(2, 3)
-    naive = naive_modulated_convolution(layer, x, w, lambda x, k: F.conv2d(x, k, padding=1))
-    torch.testing.assert_close(layer(x, w), naive)
+    torch.testing.assert_close(layer(x, w), naive_modulated_convolution(layer, x, w, ordinary))

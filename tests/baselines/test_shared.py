@@ -15,9 +15,8 @@ from baselines.ladagan import LadaGAN
 from baselines.muse import Muse
 from baselines.stylegan_t import StyleGANT
 from clip import BUILT_IN, load_clip
-from tests import figures
+from tests import ROOT, figures
 from tests.training.runs import identical
-from tests.training.test_distributed import ROOT
 from training.loop import Loop
 from weights import checkpoint, generator_file
 from weights.generator_file import DEMO

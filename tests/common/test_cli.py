@@ -9,25 +9,21 @@ from presets import PRESETS
 
 
 @pytest.mark.parametrize(
-    ("error", "says"),
+    ("error", "code", "says"),
     [
-        (OSError(errno.ENOSPC, "No space", "a.png"), "error: a.png could not be written: No space; make room"),
-        (OSError(errno.ENOTDIR, "Not a directory", "out/a.png"), "error: out/a.png: a file or a broken link is where"),
-        (RuntimeError("CUDA out of memory. Tried"), "error: too little memory; ask for fewer"),
-        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "error: too little memory; ask for fewer"),
-        (UserError("--data a\nb: no such folder"), "error: --data a b: no such folder\n"),  # a legal path
+        (OSError(errno.ENOSPC, "No space", "a.png"), 2, "error: a.png could not be written: No space; make room"),
+        (OSError(errno.ENOTDIR, "Not a directory", "a/b.png"), 2, "error: a/b.png: a file or a broken link is where"),
+        (RuntimeError("CUDA out of memory. Tried"), 2, "error: too little memory; ask for fewer"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 2, "error: too little memory; ask for fewer"),
+        (UserError("--data a\nb: no such folder"), 2, "error: --data a b: no such folder\n"),  # a legal path
+        (KeyboardInterrupt(), 130, "\ninterrupted\n"),
     ],
 )
-def test_errors_of_the_user_and_of_files_are_one_line(error, says, capsys):
+def test_errors_of_the_user_and_of_files_and_ctrl_c_are_one_line(error, code, says, capsys):
     with pytest.raises(SystemExit) as ended, errors_in_one_line():
         raise error
-    assert ended.value.code == 2 and capsys.readouterr().err.startswith(says)
-
-
-def test_ctrl_c_shows_no_traceback(capsys):
-    with pytest.raises(SystemExit) as ended, errors_in_one_line():
-        raise KeyboardInterrupt
-    assert ended.value.code == 130 and capsys.readouterr().err == "\ninterrupted\n"
+    said = capsys.readouterr().err
+    assert ended.value.code == code and said.startswith(says) and len(said.strip().splitlines()) == 1
 
 
 @pytest.mark.parametrize("error", [OSError(errno.EIO, "Input/output error"), RuntimeError("shapes do not match")])
@@ -44,23 +40,24 @@ def test_a_path_expands_the_home_folder(tmp_path, monkeypatch):
     assert parser.parse_args(["--data=~/x"]).data == f"{tmp_path}/x"  # a shell does not expand "~" after "="
 
 
-@pytest.mark.parametrize("text", ["0", "9" * 25, "half"])
-def test_numbers_that_are_not_positive_or_too_large_are_refused(capsys, text):
-    parser = Parser()
-    parser.add_argument("--num", type=positive_int)
-    with pytest.raises(SystemExit):
-        parser.parse_args(["--num", text])
-    assert "argument --num: " in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("arguments", [["--data", ""], ["--caption-key", " "], ["--out", ""]])
-def test_an_empty_value_is_refused_and_not_taken_as_the_default(capsys, arguments):
+@pytest.mark.parametrize(
+    ("option", "values", "says"),
+    [
+        ("--num", ("0", "9" * 25, "half"), "argument --num: "),
+        ("--data", ("", " "), "it is empty; give a value, or leave it out"),  # and not taken as the default
+        ("--caption-key", ("", " "), "it is empty; give a value, or leave it out"),
+        ("--out", ("", " "), "it is empty; give a value, or leave it out"),
+    ],
+)
+def test_unusable_values_are_refused(capsys, option, values, says):
     parser = Parser()
     add_data(parser.add_argument)
     parser.add_argument("--out", type=a_path)
-    with pytest.raises(SystemExit):
-        parser.parse_args(arguments)
-    assert "it is empty; give a value, or leave it out" in capsys.readouterr().err
+    parser.add_argument("--num", type=positive_int)
+    for value in values:
+        with pytest.raises(SystemExit):
+            parser.parse_args([option, value])
+        assert says in capsys.readouterr().err
 
 
 def test_fields_keep_their_types():

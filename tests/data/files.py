@@ -68,11 +68,11 @@ def source_of(spec, **options):
 
 
 def opened(kind, path, files, **options):
-    """A source of files, [(name, bytes)], in a folder, or in a shard of the kind tar or tar.gz."""
+    """A source of files, [(name, bytes)], in a folder, or in a shard, of the kind tar."""
     path.mkdir(exist_ok=True)
     if kind == "folder":
         return source_of(write_folder(path, files), **options)
-    return source_of(write_tar(path / f"0.{kind}", files, "w:gz" if kind == "tar.gz" else "w"), **options)
+    return source_of(write_tar(path / f"0.{kind}", files), **options)
 
 
 def take(source, count, first=0, **share):
@@ -93,7 +93,3 @@ def seen(source, steps, **share):
 def all_captions(source, **options):
     """The captions of evaluation, sorted."""
     return sorted(captions_of(source.evaluation_batches(**options)))
-
-
-def color_of(image):
-    return tuple(int(v > 0) * 255 for v in image.mean((1, 2)))

@@ -20,7 +20,6 @@ from sampling import latent
 from tests import figures
 from tests.data.files import good, write_shard
 from weights.efficientnet import load_efficientnet
-from weights.generator_file import load_generator
 
 
 def means_of(pixels):
@@ -28,11 +27,6 @@ def means_of(pixels):
 
 
 MEANS = {"means": Extractor("mean colors", means_of, None)}
-
-
-@pytest.fixture(scope="module")
-def demo():
-    return load_generator(figures.generator_file())[:2]
 
 
 def by_ranks(monkeypatch, count, work):

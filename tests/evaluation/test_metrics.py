@@ -9,22 +9,21 @@ from common.cli import UserError
 from evaluation import metrics
 
 
-def scipy_fid(a, b):
-    covariance_a, covariance_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
-    root = scipy.linalg.sqrtm(covariance_a @ covariance_b).real
-    return ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(covariance_a + covariance_b - 2 * root)
-
-
 def test_fid_is_scipys():
     torch.manual_seed(0)
     a = torch.randn(500, 12, dtype=torch.float64) @ torch.randn(12, 12, dtype=torch.float64)
     b = torch.randn(400, 12, dtype=torch.float64) * 2 + 1
-    assert metrics.fid(a, b) == pytest.approx(scipy_fid(a.numpy(), b.numpy()), rel=1e-9)
+    covariance_a, covariance_b = np.cov(a.T), np.cov(b.T)
+    root = scipy.linalg.sqrtm(covariance_a @ covariance_b).real
+    expected = (a.mean(0) - b.mean(0)).square().sum() + np.trace(covariance_a + covariance_b - 2 * root)
+    assert metrics.fid(a, b) == pytest.approx(expected.item(), rel=1e-9)
 
 
-def test_identical_sets_are_at_distance_zero_and_few_samples_do_not_break_it():
+def test_equal_sets_are_at_distance_zero_also_if_they_are_few_and_are_refused():
     x = torch.randn(5, 20)
     assert metrics.fid(x, x) == pytest.approx(0, abs=1e-4)
+    with pytest.raises(UserError, match="are the same"):
+        metrics.compare_images(x, x)
 
 
 def test_the_distance_between_halves_is_between_different_images():
@@ -33,31 +32,19 @@ def test_the_distance_between_halves_is_between_different_images():
     assert metrics.fid_of_halves(x) == pytest.approx(3)
 
 
-def test_equal_sets_are_refused():
-    same = torch.randn(8, 3)
-    with pytest.raises(UserError, match="are the same"):
-        metrics.compare_images(same, same)
-
-
-def naive_own_caption_first(images, texts, captions):
-    """The definition with all other captions as candidates."""
-    hits = []
-    for image, own in zip(images, range(len(captions)), strict=True):
+def test_r_precision_is_the_definition():
+    """With all other captions as candidates."""
+    rng, expected = np.random.default_rng(0), []
+    words = [f"caption {i % 30}" for i in range(40)]  # ten of them twice
+    texts = rng.normal(size=(30, 4))[[i % 30 for i in range(40)]]
+    images = texts + 0.7 * rng.normal(size=(40, 4))
+    for image, own, word in zip(images, texts, words, strict=True):
 
         def cosine(text, image=image):
             return float(image @ text / np.linalg.norm(image) / np.linalg.norm(text))
 
-        others = [cosine(texts[i]) for i, caption in enumerate(captions) if caption != captions[own]]
-        hits.append(all(cosine(texts[own]) > other for other in others))
-    return hits
-
-
-def test_r_precision_is_the_definition():
-    rng = np.random.default_rng(0)
-    words = [f"caption {i % 30}" for i in range(40)]  # ten of them twice
-    texts = rng.normal(size=(30, 4))[[i % 30 for i in range(40)]]
-    images = texts + 0.7 * rng.normal(size=(40, 4))
-    expected = naive_own_caption_first(images, texts, words)
+        others = [cosine(text) for text, other in zip(texts, words, strict=True) if other != word]
+        expected.append(all(cosine(own) > other for other in others))
     assert 5 < sum(expected) < 35
     found = metrics.own_caption_first(torch.from_numpy(images), torch.from_numpy(texts), words, block=7)
     assert found.tolist() == expected

@@ -4,11 +4,11 @@ import ast
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent.parent
+from tests import ROOT
+
 TOUR = (ROOT / "TOUR.md").read_text(encoding="utf-8")
 PLACES = re.findall(r"\[`([\w.]+)`\]\(([\w./]+\.py)\)", TOUR)
 EXPERIMENTS = dict(re.findall(r"\*\*([^*]+)\*\*[^`]*?```python\n(.*?)```", TOUR.replace("*w*", "w"), re.DOTALL))
@@ -26,14 +26,11 @@ def test_all_experiments_are_found():
     assert "#L" not in TOUR  # a line moves when a file grows above it
 
 
-def run(code, timeout):
-    """Each in a process of its own, as a reader would."""
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=timeout)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 @pytest.mark.tour
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_experiment_takes_less_than_a_minute(name):
-    print(f"\n{name}\n{run(EXPERIMENTS[name], timeout=60)}")
+    """Each in a process of its own, as a reader would."""
+    command = [sys.executable, "-c", EXPERIMENTS[name]]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    print(f"\n{name}\n{done.stdout}")

@@ -10,7 +10,6 @@ import re
 import subprocess
 import sys
 import tempfile
-from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
@@ -22,6 +21,7 @@ from triton.backends.compiler import GPUTarget
 
 from experts import Experts
 from kernels import l2_attention, routed
+from tests import ROOT
 
 POINTS, WIDTH, EXPERTS, HEADS = 4096, 512, 16, 8  # of the release
 # {compute capability: KiB of shared memory available to a block}, from CUDA's programming guide
@@ -31,8 +31,8 @@ SHARED = {80: 163, 86: 99, 90: 227}
 def test_kernels_compile_without_spilling():
     """If registers do not suffice, ptxas puts values on the stack, which is in the slowest memory."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command, root = [sys.executable, "-m", "tests.kernels.test_compiled"], Path(__file__).parents[2]
-    run = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True)
+    command = [sys.executable, "-m", "tests.kernels.test_compiled"]
+    run = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     lines = [line.split() for line in run.stdout.splitlines()]
     launches = 4 + 2 + 3  # down_kernel and weight_gradient_kernel twice

@@ -1,7 +1,6 @@
 """The Python interface: what the README shows, and that the commands draw the same."""
 
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,13 +11,7 @@ import sample
 from common.cli import UserError
 from sampling import latent, pictures
 from sampling.pipeline import Pipeline, forced, routers
-
-ROOT = Path(__file__).parent.parent.parent
-
-
-@pytest.fixture(scope="module")
-def pipe():
-    return Pipeline.load(device="cpu")
+from tests import ROOT
 
 
 def test_the_readme_runs(monkeypatch, tmp_path):

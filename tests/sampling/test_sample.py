@@ -3,7 +3,6 @@
 import functools
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,21 +11,13 @@ from PIL import Image, ImageColor
 import sample
 from clip import MODELS
 from sampling import latent, pictures, views
-from tests import figures
-from weights.generator_file import load_generator
-
-ROOT = Path(__file__).parent.parent.parent
+from tests import ROOT, figures
 
 
 @pytest.fixture
 def run(run_main):
     """sample.py with arguments → exit status, stdout, stderr."""
     return functools.partial(run_main, sample.main, "--checkpoint", figures.generator_file())
-
-
-@pytest.fixture(scope="module")
-def demo():
-    return load_generator(figures.generator_file())
 
 
 def test_the_first_picture(tmp_path):
@@ -40,7 +31,7 @@ def test_the_first_picture(tmp_path):
 
 @torch.no_grad()
 def test_truncation_goes_toward_the_prompts_own_mean(demo):
-    generator, clip, _ = demo
+    generator, clip = demo
     text, z = latent.read(generator, clip, ["a red square", "a blue cross"]).global_text, latent.noise(generator, 2, 1)
     w, mean = generator.mapping(z, text), latent.mean_code(generator, text)
     for psi in (0.0, 0.5, 1.0):
@@ -96,7 +87,7 @@ def test_a_gif_has_a_frame_for_each_step_and_maps_beside_the_picture(run, tmp_pa
 
 @torch.no_grad()
 def test_between_two_prompts_all_or_a_part_of_the_text_changes(demo):
-    generator, clip, _ = demo
+    generator, clip = demo
     prompts = ["a large red circle on a white background", "a small blue star on a black background"]
     start, end = (latent.read(generator, clip, [prompt]) for prompt in prompts)
     halfway = latent.Prompt(*(views.between(a, b, 0.5) for a, b in zip(start, end, strict=True)))

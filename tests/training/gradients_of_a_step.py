@@ -48,7 +48,8 @@ def gradients():
             batches.append(batch._replace(captions=captions))
         for batch, micro_batch in zip(batches, learner.prepare(0, 0, batches), strict=True):
             text = clip.encode_text(clip.tokenize(batch.captions))  # clip.read keeps texts in half precision
-            micro_batches.append(tree_map(in_float64, micro_batch._replace(text=text)))
+            micro_batch = micro_batch._replace(text=text)
+            micro_batches.append(tree_map(lambda x: x.double() if x.is_floating_point() else x, micro_batch))
         report = learner.step(0, micro_batches)
         assert report["r1"] > 0 and report["g_clip"] > 0 and report["d_matching"] > 0
         for kind, network in networks.items():
@@ -56,10 +57,6 @@ def gradients():
                 if parameter.grad is not None:
                     found[f"{case}, {kind}.{name}"] = parameter.grad.clone()
     return found
-
-
-def in_float64(x):
-    return x.double() if x.is_floating_point() else x
 
 
 def main(path):

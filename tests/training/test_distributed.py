@@ -3,18 +3,15 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from common import distributed
 from common.cli import UserError
-from tests import figures
+from tests import ROOT, figures
 from tests.training.gradients_of_a_step import gradients
 from tests.training.runs import log_of
-
-ROOT = Path(__file__).parent.parent.parent
 
 
 def torchrun(ranks, *command, restarts=0):

@@ -15,21 +15,18 @@ from training.small_clip import clip_of_new_run, contrast, draw_batches, mislead
 COLORS = {"red": (220, 30, 30), "green": (30, 160, 60), "blue": (40, 60, 220), "yellow": (230, 210, 40)}
 
 
-def flat(name):
-    return torch.tensor(COLORS[name]).view(1, 3, 1, 1).expand(1, 3, 32, 32) / 127.5 - 1
-
-
 def test_it_learns_captions_and_understands_words_that_no_caption_contains(tmp_path):
     for place, color in itertools.product(("sky", "wall"), COLORS):
         (tmp_path / f"{color} {place}.jpg").write_bytes(jpeg(COLORS[color]))
         (tmp_path / f"{color} {place}.txt").write_text(f"{color} {place}\na {place} that is {color}\n")
     source = sources.open_data(str(tmp_path), 32, seed=0)
     clip = train_small_clip(source, steps=60, batch=16)
+    images = [torch.tensor(COLORS[name]).view(1, 3, 1, 1).expand(1, 3, 32, 32) / 127.5 - 1 for name in ("red", "blue")]
 
     def rather(warm, cold):
         """By how much the first text fits better than the second: a red picture, and a blue one."""
         difference = clip.read([warm]).embedding - clip.read([cold]).embedding
-        return [(F.normalize(clip.encode_image(flat(color))) @ difference.T).item() for color in ("red", "blue")]
+        return [(F.normalize(clip.encode_image(image)) @ difference.T).item() for image in images]
 
     red, blue = rather("red sky", "blue sky")
     assert red > 0.1 and blue < -0.1

@@ -19,10 +19,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from tests import figures
+from tests import ROOT, figures
 from tests.training.runs import identical, log_of, state_of
 
-ROOT = Path(__file__).parent.parent.parent
 STEPS = 5  # that a life may make after its first new one before it is killed; every other one ends with a checkpoint
 
 

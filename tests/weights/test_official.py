@@ -1,7 +1,6 @@
 """Our generator compared with outputs of the authors' code, and the reading of their checkpoint."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,9 +10,10 @@ from aurora import Generator
 from losses import moe_loss
 from presets import PRESETS, GeneratorConfig, Level
 from sampling.inference import prepare
+from tests import ROOT
 from weights.official import load_official, renamed, reshaped
 
-FIXTURES = Path(__file__).parent.parent / "fixtures"
+FIXTURES = ROOT / "tests/fixtures"
 # Small generators of the authors' code, in the order of Level's and GeneratorConfig's fields.
 CONFIGS = {
     "official_small": GeneratorConfig((
