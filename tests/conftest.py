@@ -82,6 +82,12 @@ def discriminator_config():
     return DiscriminatorConfig(levels, **clip, text_dim=16, text_layers=1, num_heads=2, head_dim=8)
 
 
+def assert_one_line(result, says):
+    """That a command, run by run_main, was ended by a mistake of the user, of which it says one line."""
+    status, _, error = result
+    assert status == 2 and says in error and len(error.splitlines()) == 1, error
+
+
 def double(*shape):
     return torch.randn(*shape, dtype=torch.float64)
 

@@ -19,20 +19,15 @@ def discriminator(discriminator_config):
     return moved(Discriminator(discriminator_config))
 
 
-def images(batch=2, resolutions=(4, 8, 16)):
-    return {r: torch.randn(batch, 3, r, r) for r in resolutions}
-
-
-def clip_maps(batch=2):
-    return [torch.randn(batch, channels, side, side) for channels, side in TINY.discriminator.clip_maps]
-
-
-def text():
-    return torch.randn(2, 7, 12), torch.tensor([6, 3])
+def inputs(batch=2, resolutions=(4, 8, 16)):
+    """images, CLIP's maps, tokens, eot."""
+    images = {r: torch.randn(batch, 3, r, r) for r in resolutions}
+    maps = [torch.randn(batch, channels, side, side) for channels, side in TINY.discriminator.clip_maps]
+    return images, maps, torch.randn(batch, 7, 12), torch.tensor([6, 3, 5, 2, 4, 1])[:batch]
 
 
 def test_every_image_is_judged_after_every_stage_from_its_own_on_by_its_caption(discriminator):
-    pyramid, seen, (tokens, eot) = images(), clip_maps(), text()
+    pyramid, seen, tokens, eot = inputs()
     logits = discriminator(pyramid, seen, tokens, eot)
     assert {key: tuple(x.shape) for key, x in logits.items()} == {
         (16, 16): (2, 64), (16, 8): (2, 16), (16, 4): (2, 1), (8, 8): (2, 16), (8, 4): (2, 1), (4, 4): (2, 1),
@@ -54,7 +49,7 @@ def test_feature_maps_of_any_size_become_one_point(side):
 
 def test_it_grows_with_the_generator(discriminator):
     """A smaller pyramid is judged as its images are within the whole one."""
-    pyramid, seen, caption = images(), clip_maps(), text()
+    pyramid, seen, *caption = inputs()
     whole = discriminator(pyramid, seen, *caption)
     part = discriminator({r: pyramid[r] for r in (4, 8)}, seen, *caption)
     torch.testing.assert_close(part.pop((8, CLIP_STAGE)), whole[16, CLIP_STAGE])
@@ -76,14 +71,13 @@ def test_the_deviation_in_groups_is_its_formula(group):
 @pytest.mark.parametrize(("batch", "group"), [(4, 2), (6, 4)])  # 4 does not divide 6, but their 12 maps
 def test_the_images_of_a_group_are_compared_and_no_others(discriminator_config, batch, group):
     discriminator = Discriminator(replace(discriminator_config, group=group))
-    tokens, eot = torch.randn(batch, 7, 12), torch.full((batch,), 3)
-    pyramid, seen = images(batch, (4, 8)), clip_maps(batch=batch)
-    before = discriminator(pyramid, seen, tokens, eot)
+    pyramid, *others = inputs(batch, (4, 8))
+    before = discriminator(pyramid, *others)
     pyramid[8][0] += 1
-    after = discriminator(pyramid, seen, tokens, eot)
+    after = discriminator(pyramid, *others)
     changed = {key: (after[key] != before[key]).any(1).tolist() for key in before}
-    others = [False] * (batch - 2)
-    assert changed.pop((8, 4)) == [True, True, *others] and changed.pop((8, 8)) == [True, False, *others]
+    same = [False] * (batch - 2)
+    assert changed.pop((8, 4)) == [True, True, *same] and changed.pop((8, 8)) == [True, False, *same]
     assert not any(map(any, changed.values()))
 
 
@@ -91,7 +85,8 @@ def test_a_prediction_is_its_formula(discriminator_config):
     """Of a discriminator of one stage: 0.25 · (ψ(map, t) + conv1×1(map)), with t of unit length in each channel."""
     lowest = replace(discriminator_config.levels[0], attn_depth=1)
     d = moved(Discriminator(replace(discriminator_config, levels=(lowest,), clip_maps=())).double())
-    (stage,), (head,), image, (tokens, eot) = d.stages.values(), d.heads.values(), double(2, 3, 4, 4), text()
+    (stage,), (head,), image = d.stages.values(), d.heads.values(), double(2, 3, 4, 4)
+    tokens, eot = double(2, 7, 12), torch.tensor([6, 3])
     attention, block, step = stage.body
 
     def lrelu(x):
@@ -104,13 +99,13 @@ def test_a_prediction_is_its_formula(discriminator_config):
     x = x + 0.3 * mixed.mT.view_as(x)
     x = x + 0.4 * lrelu(block.conv2(lrelu(block.conv1(x))))
     x = lrelu(F.conv2d(x, step.conv.weight, step.conv.bias)).flatten(2).mT  # [B, 1, C]
-    code = d.text_head(tokens.double(), eot)[0]
+    code = d.text_head(tokens, eot)[0]
     code = code / code.square().mean(1, keepdim=True).sqrt()
     h = x
     for conv in head.convs:
         h = lrelu(conv(h, code))
     expected = 0.25 * (head.last(h, code) + F.linear(x, head.unconditional.weight, head.unconditional.bias))[..., 0]
-    torch.testing.assert_close(d({4: image}, (), tokens.double(), eot)[4, 4], expected)
+    torch.testing.assert_close(d({4: image}, (), tokens, eot)[4, 4], expected)
 
 
 def test_squared_l2_attention_is_its_formula_and_twice_differentiable():

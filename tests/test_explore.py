@@ -16,8 +16,7 @@ import explore
 from sampling import views
 from sampling.page import Settings, frames
 from sampling.pipeline import Pipeline
-
-PLAIN = dict(prompt="red heart", seed=3, num=2, layers=[], forced=None)
+from tests.conftest import assert_one_line
 
 
 @pytest.fixture(scope="module")
@@ -39,10 +38,11 @@ def request(server, method, path, body=None):
 
 @pytest.fixture
 def ask(server):
-    """Changes of PLAIN → the answer."""
+    """Changes of plain settings → the answer."""
+    plain = dict(prompt="red heart", seed=3, num=2, layers=[], forced=None)
 
     def ask(path="/draw", router="", number=0, **changes):
-        sent = {"router": router, "number": number, "settings": json.dumps(PLAIN | changes)}
+        sent = {"router": router, "number": number, "settings": json.dumps(plain | changes)}
         status, answer = request(server, "POST", path, json.dumps(sent))
         assert status == 200
         return json.loads(answer)
@@ -120,7 +120,6 @@ def test_any_error_is_a_sentence_and_the_next_draws(ask, changes, says):
 def test_mistakes_are_one_line(run_main, tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         free = taken.getsockname()[1]
-        status, _, stderr = run_main(explore.main, "--port", free)
-        assert status == 2 and f"port {free}" in stderr and "another --port" in stderr and stderr.count("\n") == 0
-    status, _, stderr = run_main(explore.main, "--checkpoint", tmp_path / "none.pth", "--port", free)
-    assert status == 2 and "no generator" in stderr and stderr.count("\n") == 0
+        for says in (f"port {free}", "another --port"):
+            assert_one_line(run_main(explore.main, "--port", free), says)
+    assert_one_line(run_main(explore.main, "--checkpoint", tmp_path / "none.pth", "--port", free), "no generator")

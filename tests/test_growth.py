@@ -75,16 +75,12 @@ def test_the_reference_is_between_two_disjoint_sets_at_each_resolution(monkeypat
 
 def test_a_reference_of_other_samples_or_that_is_damaged_is_measured_again(tmp_path):
     path, made = tmp_path / "reference.pt", []
-
-    def measure(samples):
+    for samples, damaged in ((5, False), (5, False), (6, False), (6, True)):
+        if damaged:
+            path.write_bytes(b"damaged")
         recipe = dataclasses.replace(RECIPE, fid_samples=samples)
         Growth(recipe, [4], Spread(), seed=0).measure_reference(Pictures(), path)
         made.append(path.stat().st_mtime_ns)
-
-    for samples in (5, 5, 6):
-        measure(samples)
-    path.write_bytes(b"damaged")
-    measure(6)
     assert made[0] == made[1] and len(set(made)) == 3
 
 

@@ -15,8 +15,6 @@ from router import Routing
 from step import Learner
 from tests.figures import TINY, Figures, moved
 
-CPU = torch.device("cpu")
-
 
 @pytest.fixture(scope="module")
 def learner():
@@ -27,7 +25,7 @@ def learner():
         recipe=dataclasses.replace(TINY.recipe, augment=("color",)),
         discriminator=dataclasses.replace(TINY.discriminator, group=2),
     )
-    learner = Learner(preset, load_clip("emoji"), CPU, torch.float32, batch=4)
+    learner = Learner(preset, load_clip("emoji"), torch.device("cpu"), torch.float32, batch=4)
     for network in (learner.generator, learner.discriminator):
         moved(network, by=0.05)
     for optimizer in (learner.optimizer_g, learner.optimizer_d):

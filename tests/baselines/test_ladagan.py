@@ -43,7 +43,6 @@ DISCRIMINATOR_RENAMES = [
 @torch.no_grad()
 def test_outputs_are_the_authors():
     state, io = read("ladagan_small")
-    io = {key: torch.from_numpy(value) for key, value in io.items()}
     generator = ladagan.Generator(64, width=128, num_heads=(4, 4, 2), hidden=(64, 48, 32), z_dim=16)
     discriminator = ladagan.Discriminator([8, 16, 32], 4, hidden=64, code_channels=48, logit_channels=64)
     for network, part, renames in (
@@ -83,13 +82,9 @@ def test_additive_attention_is_a_naive_loop():
     torch.testing.assert_close(attention(x), expected)
 
 
-def small_discriminator(text_dim=0):
-    return ladagan.Discriminator([8, 16], 2, 12, code_channels=12, logit_channels=10, text_dim=text_dim)
-
-
 def test_r1_is_the_gradient_norm_of_each_image():
     """The definition, image by image."""
-    discriminator = small_discriminator().double().eval()
+    discriminator = ladagan.Discriminator([8, 16], 2, 12, code_channels=12, logit_channels=10).double().eval()
     images, expected = torch.randn(3, 3, 32, 32, dtype=torch.float64), 0.0
     for image in images:
         image = image[None].requires_grad_()
@@ -103,7 +98,8 @@ def test_r1_is_the_gradient_norm_of_each_image():
 
 @torch.no_grad()
 def test_the_text_adds_its_projection_to_each_patch():
-    discriminator = small_discriminator(text_dim=7).double().eval()
+    discriminator = ladagan.Discriminator([8, 16], 2, 12, code_channels=12, logit_channels=10, text_dim=7)
+    discriminator.double().eval()
     images, text = torch.randn(2, 3, 32, 32, dtype=torch.float64), torch.randn(2, 7, dtype=torch.float64)
     points = []
     discriminator.points.register_forward_hook(lambda _, __, output: points.append(output))

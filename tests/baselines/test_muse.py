@@ -11,8 +11,6 @@ from baselines import muse
 from baselines.muse import MASK, Codebook, Muse, Transformer, fill, guided_logits, keep_certain, mask_randomly
 from clip import Text, load_clip
 
-CPU = torch.device("cpu")
-
 
 def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
@@ -94,7 +92,7 @@ def test_only_masked_tokens_count(monkeypatch, drop):
     """The loss is the mean of −log p over the masked tokens. drop: the text becomes zeros."""
     monkeypatch.setattr(muse, "TEXT_DROP", drop)
     torch.manual_seed(0)
-    system = Muse(load_clip("emoji"), 16, CPU)
+    system = Muse(load_clip("emoji"), 16, "cpu")
     images, text = torch.rand(4, 3, 16, 16) * 2 - 1, system.clip.read(["cat"] * 4)
     tokens = system.networks.vqgan.encode(images)
     shown = mask_randomly(tokens, seeded(5))
@@ -177,7 +175,7 @@ def test_confidence_noise_is_annealed(monkeypatch):
 def test_the_vqgan_is_frozen_while_the_transformer_learns(monkeypatch):
     torch.manual_seed(0)
     monkeypatch.setattr(muse, "TOKENIZER_IMAGES", 8)
-    system, images = Muse(load_clip("emoji"), 16, CPU), torch.rand(8, 3, 16, 16) * 2 - 1
+    system, images = Muse(load_clip("emoji"), 16, "cpu"), torch.rand(8, 3, 16, 16) * 2 - 1
     text, networks = system.clip.read(["red heart", "cat"] * 4), system.networks
     for number in range(2):
         before = copy.deepcopy(networks).state_dict()

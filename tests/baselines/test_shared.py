@@ -16,6 +16,7 @@ from baselines.muse import Muse
 from baselines.stylegan_t import StyleGANT
 from clip import BUILT_IN, load_clip
 from tests import ROOT, figures
+from tests.conftest import assert_one_line
 from tests.training.runs import identical
 from training.loop import Loop
 from weights import checkpoint, generator_file
@@ -47,11 +48,6 @@ def draw(tmp_path, run_main):
         return run_main(lambda: shared.main(system), "sample", "red heart", "--num", 2, *files, *options)
 
     return draw
-
-
-def assert_one_line(result, message):
-    status, _, error = result
-    assert status == 2 and message in error and error.count("\n") == 0, error
 
 
 @pytest.mark.parametrize("system", [StyleGANT, LadaGAN, Muse])

@@ -38,15 +38,9 @@ HEAD_RENAMES = [
 ]
 
 
-def authors(name):
-    """→ the authors' state dict, and {name: tensor} of inputs and outputs."""
-    state, io = read(f"stylegan_t_{name}")
-    return state, {key: torch.from_numpy(value) for key, value in io.items()}
-
-
 @torch.no_grad()
 def test_the_generators_outputs_are_the_authors():
-    state, io = authors("small")
+    state, io = read("stylegan_t_small")
     sizes = {8: 64, 16: 64, 32: 32}
     depth = sum(name.startswith("synthesis.b8.") and name.endswith(".gamma") for name in state)
     generator = load_renamed(stylegan_t.Generator(sizes, depth, z_dim=16, text_dim=24), state, RENAMES)
@@ -62,7 +56,7 @@ def test_the_generators_outputs_are_the_authors():
 
 @torch.no_grad()
 def test_a_heads_logits_are_the_authors():
-    state, io = authors("head")
+    state, io = read("stylegan_t_head")
     logits = load_renamed(stylegan_t.Head(48, text_dim=20, dim=16), state, HEAD_RENAMES)(io["x"], io["c"])
     torch.testing.assert_close(logits, io["logits"].squeeze(1), rtol=0, atol=1e-4)
 

@@ -15,11 +15,6 @@ def emoji():
     return sources.open_data("emoji", 8, seed=0, group=4)
 
 
-@pytest.fixture(scope="module")
-def facts(emoji):
-    return [sample.facts for sample in emoji.samples]
-
-
 def test_one_caption_in_five_names_the_style(emoji):
     for sample in emoji.samples:
         styled, others = captions_of(sample, [True]), captions_of(sample, [False])
@@ -27,9 +22,9 @@ def test_one_caption_in_five_names_the_style(emoji):
         assert all(sample.facts["tone"] in caption for caption in styled + others)
 
 
-def test_every_name_is_drawn_as_often_as_it_has_styles(facts):
+def test_every_name_is_drawn_as_often_as_it_has_styles(emoji):
     drawn, styles = Counter(), defaultdict(set)
-    for each in facts:
+    for each in (sample.facts for sample in emoji.samples):
         drawn[each["name"]] += each["aurora_weight"]
         styles[each["name"]].add(each["style"])
     assert all(drawn[name] == pytest.approx(len(styles[name]), abs=0.01) for name in styles)
@@ -69,9 +64,9 @@ def test_the_ranks_share_one_batch_which_the_step_determines(emoji):
     assert next(emoji.batches(range(8, 9), 16, 0, 1)).captions != whole.captions
 
 
-def test_each_part_of_a_held_out_pair_is_seen_elsewhere_and_a_held_out_name_nowhere(emoji, facts):
+def test_each_part_of_a_held_out_pair_is_seen_elsewhere_and_a_held_out_name_nowhere(emoji):
     parts = defaultdict(list)
-    for each in facts:
+    for each in (sample.facts for sample in emoji.samples):
         parts[each["aurora_held_out"]].append(each)
     assert [sample.facts for sample in emoji.pictures] == parts[None]
     seen = {(each["name"], each["style"]) for each in parts[None]}

@@ -18,10 +18,6 @@ def filled(folder, count=6):
         pair(folder, str(i), str(i))
 
 
-def described(folder, **options):
-    return " ".join(source_of(folder, **options).describe())
-
-
 def test_pairs_in_any_case_in_folders_and_with_periods_are_found(tmp_path):
     filled(tmp_path, 4)
     pair(tmp_path, "upper", "upper", ".JPEG", ".TXT")
@@ -39,7 +35,7 @@ def test_a_folder_describes_what_it_contains(tmp_path):
     for name in ("a.heic", "b.heic", "README", ".hidden.jpg", "lonely.txt", "0.tar"):
         (tmp_path / name).write_bytes(b"x")
     (tmp_path / "link.jpg").symlink_to(tmp_path / "0.jpg")
-    text = described(tmp_path)
+    text = " ".join(source_of(tmp_path).describe())
     for part in ("20 images have a", "8 images have no caption, such as", "2 .heic", "1 no suffix"):
         assert part in text
     assert "1 captions have no image, such as " in text and "lonely.txt." in text
@@ -53,7 +49,8 @@ def test_captions_in_json_are_suggested(tmp_path):
         pair(tmp_path, str(i), '{"caption": "a cat", "url": "x"}' if i else "damaged", text=".json")
     with pytest.raises(UserError, match=r"Captions in .json files need --caption-key"):
         source_of(tmp_path)
-    assert "5 images have a caption in the field" in described(tmp_path, caption_key="caption")
+    text = " ".join(source_of(tmp_path, caption_key="caption").describe())
+    assert "5 images have a caption in the field" in text
 
 
 BAD = {

@@ -14,19 +14,19 @@ from clip import load_clip
 from data import coco
 from evaluation import extractors, features, metrics
 from tests import figures
+from tests.conftest import assert_one_line
 from upsampler import Upsampler
 from weights.generator_file import content, save_generator
-
-COMMON = ("--device", "cpu", "--checkpoint", figures.generator_file(), "--clip", "emoji")
 
 
 @pytest.fixture
 def run(run_main, tmp_path, monkeypatch):
     """evaluate.py with arguments → exit status, stdout, stderr without the progress bars."""
     monkeypatch.setattr(extractors, "efficientnet", lambda device: figures.GRID_MEANS)
+    common = "--device", "cpu", "--checkpoint", figures.generator_file(), "--clip", "emoji", "--out", tmp_path / "out"
 
     def run(*arguments):
-        status, stdout, stderr = run_main(evaluate.main, *COMMON, "--out", tmp_path / "out", *arguments)
+        status, stdout, stderr = run_main(evaluate.main, *common, *arguments)
         return status, stdout, stderr.split("\r")[-1].strip()
 
     return run
@@ -121,8 +121,7 @@ def test_mistakes_are_one_line(run, tmp_path):
         (("--count", 4, "--features", f"inception:{val}"), "weights are not available"),
         (("--count", 4, "--clip", "inception"), "cannot read text"),
     ):
-        status, _, stderr = run(*arguments)
-        assert status == 2 and says in stderr and len(stderr.splitlines()) == 1, (arguments, stderr)
+        assert_one_line(run(*arguments), says)
 
 
 def test_on_emoji_words_and_variety_are_measured_too(run, tmp_path, monkeypatch):

@@ -18,6 +18,7 @@ from evaluation import enlarging, extractors
 from experiments import ablations, bench, compare, nearest, probe
 from modulation import DeformableConv2d
 from tests import figures
+from tests.conftest import assert_one_line
 from training import small_clip
 from weights.generator_file import save_generator
 
@@ -58,8 +59,7 @@ def test_a_short_series_ends_in_a_table(tmp_path, monkeypatch, run_main, few_emo
     assert [path.name for path in results] == ["0.json", "1.json"]
     assert run_main(ablations.main, *options)[1] == stdout  # finished runs are not repeated
     assert [path.stat().st_mtime_ns for path in results] == written
-    status, _, error = run_main(ablations.main, "--out", tmp_path, "--only", "nothing")
-    assert status == 2 and "no variant 'nothing'" in error.splitlines()[-1]
+    assert_one_line(run_main(ablations.main, "--out", tmp_path, "--only", "nothing"), "no variant 'nothing'")
 
 
 @pytest.mark.parametrize("case", bench.CASES)
@@ -134,8 +134,9 @@ def test_the_picture_has_a_row_for_each_prompt(tmp_path, run_main):
     assert status == 0 and Image.open(out).width > 4 * 128 and Image.open(out).height > 2 * 128, error
     own = data / "0000.png"
     for main in (nearest.main, small_clip.main):  # a picture of the data is not overwritten
-        status, _, error = run_main(main, "--data", data, "--out", own, *["red circle"] * (main == nearest.main))
-        assert status == 2 and "this command did not make it" in error and Image.open(own).format == "PNG"
+        result = run_main(main, "--data", data, "--out", own, *["red circle"] * (main == nearest.main))
+        assert_one_line(result, "this command did not make it")
+        assert Image.open(own).format == "PNG"
 
 
 def test_information_of_equal_of_independent_and_of_noisy_labels():

@@ -9,6 +9,7 @@ from PIL import Image
 import sample
 from common.cli import MADE_BY
 from sampling import files
+from tests.conftest import assert_one_line
 from weights.generator_file import DEMO, content, load_generator, save_generator
 
 
@@ -18,10 +19,6 @@ def each(run_main, tmp_path):
     return lambda *arguments: run_main(sample.main, *arguments, "--device", "cpu", "--each", tmp_path / "all")
 
 
-def about(path):
-    return json.loads(Image.open(path).text[MADE_BY])
-
-
 def test_a_folder_says_how_each_picture_was_made_and_is_completed_with_the_same(each, tmp_path, monkeypatch):
     monkeypatch.setattr(files.latent, "BATCH", 4)
     arguments, folder = ("red heart", "пингвин 🐧", "--num", 5, "--seed", 5, "--truncation", 0.5), tmp_path / "all"
@@ -29,7 +26,8 @@ def test_a_folder_says_how_each_picture_was_made_and_is_completed_with_the_same(
     assert status == 0 and "10 new pictures, 10 in all" in stdout, stderr
     listed = [json.loads(line) for line in (folder / files.INDEX).read_text(encoding="utf-8").splitlines()]
     assert [(row["prompt"], row["number"]) for row in listed][5:] == [("пингвин 🐧", n) for n in range(5)]
-    assert about(folder / "000004.png") == listed[4] and listed[4]["seed"] == 5 and listed[4]["psi"] == 0.5
+    assert json.loads(Image.open(folder / "000004.png").text[MADE_BY]) == listed[4]
+    assert listed[4]["seed"] == 5 and listed[4]["psi"] == 0.5
     whole = {path.name: path.read_bytes() for path in folder.iterdir()}
     assert sorted(whole) == [*(row["file"] for row in listed), files.INDEX]
     times = {name: (folder / name).stat().st_mtime_ns for name in whole}
@@ -47,11 +45,12 @@ def test_only_a_picture_of_ours_is_replaced(run_main, tmp_path, name):
     arguments = ("red heart", "--num", 1, "--resolution", 64, "--device", "cpu", "--out", tmp_path / name)
     assert [run_main(sample.main, *arguments)[0] for _ in range(2)] == [0, 0]
     if name == "a.png":
-        assert about(tmp_path / name)["command"].startswith("sample.py 'red heart' --num 1")
+        about = json.loads(Image.open(tmp_path / name).text[MADE_BY])
+        assert about["command"].startswith("sample.py 'red heart' --num 1")
     Image.open(tmp_path / name).convert("L").save(tmp_path / name, comment=b"northern lights, aurora\0")
     before = (tmp_path / name).read_bytes()
-    status, _, error = run_main(sample.main, *arguments)
-    assert status == 2 and "exists, and this command did not make it; give another --out" in error
+    says = "exists, and this command did not make it; give another --out"
+    assert_one_line(run_main(sample.main, *arguments), says)
     assert (tmp_path / name).read_bytes() == before
 
 
@@ -64,8 +63,7 @@ def test_a_folder_of_another_command_or_model_is_refused_and_left_alone(each, tm
     generator.w_avg += 1
     save_generator(other, *content(generator, SimpleNamespace(text=clip, name=""), 64, {}))
     for arguments in (("whale", *small), ("red heart", *small, "--checkpoint", other)):
-        status, _, stderr = each(*arguments)
-        assert status == 2 and "pictures of another command or model" in stderr and "\n" not in stderr
+        assert_one_line(each(*arguments), "pictures of another command or model")
     (tmp_path / "all" / files.INDEX).unlink()  # now the pictures may be the user's
     assert each("red heart", *small)[0] == 2
     del before[files.INDEX]

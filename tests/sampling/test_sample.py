@@ -12,6 +12,7 @@ import sample
 from clip import MODELS
 from sampling import latent, pictures, views
 from tests import ROOT, figures
+from tests.conftest import assert_one_line
 
 
 @pytest.fixture
@@ -62,8 +63,7 @@ def test_prompts_of_a_file_and_unusual_ones_are_drawn_and_explained(run, tmp_pat
     ],
 )
 def test_mistakes_are_one_line(run, arguments, says):
-    status, _, stderr = run(*arguments)
-    assert status == 2 and says in stderr.splitlines()[-1] and "Traceback" not in stderr
+    assert_one_line(run(*arguments), says)
 
 
 def test_prompts_are_rows_and_an_interpolation_is_one_row(run, tmp_path):

@@ -46,9 +46,6 @@ def test_products_are_counted_as_their_formulas():
     assert flop(lambda: layers.sum().backward()) + sum(once) == 4 * once[0] + 3 * once[1]
 
 
-LOWEST = dataclasses.replace(QUICK, recipe=dataclasses.replace(QUICK.recipe, recompute=True))
-
-
 def batch_of(learner, size):
     batch = plan.empty_batch(learner, size)
     real = {r: torch.rand_like(x) for r, x in batch.real.items()}
@@ -69,12 +66,12 @@ def test_the_counts_are_those_of_a_step():
     """FLOP, except what grows with the square of the batch; memory to 10 %. The profiler counts what a step allocates;
     before the step, the state exists except the gradients.
     """
-    images = 6
+    lowest, images = dataclasses.replace(QUICK, recipe=dataclasses.replace(QUICK.recipe, recompute=True)), 6
     clip = load_small(BUILT_IN["emoji"])  # without folded batch norms, as in the plan
-    learner = Learner(LOWEST, clip, torch.device("cpu"), torch.float32, 8)
+    learner = Learner(lowest, clip, torch.device("cpu"), torch.float32, 8)
     learner.step(0, [batch_of(learner, 2)])  # makes Adam's averages and gradients
     torch.backends.mha.set_fastpath_enabled(False)
-    rehearsal = Rehearsal(LOWEST, "emoji", torch.float32)
+    rehearsal = Rehearsal(lowest, "emoji", torch.float32)
     states = [state for o in (learner.optimizer_g, learner.optimizer_d) for state in o.state.values()]
     tensors = [state[name] for state in states for name in ("exp_avg", "exp_avg_sq")]
     for network in (learner.generator, learner.discriminator, learner.ema, learner.clip):

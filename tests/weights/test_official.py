@@ -40,10 +40,11 @@ SMALL = "official_small"
 def read(name):
     """A file of FIXTURES → the authors' state, and its inputs and outputs."""
     arrays = dict(np.load(FIXTURES / f"{name}.npz"))
-    return tuple(
+    state, io = (
         {name.removeprefix(prefix): arrays[name] for name in arrays if name.startswith(prefix)}
         for prefix in ("state/", "io/")
     )
+    return state, {name: torch.from_numpy(array) for name, array in io.items()}
 
 
 def load_renamed(network, state, renames):
@@ -59,12 +60,12 @@ def test_outputs_are_the_authors(name, ready):
     state, io = read(name)
     generator = ready(load_official(state, CONFIGS[name]))
     with torch.no_grad():
-        output = generator(*(torch.from_numpy(io[name]) for name in ("z", "tokens", "eot")))
+        output = generator(io["z"], io["tokens"], io["eot"])
     np.testing.assert_allclose(output.w, io["w"], rtol=0, atol=1e-5)
     assert len(output.pyramid) == sum(name.startswith("img_res") for name in io)
     for resolution, image in output.pyramid.items():
         np.testing.assert_allclose(image, io[f"img_res_{resolution}x{resolution}"], rtol=0, atol=1e-4)
-    assert moe_loss(output, 0.001).item() == pytest.approx(io["moe_loss"].mean(), abs=1e-5)
+    assert moe_loss(output, 0.001).item() == pytest.approx(io["moe_loss"].mean().item(), abs=1e-5)
 
 
 def test_the_release_has_its_number_of_parameters():
