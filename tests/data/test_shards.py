@@ -186,25 +186,21 @@ def test_the_error_of_a_command_reaches_the_user():
     assert len(str(caught.value).splitlines()) == 1
 
 
-def test_a_shard_whose_pairs_are_all_held_out_is_refused(tmp_path):
-    """Training would look for a pair without an end."""
-    held_out = next(picture for i in itertools.count() if is_held_out(picture := PICTURE + b"%d" % i, {}))
-    write_tar(tmp_path / "0.tar", named([{"jpg": held_out, "txt": b"1"}] * 250))
-    with pytest.raises(UserError, match="all are held out"):
-        source_of(tmp_path / "0.tar")
-
-
+HELD_OUT = next(picture for i in itertools.count() if is_held_out(picture := PICTURE + b"%d" % i, {}))
 BAD = {
     "empty": lambda path: path.write_bytes(b""),
     "text": lambda path: path.write_text("<!DOCTYPE html><html>not found</html>\n" * 50),
     "other files": lambda path: write_tar(path, [("a.npy", b"1"), ("README", b"text")]),
     "images alone": lambda path: write_tar(path, [("a.jpg", PICTURE), ("b.jpg", PICTURE)]),
+    # Training would look for a pair without an end.
+    "all held out": lambda path: write_tar(path, named([{"jpg": HELD_OUT, "txt": b"1"}] * 250)),
 }
 
 
 @pytest.mark.parametrize("content", BAD)
-def test_what_is_no_shard_is_one_clear_line(tmp_path, content):
+def test_a_shard_without_pairs_to_learn_from_is_one_clear_line(tmp_path, content):
     BAD[content](tmp_path / "0.tar")
     with pytest.raises(UserError, match=r"^--data.*0\.tar") as caught:
         source_of(tmp_path / "0.tar")
     assert len(str(caught.value).splitlines()) == 1
+    assert ("or all are held out" in str(caught.value)) == (content in ("other files", "all held out"))
