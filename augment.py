@@ -32,7 +32,8 @@ def augment(pyramid, policy, chances):
     """
     side = pyramid[max(pyramid)].shape[-1]
     for name in policy:
-        pyramid = {r: POLICIES[name](images, chances.to(images), side) for r, images in pyramid.items()}
+        change = POLICIES[name]
+        pyramid = {r: change(images, chances.to(images), side) for r, images in pyramid.items()}
     return pyramid
 
 

@@ -39,8 +39,7 @@ class Experts(nn.Module):
         self.lr_scale = {"proj_in": 1 / math.sqrt(dim), "proj_out": 1 / math.sqrt(hidden)}
 
     def forward(self, points, expert_index, gate):
-        one_each = expert_index.shape == gate.shape == points.shape[:1]
-        assert one_each, f"{len(points)} points take one expert each, not {[*expert_index.shape]} and {[*gate.shape]}"
+        assert expert_index.shape == gate.shape == points.shape[:1], "each point takes one expert"
         fused = points.is_cuda and routed_experts and points.dtype != torch.float64
         apply = routed_experts if fused else sliced_experts
         return apply(points, expert_index, gate, self.proj_in, self.bias_in, self.proj_out, self.bias_out)

@@ -116,15 +116,15 @@ def draw_input_noise(config, count, generator):
     has no input image, an empty tensor with `count` rows, so that callers need no case for it. Sampling uses the same
     noise for all pictures, see sampling/pipeline.py.
     """
-    shape = (3, config.input_resolution, config.input_resolution) if isinstance(config, UpsamplerConfig) else (0,)
-    return torch.randn(count, *shape, generator=generator)
+    side = config.input_resolution if isinstance(config, UpsamplerConfig) else 0
+    return torch.randn(count, 3, side, side, generator=generator)
 
 
 def draw_distortions(config, count, generator):
     """N(0, 1) for `distort`, as draw_input_noise, times the strength of each image's distortion, from 0 to 1."""
-    shape = (5, *2 * [config.input_resolution // SPACING]) if isinstance(config, UpsamplerConfig) else (0,)
-    strength = torch.rand(count, *[1] * len(shape), generator=generator)
-    return strength * torch.randn(count, *shape, generator=generator)
+    side = config.input_resolution // SPACING if isinstance(config, UpsamplerConfig) else 0
+    strength = torch.rand(count, 1, 1, 1, generator=generator)
+    return strength * torch.randn(count, 5, side, side, generator=generator)
 
 
 def distort(images, distortions, config):
