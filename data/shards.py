@@ -50,7 +50,8 @@ class Shards(Source):
         for url in urls:
             (self.urls if command_of(url) or os.path.isfile(url) else self.missing).append(url)
         if 2 * len(self.missing) > len(urls):
-            raise UserError(f"--data: no such shard: {self.missing[0]}; write several as data/{{00000..00041}}.tar")
+            forms = "write several as data/{00000..00041}.tar, and what is not a file as pipe:COMMAND"
+            raise UserError(f"--data: no such shard: {self.missing[0]}; {forms}")
         name = urls[0] if len(urls) == 1 else f"{urls[0]} … {urls[-1]}"
         super().__init__(name, resolution, seed, caption_key)
         self.check(self.look())
