@@ -23,6 +23,7 @@ from common.cli import (
     Parser,
     UserError,
     a_path,
+    a_truncation,
     add_data,
     check_file,
     errors_in_one_line,
@@ -57,7 +58,7 @@ def parse_args(argv=None):
         "--clip",
         help="for CLIP score, R-precision: a small CLIP, or MODEL:WEIGHTS (default: that of the run, or judge)",
     )
-    add("--truncation", type=float, default=1.0, help="psi: 1 is all variety")
+    add("--truncation", type=a_truncation, default=1.0, help="psi: 1 is all variety")
     add("--seed", type=natural_number, default=0, help="of z, and of the choice of COCO's images")
     add("--out", type=a_path, default=Path("runs/evaluation"), help="folder for evaluation.json")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from common.cli import Parser, UserError, a_path, errors_in_one_line, natural_number, positive_int
+from common.cli import Parser, UserError, a_path, a_truncation, errors_in_one_line, natural_number, positive_int
 from sampling import files, inference, latent, views
 from sampling.pictures import animation, expert_map, grid, to_pil
 from sampling.pipeline import Pipeline
@@ -27,7 +27,7 @@ def parse_args(argv=None):
     add("--prompts", type=a_path, help="a UTF-8 text file with a prompt on each line")
     add("--num", type=positive_int, default=4, help="pictures for each prompt")
     add("--seed", type=natural_number, default=0, help="the same seed gives the same pictures")
-    add("--truncation", type=float, default=1.0, help="psi: 1 is all variety, 0 each prompt's mean picture")
+    add("--truncation", type=a_truncation, default=1.0, help="psi: 1 is all variety, 0 each prompt's mean picture")
     add("--checkpoint", type=a_path, default=DEMO, help="a run, its generator, or the authors' aurora_v1.pth")
     add("--clip", help="MODEL:WEIGHTS of open_clip, to read a large CLIP from a file; default: as in the checkpoint")
     second = (

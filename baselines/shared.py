@@ -20,6 +20,7 @@ from common.cli import (
     Parser,
     UserError,
     a_path,
+    a_truncation,
     add_data,
     errors_in_one_line,
     first_line,
@@ -121,7 +122,7 @@ def main(system_class):
     add("prompt", nargs="+", help="one or more texts, each in quotes")
     add("--num", type=positive_int, default=4, help="pictures for each prompt")
     add("--seed", type=natural_number, default=0)
-    add("--truncation", type=float, default=1.0, help="1: full variety; 0: the mean picture of each prompt")
+    add("--truncation", type=a_truncation, default=1.0, help="1: full variety; 0: the mean picture of each prompt")
     generator = Path("runs") / name / "generator_ema.safetensors"
     add("--checkpoint", type=a_path, default=generator, help="a run's folder or its generator file")
     add("--out", type=a_path, default=Path("sample.png"), help="the picture to write")

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no space, a quota, a limit on the size of files
+MOST_PSI = 10  # of the truncation; far more than is of use
 MADE_BY = "made by Aurora (arXiv 2309.03904)"  # in the first 4 KB of every file that a command may replace
 
 
@@ -157,6 +158,13 @@ def natural_number(text):
     if not 0 <= (number := int(text)) < 2**32:
         raise argparse.ArgumentTypeError(f"{text} is negative or too large; give 0 to {2**32 - 1}")
     return number
+
+
+def a_truncation(text):
+    """An argument's type: the truncation ψ."""
+    if not abs(psi := float(text)) <= MOST_PSI:  # NaN is not
+        raise argparse.ArgumentTypeError(f"{text}: give a number from -{MOST_PSI} to {MOST_PSI}, such as 0.7")
+    return psi
 
 
 def with_fields(settings, option, assignments):

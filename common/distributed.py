@@ -38,8 +38,10 @@ def start(device_name):
         raise UserError(f"--device {device_name}: use auto, cpu, cuda or cuda:N")
     device = torch.device(device_name)
     launched = bool(os.environ.get("RANK"))
+    if launched and not os.environ.get("LOCAL_RANK", "").isdecimal():  # else all ranks would take the first GPU
+        raise UserError("RANK is set and LOCAL_RANK is not; start all ranks with torchrun, or unset RANK to run alone")
     if device.type == "cuda":
-        index = int(os.environ.get("LOCAL_RANK", 0)) if launched else device.index or 0
+        index = int(os.environ["LOCAL_RANK"]) if launched else device.index or 0
         if index >= torch.cuda.device_count():
             found = f"there is no number {index}, as PyTorch finds {torch.cuda.device_count()} CUDA devices"
             raise UserError(f"--device {device_name}: {found}; use auto, or cpu")

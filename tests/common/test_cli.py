@@ -4,7 +4,7 @@ import errno
 
 import pytest
 
-from common.cli import Parser, UserError, a_path, add_data, errors_in_one_line, positive_int, with_fields
+from common.cli import Parser, UserError, a_path, a_truncation, add_data, errors_in_one_line, positive_int, with_fields
 from presets import PRESETS
 
 
@@ -44,6 +44,7 @@ def test_a_path_expands_the_home_folder(tmp_path, monkeypatch):
     ("option", "values", "says"),
     [
         ("--num", ("0", "9" * 25, "half"), "argument --num: "),
+        ("--psi", ("nan", "1e30", "half"), "argument --psi: "),
         ("--data", ("", " "), "it is empty; give a value, or leave it out"),  # and not taken as the default
         ("--caption-key", ("", " "), "it is empty; give a value, or leave it out"),
         ("--out", ("", " "), "it is empty; give a value, or leave it out"),
@@ -54,6 +55,7 @@ def test_unusable_values_are_refused(capsys, option, values, says):
     add_data(parser.add_argument)
     parser.add_argument("--out", type=a_path)
     parser.add_argument("--num", type=positive_int)
+    parser.add_argument("--psi", type=a_truncation)
     for value in values:
         with pytest.raises(SystemExit):
             parser.parse_args([option, value])

@@ -57,6 +57,9 @@ def test_two_ranks_start_grow_stop_and_go_on(tmp_path, monkeypatch):
 
 def test_an_incomplete_launch_is_refused(monkeypatch):
     monkeypatch.setenv("RANK", "0")
+    with pytest.raises(UserError, match="LOCAL_RANK is not"):
+        distributed.start("cpu")
+    monkeypatch.setenv("LOCAL_RANK", "0")
     with pytest.raises(UserError, match="WORLD_SIZE expected, but not set; start all of them with torchrun, or unset"):
         distributed.start("cpu")
 
