@@ -35,7 +35,7 @@ from data import sources
 from data.coco import RESIZER, Coco
 from data.emoji import read_emoji
 from evaluation import emoji
-from evaluation.enlarging import enlarged, enlarger
+from evaluation.enlarging import enlarged
 from evaluation.extractors import load_extractor
 from evaluation.features import OTHERS, drawing, extract_real, measure, measure_real, own_resolution
 from evaluation.metrics import CANDIDATES, NEIGHBOURS
@@ -102,6 +102,7 @@ def describe(args, text_encoder, generator, resolution, resizer, extractors, cap
     reader = extractors["texts"].name
     return {
         "generator": f"{args.checkpoint.name}, {made}",
+        "second stage": args.upsampler.name if args.upsampler else "none",
         "prompts read by": text_encoder.name,
         "data": Path(args.data).name,
         "images": f"{args.count} real ones, {args.count} generated, one for each caption",
@@ -163,9 +164,7 @@ def evaluate(args, device):
     draws = {"generated images": drawing(generator, text_encoder, resolution, args.truncation)}
     if upsampler:
         small = drawing(generator, text_encoder, upsampler.config.input_resolution, args.truncation)
-        draws["enlarged by the second stage"] = enlarged(
-            small, enlarger(upsampler, text_encoder), upsampler.config.resolutions[-1]
-        )
+        draws["enlarged by the second stage"] = enlarged(small, upsampler, text_encoder, args.truncation)
     result = {"about": MADE_BY, "protocol": protocol} | measure_all(draws, captions, real, args, resolution, extractors)
     if args.data == "emoji":
         result |= measure_emoji(draws["generated images"], args, resolution, extractors)

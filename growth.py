@@ -68,19 +68,18 @@ class Growth:
         """→ {"samples": of the recipe, "captions", "given": an upsampler's inputs, "statistics": {resolution: (mean,
         covariance)}, "reference_fid": {resolution: FID}}.
         """
-        with distributed.together():
+        with distributed.together(), contextlib.suppress(stopping.Stopped):  # then a rank was asked, see below
             features, captions, given = self.measure_share(source)
         if any(distributed.collect(stopping.asked())):
             raise stopping.Stopped
         captions = [caption for share in distributed.collect(captions) for caption in share]
-        given = [inputs for share in distributed.collect(given) for inputs in share]
+        given = [batch for share in distributed.collect(given) for batch in share]
         with distributed.together():
             if len(captions) < 4:
                 raise UserError(f"--data has {len(captions)} usable pairs; training needs at least 4")
         half = len(captions) // 2
         kept = {"samples": self.recipe.fid_samples, "captions": captions[:half], "statistics": {}, "reference_fid": {}}
-        images_and_noise = zip(*given[:half], strict=True)
-        kept["given"] = tuple(torch.stack(inputs).cpu() for inputs in images_and_noise)
+        kept["given"] = tuple(torch.cat(inputs)[:half].clone() for inputs in zip(*given, strict=True))
         for r in self.resolutions:
             every = torch.cat([part for share in distributed.collect(features[r]) for part in share])
             one, other = every[: 2 * half].split(half)
@@ -89,8 +88,8 @@ class Growth:
 
     @torch.no_grad()
     def measure_share(self, source):
-        """This rank's share of the pairs → {resolution: a list of features}, captions, and for each caption an
-        upsampler's inputs (small image, noise); of the base, the last list is empty.
+        """This rank's share of the pairs → {resolution: a list of features}, captions, and for each batch the inputs of
+        an upsampler: small images and noise; nothing for the base.
         """
         rank, ranks = distributed.rank(), distributed.world_size()
         features, captions, given = {r: [] for r in self.resolutions}, [], []
@@ -99,7 +98,7 @@ class Growth:
             images = batch.images.to(self.clip.device)
             captions += batch.captions
             its_noise = draw_input_noise(self.config, len(images), noise)
-            given += zip(*given_images(self.config, images, its_noise), strict=True)  # an (image, noise) a caption
+            given.append([x.cpu() for x in given_images(self.config, images, its_noise)])
             for r in self.resolutions:
                 features[r].append(extract_clip_features(self.clip, resize(images, r)).cpu())
             if stopping.asked():

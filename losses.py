@@ -148,6 +148,15 @@ def load_balancing_loss(logits, expert_index):
     return balance.mean()
 
 
+def moe_loss(output, balance_weight):
+    """The weighted sum of z_loss and load_balancing_loss over all routers of an aurora.Output: a scalar."""
+    total = output.w.new_zeros(())  # if there is no router, for example at 4×4
+    for routing in output.routings.values():
+        total = total + Z_LOSS_WEIGHT * z_loss(routing.logits)
+        total = total + balance_weight * load_balancing_loss(routing.logits, routing.expert_index)
+    return total
+
+
 def perceptual_distance(maps, others):
     """LPIPS (Zhang et al. 2018) without its learned weights: the squared distance between feature maps of two images,
     whose channels have unit length at each point. maps, others: lists of [B, C, h, w]; → [B], from 0 to 4.
@@ -165,15 +174,6 @@ def pixel_distance(pyramid, real, scales):
     total = 0
     for r, image in pyramid.items():
         total = total + scales[r] * F.l1_loss(full_precision(image), real[r])
-    return total
-
-
-def moe_loss(output, balance_weight):
-    """The weighted sum of z_loss and load_balancing_loss over all routers of an aurora.Output: a scalar."""
-    total = output.w.new_zeros(())  # if there is no router, for example at 4×4
-    for routing in output.routings.values():
-        total = total + Z_LOSS_WEIGHT * z_loss(routing.logits)
-        total = total + balance_weight * load_balancing_loss(routing.logits, routing.expert_index)
     return total
 
 

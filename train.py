@@ -89,7 +89,6 @@ def build(args, device):
         preset = preset_of(args)
         recipe, clip = preset.recipe, args.clip or clip_for(args.data, preset)
         batch, dtype = args.batch or recipe.batch, dtype_of(args.dtype, device)
-        check_division(batch, args.accumulate, preset.discriminator.group)
     identity = {"preset": args.preset, "data": args.data, "batch": batch, "seed": args.seed, "clip": clip}
     identity["caption-key"] = args.caption_key
     folder = RunFolder(args.out, identity)
@@ -166,10 +165,13 @@ def preset_of(args):
     for name, least in (("steps", 1), ("fid_samples", 2), ("clip_lower_every", 1)):
         if (value := getattr(recipe, name)) < least:
             raise UserError(f"--set {name}={value}: give {least} or more")
+    if not (recipe.adversarial_weight or recipe.clip_weight or recipe.l1_weight or recipe.perceptual_weight):
+        raise UserError(f"--set leaves {args.preset} nothing to learn from; give adversarial_weight or clip_weight")
     if recipe.momentum_generator >= 1:
         raise UserError(f"--set momentum_generator={recipe.momentum_generator}: give less than 1, such as 0.9")
     if recipe.crop not in preset.crops:
         raise UserError(f"--set crop={recipe.crop}: choose one of {', '.join(map(str, preset.crops))}")
+    check_division(args.batch or recipe.batch, args.accumulate, preset.discriminator.group)
     return preset
 
 
@@ -202,7 +204,9 @@ def train(run):
         say(note)
     if len(set(growth.captions)) == 1:
         say("note: all captions are the same, so the generator learns nothing about text")
-    pairs = watched_pairs(source, learner.clip, learner.discriminator.group) if recipe.adversarial_weight else None
+    with distributed.together():
+        group = learner.discriminator.group
+        pairs = watched_pairs(source, learner.clip, group) if recipe.adversarial_weight else None
     folder.write_config({**vars(args), "steps": loop.last_step, "recipe": dataclasses.asdict(recipe)})
     say(f"Training {args.preset} on {learner.device}, {distributed.world_size()} rank(s); all in {args.out}")
 

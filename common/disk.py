@@ -41,8 +41,8 @@ def atomically(path, write):
 
 
 def delete_unfinished(folder):
-    """Deletes what killed processes left in a folder and below it. No other process may be writing there."""
-    for path in folder.rglob(f".*.[0-9]*{UNFINISHED}"):
+    """Deletes what killed processes left in a folder. No other process may be writing there."""
+    for path in folder.glob(f".*.[0-9]*{UNFINISHED}"):
         with contextlib.suppress(OSError):  # such as a folder
             path.unlink()
 

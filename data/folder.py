@@ -76,8 +76,9 @@ class Folder(Source):
             for index in indices:
                 epoch, position = divmod(index, len(self.pairs))
                 number = self.order(epoch)[position]
-                examples.append(self.read(number, held_out=False) or self.replacement(index))
-            yield self.collate(examples, np.random.default_rng([self.seed, *indices]))
+                image, captions = self.read(number, held_out=False) or self.replacement(index)
+                examples.append((image, [str(np.random.default_rng([self.seed, index]).choice(captions))]))
+            yield self.collate(examples)
 
     def examples(self, held_out=False, rank=0, world_size=1):
         return filter(None, (self.read(number, held_out) for number in self.order(0)[rank::world_size]))

@@ -58,7 +58,7 @@ class Skips:
 
 
 class Source:
-    """Captioned images. A subclass implements the three methods that raise NotImplementedError here.
+    """Captioned images. A subclass implements `examples`; for training also `batches`, and `findings` or `describe`.
 
     It passes a Sample to `example` and a list of examples to `collate`. It calls `skips.fail` if the disk or network
     fails, and sets `skips.failing_since` to None if it works.

@@ -6,8 +6,6 @@ The perceptual distance is a mean over the pictures, from EfficientNet's feature
 this distance. The Fréchet distance is between EfficientNet's features of enlarged and of true pictures at 224×224.
 """
 
-import itertools
-
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
@@ -19,10 +17,10 @@ from data import sources
 from evaluation.extractors import efficientnet
 from evaluation.features import share, to_pixels
 from evaluation.metrics import fid
+from layers import resize
 from losses import perceptual_distance
 from sampling import latent
 from sampling.pictures import in_range
-from upsampler import draw_input_noise, given_images
 from weights.efficientnet import load_efficientnet
 from weights.generator_file import load_upsampler
 
@@ -33,26 +31,33 @@ def bicubic(images, captions, resolution):
     return F.interpolate(images, resolution, mode="bicubic")
 
 
-def enlarger(upsampler, text, seed=0):
-    """An Upsampler → a function of small images [B, 3, R, R], captions and a resolution that enlarges them."""
-    config, rng = upsampler.config, torch.Generator().manual_seed(seed)
-
-    def enlarge(images, captions, resolution):
-        given = given_images(config, images, draw_input_noise(config, len(images), rng))
-        z = torch.randn(len(images), config.z_dim, generator=rng)
-        outputs = latent.generate(upsampler, text, captions, z, resolution, batch=BATCH, given=given)
-        return torch.cat([output.image for output in outputs])
-
-    return enlarge
+def enlarge(upsampler, text, images, captions, z, psi=1.0):
+    """Small images [B, 3, R, R], their captions and z [B, z_dim] → large images, as sampling draws them."""
+    given = latent.inputs(upsampler, images)
+    outputs = latent.generate(upsampler, text, captions, z, None, psi, BATCH, given)
+    return torch.cat([output.image for output in outputs])
 
 
-def enlarged(draw, enlarge, resolution):
-    """Like features.drawing: `draw`, whose images the function `enlarge` of `enlarger` enlarges to a resolution."""
+def enlarger(upsampler, text):
+    """An Upsampler → a function for `compare`."""
+    rng = torch.Generator().manual_seed(0)
+
+    def enlarge_some(images, captions, _):  # it has one resolution
+        z = torch.randn(len(images), upsampler.config.z_dim, generator=rng)
+        return enlarge(upsampler, text, images, captions, z)
+
+    return enlarge_some
+
+
+def enlarged(draw, upsampler, text, psi=1.0):
+    """Like features.drawing: `draw`, whose images an upsampler enlarges with the z that the first stage had."""
 
     def draw_large(captions, seed):
-        mine = iter(share(captions))
+        mine, z, first = share(captions), share(latent.noise(upsampler, len(captions), seed)), 0
         for images in draw(captions, seed):
-            yield enlarge(in_range(images), list(itertools.islice(mine, len(images))), resolution)
+            some = slice(first, first + len(images))
+            yield enlarge(upsampler, text, in_range(images), mine[some], z[some], psi)
+            first += len(images)
 
     return draw_large
 
@@ -70,8 +75,8 @@ def compare(enlargers, source, small, large, count, device="cpu"):
         true = batch.images.to(device)
         maps = network(true)
         of_true.append(features_of(to_pixels(true, large)).cpu())
-        for name, enlarge in enlargers.items():
-            made = enlarge(F.interpolate(true, small, mode="area"), batch.captions, large).clamp(-1, 1)
+        for name, function in enlargers.items():
+            made = function(resize(true, small), batch.captions, large).clamp(-1, 1)
             distances[name].append(perceptual_distance(network(made), maps).cpu())
             features[name].append(features_of(to_pixels(made, large)).cpu())
     of_true, results = torch.cat(of_true), {}
@@ -91,7 +96,10 @@ def main():
     parser.add_argument("--device", default="auto")
     args = parser.parse_args()
     with errors_in_one_line():
-        device, text = distributed.start(args.device), load_minilm()
+        if args.count < 2:
+            raise UserError("--count 1: give 2 or more, as a Fréchet distance needs a covariance")
+        device = distributed.start(args.device)
+        text = load_minilm().to(device)
         networks = {path: load_upsampler(path, text, device) for path in args.upsampler}
         config = next(iter(networks.values())).config
         source = sources.open_data(args.data, config.resolutions[-1], 0, args.caption_key)

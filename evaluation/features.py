@@ -23,7 +23,7 @@ READ_BY_CLIP = f"{OTHERS}, by the network of the CLIP score"
 
 def own_resolution(generator, resolution):
     """`resolution` if the generator has an output of that size, else its highest."""
-    resolutions = [level.resolution for level in generator.config.levels]
+    resolutions = generator.config.resolutions
     return resolution if resolution in resolutions else resolutions[-1]
 
 

@@ -6,6 +6,7 @@ import torch
 
 from common.cli import UserError
 from data.pairs import shows_something
+from upsampler import draw_input_noise, given_images
 
 NUM_MEAN = 256  # z from which a prompt's mean w is computed
 BATCH = 16  # pictures drawn at a time
@@ -65,6 +66,15 @@ def noise(generator, count, seed):
     """z [count, z_dim] ~ N(0, 1), the same on any device."""
     z = torch.randn(count, generator.config.z_dim, generator=torch.Generator().manual_seed(seed))
     return z.to(generator.w_avg.device)
+
+
+def inputs(upsampler, images):
+    """The inputs of an upsampler for images of the first stage, see upsampler.given_images.
+
+    All images get the same noise. Otherwise walks would flicker.
+    """
+    noise = draw_input_noise(upsampler.config, 1, torch.Generator().manual_seed(0))
+    return given_images(upsampler.config, images, noise.expand(len(images), -1, -1, -1))
 
 
 def mean_code(generator, global_text):

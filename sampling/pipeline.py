@@ -20,7 +20,6 @@ from common.cli import UserError
 from router import Routing
 from sampling import inference, latent, views
 from sampling.pictures import at_own_size, in_range
-from upsampler import draw_input_noise, given_images
 from weights.generator_file import DEMO, load_generator, load_upsampler, upsampler_of
 
 LARGE = ", large"  # suffix of the second stage's router names, some of which the first stage has too
@@ -44,7 +43,7 @@ class Pipeline:
     """A generator and its text encoder, ready to draw; with an upsampler, the second stage enlarges the pictures.
 
     On one machine the same prompts, seed and psi give bit-identical pictures. psi: the truncation; 1 is all variety, 0
-    each prompt's mean picture. Methods raise UserError for prompts, seeds and pictures that cannot be drawn.
+    each prompt's mean picture. Methods raise UserError for prompts that cannot be drawn.
     """
 
     def __init__(self, generator: torch.nn.Module, text_encoder: torch.nn.Module, upsampler=None):
@@ -146,13 +145,8 @@ def up_to(resolution, generator, upsampler):
 
 @torch.no_grad()
 def enlarge(upsampler, images, frames):
-    """Images of the first stage, and a frame of the second for each → Drawn.
-
-    All images get the same input noise. Otherwise walks would flicker.
-    """
-    config = upsampler.config
-    noise = draw_input_noise(config, 1, torch.Generator().manual_seed(0)).expand(len(frames), -1, -1, -1)
-    return draw(upsampler, frames, given_images(config, images, noise))
+    """Images of the first stage, and a frame of the second for each → Drawn."""
+    return draw(upsampler, frames, latent.inputs(upsampler, images))
 
 
 @torch.no_grad()

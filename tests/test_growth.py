@@ -1,6 +1,7 @@
 """The reference FID and the generator's against their definitions, and when a resolution is left."""
 
 import dataclasses
+import pickle
 
 import numpy as np
 import pytest
@@ -71,6 +72,12 @@ def test_the_reference_is_between_two_disjoint_sets_at_each_resolution(monkeypat
             np.testing.assert_allclose(mean, others.mean(0), rtol=1e-4)
             np.testing.assert_allclose(covariance, np.cov(others.T), rtol=1e-3, atol=1e-6)
             assert kept["reference_fid"][resolution] == pytest.approx(distance(features, others), rel=1e-3)
+
+
+def test_a_rank_sends_an_upsamplers_inputs_once():
+    _, _, given = Growth(RECIPE, [4, 8], Spread(), 0, LARGER.generator).measure_share(Pictures())
+    content = sum(x.nbytes for batch in given for x in batch)
+    assert content == 10 * 2 * 3 * 8 * 8 * 4 and len(pickle.dumps(given)) < 1.5 * content
 
 
 def test_a_reference_of_other_samples_or_that_is_damaged_is_measured_again(tmp_path):

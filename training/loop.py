@@ -5,6 +5,7 @@ train.py and baselines/shared.py call these in order. Only `overfitting` knows a
 
 import contextlib
 import math
+import shlex
 import sys
 import time
 from collections import Counter
@@ -27,6 +28,7 @@ MOST_REJECTED = 20  # A run ends after so many updates without finite gradients,
 LASTING = 500  # A symptom is reported after this number of steps in a row.
 WATCHED = 128  # images of each kind that overfitting is measured with, on every rank
 AT_ONCE = 16  # of these images
+TELLS_APART = 0.1  # the least difference of their mean logits that is more than chance
 
 
 @dataclass
@@ -158,7 +160,7 @@ class Loop:
     def notes(self, device):
         """What a generator's file says about its run, {name: value}."""
         return {
-            "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+            "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
             **self.folder.identity,
             "step": self.progress.step,
             "images": self.progress.step * self.batch,
@@ -246,7 +248,8 @@ def overfitting(learner, pairs, seed):
     "overfitting"}; {} without pairs. pairs: of watched_pairs.
 
     overfitting is r_v of StyleGAN2-ADA (section 3) = (D(seen) − D(held out)) / (D(seen) − D(generated)), from the last
-    prediction for the highest image: 0 if held-out images look like those of training, 1 if like generated ones.
+    prediction for the highest image: 0 if held-out images look like those of training, 1 if like generated ones. It
+    is left out if the discriminator does not tell the two apart.
     """
     if not pairs:
         return {}
@@ -271,6 +274,7 @@ def overfitting(learner, pairs, seed):
         return torch.cat(logits).mean()
 
     real, unseen, fake = mean_logit(*seen), mean_logit(*held_out), mean_logit(*held_out, generated=True)
-    ratio = (real - unseen) / (real - fake).clamp(min=1e-6)
-    values = {"logits_seen": real, "logits_held_out": unseen, "logits_generated": fake, "overfitting": ratio}
+    values = {"logits_seen": real, "logits_held_out": unseen, "logits_generated": fake}
+    if real - fake > TELLS_APART:
+        values["overfitting"] = (real - unseen) / (real - fake)
     return {name: value.item() for name, value in values.items()}

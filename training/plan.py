@@ -203,12 +203,13 @@ def clip_without_weights(spec):
     if spec == "train" or BUILT_IN.get(spec, Path(spec)).is_file():
         with warnings.catch_warnings(action="ignore"):  # nn.TransformerEncoder copies its layer, which has no content
             return new_small(MiniLM())
-    name = spec.partition(":")[0]
-    if name not in open_clip.list_models():
+    try:
+        model = open_clip.CLIP(**open_clip.get_model_config(spec.partition(":")[0]))
+    except TypeError as error:  # there is no such model, or it has another architecture
         raise UserError(
-            f"--clip {spec}: --plan needs emoji or a model of open_clip, for example ViT-L-14-quickgelu:openai"
-        )
-    return from_open_clip(open_clip.CLIP(**open_clip.get_model_config(name)), spec)
+            f"--clip {spec}: --plan needs emoji or a CLIP of open_clip, for example ViT-L-14-quickgelu:openai"
+        ) from error
+    return from_open_clip(model, spec)
 
 
 def count_as_on_gpu():

@@ -48,7 +48,8 @@ def written(what):
 
 
 class RunFolder:
-    """config.json, metrics.jsonl, samples/, checkpoints/ and generator_ema.safetensors. No other file is touched.
+    """config.json, metrics.jsonl, samples/, checkpoints/ and generator_ema.safetensors. Others write reference.pt and
+    clip.safetensors. No other file is touched.
 
     identity: the options that a run keeps to its end, {name: value}. A run is resumed only if each is as it was given
     then; a path is compared as a text. If data moved, a link in the old place leads to them. Ranks, workers and
@@ -89,7 +90,8 @@ class RunFolder:
             for folder in (self.checkpoints, self.path / "samples"):
                 folder.mkdir(parents=True, exist_ok=True)
             self.lock()
-            disk.delete_unfinished(self.path)
+            for folder in (self.path, self.path / "samples", self.checkpoints):
+                disk.delete_unfinished(folder)
         except OSError as error:
             raise UserError(f"--out {self.path} cannot be written: {reason(error)}") from error
         path, state = checkpoint.newest(self.checkpoints)

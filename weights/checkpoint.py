@@ -36,7 +36,8 @@ def save(folder, step, state, generator, keep):
     """
     unfinished = folder / UNFINISHED
     try:
-        unfinished.mkdir(exist_ok=True)
+        shutil.rmtree(unfinished, ignore_errors=True)  # a killed run's
+        unfinished.mkdir()
         save_generator(unfinished / FILE, *generator)
         state = {**state, "generator_file": digest(unfinished / FILE)}
         atomically(unfinished / STATE, lambda temporary: write_tensors(state, temporary))

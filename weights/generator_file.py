@@ -59,10 +59,10 @@ def load_generator(path, device="cpu", clip_spec=None):
             )
     else:
         generator, name, notes = load_official_file(path), OPENAI_CLIP, {}
+    if clip_spec and clip_spec.partition(":")[0] != name.partition(":")[0]:
+        raise UserError(f"{path} reads prompts with {name}, not with {clip_spec}; give no other text encoder")
     text = load_text(clip_spec or name, device)
-    if text.width != generator.config.clip_width:
-        width = generator.config.clip_width
-        raise UserError(f"{path} needs a text encoder of width {width}, and {text.name} has {text.width}")
+    text.name = name  # whatever place its weights came from: load_upsampler compares the names
     return generator.to(device).eval().requires_grad_(False), text, notes
 
 

@@ -37,6 +37,9 @@ def test_a_folder_gives_pairs_that_belong_together(folder):
 
 
 def test_ranks_share_the_global_batch_and_any_step_can_be_the_first(folder):
+    """Captions too are drawn alike."""
+    for path in folder.glob("*.txt"):
+        path.write_text("\n".join(f"{path.stem} {line}" for line in range(9)))
     source = source_of(folder)
     whole = take(source, 3)
     shares = [take(source, 3, batch=2, rank=rank, world_size=2) for rank in range(2)]

@@ -28,7 +28,8 @@ def test_an_upsampler_enlarges_what_it_is_given_and_what_a_generator_draws():
     """One that has learned nothing interpolates."""
     torch.manual_seed(0)
     network, images = Upsampler(figures.LARGER.generator).eval().requires_grad_(False), torch.rand(3, 3, 8, 8)
-    by_network, captions = enlarging.enlarger(network, load_minilm()), ["a", "b", "c"]
+    text, captions = load_minilm(), ["a", "b", "c"]
+    by_network = enlarging.enlarger(network, text)
     np.testing.assert_allclose(by_network(images, captions, 32), enlarge(enlarge(images)), atol=1e-6)
-    draw = enlarging.enlarged(lambda captions, seed: images.split(2), by_network, 32)
+    draw = enlarging.enlarged(lambda captions, seed: images.split(2), network, text)
     np.testing.assert_allclose(torch.cat(list(draw(captions, 0))), enlarge(enlarge(images)), atol=1e-6)

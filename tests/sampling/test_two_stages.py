@@ -12,7 +12,10 @@ import sample
 from aurora import Generator
 from clip import load_minilm
 from common.cli import UserError
+from evaluation.enlarging import enlarged as enlarged_by
+from evaluation.features import drawing
 from sampling import latent
+from sampling.pictures import to_bytes
 from sampling.pipeline import Pipeline
 from tests import figures
 from upsampler import Upsampler, draw_input_noise, enlarge, given_images
@@ -55,6 +58,24 @@ def test_the_second_stage_enlarges_what_the_first_has_drawn(networks, pipe, file
     expected = ((output.image[0].clamp(-1, 1) + 1) * 127.5).permute(1, 2, 0).numpy()
     assert np.abs(np.asarray(picture) - expected).max() <= 1
     assert not torch.allclose(output.image, enlarge(enlarge(image)), atol=0.01)
+
+
+def test_what_is_evaluated_is_what_is_sampled(pipe):
+    """Also with truncation, which both stages have, and in several batches."""
+    pictures, captions = pipe.sample("red heart", num=70, seed=3, psi=0.5), ["red heart"] * 70
+    small = drawing(pipe.generator, pipe.text_encoder, 8, psi=0.5)
+    large = enlarged_by(small, pipe.upsampler, pipe.text_encoder, psi=0.5)
+    pixels = to_bytes(torch.cat(list(large(captions, 3)))).permute(0, 2, 3, 1).numpy()
+    assert np.abs(pixels - np.stack(pictures).astype(int)).max() <= 1
+
+
+def test_an_upsampler_fits_the_text_encoder_that_the_generators_file_names(file, monkeypatch):
+    """Its weights may come from another place, as on a machine without network. Another model is refused."""
+    named = types.SimpleNamespace(name="all-MiniLM-L6-v2:/a/file", width=384)
+    monkeypatch.setattr(generator_file, "load_text", lambda *_: named)
+    assert Pipeline.load(file, device="cpu", clip="all-MiniLM-L6-v2:/a/file").upsampler
+    with pytest.raises(UserError, match="reads prompts with all-MiniLM-L6-v2, not with emoji"):
+        Pipeline.load(file, device="cpu", clip="emoji")
 
 
 def test_a_file_of_the_wrong_stage_is_refused(file):
