@@ -57,7 +57,9 @@ class Growth:
             if distributed.is_main() and path.is_file():
                 kept = load_tensors(path)
         kept = distributed.broadcast(kept)
-        if kept is None or kept.get("samples") != self.recipe.fid_samples:
+        if kept and kept.get("samples") != self.recipe.fid_samples:  # with others, the best FID means nothing
+            kept, self.phase.best_fid, self.phase.evaluations_since_best = None, float("inf"), 0
+        if not kept:
             kept = self.compute_reference(source)
             if distributed.is_main():
                 atomically(path, lambda temporary: write_tensors(kept, temporary))
@@ -84,6 +86,7 @@ class Growth:
             every = torch.cat([part for share in distributed.collect(features[r]) for part in share])
             one, other = every[: 2 * half].split(half)
             kept["statistics"][r], kept["reference_fid"][r] = statistics(other), fid(one, other)
+        kept["reference_fid"] = distributed.broadcast(kept["reference_fid"])  # bit-identical, as it decides the growth
         return kept
 
     @torch.no_grad()

@@ -85,6 +85,8 @@ class Learner:
         """
         for name in ("parallel_generator", "discriminator_loss", "updater"):
             vars(self).pop(name, None)
+        for name in OPTIMIZERS:
+            getattr(self, name).zero_grad(set_to_none=True)  # gradients are views of DDP's buckets
         gc.collect()  # frees DDP's buckets and recorded graphs before new ones are built
 
     @functools.cached_property

@@ -10,6 +10,7 @@ Differences from the paper:
 - The default sizes are for a CPU: 384 channels at 8×8 instead of 1024, and 5.2 M parameters in the generator.
 - R1 is computed in every 16th step and multiplied by 16. Its weight is the paper's, chosen for a batch of 128; other
   resolutions need another weight.
+- The position codes start at zero; the authors' are random. Both networks learn from the same fake images.
 - The augmentation is augment.py's. The consistency regularization, which is optional in the paper, is left out.
 - Truncation, which scales z, is ours.
 """

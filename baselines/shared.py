@@ -185,6 +185,8 @@ def save_run(loop, system):
         optimizers = {name: optimizer.state_dict() for name, optimizer in system.optimizers.items()}
         state = {"networks": system.networks.state_dict(), "optimizers": optimizers, "clip": system.clip.name}
         loop.save(state, generator_file(system, loop.notes(system.device)))
+    else:
+        distributed.say("note: a weight is not finite, so nothing is saved; lower the learning rate of this system")
 
 
 def restore(system, state):

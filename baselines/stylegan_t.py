@@ -9,7 +9,9 @@ Differences from the paper:
 - The frozen network is an EfficientNet-lite0, as DINO's weights need a download. Its taps have unequal numbers of
   tokens, so losses are means over tokens, then over taps. For DINO that equals the paper's losses.
 - The second phase, in which the text encoder learns and the generator is frozen, is left out.
-- In a step both networks learn from the same fake images, with the same augmentation, which is augment.py's.
+- In a step both networks learn from the same fake images, with the same augmentation, which is augment.py's. Its
+  cutout hides a quarter of the picture; the authors' hides a 25th.
+- The frozen network sees pictures of 64×64 pixels. The authors enlarge them to 224×224.
 - To-RGB starts at a tenth of the authors' scale. At theirs, pixels begin with a standard deviation of 7 and are still
   out of range after 350 steps, because the frozen network hardly distinguishes degrees of extreme brightness.
 - The blur starts at a sixteenth of the side and fades in 10,000 images. The paper's 32 pixels would be the whole image.
@@ -28,6 +30,7 @@ from torchvision.transforms.functional import gaussian_blur
 from augment import NUM_CHANCES, augment
 from aurora import FourierFeatures
 from baselines.shared import System, main
+from common.cli import UserError
 from layers import Linear, lrelu, rms_norm, upsample
 from modulation import Affine, ModulatedConv2d, ToRGB, UpsamplingConv2d
 from weights.efficientnet import load_efficientnet
@@ -195,7 +198,7 @@ class FrozenFeatures(nn.Module):
 class LocalBatchNorm(nn.Module):
     """Batch norm in ⌈B/8⌉ equal groups of samples, without running statistics: [B, C, N] → [B, C, N].
 
-    B must be a multiple of the number of groups.
+    Raises UserError if B is not a multiple of the number of groups.
     """
 
     def __init__(self, channels):
@@ -205,6 +208,8 @@ class LocalBatchNorm(nn.Module):
 
     def forward(self, x):
         groups = math.ceil(len(x) / 8)
+        if len(x) % groups:
+            raise UserError(f"a batch of {len(x)} has no {groups} equal groups; give a multiple of 8, or at most 8")
         grouped = x.unflatten(0, (groups, -1)).transpose(1, 2)  # [G, C, B/G, N]
         grouped = F.instance_norm(grouped, weight=self.weight, bias=self.bias)
         return grouped.transpose(1, 2).flatten(0, 1)

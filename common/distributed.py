@@ -67,10 +67,16 @@ def describe(device):
 def ranks(device_name):
     """A context in which this process is one of the ranks; gives the rank's device. The error that a lost rank causes
     here becomes a UserError.
+
+    Ranks leave their group together. After an error of this rank alone it does not wait for the others, so that the
+    process ends, and torchrun notices.
     """
     device = start(device_name)
     try:
         yield device
+    except (UserError, SystemExit):  # of all ranks: see `together`, and stopping.Stopped
+        leave()
+        raise
     except (dist.DistError, RuntimeError) as error:
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise
@@ -78,10 +84,14 @@ def ranks(device_name):
             "another rank was lost; torchrun --max-restarts 3 starts all of them again, and the run resumes from its "
             "last checkpoint"
         ) from error
-    finally:
-        if dist.is_initialized():
-            gc.collect()  # reference cycles in DistributedDataParallel keep the group alive
-            dist.destroy_process_group()
+    leave()
+
+
+def leave():
+    """Leaves the process group, if there is one."""
+    if dist.is_initialized():
+        gc.collect()  # reference cycles in DistributedDataParallel keep the group alive
+        dist.destroy_process_group()
 
 
 def rank():

@@ -14,6 +14,7 @@ import argparse
 import io
 import json
 import re
+import sys
 import tarfile
 from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass
@@ -53,7 +54,10 @@ class Emoji:
 
 def read_package(folder, name, *paths):
     """JSON files of a .tgz from npm pack → their contents, {} for a missing file, and the package with its version."""
-    (archive,) = folder.glob(f"{name}-[0-9]*.tgz")
+    found = sorted(folder.glob(f"{name}-[0-9]*.tgz"))
+    if len(found) != 1:
+        sys.exit(f"error: {folder} has {len(found)} files {name}-*.tgz, and needs one; get it with npm pack")
+    (archive,) = found
     with tarfile.open(archive) as tar:
         there = set(tar.getnames())
         files = [f"package/{path}" for path in paths]

@@ -37,6 +37,7 @@ from text import TextHead
 from weights.efficientnet import load_efficientnet
 
 CPU = torch.device("cpu")
+MINUTE = 60  # seconds of processor time
 COUNT, COUNT_LARGE = 1000, 96  # measured pictures of the base and of the second stage
 
 
@@ -125,6 +126,7 @@ def learn(preset, seed, minutes):
     It grows after a number of images, not by FID, so that all variants have the same schedule.
     """
     clip, recipe = load_clip(preset.clip_model), preset.recipe
+    clip.text.cache.clear()  # each run pays for reading its captions
     torch.manual_seed(seed)
     perceptual = load_efficientnet(features_only=True) if recipe.perceptual_weight else None
     learner = Learner(preset, clip, CPU, torch.float32, recipe.batch, perceptual)
@@ -132,7 +134,7 @@ def learn(preset, seed, minutes):
     starts = [0, *itertools.accumulate(recipe.images_per_phase[r] for r in resolutions[:-1])]
     source = sources.open_data("emoji", resolutions[-1], seed, group=preset.discriminator.group)
     batches = sources.loader(source, 0, recipe.batch, workers=0)
-    ends, number = time.process_time() + 60 * minutes, 0
+    ends, number = time.process_time() + MINUTE * minutes, 0
     while time.process_time() < ends:
         active = [r for r, start in zip(resolutions, starts, strict=True) if start <= number * recipe.batch]
         if learner.active != active:
@@ -170,7 +172,7 @@ def run_all(preset, names, seeds, minutes, out):
     results = {name: [] for name in names}
     jobs = [(name, seed) for seed in range(seeds) for name in names]
     for name, seed in tqdm(jobs, unit="run"):
-        path = out / preset / f"{minutes:g}-minutes" / name.replace(" ", "-") / f"{seed}.json"
+        path = out / preset / f"{minutes}-minutes" / name.replace(" ", "-") / f"{seed}.json"
         if not path.is_file():
             path.parent.mkdir(parents=True, exist_ok=True)
             write_text(path, json.dumps(run(VARIANTS[preset][name], full_preset(preset), seed, minutes)))
@@ -197,7 +199,7 @@ def main():
     parser.add_argument("--preset", choices=VARIANTS, default="emoji", help="the base up to 16×16, or the second stage")
     parser.add_argument("--only", nargs="+", action="extend", help="variants to run (default: all)")
     parser.add_argument("--seeds", type=positive_int, default=3, help="runs of each variant")
-    parser.add_argument("--minutes", type=float, default=20, help="of one core, to train each run")
+    parser.add_argument("--minutes", type=positive_int, default=20, help="of one core, to train each run")
     parser.add_argument("--out", type=a_path, default=Path("runs/ablations"), help="folder of the results")
     args = parser.parse_args()
     with errors_in_one_line():

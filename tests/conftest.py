@@ -30,6 +30,12 @@ def pytest_collection_finish():
     gc.freeze()  # what imports made lives on; gc.collect() of every short run would look through it
 
 
+@pytest.fixture(autouse=True)
+def seeded():
+    """What a test draws does not depend on the tests before it."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture
 def run_main(monkeypatch, capsys):
     """A command's main() with arguments → exit status, stdout, stderr."""

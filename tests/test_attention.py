@@ -6,8 +6,6 @@ import torch
 import attention
 from tests.conftest import assert_same_gradients, double
 
-torch.manual_seed(0)
-
 
 @pytest.mark.parametrize("block", [2**20, 2500, 130, 7], ids=["whole", "two heads", "four rows", "one row"])
 def test_l2_attention_is_its_formula(monkeypatch, block):

@@ -86,9 +86,13 @@ def test_a_reference_of_other_samples_or_that_is_damaged_is_measured_again(tmp_p
         if damaged:
             path.write_bytes(b"damaged")
         recipe = dataclasses.replace(RECIPE, fid_samples=samples)
-        Growth(recipe, [4], Spread(), seed=0).measure_reference(Pictures(), path)
-        made.append(path.stat().st_mtime_ns)
-    assert made[0] == made[1] and len(set(made)) == 3
+        growth = Growth(recipe, [4], Spread(), seed=0)
+        growth.phase.best_fid = 7.0
+        growth.measure_reference(Pictures(), path)
+        made.append((path.stat().st_mtime_ns, growth.phase.best_fid))
+    (first, _), *others = made
+    assert others[0] == (first, 7) and len(set(made)) == 3
+    assert [best_fid for _, best_fid in made] == [7, 7, float("inf"), 7]  # a FID of other samples means nothing
 
 
 def test_the_fid_is_of_the_generators_output_at_the_active_resolution():

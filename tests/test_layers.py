@@ -11,8 +11,6 @@ from aurora import Generator
 from tests.conftest import double
 from tests.figures import TINY
 
-torch.manual_seed(0)
-
 
 def test_upsample_inserts_zeros_and_filters():
     x = torch.randn(2, 3, 5, 5)

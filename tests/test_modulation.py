@@ -9,8 +9,6 @@ import modulation
 from tests.conftest import assert_same_gradients, double
 from tests.figures import moved
 
-torch.manual_seed(0)
-
 
 @pytest.mark.parametrize("per_sample", [False, True])
 def test_deformable_convolution_is_torchvisions(per_sample):

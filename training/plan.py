@@ -205,7 +205,7 @@ def clip_without_weights(spec):
             return new_small(MiniLM())
     try:
         model = open_clip.CLIP(**open_clip.get_model_config(spec.partition(":")[0]))
-    except TypeError as error:  # there is no such model, or it has another architecture
+    except Exception as error:  # there is no such model, or it has another architecture, and open_clip raises anything
         raise UserError(
             f"--clip {spec}: --plan needs emoji or a CLIP of open_clip, for example ViT-L-14-quickgelu:openai"
         ) from error

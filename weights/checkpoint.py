@@ -10,18 +10,11 @@ import re
 import shutil
 from pathlib import Path
 
+from common import distributed
 from common.cli import UserError
 from common.disk import Damaged, atomically, digest, load_tensors, rename, write_tensors
 from common.distributed import say
-from weights.generator_file import (
-    FILE,
-    is_safetensors,
-    load_official_file,
-    load_ours,
-    read_safetensors,
-    save_generator,
-    without_prefix,
-)
+from weights.generator_file import FILE, load_ours, read_safetensors, save_generator, without_prefix
 
 STATE = "state.pt"
 NAME = re.compile(r"(\d{8,})-([0-9a-f]{16})")  # its step, and the digest of its state
@@ -111,19 +104,18 @@ def load_weights(path):
     """Reads the weights that a new run starts from → {"generator", "ema" and, if there is one, "discriminator"}, as
     state_dicts on the CPU.
 
-    path: a checkpoint, a generator's file, or the authors' aurora_v1.pth. Next to the file NAME.safetensors, the
-    discriminator may be in NAME_discriminator.safetensors. Of a single generator, "generator" and "ema" are the same.
-    Raises UserError.
+    path: a checkpoint, or a generator's file. Next to the file NAME.safetensors, the discriminator may be in
+    NAME_discriminator.safetensors. Of a single generator, "generator" and "ema" are the same. Raises UserError.
     """
     path = Path(path)
     if path.is_dir():
-        state = load(path)
+        state = load(path, verify=distributed.is_main())
         if missing := [name for name in ("generator", "discriminator") if name not in state]:
             raise UserError(f"{path} lacks the weights of the {missing[0]}")
         return {name: state[name] for name in ("generator", "discriminator")} | {"ema": moving_average(state)}
     if not path.is_file():
         raise UserError(f"no checkpoint and no generator at {path}")
-    generator = load_ours(path)[0] if is_safetensors(path) else load_official_file(path)
+    generator = load_ours(path)[0]
     weights = {"generator": generator.state_dict(), "ema": generator.state_dict()}
     discriminator = path.with_name(f"{path.stem}_discriminator.safetensors")
     if discriminator.is_file():

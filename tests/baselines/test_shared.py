@@ -1,4 +1,4 @@
-"""Every system learns with its command, resumes bit-identically, and draws; ranks stay equal."""
+"""Every system learns with its command, resumes bit-identically, and draws; several processes are refused."""
 
 import copy
 import functools

@@ -3,7 +3,6 @@
 import itertools
 import os
 import signal
-import threading
 from collections import Counter
 
 import pytest
@@ -107,11 +106,9 @@ def test_shards_that_vanish_end_in_one_clear_line(tmp_path, monkeypatch):
 def test_a_disk_that_comes_back_ends_nothing_and_while_it_is_away_a_run_can_be_stopped(folder, monkeypatch):
     source, away = source_of(folder), folder.with_name("away")
     folder.rename(away)
-    back = threading.Timer(0.3, lambda: away.rename(folder))
-    back.start()
+    monkeypatch.setattr(sources.time, "sleep", lambda _: away.exists() and away.rename(folder))
     (batch,) = take(source, 1)
     assert len(batch.captions) == 4 and batch.skipped.keys() == {FILE} and source.skips.failing_since is None
-    back.join()
     folder.rename(away)
     monkeypatch.setattr(stopping, "asked", lambda: True)
     with pytest.raises(stopping.Stopped):

@@ -51,10 +51,11 @@ def test_a_short_series_ends_in_a_table(tmp_path, monkeypatch, run_main, few_emo
     monkeypatch.setattr(ablations, "full_preset", {"emoji": figures.TINY, "emoji-256": figures.LARGER}.get)
     monkeypatch.setattr(ablations, "COUNT", 8)
     monkeypatch.setattr(ablations, "COUNT_LARGE", 8)
-    options = ["--preset", name, "--only", "full", "--seeds", 2, "--minutes", 0.001, "--out", tmp_path]
+    monkeypatch.setattr(ablations, "MINUTE", 0.06)
+    options = ["--preset", name, "--only", "full", "--seeds", 2, "--minutes", 1, "--out", tmp_path]
     status, stdout, error = run_main(ablations.main, *options)
     assert status == 0 and "| full |" in stdout and stdout.count(" ± ") >= 3, error
-    results = sorted((tmp_path / name / "0.001-minutes" / "full").glob("*.json"))
+    results = sorted((tmp_path / name / "1-minutes" / "full").glob("*.json"))
     written = [path.stat().st_mtime_ns for path in results]
     assert [path.name for path in results] == ["0.json", "1.json"]
     assert run_main(ablations.main, *options)[1] == stdout  # finished runs are not repeated
@@ -74,6 +75,15 @@ def test_every_case_of_the_benchmark_runs(case, monkeypatch):
         device=torch.device("cpu"), dtype=torch.float32, row=lambda name, function, *_: (name, function())
     )
     assert list(bench.CASES[case](called))
+
+
+def test_a_floor_is_the_time_of_as_many_multiplications_at_the_speed_of_a_large_product(monkeypatch):
+    """A product of 2048×2048 matrices takes 2 s here, and a case of a quarter of its FLOP 3 s: 6 times its floor."""
+    stopwatch = bench.Stopwatch(torch.device("cpu"), seconds=1)
+    case = object()
+    monkeypatch.setattr(stopwatch, "time", lambda function, number=1: 3.0 if function is case else 2.0)
+    gflop, floor, ours, ratio = map(float, stopwatch.row("", case, 2048**3 / 2).split())
+    assert (gflop, floor, ours, ratio) == (4.29, 500, 3000, 6)
 
 
 @pytest.fixture
