@@ -280,11 +280,9 @@ class Learner:
         for name in NETWORKS:
             getattr(self, name).load_state_dict(state[name])
         for name in OPTIMIZERS:
-            optimizer, of_parameters = getattr(self, name), state[name]["state"]
-            for of_parameter in of_parameters.values():  # earlier versions saved none if β₁ was 0
-                of_parameter.setdefault("exp_avg", torch.zeros_like(of_parameter["exp_avg_sq"]))
+            optimizer = getattr(self, name)
             own = optimizer.state_dict()["param_groups"]
-            optimizer.load_state_dict({"state": of_parameters, "param_groups": own})
+            optimizer.load_state_dict({"state": state[name]["state"], "param_groups": own})
         self.forget()
 
     def load_weights(self, weights):
