@@ -72,7 +72,7 @@ class Growth:
         """
         with distributed.together(), contextlib.suppress(stopping.Stopped):  # then a rank was asked, see below
             features, captions, given = self.measure_share(source)
-        if any(distributed.collect(stopping.asked())):
+        if distributed.anywhere(stopping.asked()):
             raise stopping.Stopped
         captions = [caption for share in distributed.collect(captions) for caption in share]
         given = [batch for share in distributed.collect(given) for batch in share]

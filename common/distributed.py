@@ -142,6 +142,12 @@ def collect(value):
     return values
 
 
+def anywhere(condition):
+    """Whether a condition is true on any rank."""
+    on_gpu = dist.is_initialized() and dist.get_backend() == "nccl"
+    return bool(mean(torch.tensor(float(condition), device="cuda" if on_gpu else "cpu")))
+
+
 @contextlib.contextmanager
 def together():
     """If a rank raises a UserError, all ranks raise it: the main one with the message, the others without."""
@@ -150,7 +156,6 @@ def together():
         yield
     except UserError as error:
         own = error
-    on_gpu = dist.is_initialized() and dist.get_backend() == "nccl"
-    if mean(torch.tensor(float(own is not None), device="cuda" if on_gpu else "cpu")):
+    if anywhere(own is not None):
         messages = collect(str(own or ""))
         raise UserError(next(filter(None, messages)) if is_main() else "") from own

@@ -26,11 +26,12 @@ from data import sources
 from data.emoji import read_emoji
 from evaluation import emoji
 from evaluation.extractors import load_extractor
-from evaluation.features import BATCH, drawing, extract_real, measure, measure_real, to_pixels
+from evaluation.features import BATCH, drawing, extract_real, measure, measure_real, own_resolution, to_pixels
 from evaluation.metrics import NEIGHBOURS
 from sampling import inference
 from sampling.files import check_picture, save
 from sampling.pictures import grid, to_pil
+from sampling.pipeline import up_to
 from training.plan import FlopCounter
 from weights.generator_file import generator_of, load_generator
 
@@ -54,6 +55,7 @@ def open_system(path, resolution):
 
 def open_aurora(path, resolution):
     generator, text_encoder, notes = load_generator(path)
+    generator, _ = up_to(own_resolution(generator, resolution), generator, None)
     inference.prepare(generator)
     return Entry(drawing(generator, text_encoder, resolution), count(generator), notes)
 

@@ -85,7 +85,7 @@ class Loop:
         batches = None
         with distributed.together(), contextlib.suppress(stopping.Stopped):
             batches = [next(loader) for _ in range(self.micro_batches)]
-        return None if any(distributed.collect(batches is None)) else batches
+        return None if distributed.anywhere(batches is None) else batches
 
     def count(self, scalars, batches):
         """Counts a step → its report, {name: number}: the means of its scalars over ranks.
