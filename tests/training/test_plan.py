@@ -129,6 +129,12 @@ def test_the_table_has_a_row_for_each_number_of_gpus(rehearsed, monkeypatch, cap
         assert row[4:] == pytest.approx([bf16, fp32, moved, seconds, seconds], rel=0.01)
 
 
+@pytest.mark.parametrize("spec", ["nonsense", "ViT-B-16-SigLIP:webli"])
+def test_a_clip_that_cannot_be_planned_is_refused(spec):
+    with pytest.raises(UserError, match="needs emoji or a CLIP of open_clip"):
+        plan.clip_without_weights(spec)
+
+
 def test_a_preset_with_crops_is_planned_by_its_crops():
     """A planned batch has the shapes of a prepared one: a crop has half the sides."""
     clip = load_small(BUILT_IN["emoji"])
