@@ -114,7 +114,7 @@ def given_images(config, images, noise):
 def draw_input_noise(config, count, generator):
     """N(0, 1) for `count` input images of an upsampler, from a torch.Generator on the CPU. For the base, which
     has no input image, an empty tensor with `count` rows, so that callers need no case for it. Sampling uses the same
-    noise for all pictures, see sampling/pipeline.py.
+    noise for all pictures, see sampling/latent.py.
     """
     side = config.input_resolution if isinstance(config, UpsamplerConfig) else 0
     return torch.randn(count, 3, side, side, generator=generator)

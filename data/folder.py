@@ -77,7 +77,8 @@ class Folder(Source):
                 epoch, position = divmod(index, len(self.pairs))
                 number = self.order(epoch)[position]
                 image, captions = self.read(number, held_out=False) or self.replacement(index)
-                examples.append((image, [str(np.random.default_rng([self.seed, index]).choice(captions))]))
+                line = np.random.default_rng([self.seed, index]).integers(len(captions))
+                examples.append((image, captions[line : line + 1]))
             yield self.collate(examples)
 
     def examples(self, held_out=False, rank=0, world_size=1):
