@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from common.cli import UserError
+from layers import float32_region
 
 # Uniform random numbers that decide how an image is changed: two for translation, then one for scale, three for color,
 # two for cutout.
@@ -60,7 +61,8 @@ def warp(images, shift, factor):
     theta = torch.eye(2, 3, dtype=images.dtype, device=images.device).repeat(len(images), 1, 1)
     theta[:, :, 2] = -2 * shift
     theta = theta / factor[:, None, None]
-    grid = F.affine_grid(theta, images.shape, align_corners=False)
+    with float32_region(images):  # affine_grid is a matrix product; bfloat16 cannot tell neighbouring positions apart
+        grid = F.affine_grid(theta, images.shape, align_corners=False)
     return F.grid_sample(images, grid, align_corners=False)
 
 

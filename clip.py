@@ -150,7 +150,9 @@ MINILM_NAMES = {  # {BERT's name: ours}
 
 @functools.cache
 def load_minilm():
-    """The text encoder of the small presets. Raises UserError if its files are damaged."""
+    """The text encoder of the small presets, one for the whole process: .to() moves it for all who use it. Raises
+    UserError if its files are damaged.
+    """
     path = MINILM / "model.safetensors"
     try:
         tensors = {}

@@ -1,7 +1,8 @@
 """The building blocks of both networks: equalized layers, resampling, and float32 regions under autocast.
 
 Shapes everywhere: B batch, N = H·W feature points, T text tokens, C channels, E experts, R resolution.
-Activations may be bfloat16 under autocast; whatever is squared, normalized or compared is computed in float32.
+Activations may be bfloat16 under autocast; whatever is squared, normalized or compared is computed in float32. The
+generator's convolutions return float32.
 """
 
 import functools

@@ -3,8 +3,8 @@ then those that only some recipes use.
 
 A pyramid contains an image for each active resolution. The discriminator scores each image after every stage that it
 passes. A *prediction* is named (input, stage), by their resolutions. `scales`, {resolution: weight}, weighs images.
-The CLIP loss is of a micro-batch on all ranks, which without gradient accumulation is the global batch. The others are
-means over a rank's images; DDP averages their gradients over ranks.
+The CLIP loss compares all images of a micro-batch, over all ranks; without gradient accumulation that is the global
+batch. The others are means over a rank's images; DDP averages their gradients over ranks.
 """
 
 import open_clip
@@ -18,7 +18,7 @@ from common import distributed
 from discriminator import CLIP_STAGE
 from layers import float32_region, full_precision
 
-R1_INTERVAL = 16  # R1 is computed in one step of 16, and counts 16 times there (StyleGAN2, section 4.1).
+R1_INTERVAL = 16  # R1 is computed in one step of 16, and counts 16 times there (StyleGAN2, section 3.1).
 EARLY_ADVERSARIAL, EARLY_MATCHING = 0.01, 0.05  # weights of predictions before the last stage; the paper gives none
 Z_LOSS_WEIGHT = 0.001  # the release's
 SEEN_BY_CLIP = 64  # Of images above this resolution CLIP sees only the largest, because it resizes them to one size.
@@ -69,10 +69,10 @@ def wrong_captions(ids):
     """
     batch, position = len(ids), torch.arange(len(ids), device=ids.device)
     differs = torch.cdist(ids.float(), ids.float(), p=0) > 0  # [B, B]; p=0 counts the tokens that differ
-    places = (position - position[:, None]) % batch  # [B, B]: how many places caption j comes after caption i
-    places = torch.where(differs, places, places + batch)  # equal ones come last, itself first
+    distance = (position - position[:, None]) % batch  # [B, B]: how far caption j comes after caption i
+    distance = torch.where(differs, distance, distance + batch)  # equal ones come last, itself first
     # Captions a, b, a: [[3, 1, 5], [2, 3, 1], [4, 2, 3]].
-    return places.argmin(1)
+    return distance.argmin(1)
 
 
 def feature_maps(discriminator, clip, pyramid, clip_maps=None):
@@ -113,9 +113,10 @@ def clip_loss(clip, embeddings, text_embedding, scales, lower_every=1):
     """Symmetric InfoNCE between captions and images over all ranks, a weighted sum over the resolutions.
 
     embeddings: {resolution: CLIP's embeddings [B, D]}, not normalized; below the highest resolution, of every n-th
-    image, n = lower_every. text_embedding [B, D], of unit length. Gradients pass through the gather. Otherwise an image
-    would learn only from its own rank's captions, and the step would depend on the number of ranks. Equal captions are
-    wrong for each other's images here, but their embeddings are equal, so this adds a constant and favours no image.
+    image, n = lower_every. text_embedding [B, D], of unit length. Gradients pass through the gather. Otherwise DDP's
+    averaging would divide this term by the number of ranks. Equal captions count as wrong for each other's images here.
+    Their embeddings are equal, so no image is favoured; but of k equal captions the smallest loss is log k, and other
+    captions weigh less.
     """
     info_nce = open_clip.ClipLoss(
         gather_with_grad=True, rank=distributed.rank(), world_size=distributed.world_size(), cache_labels=False
@@ -198,6 +199,7 @@ class DiscriminatorLoss(nn.Module):
         chances [B, 2, NUM_CHANCES]: for the augmentation of the real images, and of the fake ones.
         """
         d, batch, scales = self.discriminator, len(wrong), scale_weights(real, self.recipe.lower_scales)
+        assert batch % d.group == 0, "a group would contain real and generated images"
         code = d.encode_text(text.tokens, text.eot)
         wrong_code, is_wrong = wrong_codes(code, wrong)
         real = augment(real, self.recipe.augment, chances[:, 0])

@@ -64,8 +64,8 @@ class ModulatedConv2d(nn.Module):
     until the backward pass; with gradient checkpointing it keeps those of one level at a time.
     """
 
-    # kernel_products(). Only sampling/inference.py sets it, once, as its weights do not change. So it also tells
-    # sampling from training.
+    # What kernel_products() returns. sampling/inference.py stores it once, because sampling never changes the weights.
+    # In training it is None, which is how convolve() recognizes sampling.
     cached_products = None
 
     def __init__(self, in_channels, out_channels, kernel_size, w_dim, num_kernels=1):

@@ -13,7 +13,7 @@ class Level:
     resolution: int
     channels: int
     num_blocks: int  # convolutional blocks; each is followed by an attention block if attn_depth > 0
-    num_kernels: int = 1  # adaptive kernels of every convolution, mixed by w
+    num_kernels: int = 1  # adaptive kernels of each convolution except the transformation field's, mixed by w
     attn_depth: int = 0  # transformer blocks in an attention block; 0: this resolution has no attention
     num_experts: int = 0  # in each transformer block
     deformable: bool = False  # modulated transformation in the last convolution of each block

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from attention import merge_heads, split_heads
-from layers import Linear
+from layers import Linear, full_precision
 
 
 def quick_gelu(x):
@@ -57,7 +57,7 @@ class TextHead(nn.Module):
             mask = (position <= eot[:, None])[:, None, None]  # [B, 1, 1, T]: the whole text
         else:
             mask = position == position[:, None]  # [T, T]: itself
-        x = self.align(tokens)
+        x = full_precision(self.align(tokens))  # the blocks add to it in float32
         for block in self.blocks:
             x = block(x, mask)
         others = position[:-1] + (position[:-1] >= eot[:, None])  # [B, T−1]: 0 … T−1 without eot

@@ -138,9 +138,9 @@ def distort(images, distortions, config):
     smooth = F.interpolate(distortions, side, mode="bicubic", align_corners=False)
     moves, stains = smooth.split([2, 3], 1)
     unmoved = torch.eye(2, 3, device=images.device, dtype=images.dtype).expand(len(images), 2, 3)
-    places = F.affine_grid(unmoved, list(images.shape), align_corners=False)
-    places = places + moves.permute(0, 2, 3, 1) * config.input_bend * 2 / side
-    bent = F.grid_sample(images, places, padding_mode="border", align_corners=False)
+    grid = F.affine_grid(unmoved, list(images.shape), align_corners=False)
+    grid = grid + moves.permute(0, 2, 3, 1) * config.input_bend * 2 / side
+    bent = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
     return (bent + config.input_stain * stains).clamp(-1, 1)
 
 

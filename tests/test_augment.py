@@ -68,3 +68,11 @@ def test_gradients_reach_the_image_and_the_same_chances_do_the_same(policy):
     assert all(torch.equal(first[r], second[r]) for r in pyramid)
     sum(x.sum() for x in first.values()).backward()
     assert all(x.grad.abs().sum() > 0 for x in pyramid.values())
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_bfloat16_changes_nothing(policy):
+    image, some = torch.rand(2, 3, 64, 64), torch.rand(2, NUM_CHANCES)
+    with torch.autocast("cpu", torch.bfloat16):
+        changed = augment({64: image}, (policy,), some)[64]
+    assert torch.equal(changed, augment({64: image}, (policy,), some)[64])

@@ -137,7 +137,7 @@ class Rehearsal:
             clip = clip_without_weights(clip_model)
             perceptual = load_efficientnet(features_only=True) if preset.recipe.perceptual_weight else None
             learner = Learner(preset, clip, torch.device("cpu"), dtype, 1, perceptual)
-            learner.step(1, [empty_batch(learner, 2)])  # makes the gradients and Adam's averages
+            learner.step(1, [empty_batch(learner, REHEARSED[0])])  # makes the gradients and Adam's averages
             self.counts = [count(learner, meter, images) for images in REHEARSED]
 
     def of(self, kind, images):
