@@ -99,7 +99,7 @@ def describe(args, text_encoder, generator, resolution, resizer, extractors, cap
         made += f", resized to {resolution}×{resolution} by antialiased bicubic"
     half, candidates = len(captions) // 2, min(CANDIDATES, len(set(captions[: args.count])))
     fewer = f"; with {args.count} it would be lower" if half < args.count else ""
-    reader = extractors["texts"].name
+    reader = extractors["clip"].name
     return {
         "generator": f"{args.checkpoint.name}, {made}",
         "second stage": args.upsampler.name if args.upsampler else "none",
@@ -107,7 +107,7 @@ def describe(args, text_encoder, generator, resolution, resizer, extractors, cap
         "data": Path(args.data).name,
         "images": f"{args.count} real ones, {args.count} generated, one for each caption",
         "real images": resizer,
-        "features by": extractors["images"].name,
+        "features by": extractors["fid"].name,
         "precision, recall": f"{NEIGHBOURS} nearest neighbours, in the features of the FID",
         "CLIP score by": f"{reader}; the mean cosine",
         "R-precision": f"the share of images whose own caption comes first among {candidates}, by the same network",
@@ -133,7 +133,7 @@ def measure_emoji(draw, args, resolution, extractors):
     """Measures R-precision of words and variety, and prints them → their part of evaluation.json."""
     samples = read_emoji()
     asked = emoji.questions([sample.facts for sample in samples], args.seed)
-    shares = emoji.r_precision(draw, asked, args.seed, resolution, extractors["texts"])
+    shares = emoji.r_precision(draw, asked, args.seed, resolution, extractors["clip"])
     for kind, (share, number) in shares.items():
         distributed.say(f"R-precision of {kind}: {share:.3f} of {number}")
     share, number = emoji.variety(draw, samples, args.seed)
@@ -148,10 +148,11 @@ def evaluate(args, device):
         check(args)
         generator, text_encoder, _ = load_generator(args.checkpoint, device, args.text_clip)
         upsampler = load_upsampler(args.upsampler, text_encoder, device) if args.upsampler else None
-        inference.prepare(generator)
+        for network in filter(None, (generator, upsampler)):
+            inference.prepare(network)
         resolution = args.resolution or (upsampler or generator).config.resolutions[-1]
         source, resizer = open_source(args, resolution)
-        specs = {"images": args.features, "texts": args.clip}
+        specs = {"fid": args.features, "clip": args.clip}
         extractors = {name: load_extractor(spec, device) for name, spec in specs.items()}
     captions, real, skipped = extract_real(source, args.count, resolution, extractors)
     if note := latent.unread(text_encoder, captions):

@@ -13,11 +13,9 @@ from PIL import Image
 
 from common.cli import Parser, UserError, a_path, a_truncation, errors_in_one_line, natural_number, positive_int
 from sampling import files, inference, latent, views
-from sampling.pictures import animation, expert_map, grid, to_pil
+from sampling.pictures import animation, columns_for, expert_map, grid, to_pil
 from sampling.pipeline import Pipeline
 from weights.generator_file import DEMO
-
-COLUMNS = 16  # at most
 
 
 def parse_args(argv=None):
@@ -43,7 +41,7 @@ def parse_args(argv=None):
     each = "a folder for one file per picture; run again to complete it"
     instead.add_argument("--each", type=a_path, metavar="DIR", help=each)
     instead.add_argument("--interpolate", nargs=2, metavar=("FROM", "TO"), help="interpolate between two prompts")
-    own = "enlarge the centre square of a picture, which the prompt describes"
+    own = "enlarge a picture that the prompt describes; its centre square is first reduced to 64×64"
     instead.add_argument("--enlarge", type=a_path, metavar="PICTURE", help=own)
     add("--steps", type=positive_int, default=8, help="pictures of --interpolate")
     return parser.parse_args(argv)
@@ -70,6 +68,10 @@ def check_numbers(args, prompts):
         raise UserError("--steps 1: interpolation needs both ends; give 2 or more")
     if args.enlarge and len(prompts) > 1:
         raise UserError(f"--enlarge needs one prompt, which describes the picture; {len(prompts)} were given")
+    if args.enlarge and args.truncation != 1:
+        raise UserError("--truncation has no effect on --enlarge; leave it out")
+    if args.experts and (args.each or args.enlarge):
+        raise UserError("--experts is for grids and animations; leave it out with --each and --enlarge")
     pictures = args.steps if args.interpolate else len(prompts) * args.num
     if pictures > files.MOST and not args.each:
         raise UserError(
@@ -86,7 +88,7 @@ def draw(args, pipe, prompts):
         heading = [f"Interpolation of the global and local text, seed {args.seed}, psi {args.truncation:g}"]
     else:
         frames = pipe.frames(prompts, args.num, args.seed, args.truncation)
-        columns = min(args.num, COLUMNS) if args.num > 1 else min(6, len(prompts))
+        columns = columns_for(args.num) if args.num > 1 else min(6, len(prompts))
         heading = []
     drawn = pipe.draw(frames)
     panels, experts = [to_pil(image) for image in drawn.images], 0

@@ -31,7 +31,7 @@ from data import sources
 from layers import parameter_groups
 from sampling import latent
 from sampling.files import MOST, check_picture, save
-from sampling.pictures import grid, in_range, to_pil
+from sampling.pictures import columns_for, grid, in_range, to_pil
 from step import ema_weight, rng_of
 from training.loop import Loop
 from training.run_folder import RunFolder
@@ -101,7 +101,7 @@ def main(system_class):
     name = Path(sys.argv[0]).stem
     parser = Parser(description=system_class.__doc__)
     commands = parser.add_subparsers(required=True)
-    commands.type = str  # it receives all arguments of its command, which names the empty one
+    commands.type = str  # argparse passes it all arguments of a command, whose own parser checks them
     training = commands.add_parser("train", help="learn from captioned images")
     add = training.add_argument
     add_data(add)
@@ -220,7 +220,7 @@ def sample(system_class, name, args):
     latent.print_notes(system.clip.text, args.prompt)
     images = in_range(system.sample(system.clip.read(args.prompt), args.seed, args.num, args.truncation))
     captions = [prompt for prompt in args.prompt for _ in range(args.num)]
-    picture = grid([to_pil(image) for image in images], captions, columns=args.num)
+    picture = grid([to_pil(image) for image in images], captions, columns_for(args.num))
     save([picture], args.out, as_texts(args))
     print(f"{len(images)} picture(s) by {args.checkpoint}, written to {args.out.resolve()}")
 

@@ -15,6 +15,7 @@ Differences from the paper:
 - To-RGB starts at a tenth of the authors' scale. At theirs, pixels begin with a standard deviation of 7 and are still
   out of range after 350 steps, because the frozen network hardly distinguishes degrees of extreme brightness.
 - The blur starts at a sixteenth of the side and fades in 10,000 images. The paper's 32 pixels would be the whole image.
+  σ is its standard deviation; the authors' blur of the same σ is 0.85 times as wide.
 - There are no random crops, neither for the frozen network nor for the guidance: they are for larger images.
 - Both losses of the generator are means over the batch. The authors' code accumulates gradients and averages only one.
 """

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from clip import load_minilm
+from clip import load_text
 from common import distributed
 from common.cli import Parser, UserError, a_path, add_data, errors_in_one_line, positive_int
 from data import sources
@@ -19,10 +19,10 @@ from evaluation.features import share, to_pixels
 from evaluation.metrics import fid
 from layers import resize
 from losses import perceptual_distance
-from sampling import latent
+from sampling import inference, latent
 from sampling.pictures import in_range
 from weights.efficientnet import load_efficientnet
-from weights.generator_file import load_upsampler
+from weights.generator_file import generator_of, load_ours, load_upsampler
 
 BATCH = 8
 
@@ -99,13 +99,16 @@ def main():
         if args.count < 2:
             raise UserError("--count 1: give 2 or more, as a Fréchet distance needs a covariance")
         device = distributed.start(args.device)
-        text = load_minilm().to(device)
-        networks = {path: load_upsampler(path, text, device) for path in args.upsampler}
-        config = next(iter(networks.values())).config
-        source = sources.open_data(args.data, config.resolutions[-1], 0, args.caption_key)
+        _, text_name, _ = load_ours(generator_of(args.upsampler[0]))
+        text = load_text(text_name, device)
+        networks = {path: inference.prepare(load_upsampler(path, text, device)) for path in args.upsampler}
+        sizes = {(network.config.input_resolution, network.config.resolutions[-1]) for network in networks.values()}
+        if len(sizes) > 1:
+            raise UserError("the upsamplers enlarge from or to different sizes; compare those of one size")
+        small, large = sizes.pop()
+        source = sources.open_data(args.data, large, 0, args.caption_key)
         source.announce()
         enlargers = {"bicubic": bicubic} | {path: enlarger(network, text) for path, network in networks.items()}
-        small, large = config.input_resolution, config.resolutions[-1]
         for name, values in compare(enlargers, source, small, large, args.count, device).items():
             print(f"{name}: perceptual distance {values['perceptual']:.4f}, Fréchet distance {values['fd']:.1f}")
 

@@ -112,28 +112,28 @@ def embed(extractor, captions):
 
 
 def measure(draw, captions, real, count, seed, resolution, extractors):
-    """Draws an image for each of the first `count` captions → {measure: number}. The extractor "images" is for
-    distances, "texts" compares images with captions.
+    """Draws an image for each of the first `count` captions → {measure: number}. The extractor "fid" is for
+    distances, "clip" compares images with captions.
 
     captions, real: see extract_real. The FID is to the real images of the same captions, as usual. That to other real
     images is comparable to the FID between two sets of real images, which have no captions in common either. Both
     networks measure it, because a network favours generators that were trained with it (Kynkäänniemi et al. 2022).
     """
-    own, device = captions[:count], real["images"].device
+    own, device = captions[:count], real["fid"].device
     made = {name: x.to(device) for name, x in extract_generated(draw, own, seed, resolution, extractors).items()}
-    result = compare_images(real["images"][:count], made["images"])
+    result = compare_images(real["fid"][:count], made["fid"])
     if len(captions) == 2 * count:
-        result[OTHERS] = fid(real["images"][count:], made["images"])
-        result[READ_BY_CLIP] = fid(real["texts"][count:], made["texts"])
-    return result | compare_texts(made["texts"], embed(extractors["texts"], own).to(device), own)
+        result[OTHERS] = fid(real["fid"][count:], made["fid"])
+        result[READ_BY_CLIP] = fid(real["clip"][count:], made["clip"])
+    return result | compare_texts(made["clip"], embed(extractors["clip"], own).to(device), own)
 
 
 def measure_real(captions, real, count, extractors):
     """The measures of real images: distances between their two halves, and how well they match their captions."""
     own = captions[:count]
-    texts = embed(extractors["texts"], own).to(real["texts"].device)
-    distances = {OTHERS: fid_of_halves(real["images"]), READ_BY_CLIP: fid_of_halves(real["texts"])}
-    return distances | compare_texts(real["texts"][:count], texts, own)
+    texts = embed(extractors["clip"], own).to(real["clip"].device)
+    distances = {OTHERS: fid_of_halves(real["fid"]), READ_BY_CLIP: fid_of_halves(real["clip"])}
+    return distances | compare_texts(real["clip"][:count], texts, own)
 
 
 @torch.no_grad()

@@ -34,9 +34,10 @@ def fid(a, b):
 
 
 def fid_of_halves(features):
-    """The Fréchet distance between both halves of features [N, D], N ≥ 4: that of equal distributions.
+    """The Fréchet distance between both halves of features [N, D], N ≥ 4.
 
-    It falls as N grows, so compare it with distances between sets of N/2 images only.
+    It falls as N grows, so compare it with distances between sets of N/2 images only. Of data with held-out pictures
+    extract_real puts these first, so the halves differ more than random ones: for 1,000 emoji 215, not 191.
     """
     half = len(features) // 2
     return fid(features[:half], features[half : 2 * half])

@@ -43,7 +43,7 @@ class Entry(NamedTuple):
     """A trained system, ready to draw."""
 
     draw: Callable  # see features.drawing
-    parameters: int  # used for sampling
+    parameters: int  # of the networks in its file; of Muse also the VQGAN's encoder, which sampling does not use
     notes: dict  # of the run that trained it
 
 
@@ -101,7 +101,7 @@ def measure_cost(entry):
 @functools.cache
 def real_emoji(count, resolution):
     """→ the extractors, and the captions and features of extract_real for the emoji."""
-    networks = {"images": "efficientnet", "texts": "judge"}
+    networks = {"fid": "efficientnet", "clip": "judge"}
     extractors = {name: load_extractor(spec, torch.device("cpu")) for name, spec in networks.items()}
     captions, real, _ = extract_real(sources.open_data("emoji", resolution, 0), count, resolution, extractors)
     return extractors, captions, real
@@ -132,7 +132,7 @@ def markdown(rows):
 
 
 def shown(value):
-    """A number with at least three digits; — for None."""
+    """A number rounded to three digits, or to a whole number from 100 on; — for None."""
     if value is None:
         return "—"
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"

@@ -39,11 +39,16 @@ def panels(generator, text_encoder, prompts, source, seed, extractor):
     resolution = generator.config.levels[-1].resolution
     z = latent.noise(generator, len(prompts), seed)
     made = in_range(torch.cat([output.image for output in latent.generate(generator, text_encoder, prompts, z)]))
-    examples = list(itertools.islice(source.examples(), MOST))
+    pixels, names = [], []
+    for image, lines in itertools.islice(source.examples(), MOST):
+        pixels.append(to_pixels(image[None], resolution))
+        names.append(lines[0])
     source.report(source.skips)
-    if not examples:
+    if not names:
         raise UserError("none of the training pictures can be used; give other --data")
-    pixels = torch.cat([to_pixels(image[None], resolution) for image, _ in examples])
+    if len(names) == MOST:
+        print(f"note: only the first {MOST:,} training pictures are compared")
+    pixels = torch.cat(pixels)
     cosines, indices = nearest(extract(extractor, to_pixels(made, resolution)), extract(extractor, pixels))
     pictures, captions = [], []
     for row, prompt in enumerate(prompts):
@@ -51,7 +56,7 @@ def panels(generator, text_encoder, prompts, source, seed, extractor):
         captions.append(f"generated: {prompt}")
         for cosine, i in zip(cosines[row], indices[row].tolist(), strict=True):
             pictures.append(to_pil(pixels[i] / 127.5 - 1))
-            captions.append(f"{cosine:.2f}: {examples[i][1][0]}")
+            captions.append(f"{cosine:.2f}: {names[i]}")
     return pictures, captions
 
 

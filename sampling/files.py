@@ -53,8 +53,8 @@ def save(pictures, path, about):
         options["comment"] = f"{MADE_BY}: {json.dumps(about)}".encode()[:60_000]  # a JPEG has room for 65,533 bytes
     try:
         atomically(path.resolve(), lambda temporary: first.save(temporary, kind, **options))  # a link stays a link
-    except OSError as error:
-        if error.filename:  # of the disk, not of the format
+    except (OSError, OverflowError) as error:  # the latter for a GIF that is too wide
+        if getattr(error, "filename", None):  # of the disk, not of the format
             raise
         size = f"{first.width}×{first.height}"
         raise UserError(f"--out {path} cannot be written at {size}; try .png or fewer pictures") from error

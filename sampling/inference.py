@@ -31,8 +31,8 @@ def sampling_dtype(name, generator):
 def prepare(generator, dtype=torch.float32):
     """Freezes a Generator, in place, and stores the synthesis network's weights in `dtype` → the generator.
 
-    Call its synthesis within autocast(). Routers, styles, biases, the text head and the mapping stay in float32:
-    rounding them would change the pictures and save little time.
+    Call its synthesis within autocast(). Routers, styles, biases, to-RGBs, Fourier features, the text head and
+    the mapping stay in float32: rounding them would change the pictures and save little time.
     """
     keep_freed_memory()
     generator.eval().requires_grad_(False)

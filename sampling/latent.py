@@ -48,11 +48,11 @@ def notes(text_encoder, prompt):
 
 def unread(text, captions):
     """A sentence about the captions of a data set that the text encoder cannot read whole; "" if it reads all."""
-    partly = [caption for caption in captions if text.unknown(caption)]
+    partly = [caption for caption in captions if text.unknown(caption) or text.num_tokens_cut(caption)]
     if not partly:
         return ""
     found = f"{len(partly)} of {len(captions)} captions, such as “{partly[0][:60]}”"
-    return f"note: the text encoder knows only English words, and reads only parts of {found}"
+    return f"note: the text encoder reads only parts of {found}: they are too long, or have words that it does not know"
 
 
 def print_notes(text_encoder, prompts):

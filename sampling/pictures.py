@@ -9,7 +9,8 @@ from PIL import Image, ImageColor, ImageDraw, ImageFont, ImageOps
 from common.cli import UserError
 
 CELL, MARGIN = 128, 6
-SIZE, LINE, LETTER = 12, 16, 7  # pixels: height of letters and of lines, and the width of most letters at most
+MOST_COLUMNS = 16
+SIZE, LINE, LETTER = 12, 16, 7  # pixels: the height of a letter and of a line, and a width that few letters exceed
 FONT = ImageFont.load_default(SIZE)  # Pillow's own, which has Latin letters and shows boxes for other scripts
 COLORS = (  # of experts, distinguishable with red-green color blindness too
     "#332288", "#88CCEE", "#117733", "#DDCC77", "#CC6677", "#AA4499", "#44AA99", "#999933",
@@ -66,6 +67,12 @@ def write(draw, place, lines):
     """Draws lines of text, one below another. place: the upper left corner of the first."""
     for i, line in enumerate(lines):
         draw.text((place[0], place[1] + i * LINE), line, fill="black", font=FONT)
+
+
+def columns_for(num):
+    """The columns of a grid with `num` pictures of each prompt: MOST_COLUMNS at most, in equal rows if possible."""
+    rows = -(-num // MOST_COLUMNS)
+    return -(-num // rows)
 
 
 def grid(panels, captions, columns, title="", experts=0):

@@ -188,8 +188,8 @@ def forced(generator, name, points, expert):
 
     def redirect(_, inputs, routing):
         expert_index = routing.expert_index.clone()
-        for picture, point in points:
-            expert_index[picture, point] = expert
+        pictures, places = torch.tensor(points).T
+        expert_index[pictures, places] = expert
         return routing.sent_to(expert_index)
 
     handle = known[name].register_forward_hook(redirect)

@@ -1,12 +1,16 @@
 """Enlarged pictures are compared with what they were."""
 
+import dataclasses
+
 import numpy as np
 import torch
 
-from clip import load_minilm
+from clip import load_clip, load_minilm
 from evaluation import enlarging
 from tests import figures
+from tests.conftest import assert_one_line
 from upsampler import Upsampler, enlarge
+from weights.generator_file import content, save_generator
 
 
 def test_a_better_enlarger_is_nearer_and_the_true_pictures_are_nearest(monkeypatch):
@@ -33,3 +37,12 @@ def test_an_upsampler_enlarges_what_it_is_given_and_what_a_generator_draws():
     np.testing.assert_allclose(by_network(images, captions, 32), enlarge(enlarge(images)), atol=1e-6)
     draw = enlarging.enlarged(lambda captions, seed: images.split(2), network, text)
     np.testing.assert_allclose(torch.cat(list(draw(captions, 0))), enlarge(enlarge(images)), atol=1e-6)
+
+
+def test_upsamplers_of_different_sizes_are_not_compared(run_main, tmp_path):
+    config = figures.LARGER.generator
+    paths = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
+    for path, input_resolution in zip(paths, (8, 16), strict=True):
+        network = Upsampler(dataclasses.replace(config, input_resolution=input_resolution))
+        save_generator(path, *content(network, load_clip("emoji"), 32, {}))
+    assert_one_line(run_main(enlarging.main, *paths, "--device", "cpu"), "enlarge from or to different sizes")

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 import sample
-from common.cli import MADE_BY
+from common.cli import MADE_BY, UserError
 from sampling import files
 from tests.conftest import assert_one_line
 from weights.generator_file import DEMO, content, load_generator, save_generator
@@ -52,6 +52,14 @@ def test_only_a_picture_of_ours_is_replaced(run_main, tmp_path, name):
     says = "exists, and this command did not make it; give another --out"
     assert_one_line(run_main(sample.main, *arguments), says)
     assert (tmp_path / name).read_bytes() == before
+
+
+def test_a_picture_that_is_too_large_for_its_format_is_a_users_mistake(tmp_path):
+    wide = Image.new("RGB", (70_000, 1))
+    for name in ("a.jpg", "a.gif"):
+        with pytest.raises(UserError, match="cannot be written at 70000×1"):
+            files.save([wide], tmp_path / name, {})
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_folder_of_another_command_or_model_is_refused_and_left_alone(each, tmp_path):

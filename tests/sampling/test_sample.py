@@ -59,6 +59,8 @@ def test_prompts_of_a_file_and_unusual_ones_are_drawn_and_explained(run, tmp_pat
         (("x", "--prompts", "/missing.txt"), "error: /missing.txt: No such"),
         (("x", "--out", "picture.xyz"), "unknown picture format"),
         (("x", "y", "--num", "501"), "1002 pictures are too many for one file"),
+        (("x", "--each", "new folder", "--experts"), "leave it out with --each and --enlarge"),
+        (("x", "--enlarge", "a.png", "--truncation", "0.5"), "no effect on --enlarge"),
         (("x", "--device", "abacus"), "use auto, cpu, cuda"),
     ],
 )
@@ -70,6 +72,7 @@ def test_prompts_are_rows_and_an_interpolation_is_one_row(run, tmp_path):
     out = tmp_path / "a.png"
     for arguments, columns, rows in (
         (("a red circle", "a blue star", "--num", 3), 3, 2),
+        (("a red circle", "a blue star", "--num", 20), 10, 4),
         (("--interpolate", "a red circle", "a large blue star", "--steps", 5), 5, 1),
     ):
         assert run(*arguments, "--out", out)[0] == 0
