@@ -329,7 +329,7 @@ class Generator(nn.Module):
         )
         self.mapping = Mapping(config)
         self.synthesis = synthesis(config)
-        # Inversion starts from this mean. Truncation takes the mean of a prompt, see sampling/latent.py.
+        # The mean over training, as in the authors' file. Truncation uses that of a prompt, see sampling/latent.py.
         self.register_buffer("w_avg", torch.zeros(config.w_dim))
 
     def forward(self, z, tokens, eot, resolution=None):

@@ -46,7 +46,7 @@ from weights.generator_file import DEMO, load_generator, load_upsampler
 def parse_args(argv=None):
     parser = Parser(description=__doc__)
     add = parser.add_argument
-    add("--checkpoint", type=a_path, default=DEMO, help="generator_ema.safetensors, or aurora_v1.pth")
+    add("--checkpoint", type=a_path, default=DEMO, help="a run, its generator, or the authors' aurora_v1.pth")
     add("--text-clip", help="the large CLIP of the generator, see --clip of sample.py")
     add("--upsampler", type=a_path, help="a second stage, to measure the enlarged images too: a run, or its file")
     add_data(add, ", or COCO's captions_val2014.json")

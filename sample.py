@@ -37,7 +37,7 @@ def parse_args(argv=None):
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add("--dtype", choices=("auto", *inference.DTYPES), default="auto", help="auto: bf16 for large models, if fast")
     add("--experts", action="store_true", help="next to each picture, which expert took each feature point")
-    instead = parser.add_argument_group("instead of a grid of pictures, one at a time").add_mutually_exclusive_group()
+    instead = parser.add_argument_group("instead of a grid of pictures, one of these").add_mutually_exclusive_group()
     each = "a folder for one file per picture; run again to complete it"
     instead.add_argument("--each", type=a_path, metavar="DIR", help=each)
     instead.add_argument("--interpolate", nargs=2, metavar=("FROM", "TO"), help="interpolate between two prompts")

@@ -283,6 +283,8 @@ class Learner:
             optimizer = getattr(self, name)
             own = optimizer.state_dict()["param_groups"]
             optimizer.load_state_dict({"state": state[name]["state"], "param_groups": own})
+            for averages in optimizer.state.values():  # copied, because on a CPU they are still in the file
+                averages.update({key: value.clone() for key, value in averages.items()})
         self.forget()
 
     def load_weights(self, weights):

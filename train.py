@@ -6,6 +6,7 @@ near the FID between two sets of real images, when it stops falling, or after a 
 """
 
 import argparse
+import contextlib
 import dataclasses
 import shlex
 from pathlib import Path
@@ -204,7 +205,8 @@ def train(run):
         say(note)
     if len(set(growth.captions)) == 1:
         say("note: all captions are the same, so the generator learns nothing about text")
-    with distributed.together():
+    pairs = None
+    with distributed.together(), contextlib.suppress(stopping.Stopped):  # then the loop ends at once
         group = learner.discriminator.group
         pairs = watched_pairs(source, learner.clip, group) if recipe.adversarial_weight else None
     folder.write_config({**vars(args), "steps": loop.last_step, "recipe": dataclasses.asdict(recipe)})
@@ -254,6 +256,8 @@ def save(run):
         state |= learner.state_dict()
         del state["ema"]  # it is in the generator's file
         loop.save(state, generator)
+    else:
+        say("note: a weight is not finite, so nothing is saved; lower the learning rates with --set lr_generator=…")
 
 
 def main():

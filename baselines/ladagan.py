@@ -7,7 +7,7 @@ With the authors' weights the networks reproduce the authors' outputs (tests/bas
 Differences from the paper:
 - The paper is unconditional. We extend it: the generator's input is [z ‖ text], with text of unit RMS, and the
   discriminator adds a projection on the text (Miyato and Koyama 2018). Without a text both are the paper's.
-- The default sizes are for a CPU: 384 channels at 8×8 instead of 1024, and 5.2 M parameters in the generator.
+- The default sizes are for a CPU: 384 channels at 8×8 instead of 1024, and 6.9 M parameters in the generator.
 - R1 is computed in every 16th step and multiplied by 16. Its weight is the paper's, chosen for a batch of 128; other
   resolutions need another weight.
 - The position codes start at zero; the authors' are random. Both networks learn from the same fake images.

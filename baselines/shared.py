@@ -195,7 +195,7 @@ def restore(system, state):
         raise ValueError(f"it learned with {state['clip']}, and its file is now {system.clip.name}; restore the file")
     system.networks.load_state_dict(state["networks"])
     for name, optimizer in system.optimizers.items():
-        optimizer.load_state_dict(state["optimizers"][name])
+        optimizer.load_state_dict(copy.deepcopy(state["optimizers"][name]))  # lets go of the checkpoint's file
 
 
 def drawing_networks(system):

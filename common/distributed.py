@@ -40,6 +40,8 @@ def start(device_name):
     launched = bool(os.environ.get("RANK"))
     if launched and not os.environ.get("LOCAL_RANK", "").isdecimal():  # else all ranks would take the first GPU
         raise UserError("RANK is set and LOCAL_RANK is not; start all ranks with torchrun, or unset RANK to run alone")
+    if launched and device.index is not None:
+        raise UserError(f"--device {device_name}: torchrun gives each rank its own GPU; use cuda or auto")
     if device.type == "cuda":
         index = int(os.environ["LOCAL_RANK"]) if launched else device.index or 0
         if index >= torch.cuda.device_count():

@@ -1,6 +1,7 @@
 """Ctrl-C, SIGTERM, SIGHUP and SIGUSR1 ask a run to stop after its step and to save, see `listening`."""
 
 import contextlib
+import errno
 import os
 import signal
 import sys
@@ -22,19 +23,40 @@ def asked():
     return _asked
 
 
+class Output:
+    """A stream that a run outlives. What cannot be written is dropped: after Ctrl-C `tee` has ended, after SIGHUP the
+    terminal, and the disk may be full.
+    """
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        return self.attempt(self.stream.write, text)
+
+    def flush(self):
+        self.attempt(self.stream.flush)
+
+    def attempt(self, call, *arguments):
+        try:
+            return call(*arguments)
+        except OSError as error:
+            if error.errno in (errno.EPIPE, errno.EIO):  # nobody will read it
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+
 @contextlib.contextmanager
 def listening():
     """A context in which a signal only sets `asked`; a second Ctrl-C ends the process at once. Stopped ends the process
     with the exit status COME_AGAIN.
     """
     global _asked
-    terminals = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
 
     def ask(number, _):
         global _asked
-        if number == signal.SIGHUP:  # the terminal is gone, and writing to it would raise
-            for descriptor in terminals:
-                os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
         if not _asked:
             say("Stopping as soon as possible …")
         _asked = True
@@ -47,7 +69,11 @@ def listening():
         if handler == signal.SIG_IGN and number != signal.SIGINT:  # nohup ignores SIGHUP; a shell's & ignores SIGINT
             signal.signal(number, handler)
     try:
-        yield
+        with contextlib.redirect_stdout(Output(sys.stdout)), contextlib.redirect_stderr(Output(sys.stderr)):
+            try:
+                yield
+            finally:
+                sys.stdout.flush()
     except Stopped:
         sys.exit(COME_AGAIN)
     finally:

@@ -56,12 +56,12 @@ class Folder(Source):
         """(image [3, R, R], captions) of a pair; None if it belongs to the other part, or is unusable and counted."""
         image, caption = self.pairs[number]
         try:
-            parts = {path.suffix.lower(): read_file(path) for path in (image, caption)}
+            parts = {os.path.splitext(path)[1].lower(): read_file(path) for path in (image, caption)}
         except OSError as error:
             self.skips.fail(FILE, f"{image}: {error.strerror}")
             return None
         self.skips.failing_since = None
-        sample = Sample(str(image), parts)
+        sample = Sample(image, parts)
         return self.example(sample) if self.is_for(sample, held_out) else None
 
     def replacement(self, index):
@@ -105,7 +105,8 @@ def search(path, suffix):
                 others[kind or "no suffix"] += 1
             elif stem not in images:
                 problems["captions have no image"].append(file)
-    return sorted(pairs), problems, others
+    # As texts, because a Path takes four times the memory, and each worker has its own copy.
+    return [(str(image), str(caption)) for image, caption in sorted(pairs)], problems, others
 
 
 def walk(path, problems):

@@ -28,7 +28,7 @@ LANES = 8  # shards that are read in turn
 BUFFER, BUFFER_BYTES = 2048, 2**27  # most samples in the shuffle buffer, and their most bytes
 BLOCK = 2**17  # samples after which a stream starts anew
 LEFT_OUT = 2**14  # most samples of each lane that are left out at its start
-ERRORS = (OSError, EOFError, tarfile.TarError, zlib.error)  # what reading a shard may raise
+ERRORS = (OSError, EOFError, ValueError, OverflowError, tarfile.TarError, zlib.error)  # what reading a shard may raise
 GZIP = b"\x1f\x8b"  # first bytes of a compressed shard
 
 

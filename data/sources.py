@@ -22,7 +22,7 @@ JSON_UNREAD = "Captions in .json files need --caption-key, with the name of thei
 HELD_OUT_OF = 50  # one pair in this number is held out for evaluation
 FEWEST = 200  # pairs; of fewer none is held out
 PAUSE, GIVE_UP = 0.1, 120  # seconds: the pause after a failure, and the time without a success after which a run ends
-ENDLESS = 2**62  # the number of the last step or pair, where there is no last one
+ENDLESS = 2**62  # stands for infinity, because range and islice need a whole number
 
 
 class Batch(NamedTuple):
@@ -218,13 +218,14 @@ def loader(source, first, batch, workers):
     """
     share = batch // distributed.world_size(), distributed.rank(), distributed.world_size()
     options = {"batch_size": None, "num_workers": workers, "worker_init_fn": leave_signals_to_the_run}
+    options["collate_fn"] = Batch._make  # DataLoader's own would double the counts of a Counter
     try:
         batches = iter(DataLoader(Stream(source, first, *share), **options))
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # DataLoader's handler would raise in the middle of a step
         yield from map(source.report, batches)
     except UserError as error:  # a worker's message contains its traceback
         raise UserError(str(error).strip().splitlines()[-1].partition("UserError: ")[2] or str(error)) from error
-    except (RuntimeError, EOFError, ConnectionError) as error:  # DataLoader raises these when a worker dies
+    except (RuntimeError, EOFError, OSError) as error:  # a worker died, or could not be started
         if stopping.asked():  # the signal ended the workers too
             raise stopping.Stopped from None
         raise UserError(

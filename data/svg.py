@@ -1,6 +1,6 @@
 """Renders SVGs with resvg, which runs no scripts and fetches nothing from the web. But it would read local files, draw
-an element a million times by nested references, and end the process if elements are nested too deeply; `check` refuses
-such SVGs.
+an element a million times by nested references, draw huge shapes for ever, and end the process if elements are nested
+too deeply; `check` refuses such SVGs.
 """
 
 import collections
@@ -16,6 +16,8 @@ MAX_BYTES = 2**20
 MAX_DEPTH = 100  # of nested elements
 MAX_ELEMENTS = 50_000  # including those that references draw again
 MAX_ASPECT = 16  # longer side / shorter side
+REFUSED = "script", "foreignObject", "text", "pattern"  # a pattern may take terabytes of memory
+HUGE = re.compile(r"[\d.]e\+?(?:[7-9]|\d\d)|(?<![.\d])\d{8}", re.IGNORECASE)  # resvg may draw for ever
 REFERENCE = re.compile(r"""url\(\s*["']?\s*([^)"']*)""")
 
 
@@ -25,7 +27,7 @@ class Refused(ValueError):
 
 def check(svg):
     """Raises Refused if an SVG, given as bytes, refers to anything except its own parts, contains text, for which no
-    font is available, or would take long to draw. Raises ParseError if it is not XML.
+    font is available, or would take long or much memory to draw. Raises ParseError if it is not XML.
     """
     if len(svg) > MAX_BYTES:
         raise Refused("too large")
@@ -36,7 +38,7 @@ def check(svg):
     def visit(element, inside, depth):
         """inside: the id of the element around this one."""
         name, own = local_name(element.tag), element.get("id", inside)
-        if name in ("script", "foreignObject", "text") or depth > MAX_DEPTH:
+        if name in REFUSED or depth > MAX_DEPTH:
             raise Refused(f"{name} at depth {depth}")
         if name == "style":
             refer("", REFERENCE.findall("".join(element.itertext())))
@@ -45,6 +47,9 @@ def check(svg):
             references[inside].append(own)
         for key, value in element.items():
             refer(own, REFERENCE.findall(value))
+            without_colors = re.sub(r"#\w*", "", value)  # one may look like a number: #1e9000
+            if key not in ("id", "class") and HUGE.search(without_colors):
+                raise Refused(f"a number in {value[:50]}")
             if local_name(key) == "href" and name != "a":  # the target of a click is no part
                 refer(own, [value])
         for child in element:
@@ -76,7 +81,12 @@ def local_name(name):
 def draw(text, side):
     """An SVG as a text → an RGB image on white whose longer side is given."""
     options = {"background": "white", "skip_system_fonts": True, "dpi": 96}  # with 0, the default, a size in mm is zero
-    png = resvg_py.svg_to_bytes(text, width=side, height=side, **options)
+    try:
+        png = resvg_py.svg_to_bytes(text, width=side, height=side, **options)
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # resvg's, in Rust; it is no Exception, and cannot be imported
+            raise
+        raise Refused("resvg fails") from error
     return Image.open(io.BytesIO(png), formats=["PNG"]).convert("RGB")
 
 

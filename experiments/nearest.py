@@ -63,7 +63,7 @@ def panels(generator, text_encoder, prompts, source, seed, extractor):
 def main():
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("prompt", nargs="+", help="one or more texts, each in quotes")
-    parser.add_argument("--checkpoint", type=a_path, default=DEMO, help="generator_ema.safetensors of a run")
+    parser.add_argument("--checkpoint", type=a_path, default=DEMO, help="a run, or its generator")
     add_data(parser.add_argument)
     parser.add_argument("--seed", type=natural_number, default=0)
     parser.add_argument("--out", type=a_path, default=Path("nearest.png"))

@@ -63,7 +63,7 @@ def experts_know(generator, text_encoder, captions):
 
 def main():
     parser = Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("--checkpoint", type=a_path, default=DEMO, help="generator_ema.safetensors of a run")
+    parser.add_argument("--checkpoint", type=a_path, default=DEMO, help="a run, or its generator")
     parser.add_argument("--count", type=positive_int, default=200, help="pictures")
     args = parser.parse_args()
     with errors_in_one_line():

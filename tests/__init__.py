@@ -1,4 +1,4 @@
-"""The tests. A package, as torch-fidelity installs one of the same name."""
+"""The tests; a package, because torch-fidelity installs one of this name."""
 
 from pathlib import Path
 

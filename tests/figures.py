@@ -166,8 +166,10 @@ def folder():
     return write(parent / "figures")
 
 
-def write_emoji(path, names=8):
-    """A shard of all the pictures of so many emoji → the path."""
+@functools.cache
+def few_emoji(names=8):
+    """A shard of all the pictures of so many emoji, which this process's tests share → the path."""
+    path = folder().parent / "emoji.tar.gz"
     with tarfile.open(SHARD) as whole, tarfile.open(path, "w:gz") as some:
         content = {member: whole.extractfile(member).read() for member in whole}
         name_of = {m.name.partition(".")[0]: json.loads(x)["name"] for m, x in content.items() if ".json" in m.name}

@@ -1,13 +1,17 @@
 """The generator as a whole: its text head, its parts, its presets."""
 
+import re
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from aurora import FourierFeatures, Generator
+from discriminator import Discriminator
 from losses import moe_loss
 from presets import PRESETS
+from tests import ROOT
 from tests.conftest import assert_same_gradients, double
 from tests.figures import moved
 from text import TextHead
@@ -84,15 +88,19 @@ def test_fourier_features_begin_with_frequencies_uniform_in_a_disc():
     torch.testing.assert_close(squared_radius.histc(4, 0, 1), torch.full((4,), 500.0), rtol=0, atol=80)
 
 
-def test_presets():
-    counts = {}
+def test_both_networks_of_a_preset_have_the_same_resolutions_and_the_readmes_sizes():
+    readme = (ROOT / "README.md").read_text("utf-8")
+    stated = {name: sizes for name, *sizes in re.findall(r"\| `([\w-]+)`[^|]*\| ([\d.]+) M[^|]*\+ ([\d.]+) M", readme)}
     for name, preset in PRESETS.items():
         with torch.device("meta"):
-            counts[name] = sum(p.numel() for p in new_generator(preset.generator).parameters())
+            networks = new_generator(preset.generator), Discriminator(preset.discriminator)
+        for network, size in zip(networks, stated.pop(name, ()), strict=False):  # the presets of tests have no row
+            millions = sum(p.numel() for p in network.parameters()) / 1e6
+            assert millions == pytest.approx(float(size), abs=0.05 if "." in size else 0.5), name
         resolutions = preset.generator.resolutions
         assert resolutions == [level.resolution for level in preset.discriminator.levels if level.takes_images]
         assert list(preset.recipe.images_per_phase) == resolutions[:-1]
-    assert 90e6 < counts["small-64"] < 110e6
+    assert not stated, "rows without a preset"
 
 
 def test_recomputing_levels_changes_no_gradient(generator, inputs):

@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 
 import explore
-from sampling import views
-from sampling.page import Settings, frames
+from sampling import latent, views
+from sampling.page import Settings, frames, noise
 from sampling.pipeline import Pipeline
 from tests.conftest import assert_one_line
 
@@ -61,11 +61,11 @@ def test_the_page_and_what_it_shows_first(server):
     assert start["prompt"] == "red heart" and start["routers"] == ["8.0.0", "16.0.0"] and start["second_stage"]
 
 
-def test_plain_settings_draw_what_the_pipeline_draws(ask):
+def test_plain_settings_draw_what_the_pipeline_draws(ask, pipe):
     small = Pipeline.load(device="cpu", resolution=64).sample("red heart", num=2, seed=3, psi=0.5)
     answer = ask(psi=0.5)
     assert all(np.array_equal(opened(url), np.asarray(p)) for url, p in zip(answer["pictures"], small, strict=True))
-    large = Pipeline.load(device="cpu").sample("red heart", num=2, seed=3, psi=0.5)[1]
+    large = pipe.sample("red heart", num=2, seed=3, psi=0.5)[1]
     assert np.abs(opened(ask("/enlarge", number=1, psi=0.5)) - np.asarray(large)).max() <= 1  # another batch
     assert not answer["note"]
 
@@ -77,6 +77,12 @@ def test_the_way_between_two_prompts_is_that_of_views(pipe):
     for ours, expected in ((half, way[1]), (half.large, way[1].large)):
         torch.testing.assert_close(ours.w, expected.w)
         torch.testing.assert_close(ours.local_text, expected.local_text)
+
+
+def test_a_walk_passes_the_noise_of_the_following_seeds(pipe):
+    first, second = (latent.noise(pipe.generator, 2, seed) for seed in (4, 5))
+    for walk, expected in ((1.0, first), (1.5, views.between(first, second, 0.5)), (2.0, second)):
+        torch.testing.assert_close(noise(pipe.generator, Settings("red heart", 3, 2, walk=walk)), expected)
 
 
 def test_chosen_layers_of_both_stages_follow_the_second_prompt(pipe):

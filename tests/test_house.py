@@ -7,7 +7,7 @@ import pytest
 
 from tests import ROOT
 
-TRAINING = {"training", "step", "growth"}  # of which the step and the growth are Aurora, and stand at the root
+TRAINING = {"training", "step", "growth"}  # of which the step and the growth are Aurora, and are at the root
 COMMANDS = {"train", "sample", "evaluate", "explore"}
 LAYERS = [  # from the leaves up; a file imports from its own layer and from those before it
     {"common", "kernels"},
@@ -42,5 +42,5 @@ def test_imports_point_down(path):
         other = module.split(".")[0]
         if other == own or other in sys.stdlib_module_names or (theirs := layer_of(other)) is None:
             continue
-        assert theirs <= layer_of(own), f"{path.name} imports {module}, which stands above it"
+        assert theirs <= layer_of(own), f"{path.name} imports {module}, of a higher layer"
         assert not {own, other} <= COMMANDS, "a command imports no other command"

@@ -65,7 +65,7 @@ def test_each_resolution_of_the_way_down_is_used_once(inputs):
 
 
 def test_what_a_level_adds_shifts_no_color():
-    """Of its RGB counts what is finer than eight pixels of the input; and that is all of what is finer."""
+    """Only what is finer than eight pixels of the input is added, and all of it."""
     torch.manual_seed(0)
     image, rgb = torch.randn(2, 3, 16, 16).double(), torch.randn(2, 3, 32, 32).double()
     added = add_detail(rgb, image, side=16) - enlarge(image)

@@ -24,7 +24,7 @@ from data.pairs import CAUSES
 from layers import pyramid
 from upsampler import draw_input_noise, given_images
 
-MOST_REJECTED = 20  # A run ends after so many updates without finite gradients, in steps in a row; a step has two.
+MOST_REJECTED = 20  # A run ends after so many rejected updates in consecutive steps; a step has two.
 LASTING = 500  # A symptom is reported after this number of steps in a row.
 WATCHED = 128  # images of each kind that overfitting is measured with, on every rank
 AT_ONCE = 16  # of these images
@@ -90,8 +90,8 @@ class Loop:
     def count(self, scalars, batches):
         """Counts a step → its report, {name: number}: the means of its scalars over ranks.
 
-        The scalar `rejected` is the number of updates that were skipped as not finite; after MOST_REJECTED in steps in
-        a row this raises UserError. If one rank was asked to stop, all ranks stop.
+        The scalar `rejected` is the number of updates that were skipped as not finite; after MOST_REJECTED in
+        consecutive steps this raises UserError. If one rank was asked to stop, all ranks stop.
         """
         p, skipped = self.progress, sum((batch.skipped for batch in batches), Counter())
         mine = [*(skipped[cause] for cause in CAUSES), stopping.asked() or self.out_of_time]
@@ -122,7 +122,7 @@ class Loop:
         """
         p, seconds = self.progress, time.perf_counter() - self.started
         p.seconds += seconds
-        cpu_seconds = time.process_time() - self.cpu_started  # the cost on a shared machine
+        cpu_seconds = time.process_time() - self.cpu_started  # without data workers
         row = {"step": p.step, "images": p.step * self.batch, **report}
         row |= {"skipped": p.skipped.total(), "rejected": p.rejected}
         self.folder.log(row | {"seconds": round(seconds, 4), "cpu_seconds": round(cpu_seconds, 4)})

@@ -58,6 +58,7 @@ def train_small_clip(source, steps=None, batch=128, seed=0, device="cpu"):
     steps = steps or min(max(len(pairs), STEPS[0]), STEPS[1])
     pixels = torch.stack([((image + 1) * 127.5).round().byte() for image, _ in pairs])
     captions = [lines for _, lines in pairs]
+    del pairs  # its pictures take four times the memory
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         clip = new_small(load_minilm()).to(device)

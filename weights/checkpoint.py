@@ -6,6 +6,7 @@ optimizers, the phase of growth, the recipe, the progress (step, skipped pairs, 
 pairs are held out, and what identifies the run.
 """
 
+import contextlib
 import re
 import shutil
 from pathlib import Path
@@ -30,7 +31,7 @@ def save(folder, step, state, generator, keep):
     unfinished = folder / UNFINISHED
     try:
         shutil.rmtree(unfinished, ignore_errors=True)  # a killed run's
-        unfinished.mkdir()
+        unfinished.mkdir(exist_ok=True)
         save_generator(unfinished / FILE, *generator)
         state = {**state, "generator_file": digest(unfinished / FILE)}
         atomically(unfinished / STATE, lambda temporary: write_tensors(state, temporary))
@@ -39,7 +40,8 @@ def save(folder, step, state, generator, keep):
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     for old in checkpoints(folder)[keep:]:
-        shutil.rmtree(old.rename(unfinished))
+        with contextlib.suppress(OSError):  # the new one is whole; the next save tries again
+            shutil.rmtree(old.rename(unfinished))
     return path
 
 

@@ -81,5 +81,5 @@ def test_fields_keep_their_types():
     ],
 )
 def test_mistakes_say_what_to_write(assignment, says):
-    with pytest.raises(ValueError, match=says):
+    with pytest.raises(UserError, match=says):
         with_fields(PRESETS["emoji"].recipe, "--set", [assignment])

@@ -2,6 +2,7 @@
 
 import io
 import struct
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -77,7 +78,7 @@ def uses(levels, times=10):
     return f'<defs><rect id="a0" width="1" height="1"/>{"".join(groups)}</defs><use href="#a{levels}"/>'
 
 
-REFUSED_SVGS = [  # that refer to files, or expand
+REFUSED_SVGS = [  # that refer to files, expand, or take resvg terabytes or for ever
     drawing(head="<!-- a comment -->", inside='<image xlink:href="/etc/passwd"/>'),
     drawing("<rect fill=\"url( 'a.svg#b' )\"/>"),
     drawing("<style>rect { fill: url(http://example.org/a.svg#b) }</style>"),
@@ -88,6 +89,9 @@ REFUSED_SVGS = [  # that refer to files, or expand
     drawing("<g>" * 100_000 + "</g>" * 100_000),
     drawing(box="0 0 1 1000000"),
     drawing(" " * svg.MAX_BYTES),
+    drawing('<pattern id="p" width="1000" height="1000"><rect/></pattern><rect fill="url(#p)"/>'),
+    drawing('<path d="M0 0A1e30 1e30 0 0 1 9 9"/>'),
+    drawing('<circle r="100000000" stroke="red"/>'),
     drawing(head='<?xml-stylesheet href="style.css"?>'),
     drawing("<style>@import 'style.css'; rect { fill: red }</style>"),
 ]
@@ -119,9 +123,18 @@ def test_svgs_with_styles_links_and_repeated_elements_are_drawn():
     red = read(drawing(circle.format('fill="red"')))
     by_class = "<style>.a { fill: red }</style>" + circle.format('class="a"')
     linked = '<a href="https://example.org">' + circle.format('style="fill:red"') + "</a>"
-    for content in (by_class, linked):
+    like_numbers = circle.format('fill="red" stroke="#1e9000" stroke-width="1e-9" id="a12345678"')
+    for content in (by_class, linked, like_numbers):
         assert torch.equal(read(drawing(content)), red)
     torch.testing.assert_close(read(drawing(uses(2))), read(drawing('<rect width="1" height="1"/>')))
+
+
+def test_an_error_of_resvg_itself_is_no_end(monkeypatch):
+    class PanicException(BaseException): ...
+
+    monkeypatch.setattr(svg.resvg_py, "svg_to_bytes", mock.Mock(side_effect=PanicException))
+    with pytest.raises(Unusable, match=REFUSED):
+        read(drawing("<rect/>"))
 
 
 def test_hostile_images_do_no_harm():

@@ -180,6 +180,19 @@ def test_a_broken_header_or_the_end_of_a_first_tar_is_no_end(tmp_path, command):
     assert len(set(seen(source, 40))) == 19
 
 
+@pytest.mark.parametrize("field", [{"GNU.sparse.map": "a,b"}, {"size": "9" * 23}])
+def test_a_damaged_field_of_a_header_ends_no_run(tmp_path, field):
+    """Python's tarfile raises ValueError or OverflowError, not its own TarError."""
+    write_tar(tmp_path / "0.tar", named([good(i) for i in range(9)]))
+    with tarfile.open(tmp_path / "1.tar", "w") as tar:
+        info = tarfile.TarInfo("9.txt")
+        info.pax_headers = field
+        tar.addfile(info)
+    source = source_of(f"{tmp_path}/{{0..1}}.tar")
+    (batch,) = source.evaluation_batches()
+    assert len(batch.captions) == 9 and batch.skipped == {SHARD: 1}
+
+
 def test_the_error_of_a_command_reaches_the_user():
     with pytest.raises(UserError, match="no rights") as caught:
         source_of("pipe:echo 'no rights' >&2; exit 3")

@@ -77,6 +77,7 @@ def test_broken_images_and_captions_are_skipped_counted_and_reported_with_their_
     assert skipped.keys() == {IMAGE, ENCODING, EMPTY}
     notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: ")]
     assert len(notes) == 3 and sum(f"{EMPTY} (first: {folder}/000003.jpg)" in line for line in notes) == 1
+    assert skipped == sum((batch.skipped for batch in source_of(folder).batches(range(6), 4, 0, 1)), Counter())
 
 
 def test_a_source_that_is_wholly_broken_is_refused(folder):

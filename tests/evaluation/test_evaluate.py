@@ -59,17 +59,20 @@ def test_precision_is_of_generated_images_and_recall_of_real_ones():
 def test_clip_score_is_open_clips(tmp_path):
     """The same pictures and captions through a model of open_clip by hand: its transform, its tokenizer, its towers."""
     torch.manual_seed(0)
-    weights = tmp_path / "weights.pt"
-    torch.save(open_clip.create_model("RN50-quickgelu").state_dict(), weights)
+    weights, vision = tmp_path / "weights.pt", dict(image_size=32, layers=1, width=64, patch_size=16)
+    text = dict(context_length=77, vocab_size=49408, width=32, heads=2, layers=1)
+    (tmp_path / "tiny.json").write_text(json.dumps({"embed_dim": 16, "vision_cfg": vision, "text_cfg": text}))
+    open_clip.add_model_config(tmp_path / "tiny.json")
+    torch.save(open_clip.create_model("tiny").state_dict(), weights)
     pixels, captions = features.to_pixels(figures.images(range(3), 40), 40), [figures.caption(i) for i in range(3)]
-    extractor = extractors.load_extractor(f"RN50-quickgelu:{weights}", torch.device("cpu"))
-    model, _, transform = open_clip.create_model_and_transforms("RN50-quickgelu", pretrained=str(weights))
+    extractor = extractors.load_extractor(f"tiny:{weights}", torch.device("cpu"))
+    model, _, transform = open_clip.create_model_and_transforms("tiny", pretrained=str(weights))
     model.eval()
     with torch.no_grad():
         found = metrics.clip_score(extractor.images(pixels), extractor.texts(captions))
         pictures = [transform(Image.fromarray(p.permute(1, 2, 0).numpy())) for p in pixels]
         image = model.encode_image(torch.stack(pictures), normalize=True)
-        text = model.encode_text(open_clip.get_tokenizer("RN50-quickgelu")(captions), normalize=True)
+        text = model.encode_text(open_clip.get_tokenizer("tiny")(captions), normalize=True)
     assert found == pytest.approx((image * text).sum(-1).mean().item(), abs=1e-6)
 
 
@@ -118,7 +121,7 @@ def test_mistakes_are_one_line(run, tmp_path):
         (("--data", val, "--count", 5, "--images", tmp_path / "nowhere"), "with --images"),
         (("--data", tmp_path / "evaluation.json"), "not a captions file in COCO's format"),
         (("--data", tmp_path / "none.json"), "cannot be read"),
-        (("--count", 4, "--features", f"inception:{val}"), "weights are not available"),
+        (("--data", val, "--count", 4, "--features", f"inception:{val}"), "weights are not available"),
         (("--count", 4, "--clip", "inception"), "cannot read text"),
     ):
         assert_one_line(run(*arguments), says)
@@ -126,7 +129,7 @@ def test_mistakes_are_one_line(run, tmp_path):
 
 def test_on_emoji_words_and_variety_are_measured_too(run, tmp_path, monkeypatch):
     """The real command on some of the emoji, at a lower output of the generator."""
-    monkeypatch.setattr("data.emoji.SHARD", figures.write_emoji(tmp_path / "emoji.tar.gz"))
+    monkeypatch.setattr("data.emoji.SHARD", figures.few_emoji())
     status, stdout, stderr = run(*["--data", "emoji", "--count", "8", "--resolution", "16", "--truncation", "0.5"])
     assert status == 0, stderr
     for words in ("8 real ones", "FID", "precision", "R-precision", "R-precision of tags", "Variety", "4×4 grid"):

@@ -58,5 +58,6 @@ def test_r_precision_asks_for_one_of_a_hundred():
     for candidates in (4, 20):
         share = metrics.own_caption_first(images, texts, captions, candidates).float().mean().item()
         assert share == pytest.approx(1 / candidates, abs=0.04)
+    assert metrics.own_caption_first(images, texts, captions).float().mean().item() == pytest.approx(0.01, abs=0.003)
     assert metrics.own_caption_first(texts, texts, captions).all()
     assert not metrics.own_caption_first(texts, texts[:1].expand(900, -1), captions).any()

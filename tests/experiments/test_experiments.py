@@ -24,9 +24,9 @@ from weights.generator_file import save_generator
 
 
 @pytest.fixture
-def few_emoji(tmp_path, monkeypatch):
+def few_emoji(monkeypatch):
     """A small shard replaces the emoji, and features that need no network replace EfficientNet's."""
-    monkeypatch.setattr("data.emoji.SHARD", figures.write_emoji(tmp_path / "emoji.tar.gz"))
+    monkeypatch.setattr("data.emoji.SHARD", figures.few_emoji())
     for module in (extractors, enlarging):
         monkeypatch.setattr(module, "efficientnet", lambda device: figures.GRID_MEANS)
 
@@ -64,7 +64,7 @@ def test_a_short_series_ends_in_a_table(tmp_path, monkeypatch, run_main, few_emo
 
 
 @pytest.mark.parametrize("case", bench.CASES)
-def test_every_case_of_the_benchmark_runs(case, monkeypatch):
+def test_every_case_of_the_benchmark_runs(case, monkeypatch, few_emoji):
     """At tiny sizes, with a stopwatch that calls and does not measure."""
     monkeypatch.setattr(bench, "PRESETS", dict.fromkeys(("aurora-64", "emoji-gpu", "small-64"), figures.TINY))
     monkeypatch.setattr(bench, "POINTS", 64)
@@ -166,6 +166,9 @@ def test_the_mask_is_where_a_picture_is_not_white():
     assert probe.object_mask(images, 4).tolist() == [[int(i in (6, 7)) for i in range(16)], [0] * 16]
 
 
-def test_the_demos_answer_is_printed(run_main):
-    _, stdout, _ = run_main(probe.main, "--count", 2)
-    assert all(words in stdout for words in ("at 8.0.0", "shuffled", "entropy of the object"))
+def test_the_demos_experts_know_the_object_at_16x16(run_main, few_emoji):
+    """More than of shuffled points, and less than the entropy."""
+    status, stdout, error = run_main(probe.main, "--count", 8)
+    assert status == 0 and "at 8.0.0" in stdout, error
+    found, shuffled, most = (float(line.split()[-1]) for line in stdout.splitlines()[-3:])
+    assert 2 * shuffled < found < most

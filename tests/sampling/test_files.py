@@ -21,7 +21,8 @@ def each(run_main, tmp_path):
 
 def test_a_folder_says_how_each_picture_was_made_and_is_completed_with_the_same(each, tmp_path, monkeypatch):
     monkeypatch.setattr(files.latent, "BATCH", 4)
-    arguments, folder = ("red heart", "пингвин 🐧", "--num", 5, "--seed", 5, "--truncation", 0.5), tmp_path / "all"
+    options = "--num", 5, "--seed", 5, "--truncation", 0.5, "--resolution", 64
+    arguments, folder = ("red heart", "пингвин 🐧", *options), tmp_path / "all"
     status, stdout, stderr = each(*arguments)
     assert status == 0 and "10 new pictures, 10 in all" in stdout, stderr
     listed = [json.loads(line) for line in (folder / files.INDEX).read_text(encoding="utf-8").splitlines()]

@@ -21,7 +21,7 @@ def test_the_readme_runs(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     names = {}
     exec(code, names)
-    assert len(names["images"]) == 4 and names["images"][0].size == (names["pipe"].resolution,) * 2
+    assert len(names["images"]) == 4 and names["images"][0].size == (256, 256)
 
 
 def test_the_command_draws_what_the_interface_draws(pipe, run_main, tmp_path):

@@ -1,7 +1,7 @@
 """Faults of long trainings, made on purpose: no run is lost, and no traceback is shown.
 
 Each test breaks one thing in a run that goes on or is started again. The run must end with the same weights as an
-undisturbed one, or stop with one line that says what to do. Other faults: hung and killed data workers, vanished
+undisturbed one, or stop with one line that says what to do. Other faults: killed data workers, vanished
 shards, hostile images and captions in tests/data, damaged checkpoints in tests/weights, kill −9 in torture.py.
 """
 

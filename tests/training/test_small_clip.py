@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from clip import load_clip
 from common.cli import UserError
 from data import sources
+from tests import figures
 from tests.data.files import jpeg
 from training.small_clip import clip_of_new_run, contrast, draw_batches, mislead, train_small_clip
 
@@ -44,10 +45,8 @@ def test_contrast_is_clips_loss_and_equal_captions_share_their_targets():
 
 
 def test_misled_pictures_fit_their_captions_less_and_stay_near():
-    clip, captions = load_clip("emoji"), ["red heart", "cat face", "sun", "deciduous tree"] * 4
-    source = sources.open_data("emoji", 32, 0)
-    images = next(source.evaluation_batches(16)).images
-    text = clip.read(captions).embedding
+    clip, images = load_clip("emoji"), figures.images(range(16), 32)
+    text = clip.read([figures.caption(i) for i in range(16)]).embedding
     images = [images[:8], images[8:]]
     misled = mislead(clip, images, text, 0.3)
     assert all((a - b).abs().max() <= 0.3 for a, b in zip(images, misled, strict=True))

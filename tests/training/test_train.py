@@ -1,9 +1,12 @@
 """train.py end to end: exact resuming, what a run writes, other weights, stopping, errors."""
 
+import contextlib
 import json
 import os
 import shutil
 import signal
+import sys
+from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
@@ -86,6 +89,13 @@ def test_a_new_learning_rate_and_momentum_are_used_on_resume_and_noted(stopped_a
     assert {group["betas"][0] for group in learner.optimizer_g.param_groups} == {0.5}
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux lists what is mapped into memory")
+def test_a_resumed_run_lets_go_of_its_checkpoint(stopped_after):
+    """On NFS, the folder of a file that is still mapped into memory cannot be deleted."""
+    made = build(*SHORT, "--out", stopped_after(3))
+    assert made.learner.optimizer_g.state and str(made.loop.folder.path) not in Path("/proc/self/maps").read_text()
+
+
 @pytest.mark.parametrize("kind", ["generator", "checkpoint"])
 def test_a_new_run_starts_from_the_weights_of_another(undisturbed, tmp_path, kind):
     path = checkpoint.checkpoints(undisturbed / "checkpoints")[0]
@@ -122,6 +132,19 @@ def test_signals_ask_a_run_to_stop(number):
         if stopping.asked():
             raise stopping.Stopped
     assert ended.value.code == stopping.COME_AGAIN
+
+
+@pytest.mark.parametrize("output", ["a pipe that nobody reads", "a full disk"])
+def test_a_run_outlives_its_output(monkeypatch, output):
+    """After Ctrl-C in `python train.py | tee log`, tee has ended too."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with contextlib.suppress(OSError), open("/dev/full" if "disk" in output else writer, "w") as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        with stopping.listening():
+            os.kill(os.getpid(), signal.SIGINT)
+            print("Saved", flush=True)
+            assert stopping.asked()
 
 
 def test_a_run_stopped_while_its_small_clip_learns_leaves_no_half_file(tmp_path, monkeypatch, run_main):

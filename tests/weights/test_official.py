@@ -69,7 +69,7 @@ def test_outputs_are_the_authors(name, ready):
 
 
 def test_the_release_has_its_number_of_parameters():
-    """A state dict with the authors' names and, from the paper, the release's shapes."""
+    """A state dict with the release's names and shapes, both from the authors' code."""
     shapes = json.loads((FIXTURES / "release_shapes.json").read_text("utf-8"))
     loaded = load_official({name: torch.empty(shape, device="meta") for name, shape in shapes.items()})
     assert sum(p.numel() for p in loaded.parameters()) == 1_166_329_387
